@@ -1,0 +1,32 @@
+"""What a closure must return."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from lightning_ebm.errors import ConfigurationError
+
+Closure = Callable[[], Tensor]
+"""Runs the user's forward pass and returns the loss, a scalar."""
+
+
+def checked_loss(loss: Any) -> Tensor:
+    """`loss`, if it is a scalar that depends on something."""
+    if not isinstance(loss, Tensor):
+        raise ConfigurationError(
+            f"The closure returned {'None' if loss is None else type(loss).__name__}; expected the loss, a scalar"
+            " tensor: without it there is nothing to nudge the states. Did it forget to `return loss`?"
+        )
+    if loss.numel() != 1:
+        raise ConfigurationError(
+            f"The loss has shape {tuple(loss.shape)}; expected a scalar. Reduce it over the batch, and say how with"
+            ' loss_reduction="mean" or "sum".'
+        )
+    if not loss.requires_grad:
+        raise ConfigurationError(
+            "The loss does not depend on any parameter or state through autograd: it was computed under torch.no_grad(),"
+            " from detached tensors, from .item(), or from outputs that are not the module's. Nothing could be learned"
+            " from it; return the loss tensor itself."
+        )
+    return loss

@@ -1,0 +1,179 @@
+"""Finding the layers: which calls of which modules carry a state.
+
+The wiring is read from one pass of the user's own code, not from the module tree: a probe cuts the graph at every
+candidate call, so that what is left of it says which states each layer's drive is computed from, which parameters
+stand in between, and what enters the loss.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ebm.closure import Closure, checked_loss
+from lightning_ebm.errors import ConfigurationError, LayerDiscoveryError
+from lightning_ebm.purity import BufferName, Snapshot
+from lightning_ebm.substitution import Pass, StateKey, clean, substituted
+from lightning_ebm.wiring import Plan, Wiring
+
+ChosenLayers = list[str] | type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[nn.Module], bool]
+Layers = ChosenLayers | None
+Output = Literal["auto", "readout", "state"]
+
+# Softmax and LogSoftmax are links of a read-out to its loss, not nonlinearities of neurons: name them to give them one.
+ACTIVATIONS: tuple[type[nn.Module], ...] = (
+    nn.CELU, nn.ELU, nn.GELU, nn.GLU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU,
+    nn.LogSigmoid, nn.Mish, nn.PReLU, nn.RReLU, nn.ReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink,
+    nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold,
+)  # fmt: skip
+_WEIGHTED: tuple[type[nn.Module], ...] = (
+    nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention,
+)  # fmt: skip
+
+
+Probe = Callable[[Mapping[nn.Module, str], frozenset[StateKey] | None], Pass]
+"""Runs one pass without side effects, cut at every call of the candidates, or only at the given ones."""
+
+
+class LayerFinder:
+    """Keeps the layers of a module, and finds them again when its modes or trainable parameters change.
+
+    Args:
+        module: the user's module.
+        layers: as in `Learner`.
+        output: as in `Learner`.
+        quiet: silences what only the caller knows how to silence, in the passes made here.
+    """
+
+    def __init__(
+        self, module: nn.Module, layers: Layers, output: Output, quiet: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        self.plan: Plan | None = None
+        self.covered: Plan | None = None
+        """The plan for which every parameter is known to be reached by the energy."""
+        self._module = module
+        self._layers = layers
+        self._output: Output = output
+        self._quiet = quiet
+        self._signature: tuple[bool, ...] = ()
+
+    def look(self, closure: Closure) -> Plan:
+        """The plan for this module as it is now."""
+        modes = (m.training for m in self._module.modules())
+        signature = (*modes, *(p.requires_grad for p in self._module.parameters()))
+        if self.plan is None or signature != self._signature:
+            self.search(closure, Snapshot(self._module))
+            self._signature = signature
+        assert self.plan is not None
+        return self.plan
+
+    def search(self, closure: Closure, snapshot: Snapshot) -> Plan:
+        """Finds the layers by passes that start from the snapshot and leave no trace."""
+        changed: set[BufferName] = set()
+
+        def probe(candidates: Mapping[nn.Module, str], keep: frozenset[StateKey] | None) -> Pass:
+            def state_of(key: StateKey, prediction: Tensor) -> Tensor | None:
+                return prediction.detach().requires_grad_() if keep is None or key in keep else None
+
+            with snapshot.replaying(), self._quiet(), torch.enable_grad():
+                before = Snapshot(self._module, frozenset())
+                with substituted(self._module, candidates, state_of, lambda key: True, find_weighted=True) as observed:
+                    observed.loss = checked_loss(closure())
+                changed.update(before.changed_buffers())
+            return observed
+
+        plan = discover(self._module, self._layers, self._output, probe)
+        self.plan = dataclasses.replace(plan, buffers=frozenset(changed))
+        return self.plan
+
+
+def discover(module: nn.Module, layers: Layers, output: Output, probe: Probe) -> Plan:
+    """Finds the layers of a module by running it.
+
+    Args:
+        module: the user's module.
+        layers: names, types or a predicate; None tries activation modules, then repeated blocks, then the outputs of
+            modules with weights.
+        output: what to do with the network's end, see `Learner`.
+        probe: runs a pass.
+
+    Raises:
+        ConfigurationError: `layers` or `output` name nothing.
+        LayerDiscoveryError: no call could carry a state.
+    """
+    tiers = [_chosen(module, layers)] if layers is not None else list(_found(module))
+    tried = []
+    for candidates in tiers:
+        plan = _planned(module, candidates, output, probe)
+        if plan.states:
+            return plan
+        tried.append(f"{len(candidates)} candidates, {len(plan.calls)} calls of theirs")
+    raise LayerDiscoveryError(
+        f"No layer of {type(module).__name__} can carry a state ({'; '.join(tried) or 'it has no modules'}): a layer is"
+        " a call of an activation module, or of a module you name, that the loss depends on and that trainable"
+        " parameters feed. Without one nothing relaxes and the update would be plain backprop. If the network has a"
+        ' single weighted layer, give its output a state with output="state"; if its nonlinearities are functions'
+        ' (F.relu), name the modules in front of them: layers=["fc1", "fc2"] or layers=nn.Linear.'
+    )
+
+
+def _chosen(module: nn.Module, layers: ChosenLayers) -> dict[nn.Module, str]:
+    named = {clean(name): m for name, m in module.named_modules() if name}
+    if isinstance(layers, str):
+        raise ConfigurationError(f"layers={layers!r}: expected a list of names; write layers=[{layers!r}].")
+    if isinstance(layers, type | tuple):
+        chosen = {m: name for name, m in named.items() if isinstance(m, layers)}
+    elif callable(layers):
+        chosen = {m: name for name, m in named.items() if layers(m)}
+    else:
+        unknown = [name for name in layers if name not in named]
+        if unknown:
+            close = difflib.get_close_matches(str(unknown[0]), named, n=3) or list(named)[:5]
+            raise ConfigurationError(
+                f"layers={list(layers)!r}: {type(module).__name__} has no module {unknown[0]!r}. Nearest: {close}."
+            )
+        return {named[name]: name for name in layers}
+    if not chosen:
+        raise ConfigurationError(
+            f"layers={layers!r} matches none of the {len(named)} modules of {type(module).__name__}."
+            f" It has: {sorted({type(m).__name__ for m in named.values()})}."
+        )
+    return chosen
+
+
+def _found(module: nn.Module) -> Iterator[dict[nn.Module, str]]:
+    named = {clean(name): m for name, m in module.named_modules() if name}
+    activations = {m: name for name, m in named.items() if isinstance(m, ACTIVATIONS)}
+    if activations:
+        yield activations
+    blocks: dict[nn.Module, str] = {}
+    for name, container in module.named_modules():
+        children = [child for child in container.children() if any(True for _ in child.parameters())]
+        repeated = isinstance(container, nn.ModuleList | nn.Sequential) and len(children) > 1
+        nested = any(name.startswith(f"{outer}.") for outer in blocks.values())
+        if repeated and not nested and len({type(child) for child in children}) == 1:
+            blocks |= {m: n for n, m in named.items() if any(m is child for child in children)}
+    if blocks:
+        yield blocks
+    weighted = {m: name for name, m in named.items() if isinstance(m, _WEIGHTED)}
+    if weighted:
+        yield weighted
+
+
+def _planned(module: nn.Module, candidates: Mapping[nn.Module, str], output: Output, probe: Probe) -> Plan:
+    wiring = Wiring(module, probe(candidates, None))
+    states = wiring.useful()
+    if output == "readout":
+        states -= wiring.ends()
+    elif output == "auto":
+        states -= wiring.ends(but_activations=True)
+    else:
+        heads = wiring.heads()
+        candidates = {**candidates, **{head.module: head.key.name for head in heads}}
+        states |= {head.key for head in heads}
+    # Once more, cut at the states alone, so that parents and drives are those of the passes to come.
+    return Wiring(module, probe(candidates, frozenset(states))).plan(candidates)

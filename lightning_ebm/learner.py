@@ -1,0 +1,147 @@
+"""The engine: from a closure that returns a loss to local updates in `.grad`."""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ebm.algorithm import Algorithm, algorithm as preset
+from lightning_ebm.closure import Closure
+from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.layers import LayerFinder, Layers, Output
+from lightning_ebm.purity import Snapshot
+from lightning_ebm.reference import named_gradients
+from lightning_ebm.report import PhaseReport, Report, report_of
+from lightning_ebm.step import Step
+from lightning_ebm.wiring import Plan
+
+log = logging.getLogger(__name__)
+
+
+class Learner:
+    """Gives the parameters of an untouched module local, energy-derived updates, in plain PyTorch and Fabric loops.
+
+    E(x, theta) = sum_b I_b + lambda * (B * loss if `loss_reduction` is "mean" else loss), minimised over the states x.
+    The update is sum_p weight_p dE/dtheta(x_p), divided by B for "mean": as lambda -> 0 it is what ``loss.backward()``
+    would have put into ``.grad``, under either reduction, so that a learning rate tuned for backprop carries over.
+
+    Args:
+        module: any module; nothing of it is changed but `.grad`.
+        algorithm: a preset's name or an `Algorithm`.
+        layers: which calls carry states: None (calls of activation modules; if there are none, repeated blocks; if
+            there are none, the outputs of modules with weights), or module names, module types, or a predicate.
+        output: "readout" (the last drive enters the loss directly), "state" (the output is a free state, nudged by the
+            loss), "auto" (a state if the network ends in an activation, else a read-out).
+        loss_reduction: how the closure's loss reduces over the batch, "mean" or "sum".
+        quiet: a context manager for all passes but the first, to silence what closures do besides computing.
+
+    Raises:
+        ConfigurationError: an argument that cannot work, or a closure that does not return a usable loss.
+        LayerDiscoveryError: no layer found, at the first step.
+        RelaxationDivergedError: states ran away, or the loss is not finite.
+
+    Example:
+        >>> learner = Learner(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), "pc-nudge")
+        >>> loss = learner.backward(lambda: learner.module(torch.ones(2, 4)).square().mean())
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        algorithm: str | Algorithm = "predictive-coding",
+        *,
+        layers: Layers = None,
+        output: Output = "auto",
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        quiet: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        check_options(output, loss_reduction)
+        self.module = module
+        self.algorithm = preset(algorithm)
+        self.loss_reduction = loss_reduction
+        self._quiet = quiet
+        self._finder = LayerFinder(module, layers, output, quiet)
+        self._last: tuple[list[str], list[PhaseReport], Tensor] | None = None
+        self._warned = False
+
+    @property
+    def report(self) -> Report:
+        """What the last call did: a dict of plain numbers, ready for `json.dumps`. See `Report`."""
+        if self._last is None:
+            raise ConfigurationError("There is no report before the first backward() or gradients().")
+        return report_of(self.algorithm, *self._last)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The layers found, after the first step."""
+        return self._finder.plan
+
+    def backward(self, closure: Closure) -> Tensor:
+        """Adds the update of one batch to ``.grad``; returns the loss of the forward pass, detached.
+
+        The closure is run several times; only its first run has side effects (see `lightning_ebm.purity`).
+        """
+        step = self.begin(closure)
+        with step.first_pass():
+            loss = closure()
+        torch.autograd.backward(step.surrogate(loss))
+        return loss.detach()
+
+    def gradients(self, closure: Closure) -> dict[str, Tensor]:
+        """The update of one batch as ``{parameter name: tensor}``, without those that the loss does not reach.
+
+        Leaves no trace: `.grad`, buffers, metrics and random generators are afterwards as they were.
+        """
+        with Snapshot(self.module).replaying(), self._quiet(), torch.enable_grad():
+            step = self.begin(closure)
+            with step.first_pass():
+                loss = closure()
+            return named_gradients(self.module, step.surrogate(loss))
+
+    def begin(self, closure: Closure, batch_size: int | None = None) -> Step:
+        """Opens a step by hand: run the first pass inside `Step.first_pass`, then call `Step.surrogate`.
+
+        Args:
+            closure: reruns the pass and returns its loss.
+            batch_size: B; None takes the first dimension of what the module is called with.
+        """
+        if self.algorithm.read_as != "backprop":
+            self._finder.look(closure)
+        return Step(
+            self.module,
+            self.algorithm,
+            self._finder,
+            closure,
+            self._quiet,
+            self._remember,
+            self.loss_reduction,
+            batch_size,
+        )
+
+    def _remember(self, names: list[str], phases: list[PhaseReport], loss: Tensor) -> None:
+        """Keeps how a step went, and says it once when the states were still moving."""
+        self._last = (names, phases, loss)
+        late = [phase for phase in phases if phase.status == "max_steps"]
+        if late and not self._warned:
+            self._warned = True
+            log.warning(
+                "The states were still moving when max_steps was reached: after %d steps the force was up to %.2g of"
+                " what it started with, and the update was read there. Raise max_steps or tol, or take a smaller nudge."
+                " (Said once; the report tells it for every step.)",
+                late[0].steps,
+                float(late[0].residual.max()),
+            )
+
+
+def check_options(output: str, loss_reduction: str) -> None:
+    """Refuses words that mean nothing, where they were written."""
+    if output not in ("auto", "readout", "state"):
+        raise ConfigurationError(f'output={output!r}: expected "auto", "readout" or "state".')
+        if loss_reduction not in ("mean", "sum"):
+            raise ConfigurationError(
+                f'loss_reduction={loss_reduction!r}: expected "mean" or "sum", as your loss reduces over the batch; it'
+                " decides by how much the nudge is multiplied, and a wrong one is a factor of the batch size."
+            )

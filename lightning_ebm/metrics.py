@@ -1,0 +1,124 @@
+"""How far an estimate is from the true gradient: one pure function, and the same as a `torchmetrics.Metric`."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+NAMES = ("cosine", "angle_deg", "norm_ratio", "relative_error", "sign_agreement")
+
+
+def moments(estimate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What alignment is computed from, per parameter: <g, r>, |g|^2, |r|^2, |g - r|^2, equal signs, elements; ``(6,)``.
+
+    Sums, so that those of several parameters, micro-batches or devices add up. A name that only one side has counts as
+    zero on the other: an update that a rule leaves out is an error of that rule, not a gap in the figure.
+    """
+    found = {}
+    for name in [*reference, *(name for name in estimate if name not in reference)]:
+        r, g = reference.get(name), estimate.get(name)
+        some = r if r is not None else g
+        assert some is not None
+        r = torch.zeros_like(some) if r is None else r
+        g = torch.zeros_like(some) if g is None else g
+        # float64: the angle of two vectors with cosine 1 - 1e-10 is lost in float32
+        r, g = r.detach().double(), g.detach().double()
+        same = (g.sign() == r.sign()).sum()
+        parts = [(g * r).sum(), g.square().sum(), r.square().sum(), (g - r).square().sum(), same]
+        found[name] = torch.stack([*parts, torch.as_tensor(g.numel(), device=g.device)]).double()
+    return found
+
+
+def alignment(estimate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
+    """Alignment of two sets of gradients, taken as one long vector each: g the estimate, r the reference.
+
+    cosine = <g, r> / (|g| |r|); angle_deg, its angle in degrees; norm_ratio = |g| / |r|;
+    relative_error = |g - r| / |r|; sign_agreement, the fraction of elements with equal sign (0 has a sign of its own).
+
+    A dead gradient has no direction, and nan would poison every mean: two zero vectors agree (cosine 1, ratio 1, error
+    0); a zero estimate of a non-zero reference has cosine 0, ratio 0, error 1; a non-zero estimate of a zero reference
+    has cosine 0, and ratio and error inf.
+
+    Args:
+        estimate: ``{parameter name: tensor}``; any shapes and dtypes.
+        reference: the same names and shapes; a name missing on one side counts as zeros.
+    """
+    found = moments(estimate, reference)
+    if not found:
+        raise ValueError("There is nothing to align: both sets of gradients are empty.")
+    return {name: float(value) for name, value in read(torch.stack(list(found.values())).sum(0)).items()}
+
+
+def read(total: Tensor) -> dict[str, Tensor]:
+    """Alignment from summed moments ``(6,)``; scalars, as float64 tensors."""
+    dot, gg, rr, difference, same, count = total.unbind()
+    dead_g, dead_r = gg == 0, rr == 0
+    one, zero, inf = torch.ones_like(dot), torch.zeros_like(dot), torch.full_like(dot, math.inf)
+    safe_rr = torch.where(dead_r, one, rr)
+    product = torch.where(dead_g | dead_r, one, gg.sqrt() * rr.sqrt())
+    both = dead_g & dead_r
+    cosine = torch.where(both, one, torch.where(dead_g | dead_r, zero, dot / product)).clamp(-1, 1)
+    # acos loses half its digits near 1; the same angle from the difference of the unit vectors does not.
+    unit = torch.where(dead_g | dead_r, zero, difference - (gg.sqrt() - rr.sqrt()).square()).clamp_min(0) / product
+    angle = torch.where(dead_g | dead_r, torch.acos(cosine), 2 * torch.asin((unit.sqrt() / 2).clamp(0, 1)))
+    return {
+        "cosine": cosine,
+        "angle_deg": torch.rad2deg(angle),
+        "norm_ratio": torch.where(both, one, torch.where(dead_r, inf, (gg / safe_rr).sqrt())),
+        "relative_error": torch.where(both, zero, torch.where(dead_r, inf, (difference / safe_rr).sqrt())),
+        "sign_agreement": same / count,
+    }
+
+
+class Alignment(Metric):
+    """`alignment` over several batches and devices, overall and per parameter.
+
+    The gradients of the batches are taken as one longer vector: sums of products are accumulated, a few numbers a
+    parameter, never the gradients.
+
+    `compute` gives ``{"cosine": ..., ...}`` and, per parameter, ``{"cosine/<name with dots as slashes>": ...}``.
+
+    Args:
+        names: of the parameters to expect; states must exist before devices can synchronise.
+        kwargs: those of `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = Alignment(["weight"])
+        >>> metric.update({"weight": torch.tensor([1.0, 1.0])}, {"weight": torch.tensor([1.0, 0.0])})
+        >>> round(float(metric.compute()["angle_deg"]), 6)
+        45.0
+    """
+
+    full_state_update = False
+    total: Tensor
+
+    def __init__(self, names: list[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.names = list(names)
+        self._index = {name: index for index, name in enumerate(self.names)}
+        self.set_dtype(torch.float64)
+        self.add_state("total", torch.zeros(len(self.names), 6, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, estimate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
+        """Adds one pair of gradients; names as in `alignment`.
+
+        Raises:
+            ValueError: a gradient of a parameter that was not announced.
+        """
+        found = moments(estimate, reference)
+        unknown = [name for name in found if name not in self._index]
+        if unknown:
+            raise ValueError(f"Alignment was made for {self.names} and got a gradient of {unknown[0]!r}.")
+        for name, values in found.items():
+            self.total[self._index[name]] += values.to(self.total.device)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Overall values, and those of each parameter that had a gradient."""
+        found = read(self.total.sum(0))
+        for name, row in zip(self.names, self.total, strict=True):
+            if row[5] > 0:
+                found |= {f"{key}/{name.replace('.', '/')}": value for key, value in read(row).items()}
+        return found

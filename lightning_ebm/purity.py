@@ -1,0 +1,238 @@
+"""Only the first pass of a step may have side effects; this file undoes those of all the others.
+
+A training step is run once as the user meant it, and again and again to see the network at other states. A `Snapshot`
+is what the first pass started from; inside `replaying` the module, the random generators and its metrics are as they
+were then, and on the way out (an exception too, KeyboardInterrupt included) as the first pass left them.
+
+Covered: buffers (BatchNorm, spectral norm, any other), plain Python attributes of the user's own modules and the
+contents of their lists, dicts, sets and deques, torchmetrics objects, the generators of torch (CPU and CUDA), Python
+and NumPy. Not covered: files, sockets, globals, objects that do not hang on the module.
+"""
+
+import copy
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+BufferName = tuple[nn.Module, str]
+_CONTAINERS = (list, dict, set, deque)
+_MODULE_INTERNALS = frozenset(vars(nn.Module()))
+
+
+class Snapshot:
+    """What one pass is about to start from.
+
+    Args:
+        module: the user's module; everything below it is covered.
+        buffers: those that a pass is known to change; None copies all of them, to find out.
+    """
+
+    def __init__(self, module: nn.Module, buffers: frozenset[BufferName] | None = None) -> None:
+        self._buffers = {
+            (owner, name): (tensor, _version(tensor), _copied(owner, name, buffers))
+            for owner in module.modules()
+            for name, tensor in owner._buffers.items()
+        }
+        self._random = _RandomState(module)
+        self._attributes = _attributes(module)
+        self._metrics = [MetricTape(m) for m in _outermost_metrics(module)]
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """The first pass: metrics work as ever, and what they return is noted for the others."""
+        with ExitStack() as stack:
+            for tape in self._metrics:
+                stack.enter_context(tape.recording())
+            yield
+
+    @contextmanager
+    def replaying(self, generators: bool = True) -> Iterator[None]:
+        """A further pass: it starts from the snapshot and leaves no trace."""
+        with ExitStack() as stack:
+            if generators:
+                stack.callback(self._random.of_now().restore)
+                self._random.restore()
+            for (owner, name), (_, _, value) in self._buffers.items():
+                if value is not None:
+                    # Another tensor object, not other contents: graphs of earlier passes keep the one they saved.
+                    stack.callback(owner._buffers.__setitem__, name, owner._buffers[name])
+                    owner._buffers[name] = value.clone()
+            for state in self._attributes:
+                stack.callback(state.of_now().restore)
+                state.restore()
+            for tape in self._metrics:
+                stack.enter_context(tape.replaying())
+            yield
+
+    def changed_buffers(self) -> frozenset[BufferName]:
+        """Those that are another tensor, or have been written to, since the snapshot."""
+        return frozenset(
+            key
+            for key, (tensor, version, _) in self._buffers.items()
+            if (now := key[0]._buffers.get(key[1])) is not tensor or _version(now) != version
+        )
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    """How often it was written to; tensors made under inference_mode do not count."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _copied(owner: nn.Module, name: str, wanted: frozenset[BufferName] | None) -> Tensor | None:
+    tensor = owner._buffers[name]
+    return tensor.clone() if tensor is not None and (wanted is None or (owner, name) in wanted) else None
+
+
+class _RandomState:
+    def __init__(self, module: nn.Module) -> None:
+        self._devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
+        self._read()
+
+    def _read(self) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = [torch.cuda.get_rng_state(device) for device in self._devices]
+        self._python = random.getstate()
+        self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
+
+    def of_now(self) -> "_RandomState":
+        now = copy.copy(self)
+        now._read()
+        return now
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        for device, state in zip(self._devices, self._cuda, strict=True):
+            torch.cuda.set_rng_state(state, device)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+
+
+class _Attributes:
+    """The plain attributes of one module, and the contents of its containers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._values = {k: v for k, v in vars(module).items() if k not in _MODULE_INTERNALS}
+        self._contents = {k: copy.copy(v) for k, v in self._values.items() if type(v) in _CONTAINERS}
+
+    def of_now(self) -> "_Attributes":
+        return _Attributes(self._module)
+
+    def restore(self) -> None:
+        present = vars(self._module)
+        for key in [k for k in present if k not in _MODULE_INTERNALS and k not in self._values]:
+            del present[key]
+        present.update(self._values)
+        for key, content in self._contents.items():
+            held = self._values[key]
+            if not _same_items(held, content):
+                held.clear()
+                held.update(content) if isinstance(held, dict | set) else held.extend(content)
+
+
+def _same_items(a: Any, b: Any) -> bool:
+    """Identity of the items: comparing tensors or arrays by value would not give a truth value."""
+    if len(a) != len(b):
+        return False
+    if isinstance(a, set):
+        return bool(a == b)
+    pairs = zip(a.items(), b.items(), strict=True) if isinstance(a, dict) else zip(a, b, strict=True)
+    if isinstance(a, dict):
+        return all(k is m and v is w for (k, v), (m, w) in pairs)
+    return all(x is y for x, y in pairs)
+
+
+def _attributes(module: nn.Module) -> list[_Attributes]:
+    """Of the modules whose code is not torch's or torchmetrics': those keep no state outside buffers and metrics."""
+    foreign = (m for m in module.modules() if not type(m).__module__.startswith(("torch.", "torchmetrics.")))
+    return [_Attributes(m) for m in foreign if not isinstance(m, Metric)]
+
+
+def _outermost_metrics(module: nn.Module) -> list[nn.Module]:
+    metrics = [m for m in module.modules() if isinstance(m, Metric | MetricCollection)]
+    inside = {id(child) for m in metrics for child in m.modules() if child is not m}
+    return [m for m in metrics if id(m) not in inside]
+
+
+class MetricTape:
+    """One torchmetrics object (with the metrics inside it): what its calls returned in the first pass, to return again.
+
+    `update` and `compute` are instance attributes that torchmetrics wraps for its counting; they are put back as the
+    very objects they were.
+    """
+
+    _REPLAYED = ("forward", "compute")
+    _SILENCED = ("update", "reset")
+
+    def __init__(self, metric: nn.Module) -> None:
+        self._metrics = [m for m in metric.modules() if isinstance(m, Metric | MetricCollection)]
+        self._returned: dict[tuple[int, str], list[Any]] = {}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        with _replaced(self._metrics, {name: self._noting(name) for name in self._REPLAYED}):
+            yield
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        position = dict.fromkeys(self._returned, 0)
+        again = {name: self._returning(name, position) for name in self._REPLAYED}
+        silent = dict.fromkeys(self._SILENCED, lambda metric, original: lambda *args, **kwargs: None)
+        with _replaced(self._metrics, {**again, **silent}):
+            yield
+
+    def _noting(self, name: str) -> Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]:
+        def wrap(metric: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                value = original(*args, **kwargs)
+                self._returned.setdefault((id(metric), name), []).append(value)
+                return value
+
+            return call
+
+        return wrap
+
+    def _returning(
+        self, name: str, position: dict[tuple[int, str], int]
+    ) -> Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]:
+        def wrap(metric: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+            key = (id(metric), name)
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                values = self._returned.get(key)
+                if not values:
+                    return None
+                index = position[key]
+                position[key] = index + 1
+                return values[min(index, len(values) - 1)]
+
+            return call
+
+        return wrap
+
+
+@contextmanager
+def _replaced(
+    objects: Sequence[nn.Module], wrappers: Mapping[str, Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]]
+) -> Iterator[None]:
+    """Shadows methods by instance attributes, and puts back exactly what the instances held before."""
+    missing = object()
+    with ExitStack() as stack:
+        for held in objects:
+            for name, wrapper in wrappers.items():
+                before = held.__dict__.get(name, missing)
+                original = getattr(held, name)
+                if before is missing:
+                    stack.callback(held.__dict__.pop, name, None)
+                else:
+                    stack.callback(held.__dict__.__setitem__, name, before)
+                held.__dict__[name] = wrapper(held, original)
+        yield

@@ -1,0 +1,18 @@
+"""Relaxers: how states find a point of low or stationary energy. One solver a file; none of them sees a module."""
+
+from lightning_ebm.relaxers.base import Forces, Landscape, Relaxation, Relaxer
+from lightning_ebm.relaxers.error_coordinates import ErrorCoordinates
+from lightning_ebm.relaxers.gradient_descent import GradientDescent
+from lightning_ebm.relaxers.state_optimizer import StateOptimizer
+from lightning_ebm.relaxers.sweep import Sweep
+
+__all__ = [
+    "ErrorCoordinates",
+    "Forces",
+    "GradientDescent",
+    "Landscape",
+    "Relaxation",
+    "Relaxer",
+    "StateOptimizer",
+    "Sweep",
+]

@@ -1,0 +1,171 @@
+"""The waist of the library: the network as a function of its states, and what a relaxer gives back.
+
+Letters: ``B`` samples; a list over layers holds one tensor a state, each ``(B, ...)``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
+
+Status = Literal["converged", "max_steps", "fixed"]
+
+
+class Forces(NamedTuple):
+    """The energies of a point and their slope.
+
+    Attributes:
+        internal: I_b, energy of each sample, ``(B,)``.
+        loss: L summed over the batch, a scalar (a user's loss comes as one number, not per sample).
+        gradients: dE/dx_l with E = sum_b I_b + lambda L, one tensor a layer. In error coordinates the gradient in the
+            metric of the precision, e_l + 1/Pi_l * lambda dL/de_l, whose unit step is the fixed-point map.
+    """
+
+    internal: Tensor
+    loss: Tensor
+    gradients: list[Tensor]
+
+
+class Landscape(Protocol):
+    """All a relaxer may know of the network."""
+
+    names: Sequence[str]
+    batch_size: int
+    no_errors: Sequence[Tensor]
+    """e = 0, where descent on errors starts; the network knows these very tensors and runs no pass for them."""
+
+    def forces(self, states: Sequence[Tensor], strength: float) -> Forces:
+        """E and dE/dx at the given states, loss weighted by `strength`."""
+
+    def error_forces(self, errors: Sequence[Tensor], strength: float) -> Forces:
+        """The same at x_l = rho(a_l) + e_l, as a function of the errors e."""
+
+    def per_sample(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Sums each tensor over all but the batch, then over the list: ``(B,)``."""
+
+    def spread(self, values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        """One number a sample ``(B,)`` shaped to multiply each tensor of the list."""
+
+
+@dataclass
+class Relaxation:
+    """Where a relaxation ended and how it went.
+
+    Attributes:
+        point: states x_l, or errors e_l, one tensor a layer.
+        coordinates: which of the two `point` holds; "arrival" for the displacement with which the signal first arrives
+            at each layer, to be read with everything else still at the free equilibrium.
+        status: "converged" (every sample within tolerance), "max_steps" (a tolerance was asked for and not reached) or
+            "fixed" (a number of steps was asked for and taken).
+        steps: steps taken by the slowest sample.
+        residual: |force| at the end over |force| at the start, per sample, ``(B,)``; 0 where nothing pulled.
+        energies: total energy I + lambda L of the batch before each step, a list of scalars.
+    """
+
+    point: list[Tensor]
+    coordinates: Literal["states", "errors", "arrival"]
+    status: Status
+    steps: int
+    residual: Tensor
+    energies: list[Tensor] = field(default_factory=list)
+
+
+class Relaxer(ABC):
+    """Moves states from the free point `start` towards equilibrium of I + strength * loss."""
+
+    update: ClassVar[Literal["contrast", "first-arrival"]] = "contrast"
+    """How its result is meant to be read; see `Algorithm.update`."""
+
+    needs_error_coordinates: ClassVar[bool] = False
+    """Whether the energy must be a quadratic of errors, see `QuadraticEnergy`."""
+
+    @abstractmethod
+    def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
+        """Relaxes. Must raise `RelaxationDivergedError` rather than return states that ran away."""
+
+
+def checked_steps(owner: object, max_steps: int, tol: float) -> None:
+    """Refuses counts and tolerances that cannot be meant."""
+    name = type(owner).__name__
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
+        raise ConfigurationError(f"{name}(max_steps={max_steps!r}): expected a whole number of at least 1.")
+    if not 0 <= tol < 1:
+        raise ConfigurationError(
+            f"{name}(tol={tol!r}): the tolerance is a fraction of the force that started the relaxation; expected"
+            " 0 <= tol < 1, where 0 means exactly max_steps steps."
+        )
+
+
+def force_norm(landscape: Landscape, gradients: Sequence[Tensor]) -> Tensor:
+    """|dE/dx| of each sample, ``(B,)``."""
+    return landscape.per_sample([gradient.square() for gradient in gradients]).sqrt()
+
+
+def fixed_steps(
+    landscape: Landscape,
+    evaluate: Callable[[list[Tensor], float], Forces],
+    move: Callable[[list[Tensor], list[Tensor]], list[Tensor]],
+    start: Sequence[Tensor],
+    strength: float,
+    max_steps: int,
+    owner: Relaxer,
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """Exactly `max_steps` moves; returns the point, relative residuals and energies. Refuses to return a runaway.
+
+    The forces at the final point are evaluated too: an update read there must not come from a last step that left the
+    basin, and the network keeps that pass for the update, so it costs nothing.
+    """
+    point, previous, energies, norms = list(start), None, [], []
+    for step in range(max_steps + 1):
+        forces = evaluate(point, strength)
+        energies.append(forces.internal.sum() + strength * forces.loss)
+        norms.append(force_norm(landscape, forces.gradients))
+        if step < max_steps:
+            previous = (point, forces.gradients)
+            point = move(point, forces.gradients)
+    assert previous is not None
+    first, last = norms[0], norms[-1]
+    trace = torch.stack([value.detach() for value in energies])
+    # Force of the whole batch, so that one sample at rest from the start does not divide by nothing.
+    growth = last.norm() / first.norm().clamp_min(torch.finfo(first.dtype).tiny)
+    # Descent at positive lambda cannot raise the energy unless a step overshoots; at negative lambda the energy may
+    # fall without bound, and only the growing force tells. 1e-4 is room for the float32 rounding of a sum.
+    rose = strength > 0 and bool(trace[-1] > trace[0] + 1e-4 * trace[0].abs())
+    if not bool(torch.isfinite(trace).all()) or not bool(torch.isfinite(last).all()) or rose or bool(growth > 10):
+        raise diverged(landscape, owner, previous, (point, forces.gradients), strength, trace, float(growth))
+    return point, last / first.clamp_min(torch.finfo(first.dtype).tiny), list(trace)
+
+
+def diverged(
+    landscape: Landscape,
+    owner: Relaxer,
+    before: tuple[list[Tensor], list[Tensor]],
+    after: tuple[list[Tensor], list[Tensor]],
+    strength: float,
+    energies: Tensor,
+    growth: float,
+) -> RelaxationDivergedError:
+    """The error that names the layer that ran furthest, and the step size its curvature would have allowed."""
+    (point_0, gradient_0), (point_1, gradient_1) = before, after
+    norms = [float(gradient.norm()) for gradient in gradient_1]
+    worst = max(range(len(norms)), key=lambda k: norms[k] if norms[k] == norms[k] else float("inf"))
+    moved = sum(float((b - a).square().sum()) for a, b in zip(point_0, point_1, strict=True))
+    turned = sum(
+        float(((h - g) * (b - a)).sum()) for a, b, g, h in zip(point_0, point_1, gradient_0, gradient_1, strict=True)
+    )
+    curvature = turned / moved if moved else 0.0
+    hint = (
+        f"below {2 / curvature:.2g} (2 / {curvature:.3g}, the curvature met here)" if 0 < curvature < 1e30 else "lower"
+    )
+    return RelaxationDivergedError(
+        f"{type(owner).__name__} diverged at nudge {strength:g}: the force grew to {growth:.3g} times its start, the"
+        f" energy went from {float(energies[0]):.4g} to {float(energies[-1]):.4g}; layer {landscape.names[worst]!r} ran"
+        " furthest. A step larger than 2 / (largest curvature of the energy) grows every time, and weights that grow in"
+        f" training raise the curvature: an update read here would be noise. Take a learning rate of the states {hint},"
+        " a smaller nudge, or a relaxer that chooses its own step: ebm.ErrorCoordinates(max_steps=64, tol=1e-3)."
+    )

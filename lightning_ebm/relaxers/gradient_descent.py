@@ -1,0 +1,58 @@
+"""Euler steps on the states."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, checked_steps, fixed_steps
+from lightning_ebm.relaxers.descent import descend
+
+
+@dataclass(frozen=True)
+class GradientDescent(Relaxer):
+    """x <- x - lr dE/dx, all layers at once (Jacobi), from the free point.
+
+    With ``tol=0`` exactly `max_steps` steps of exactly `lr` are taken; a run that diverges raises. With ``tol > 0``
+    every sample stops by itself once its force has fallen to `tol` of what it started with, and steps that overshoot
+    are shortened, never lengthened beyond `lr`.
+
+    The trap: float32 keeps x = prediction + error with an error of 1e-7 / lambda in the update. Below lambda = 1e-3
+    use `ErrorCoordinates`.
+
+    Args:
+        lr: step size, in units of state per force.
+        max_steps: how many steps, or how many at most.
+        tol: relative force at which a sample has settled.
+
+    Raises:
+        ConfigurationError: an argument out of range.
+
+    Source:
+        Whittington and Bogacz 2017, eq. 2.7; simultaneous steps as in Song et al. 2020.
+    """
+
+    lr: float = 0.1
+    max_steps: int = 20
+    tol: float = 0.0
+
+    def __post_init__(self) -> None:
+        checked_steps(self, self.max_steps, self.tol)
+        if not self.lr > 0:
+            raise ConfigurationError(f"GradientDescent(lr={self.lr!r}): expected a positive step size, such as 0.1.")
+
+    def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
+        if self.tol:
+            found = descend(
+                landscape, landscape.forces, start, strength, self.lr, self.max_steps, self.tol, longest=self.lr
+            )
+            return Relaxation(found.point, "states", found.status, found.steps, found.residual, found.energies)
+
+        def euler(states: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+            return [state - self.lr * gradient for state, gradient in zip(states, gradients, strict=True)]
+
+        states, residual, energies = fixed_steps(
+            landscape, landscape.forces, euler, start, strength, self.max_steps, self
+        )
+        return Relaxation(states, "states", "fixed", self.max_steps, residual, energies)

@@ -1,0 +1,65 @@
+"""Any torch optimizer, on states instead of parameters."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, checked_steps, fixed_steps
+
+
+class StateOptimizer(Relaxer):
+    """The states of all layers, as the parameters of ``optimizer(states, **options)``, descending dE/dx.
+
+    A fresh optimizer for every relaxation: moments do not leak from one batch into the next.
+
+    Args:
+        optimizer: a `torch.optim.Optimizer` class, or any callable with its signature.
+        max_steps: steps taken, exactly.
+        options: the optimizer's own, ``lr=0.1``; one that it does not know is an error here, not later.
+
+    Raises:
+        ConfigurationError: the optimizer refuses its options, or needs a closure as LBFGS does.
+    """
+
+    def __init__(self, optimizer: Callable[..., torch.optim.Optimizer], max_steps: int, **options: Any) -> None:
+        checked_steps(self, max_steps, 0.0)
+        self.optimizer = optimizer
+        self.max_steps = max_steps
+        self.options = options
+        name = getattr(optimizer, "__name__", repr(optimizer))
+        if optimizer is torch.optim.LBFGS:
+            raise ConfigurationError(
+                "StateOptimizer(LBFGS): it re-evaluates a closure within a step, which would hide relaxation steps from"
+                " the count. Take torch.optim.SGD with momentum, torch.optim.Adam, or ebm.ErrorCoordinates."
+            )
+        try:
+            self._made([torch.zeros(1, requires_grad=True)])
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"StateOptimizer({name}, **{options!r}): {error}") from error
+
+    def _made(self, variables: list[Tensor]) -> torch.optim.Optimizer:
+        return self.optimizer(variables, **self.options)
+
+    def __repr__(self) -> str:
+        options = "".join(f", {key}={value!r}" for key, value in self.options.items())
+        name = getattr(self.optimizer, "__name__", repr(self.optimizer))
+        return f"StateOptimizer({name}, max_steps={self.max_steps}{options})"
+
+    def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
+        variables = [state.clone().requires_grad_() for state in start]
+        optimizer = self._made(variables)
+
+        def step(_: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+            for variable, gradient in zip(variables, gradients, strict=True):
+                variable.grad = gradient
+            optimizer.step()
+            # A copy: the optimizer works in place, and the caller compares a point with the one before.
+            return [variable.detach().clone() for variable in variables]
+
+        states, residual, energies = fixed_steps(
+            landscape, landscape.forces, step, start, strength, self.max_steps, self
+        )
+        return Relaxation(states, "states", "fixed", self.max_steps, residual, energies)

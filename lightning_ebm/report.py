@@ -1,0 +1,90 @@
+"""How the last step went, in plain numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.relaxers import Relaxation
+
+
+class PhaseEntry(TypedDict):
+    """One relaxation: nudge, status, steps of the slowest sample, energy I + lambda L of the batch before each step."""
+
+    nudge: float
+    status: str
+    steps: int
+    energies: list[float]
+    residual: list[float]
+
+
+class Report(TypedDict):
+    """What a step did; JSON-able.
+
+    loss: of the forward pass, in the user's own reduction. result: the worst status of the phases: "converged",
+    "fixed" (as many steps as asked for), "max_steps" (a tolerance was asked for and not reached), "none" (backprop).
+    steps: of all phases together. residual: force left over force at the start, the worst of the phases, per sample.
+    energy_free, energy_nudged: I + lambda L of the batch at the forward pass or free equilibrium, and at the end of the
+    first nudged phase. phases: each of them. layers: the names of the states.
+    """
+
+    loss: float
+    result: str
+    steps: int
+    residual: list[float]
+    energy_free: float
+    energy_nudged: float
+    phases: list[PhaseEntry]
+    layers: list[str]
+    algorithm: dict[str, str]
+
+
+@dataclass(frozen=True)
+class PhaseReport:
+    """A relaxation without its states."""
+
+    nudge: float
+    status: str
+    steps: int
+    residual: Tensor
+    energies: list[Tensor]
+
+    @classmethod
+    def of(cls, nudge: float, found: Relaxation) -> "PhaseReport":
+        """Keeps what a report needs, so that the states can be freed."""
+        return cls(nudge, found.status, found.steps, found.residual.detach(), found.energies)
+
+
+_WORST_FIRST = ("max_steps", "fixed", "converged")
+
+
+def report_of(algorithm: Algorithm, names: Sequence[str], phases: Sequence[PhaseReport], loss: Tensor) -> Report:
+    """Reads the numbers off the device, once."""
+    entries: list[PhaseEntry] = [
+        {
+            "nudge": phase.nudge,
+            "status": phase.status,
+            "steps": phase.steps,
+            "energies": torch.stack(phase.energies).tolist() if phase.energies else [],
+            "residual": phase.residual.tolist(),
+        }
+        for phase in phases
+    ]
+    found = {phase["status"] for phase in entries}
+    nudged = next((phase for phase in entries if phase["nudge"]), None)
+    free = next((phase for phase in entries if not phase["nudge"]), None)
+    residuals = [phase.residual for phase in phases]
+    return {
+        "loss": float(loss),
+        "result": next((status for status in _WORST_FIRST if status in found), "none"),
+        "steps": sum(phase["steps"] for phase in entries),
+        "residual": torch.stack(residuals).amax(0).tolist() if residuals else [],
+        "energy_free": free["energies"][-1] if free else 0.0,
+        "energy_nudged": nudged["energies"][-1] if nudged else 0.0,
+        "phases": entries,
+        "layers": list(names),
+        "algorithm": algorithm.describe(),
+    }

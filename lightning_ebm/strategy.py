@@ -1,0 +1,193 @@
+"""The adapter between the engine and Lightning's training loop: the only place that knows that loop."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_ebm.algorithm import Algorithm, algorithm as preset
+from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.layers import Layers, Output
+from lightning_ebm.learner import Learner, Step, check_options
+from lightning_ebm.substitution import batch_size_of
+
+
+class EBMStrategy(SingleDeviceStrategy):
+    """Trains an untouched LightningModule on one device by relaxing the states of its layers on an energy.
+
+    ``Trainer(strategy=EBMStrategy("predictive-coding"))``; optimizers, schedulers, clipping, accumulation, precision,
+    checkpoints, loggers and callbacks work as they did. In place of the loss, `backward` hands Lightning a scalar of
+    the same value whose gradient is the update.
+
+    Args:
+        algorithm: a preset's name, see `algorithms()`, or an `Algorithm`.
+        layers: which calls carry states, see `Learner`.
+        output: "readout", "state" or "auto", see `Learner`.
+        loss_reduction: how the module's loss reduces over the batch, "mean" or "sum".
+        device: where to train; None is the device that the Trainer chose.
+        accelerator: Lightning's own.
+        checkpoint_io: Lightning's own.
+        precision_plugin: Lightning's own.
+
+    Raises:
+        ConfigurationError: an argument that cannot work; more than one device; manual optimization with a relaxing
+            algorithm whose step has already changed the parameters.
+    """
+
+    strategy_name = "ebm"
+
+    def __init__(
+        self,
+        algorithm: str | Algorithm = "predictive-coding",
+        *,
+        layers: Layers = None,
+        output: Output = "auto",
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        device: str | torch.device | None = None,
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(
+            device=device or "cpu",
+            accelerator=accelerator,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+        # Lightning fills this on any strategy that has it, and otherwise leaves a single-device strategy on the CPU.
+        self.parallel_devices: list[torch.device] | None = [self._root_device] if device is not None else None
+        check_options(output, loss_reduction)
+        self.algorithm = preset(algorithm)
+        self.layers: Layers = layers
+        self.output: Output = output
+        self.loss_reduction: Literal["mean", "sum"] = loss_reduction
+        self._learner: Learner | None = None
+        self._step: Step | None = None
+        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    @property
+    def root_device(self) -> torch.device:
+        return self.parallel_devices[0] if self.parallel_devices else self._root_device
+
+    @property
+    def learner(self) -> Learner:
+        """The engine; its `report` tells how the last step went. There is one once the Trainer has a module."""
+        if self._learner is None:
+            raise ConfigurationError("This EBMStrategy has no module yet: Trainer.fit gives it one.")
+        return self._learner
+
+    def describe(self) -> dict[str, Any]:
+        """Every setting as text, for the configuration of a run."""
+        return {
+            **self.algorithm.describe(),
+            **{name: str(getattr(self, name)) for name in ("layers", "output", "loss_reduction")},
+        }
+
+    def setup(self, trainer: Trainer) -> None:
+        """Lightning's own, after checking what only now is known."""
+        if self.parallel_devices and len(self.parallel_devices) > 1:
+            raise ConfigurationError(
+                f"EBMStrategy trains on one device and the Trainer was given {len(self.parallel_devices)}: it would"
+                " train the same model on each of them, or on one of them in silence. Use devices=1."
+            )
+        super().setup(trainer)
+
+    def connect(self, model: LightningModule) -> None:
+        """Lightning's own; the engine is made for the module here."""
+        super().connect(model)
+        self._learner = Learner(
+            model,
+            self.algorithm,
+            layers=self.layers,
+            output=self.output,
+            loss_reduction=self.loss_reduction,
+            quiet=self._quiet,
+        )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """The user's own step, with every state at its prediction: this pass is the one with side effects."""
+        self._arguments = (args, kwargs)
+        self._step = self.learner.begin(self._again, batch_size_of((args, kwargs)))
+        with self._step.first_pass():
+            return super().training_step(*args, **kwargs)
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Relaxes, and lets Lightning run its backward on the scalar whose gradient is the update."""
+        if self._step is None:
+            raise ConfigurationError(
+                "EBMStrategy.backward was called outside a training step: there is no batch to relax."
+            )
+        surrogate = self._step.surrogate(closure_loss, 1 / self._accumulated())
+        return super().backward(surrogate, optimizer, *args, **kwargs)
+
+    def true_gradients(self) -> dict[str, Tensor]:
+        """Backprop's gradient on the micro-batch of the last step, scaled as Lightning scales that step's update.
+
+        Call it between `training_step` and the optimizer's step, as `on_after_backward` does. No side effects.
+        """
+        if self._step is None:
+            raise ConfigurationError("There is no training step yet whose gradient could be computed.")
+        found = self._step.true_gradients()
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        scale = (float(scaler.get_scale()) if scaler is not None else 1.0) / self._accumulated()
+        return {name: gradient * scale for name, gradient in found.items()} if scale != 1.0 else found
+
+    def teardown(self) -> None:
+        """Lightning's own; drops the last batch and its graph."""
+        self._step = None
+        self._arguments = ((), {})
+        super().teardown()
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        """Adds the name "ebm"."""
+        strategy_registry.register(cls.strategy_name, cls, description="Energy-based learning on one device")
+
+    def _accumulated(self) -> int:
+        """By how much Lightning has divided the loss; read at every step, as a scheduler may change it."""
+        module = self.lightning_module
+        assert module is not None
+        return module.trainer.accumulate_grad_batches if module.automatic_optimization else 1
+
+    def _again(self) -> Tensor:
+        """The step once more, for its loss."""
+        args, kwargs = self._arguments
+        output = super().training_step(*args, **kwargs)
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        return loss  # type: ignore[return-value]  # checked by whoever asked
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """`self.log` and its kin do nothing in further passes."""
+        module = self.lightning_module
+        assert module is not None
+        held = {name: module.__dict__[name] for name in _LOGGING if name in module.__dict__}
+        for name in _LOGGING:
+            module.__dict__[name] = _nothing
+        try:
+            yield
+        finally:
+            for name in _LOGGING:
+                del module.__dict__[name]
+            module.__dict__.update(held)
+
+
+_LOGGING = ("log", "log_dict", "print")
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Stands in for `LightningModule.log` in passes that must not be heard."""
+
+
+if EBMStrategy.strategy_name not in StrategyRegistry:
+    EBMStrategy.register_strategies(StrategyRegistry)

@@ -1,0 +1,209 @@
+"""Replacing what layers return by states, for one pass of the user's own code.
+
+The only file that touches a user's modules. It does so with forward hooks, inside a context manager that removes them
+whatever happens; the user's own hooks run as ever, before.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_ebm.energies import LayerView
+
+
+class StateKey(NamedTuple):
+    """One state: the part-th tensor that the call-th call of a module returns. Single outputs have part 0."""
+
+    name: str
+    call: int
+    part: int
+
+    def __str__(self) -> str:
+        suffix = f"#{self.call}" if self.call else ""
+        return f"{self.name}{suffix}" + (f"[{self.part}]" if self.part else "")
+
+
+@dataclass
+class Call:
+    """What one pass saw at one layer.
+
+    Attributes:
+        key: which call.
+        module: the module called.
+        drive: a_l; the prediction where the layer is a block.
+        prediction: mu_l, in at least float32, with its graph down to the parents' states.
+        state: x_l, a leaf in at least float32; None where the call carries no state.
+    """
+
+    key: StateKey
+    module: nn.Module
+    drive: Tensor
+    prediction: Tensor
+    state: Tensor | None = None
+    handed_out: Tensor | None = None
+
+    @property
+    def view(self) -> LayerView:
+        activation = None if self.drive is self.prediction else self.module
+        return LayerView(self.key.name, self.key.call, self.drive, self.prediction, activation)
+
+    @property
+    def written(self) -> bool:
+        """Whether the user's code wrote to the state it was given (an in-place activation or addition after it)."""
+        return self.handed_out is not None and self.handed_out._version > 0
+
+
+@dataclass
+class WeightedOutput:
+    """The output of a call of a module with parameters of its own; discovery finds the network's end by them."""
+
+    key: StateKey
+    module: nn.Module
+    tensor: Tensor
+    trainable: bool
+
+    @property
+    def nodes(self) -> set[Any]:
+        return {self.tensor.grad_fn} if self.tensor.grad_fn is not None else set()
+
+
+@dataclass
+class Pass:
+    """One run of the user's code with states in place.
+
+    Attributes:
+        calls: every call of a candidate, in the order in which they returned.
+        loss: what the run returned, a scalar; set by whoever ran it.
+        batch_size: first dimension of what the module was called with, if it was called and had one.
+        weighted: outputs of all modules with parameters, when asked for.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    loss: Any = None
+    batch_size: int | None = None
+    weighted: list[WeightedOutput] = field(default_factory=list)
+
+    @property
+    def layers(self) -> list[Call]:
+        """The calls that carry a state."""
+        return [call for call in self.calls if call.state is not None]
+
+    @property
+    def states(self) -> list[Tensor]:
+        """x_l of every layer."""
+        return [call.state for call in self.calls if call.state is not None]
+
+
+StateOf = Callable[[StateKey, Tensor], Tensor | None]
+"""Chooses x_l from the key and the prediction; None leaves the call alone."""
+
+
+@contextmanager
+def substituted(
+    root: nn.Module,
+    candidates: Mapping[nn.Module, str],
+    state_of: StateOf,
+    copies: Callable[[StateKey], bool],
+    find_weighted: bool = False,
+) -> Iterator[Pass]:
+    """Runs the body with every candidate's output replaced by the state chosen for it.
+
+    Args:
+        root: the user's module, for the batch size.
+        candidates: the modules to watch, and their names.
+        state_of: gives the state; it is handed on in the prediction's dtype.
+        copies: whether this state must be handed out as a copy, because the user's code writes to it.
+        find_weighted: note the outputs of all modules with parameters of their own, too.
+    """
+    observed = Pass()
+    counts: dict[nn.Module, int] = {}
+    untouched_drive: dict[nn.Module, Tensor] = {}
+
+    def before_in_place(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            untouched_drive[module] = args[0].clone()
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        number = counts.get(module, 0)
+        counts[module] = number + 1
+        inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        block = next(module.parameters(), None) is not None and not isinstance(module, nn.PReLU)
+        drive = untouched_drive.pop(module, inputs[0] if inputs and not block else None)
+        leaves, structure = pytree.tree_flatten(output)
+        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        for part, i in enumerate(tensors):
+            key = StateKey(candidates[module], number, part)
+            original = leaves[i]
+            prediction = at_least_float32(original)
+            call = Call(key, module, prediction if drive is None else at_least_float32(drive), prediction)
+            observed.calls.append(call)
+            state = state_of(key, prediction)
+            if state is not None:
+                call.state = state
+                call.handed_out = state.to(original.dtype) if state.dtype != original.dtype else state
+                if call.handed_out is state and copies(key):
+                    call.handed_out = state.clone()
+                leaves[i] = call.handed_out
+        return pytree.tree_unflatten(leaves, structure)
+
+    def note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if observed.batch_size is None:
+            observed.batch_size = batch_size_of((args, kwargs))
+
+    with ExitStack() as stack:
+        add = stack.callback
+        if find_weighted:
+            for name, module in root.named_modules():
+                if any(True for _ in module.parameters(recurse=False)):
+                    note = _noting_weighted(observed, clean(name))
+                    add(module.register_forward_hook(note).remove)
+        for module in candidates:
+            if getattr(module, "inplace", False):
+                add(module.register_forward_pre_hook(before_in_place).remove)
+            add(module.register_forward_hook(after, with_kwargs=True).remove)
+        add(root.register_forward_pre_hook(note_batch, with_kwargs=True).remove)
+        if any(name.startswith("_orig_mod") or "._orig_mod" in name for name, _ in root.named_modules()):
+            # A compiled network would not see the hooks: for these passes it runs as it was written.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield observed
+
+
+def _noting_weighted(observed: Pass, name: str) -> Callable[[nn.Module, Any, Any], None]:
+    count = itertools.count()
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        number = next(count)
+        tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+        trainable = any(p.requires_grad for p in module.parameters(recurse=False))
+        for part, tensor in enumerate(tensors):
+            key = StateKey(name, number, part)
+            observed.weighted.append(WeightedOutput(key, module, tensor, trainable))
+
+    return note
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """States and energies live in float32 even where the network computes in less: phase differences would drown."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether a layer at this module is a nonlinearity of its drive, not a block with weights of its own."""
+    return isinstance(module, nn.PReLU) or next(module.parameters(), None) is None
+
+
+def clean(name: str) -> str:
+    """A parameter's or module's name as the user wrote the model, without what torch.compile puts before it."""
+    return name.replace("_orig_mod.", "")
+
+
+def batch_size_of(batch: Any) -> int | None:
+    """First dimension of the first tensor in a batch, or in a call's arguments, that has one."""
+    sized = (t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim > 0)
+    return next((t.shape[0] for t in sized), None)

@@ -1,0 +1,116 @@
+"""The layer table."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_ebm.layers import Layers, Output
+from lightning_ebm.learner import Learner
+from lightning_ebm.substitution import clean
+from lightning_ebm.wiring import Plan
+
+
+class LayerSummary(NamedTuple):
+    """One layer.
+
+    Attributes:
+        name: the module.
+        call: which call of it, from 0.
+        state_shape: of x_l, batch first.
+        activation: class of its nonlinearity, None where the layer is a whole block.
+        parameters: names of those in its drive.
+        num_parameters: their elements.
+        modules_between: modules with parameters between its parents' states and it; 1 is as local as can be.
+        parents: what its drive is computed from, names of states or "input".
+    """
+
+    name: str
+    call: int
+    state_shape: tuple[int, ...]
+    activation: str | None
+    parameters: tuple[str, ...]
+    num_parameters: int
+    modules_between: int
+    parents: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The layers of a module, and what enters the loss directly. `str` gives the table.
+
+    Attributes:
+        layers: one `LayerSummary` a state, in the order of the forward pass.
+        readout: names of the parameters between the last states and the loss.
+    """
+
+    module: str
+    layers: list[LayerSummary]
+    readout: tuple[str, ...]
+
+    def __str__(self) -> str:
+        header = ("layer", "state", "activation", "parents", "parameters in its drive", "modules between")
+        rows = [
+            (
+                f"{layer.name}#{layer.call}" if layer.call else layer.name,
+                " x ".join(map(str, layer.state_shape)),
+                layer.activation or "block",
+                ", ".join(layer.parents),
+                f"{', '.join(layer.parameters)} ({layer.num_parameters:,})" if layer.parameters else "none",
+                str(layer.modules_between),
+            )
+            for layer in self.layers
+        ]
+        rows.append(("(loss)", "", "read-out" if self.readout else "", "", ", ".join(self.readout) or "none", ""))
+        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)
+        ]
+        rule = "  ".join("-" * width for width in widths)
+        return "\n".join([f"{self.module}: {len(self.layers)} layers with states", lines[0], rule, *lines[1:]])
+
+
+def summary(module: nn.Module, *example_inputs: Any, layers: Layers = None, output: Output = "auto") -> Summary:
+    """Finds the layers of a module by running it once on example inputs, without side effects.
+
+    Args:
+        module: any module; called as ``module(*example_inputs)``.
+        example_inputs: one batch of them.
+        layers: as in `Learner`.
+        output: as in `Learner`.
+
+    Raises:
+        LayerDiscoveryError: nothing could carry a state.
+        ConfigurationError: `layers` or `output` name nothing, or the module returns nothing differentiable.
+    """
+
+    def pretended_loss() -> Tensor:
+        leaves = pytree.tree_leaves(module(*example_inputs))
+        parts = [leaf.sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+        return torch.stack(parts).sum() if parts else torch.zeros(())
+
+    learner = Learner(module, layers=layers, output=output)
+    learner.begin(pretended_loss)
+    assert learner.plan is not None
+    return of_plan(module, learner.plan)
+
+
+def of_plan(module: nn.Module, plan: Plan) -> Summary:
+    """The table of layers already found."""
+    sizes = {clean(name): p.numel() for name, p in module.named_parameters()}
+    layers = [
+        LayerSummary(
+            row.key.name,
+            row.key.call,
+            row.state_shape,
+            row.activation,
+            row.parameters,
+            sum(sizes[name] for name in row.parameters),
+            row.modules_between,
+            tuple(str(plan.states[p]) for p in row.parents) or ("input",),
+        )
+        for row in plan.rows
+    ]
+    return Summary(type(module).__name__, layers, plan.loss_parameters)

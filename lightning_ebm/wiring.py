@@ -1,0 +1,181 @@
+"""The graph between the cuts of one pass: which states, parameters and weighted modules feed which."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_ebm.purity import BufferName
+from lightning_ebm.substitution import Pass, StateKey, WeightedOutput, clean, is_activation
+
+
+class Row(NamedTuple):
+    """What discovery learned of one call that carries a state.
+
+    Attributes:
+        key: which call.
+        state_shape: shape of the state, batch first.
+        activation: name of the nonlinearity's class, or None for a whole block.
+        parameters: names of the parameters in the drive, in the order of the module.
+        modules_between: modules with parameters between the parents' states and this one; 1 is as local as can be.
+        parents: indices of the states its drive is computed from; empty where only the input is.
+    """
+
+    key: StateKey
+    state_shape: tuple[int, ...]
+    activation: str | None
+    parameters: tuple[str, ...]
+    modules_between: int
+    parents: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which calls carry states in passes whose sequence of candidate calls is `calls`.
+
+    Attributes:
+        candidates: modules to watch, and their names.
+        calls: every call of theirs, in order, with a state or not.
+        states: the calls that carry a state, in order.
+        copies: the states that the user's code writes to in place: they are handed out as copies.
+        rows: one a state.
+        loss_parents: indices of the states the loss is computed from directly.
+        loss_parameters: names of the parameters between those states and the loss, or in the loss itself.
+        reached: names of all parameters that backprop would reach.
+        buffers: those that a pass changes.
+    """
+
+    candidates: Mapping[nn.Module, str]
+    calls: tuple[StateKey, ...]
+    states: tuple[StateKey, ...]
+    copies: frozenset[StateKey]
+    rows: tuple[Row, ...]
+    loss_parents: tuple[int, ...]
+    loss_parameters: tuple[str, ...]
+    reached: frozenset[str]
+    buffers: frozenset[BufferName] = frozenset()
+
+
+class Wiring:
+    """The graph between the cuts of one pass."""
+
+    def __init__(self, module: nn.Module, observed: Pass) -> None:
+        self._pass = observed
+        self._parameters = {id(p): clean(name) for name, p in module.named_parameters()}
+        self._order = {name: index for index, name in enumerate(self._parameters.values())}
+        self._owners = {id(p): clean(name) for name, m in module.named_modules() for p in m.parameters(recurse=False)}
+        self._state_index = {id(call.state): k for k, call in enumerate(observed.calls) if call.state is not None}
+        self._above_loss = Region([observed.loss])
+        self._above = [Region([call.prediction]) for call in observed.calls]
+
+    def _parents(self, region: "Region") -> tuple[int, ...]:
+        return tuple(sorted(self._state_index[i] for i in region.leaves if i in self._state_index))
+
+    def _names(self, region: "Region") -> tuple[str, ...]:
+        names = {
+            self._parameters[i] for i, leaf in region.leaves.items() if i in self._parameters and leaf.requires_grad
+        }
+        return tuple(sorted(names, key=self._order.__getitem__))
+
+    def _live(self) -> set[int]:
+        """States that the loss depends on."""
+        live: set[int] = set()
+        queue = list(self._parents(self._above_loss))
+        while queue:
+            if (k := queue.pop()) not in live:
+                live.add(k)
+                queue.extend(self._parents(self._above[k]))
+        return live
+
+    def useful(self) -> set[StateKey]:
+        """Calls the loss depends on and trainable parameters feed; the others are constants or inputs, not layers."""
+        fed: set[int] = set()
+        for k, region in enumerate(self._above):  # in the order of the calls, so parents come first
+            if self._names(region) or fed & set(self._parents(region)):
+                fed.add(k)
+        return {self._pass.calls[k].key for k in self._live() & fed}
+
+    def ends(self, but_activations: bool = False) -> set[StateKey]:
+        """Calls whose states enter the loss with no weighted module, and no other layer, after them."""
+        weighted = self._pass.weighted
+        stops = {node for output in weighted for node in output.nodes}
+        direct = set(self._parents(Region([self._pass.loss], stops)))
+        feeding = {parent for region in self._above for parent in self._parents(region)}
+        # A hidden state that a penalty takes into the loss as well still feeds its weighted successor.
+        after = Region([output.tensor for output in weighted if output.nodes & self._above_loss.nodes])
+        ends = [self._pass.calls[k] for k in direct - feeding - set(self._parents(after))]
+        return {call.key for call in ends if not (but_activations and is_activation(call.module))}
+
+    def heads(self) -> list[WeightedOutput]:
+        """Calls of weighted modules whose outputs enter the loss with no weighted module after them."""
+        weighted = [output for output in self._pass.weighted if output.trainable]
+        hit = Region([self._pass.loss], {node for output in weighted for node in output.nodes}).stopped
+        return [output for output in weighted if output.nodes & hit]
+
+    def plan(self, candidates: Mapping[nn.Module, str]) -> Plan:
+        calls = self._pass.calls
+        index = {k: i for i, k in enumerate(k for k, call in enumerate(calls) if call.state is not None)}
+
+        def parents(region: Region) -> tuple[int, ...]:
+            return tuple(index[k] for k in self._parents(region))
+
+        rows = []
+        for k in index:
+            call, region = calls[k], self._above[k]
+            names = self._names(region)
+            owners = {self._owners[i] for i in region.leaves if i in self._owners and region.leaves[i].requires_grad}
+            rows.append(
+                Row(
+                    call.key,
+                    tuple(call.prediction.shape),
+                    type(call.module).__name__ if is_activation(call.module) else None,
+                    names,
+                    len(owners),
+                    parents(region),
+                )
+            )
+        reached = set(self._names(self._above_loss)).union(*(row.parameters for row in rows))
+        return Plan(
+            candidates=candidates,
+            calls=tuple(call.key for call in calls),
+            states=tuple(calls[k].key for k in index),
+            copies=frozenset(calls[k].key for k in index if calls[k].written),
+            rows=tuple(rows),
+            loss_parents=parents(self._above_loss),
+            loss_parameters=self._names(self._above_loss),
+            reached=frozenset(reached),
+        )
+
+
+class Region:
+    """Everything a tensor was computed from, back to leaves and to the given stops."""
+
+    def __init__(self, tensors: Iterable[Tensor], stops: Iterable[Any] = ()) -> None:
+        self.leaves: dict[int, Tensor] = {}
+        self.nodes: set[Any] = set()
+        self.stopped: set[Any] = set()
+        stop = set(stops)
+        queue: list[Any] = []
+        for tensor in tensors:
+            if tensor.grad_fn is not None:
+                queue.append(tensor.grad_fn)
+            elif tensor.requires_grad:
+                self.leaves[id(tensor)] = tensor
+        while queue:
+            node = queue.pop()
+            if node in self.nodes:
+                continue
+            self.nodes.add(node)
+            if node in stop:
+                self.stopped.add(node)
+            elif (leaf := getattr(node, "variable", None)) is not None:
+                self.leaves[id(leaf)] = leaf
+            else:
+                queue.extend(n for n, _ in node.next_functions if n is not None)
+
+
+def reached_parameters(module: nn.Module, scalar: Tensor) -> frozenset[str]:
+    """Names of the trainable parameters that a gradient of `scalar` would reach."""
+    leaves = Region([scalar]).leaves
+    return frozenset(clean(name) for name, p in module.named_parameters() if id(p) in leaves)

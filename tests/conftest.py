@@ -1,0 +1,13 @@
+"""Settings of the machine and of loggers, for every test."""
+
+import os
+
+import torch
+
+# One thread a worker: on a busy machine two are slower than one, and sums are added in another order.
+torch.set_num_threads(1)
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_SILENT", "true")
+os.environ.setdefault("WANDB_CONSOLE", "off")
+os.environ.setdefault("WANDB_X_DISABLE_STATS", "true")
+os.environ.setdefault("WANDB_X_DISABLE_META", "true")
