@@ -25,7 +25,7 @@ def checked_loss(loss: Any) -> Tensor:
         )
     if not loss.requires_grad:
         raise ConfigurationError(
-            "The loss does not depend on any parameter or state through autograd: it was computed under torch.no_grad(),"
+            "The loss does not depend on any parameter or state through autograd: it was computed under no_grad,"
             " from detached tensors, from .item(), or from outputs that are not the module's. Nothing could be learned"
             " from it; return the loss tensor itself."
         )

@@ -125,8 +125,12 @@ def _chosen(module: nn.Module, layers: ChosenLayers) -> dict[nn.Module, str]:
     named = {clean(name): m for name, m in module.named_modules() if name}
     if isinstance(layers, str):
         raise ConfigurationError(f"layers={layers!r}: expected a list of names; write layers=[{layers!r}].")
+    chosen: dict[nn.Module, str]
+    if isinstance(layers, tuple) and all(isinstance(name, str) for name in layers):
+        layers = [str(name) for name in layers]
     if isinstance(layers, type | tuple):
-        chosen = {m: name for name, m in named.items() if isinstance(m, layers)}
+        kinds: Any = layers
+        chosen = {m: name for name, m in named.items() if isinstance(m, kinds)}
     elif callable(layers):
         chosen = {m: name for name, m in named.items() if layers(m)}
     else:

@@ -1,6 +1,6 @@
 """One batch: its first pass, its relaxations, and the scalar whose gradient is the update."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
@@ -129,10 +129,10 @@ class Step:
             else:
                 found = free
             terms.append(weight * network.energy_at(found, strength))
-        self._remember(network.names, phases, loss)
+        self._remember(list(network.names), phases, loss)
         return torch.stack(terms).sum()
 
-    def _free_phase(self, network: Network) -> tuple[list[Tensor], Relaxation | None]:
+    def _free_phase(self, network: Network) -> tuple[Sequence[Tensor], Relaxation | None]:
         """The state that nudged phases start from; None where it is the forward pass and nothing had to be done."""
         algorithm = self._algorithm
         if algorithm.energy.divergence:

@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from lightning_ebm.algorithm import Algorithm, algorithm as preset
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.layers import Layers, Output
-from lightning_ebm.learner import Learner, Step, check_options
+from lightning_ebm.learner import Learner, check_options
+from lightning_ebm.step import Step
 from lightning_ebm.substitution import batch_size_of
 
 

@@ -55,7 +55,7 @@ class GradientAlignment(Callback):
         """Refuses a strategy that has no update of its own."""
         if stage == "fit" and not isinstance(trainer.strategy, EBMStrategy):
             raise ConfigurationError(
-                f"GradientAlignment compares an energy-based update with backprop, and {type(trainer.strategy).__name__}"
+                f"GradientAlignment compares energy-based updates with backprop, and {type(trainer.strategy).__name__}"
                 " has only the latter. Use Trainer(strategy=ebm.EBMStrategy(...)); for a control run that stays"
                 ' backprop, ebm.EBMStrategy("backprop").'
             )

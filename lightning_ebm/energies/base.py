@@ -43,7 +43,7 @@ class Energy(ABC):
 
 
 class QuadraticEnergy(Energy):
-    """A divergence of the form e = 1/2 Pi_l |x_l - rho(a_l)|^2, which can be written in the errors e_l = x_l - rho(a_l).
+    """A divergence e = 1/2 Pi_l |x_l - rho(a_l)|^2, which can be written in the errors e_l = x_l - rho(a_l).
 
     In these coordinates nothing is ever subtracted, so a nudge of 1e-5 costs no digits in float32; relaxers that work
     on errors (`ErrorCoordinates`, `Sweep`) ask for this class.
