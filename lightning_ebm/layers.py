@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_ebm.closure import Closure, checked_loss
 from lightning_ebm.errors import ConfigurationError, LayerDiscoveryError
-from lightning_ebm.purity import BufferName, Snapshot
+from lightning_ebm.purity import Snapshot
 from lightning_ebm.substitution import Pass, StateKey, clean, substituted
 from lightning_ebm.wiring import Plan, Wiring
 
@@ -73,14 +73,14 @@ class LayerFinder:
 
     def search(self, closure: Closure, snapshot: Snapshot) -> Plan:
         """Finds the layers by passes that start from the snapshot and leave no trace."""
-        changed: set[BufferName] = set()
+        changed: set[str] = set()
 
         def probe(candidates: Mapping[nn.Module, str], keep: frozenset[StateKey] | None) -> Pass:
             def state_of(key: StateKey, prediction: Tensor) -> Tensor | None:
                 return prediction.detach().requires_grad_() if keep is None or key in keep else None
 
             with snapshot.replaying(), self._quiet(), torch.enable_grad():
-                before = Snapshot(self._module, frozenset())
+                before = Snapshot(self._module)
                 with substituted(self._module, candidates, state_of, lambda key: True, find_weighted=True) as observed:
                     observed.loss = checked_loss(closure())
                 changed.update(before.changed_buffers())
@@ -105,7 +105,7 @@ def discover(module: nn.Module, layers: Layers, output: Output, probe: Probe) ->
         ConfigurationError: `layers` or `output` name nothing.
         LayerDiscoveryError: no call could carry a state.
     """
-    tiers = [_chosen(module, layers)] if layers is not None else list(_found(module))
+    tiers = [_chosen(module, layers)] if layers is not None else list(_found(module)) or [{}]
     tried = []
     for candidates in tiers:
         plan = _planned(module, candidates, output, probe)

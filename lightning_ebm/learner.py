@@ -140,8 +140,8 @@ def check_options(output: str, loss_reduction: str) -> None:
     """Refuses words that mean nothing, where they were written."""
     if output not in ("auto", "readout", "state"):
         raise ConfigurationError(f'output={output!r}: expected "auto", "readout" or "state".')
-        if loss_reduction not in ("mean", "sum"):
-            raise ConfigurationError(
-                f'loss_reduction={loss_reduction!r}: expected "mean" or "sum", as your loss reduces over the batch; it'
-                " decides by how much the nudge is multiplied, and a wrong one is a factor of the batch size."
-            )
+    if loss_reduction not in ("mean", "sum"):
+        raise ConfigurationError(
+            f'loss_reduction={loss_reduction!r}: expected "mean" or "sum", as your loss reduces over the batch; it'
+            " decides by how much the nudge is multiplied, and a wrong one is a factor of the batch size."
+        )

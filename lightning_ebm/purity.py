@@ -13,15 +13,15 @@ import copy
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics import Metric, MetricCollection
 
-BufferName = tuple[nn.Module, str]
 _CONTAINERS = (list, dict, set, deque)
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 
@@ -31,15 +31,16 @@ class Snapshot:
 
     Args:
         module: the user's module; everything below it is covered.
-        buffers: those that a pass is known to change; None copies all of them, to find out.
+        buffers: paths of those that a pass is known to change; None copies all of them, to find out.
     """
 
-    def __init__(self, module: nn.Module, buffers: frozenset[BufferName] | None = None) -> None:
-        self._buffers = {
-            (owner, name): (tensor, _version(tensor), _copied(owner, name, buffers))
-            for owner in module.modules()
+    def __init__(self, module: nn.Module, buffers: frozenset[str] | None = None) -> None:
+        self._buffers = [
+            (f"{prefix}.{name}", owner, name, tensor.clone())
+            for prefix, owner in module.named_modules()
             for name, tensor in owner._buffers.items()
-        }
+            if tensor is not None and (buffers is None or f"{prefix}.{name}" in buffers)
+        ]
         self._random = _RandomState(module)
         self._attributes = _attributes(module)
         self._metrics = [MetricTape(m) for m in _outermost_metrics(module)]
@@ -59,11 +60,10 @@ class Snapshot:
             if generators:
                 stack.callback(self._random.of_now().restore)
                 self._random.restore()
-            for (owner, name), (_, _, value) in self._buffers.items():
-                if value is not None:
-                    # Another tensor object, not other contents: graphs of earlier passes keep the one they saved.
-                    stack.callback(owner._buffers.__setitem__, name, owner._buffers[name])
-                    owner._buffers[name] = value.clone()
+            for _, owner, name, value in self._buffers:
+                # Another tensor object, not other contents: graphs of earlier passes keep the one they saved.
+                stack.callback(owner._buffers.__setitem__, name, owner._buffers[name])
+                owner._buffers[name] = value.clone()
             for state in self._attributes:
                 stack.callback(state.of_now().restore)
                 state.restore()
@@ -71,23 +71,13 @@ class Snapshot:
                 stack.enter_context(tape.replaying())
             yield
 
-    def changed_buffers(self) -> frozenset[BufferName]:
-        """Those that are another tensor, or have been written to, since the snapshot."""
+    def changed_buffers(self) -> frozenset[str]:
+        """Those whose values differ from the snapshot's. (Version counters would not tell: BatchNorm bumps none.)"""
         return frozenset(
-            key
-            for key, (tensor, version, _) in self._buffers.items()
-            if (now := key[0]._buffers.get(key[1])) is not tensor or _version(now) != version
+            path
+            for path, owner, name, value in self._buffers
+            if (now := owner._buffers[name]) is None or not torch.equal(now, value)
         )
-
-
-def _version(tensor: Tensor | None) -> int | None:
-    """How often it was written to; tensors made under inference_mode do not count."""
-    return None if tensor is None or tensor.is_inference() else tensor._version
-
-
-def _copied(owner: nn.Module, name: str, wanted: frozenset[BufferName] | None) -> Tensor | None:
-    tensor = owner._buffers[name]
-    return tensor.clone() if tensor is not None and (wanted is None or (owner, name) in wanted) else None
 
 
 class _RandomState:
@@ -165,74 +155,81 @@ def _outermost_metrics(module: nn.Module) -> list[nn.Module]:
 class MetricTape:
     """One torchmetrics object (with the metrics inside it): what its calls returned in the first pass, to return again.
 
-    `update` and `compute` are instance attributes that torchmetrics wraps for its counting; they are put back as the
-    very objects they were.
+    Before a first pass has been recorded, calls go to a copy that is thrown away. `update` and `compute` are instance
+    attributes that torchmetrics wraps for its counting; they are put back as the very objects they were.
     """
 
-    _REPLAYED = ("forward", "compute")
-    _SILENCED = ("update", "reset")
+    _METHODS = ("forward", "compute", "update", "reset")
 
     def __init__(self, metric: nn.Module) -> None:
-        self._metrics = [m for m in metric.modules() if isinstance(m, Metric | MetricCollection)]
+        self._metric = metric
+        self._recorded = False
         self._returned: dict[tuple[int, str], list[Any]] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        with _replaced(self._metrics, {name: self._noting(name) for name in self._REPLAYED}):
+        self._recorded = True
+        with _replaced(_metrics_in(self._metric), self._noting, ("forward", "compute")):
             yield
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        position = dict.fromkeys(self._returned, 0)
-        again = {name: self._returning(name, position) for name in self._REPLAYED}
-        silent = dict.fromkeys(self._SILENCED, lambda metric, original: lambda *args, **kwargs: None)
-        with _replaced(self._metrics, {**again, **silent}):
+        if self._recorded:
+            position = dict.fromkeys(self._returned, 0)
+            instead = partial(self._returning, position)
+        else:
+            pairs = zip(_metrics_in(self._metric), _metrics_in(copy.deepcopy(self._metric)), strict=True)
+            instead = partial(_method_of_copy, {id(metric): twin for metric, twin in pairs})
+        with _replaced(_metrics_in(self._metric), instead, self._METHODS):
             yield
 
-    def _noting(self, name: str) -> Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]:
-        def wrap(metric: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                value = original(*args, **kwargs)
-                self._returned.setdefault((id(metric), name), []).append(value)
-                return value
+    def _noting(self, metric: nn.Module, name: str) -> Callable[..., Any]:
+        original = getattr(metric, name)
 
-            return call
+        def call(*args: Any, **kwargs: Any) -> Any:
+            value = original(*args, **kwargs)
+            self._returned.setdefault((id(metric), name), []).append(value)
+            return value
 
-        return wrap
+        return call
 
-    def _returning(
-        self, name: str, position: dict[tuple[int, str], int]
-    ) -> Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]:
-        def wrap(metric: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
-            key = (id(metric), name)
+    def _returning(self, position: dict[tuple[int, str], int], metric: nn.Module, name: str) -> Callable[..., Any]:
+        key = (id(metric), name)
 
-            def call(*args: Any, **kwargs: Any) -> Any:
-                values = self._returned.get(key)
-                if not values:
-                    return None
-                index = position[key]
-                position[key] = index + 1
-                return values[min(index, len(values) - 1)]
+        def call(*args: Any, **kwargs: Any) -> Any:
+            values = self._returned.get(key)
+            if not values:  # update and reset return nothing
+                return None
+            index = position[key]
+            position[key] = index + 1
+            return values[min(index, len(values) - 1)]
 
-            return call
+        return call
 
-        return wrap
+
+def _metrics_in(metric: nn.Module) -> list[nn.Module]:
+    return [m for m in metric.modules() if isinstance(m, Metric | MetricCollection)]
+
+
+def _method_of_copy(copies: dict[int, nn.Module], metric: nn.Module, name: str) -> Callable[..., Any]:
+    method: Callable[..., Any] = getattr(copies[id(metric)], name)
+    return method
 
 
 @contextmanager
 def _replaced(
-    objects: Sequence[nn.Module], wrappers: Mapping[str, Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]]
+    objects: Sequence[nn.Module], instead: Callable[[nn.Module, str], Callable[..., Any]], names: Sequence[str]
 ) -> Iterator[None]:
     """Shadows methods by instance attributes, and puts back exactly what the instances held before."""
     missing = object()
     with ExitStack() as stack:
         for held in objects:
-            for name, wrapper in wrappers.items():
+            for name in names:
                 before = held.__dict__.get(name, missing)
-                original = getattr(held, name)
+                replacement = instead(held, name)
                 if before is missing:
                     stack.callback(held.__dict__.pop, name, None)
                 else:
                     stack.callback(held.__dict__.__setitem__, name, before)
-                held.__dict__[name] = wrapper(held, original)
+                held.__dict__[name] = replacement
         yield

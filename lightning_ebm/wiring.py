@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_ebm.purity import BufferName
 from lightning_ebm.substitution import Pass, StateKey, WeightedOutput, clean, is_activation
 
 
@@ -43,7 +42,7 @@ class Plan:
         loss_parents: indices of the states the loss is computed from directly.
         loss_parameters: names of the parameters between those states and the loss, or in the loss itself.
         reached: names of all parameters that backprop would reach.
-        buffers: those that a pass changes.
+        buffers: paths of those that a pass changes.
     """
 
     candidates: Mapping[nn.Module, str]
@@ -54,7 +53,7 @@ class Plan:
     loss_parents: tuple[int, ...]
     loss_parameters: tuple[str, ...]
     reached: frozenset[str]
-    buffers: frozenset[BufferName] = frozenset()
+    buffers: frozenset[str] = frozenset()
 
 
 class Wiring:

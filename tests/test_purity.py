@@ -1,0 +1,180 @@
+"""Only the first pass of a step has side effects, and none of the engine's own survive, whatever happens."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+import lightning_ebm as ebm
+
+ALGORITHMS = [
+    "zero-divergence",
+    "pc-nudge",
+    ebm.algorithm("predictive-coding", relaxer=ebm.GradientDescent(0.1, 5)),
+    ebm.algorithm("pc-nudge", nudge=ebm.Centered(1e-3)),
+]
+
+
+class Busy(nn.Module):
+    """A module with every side effect users write."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(inplace=True), nn.Dropout(0.4), nn.Linear(8, 8), nn.Tanh()
+        )
+        self.head = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 3))
+        self.register_buffer("calls_on_device", torch.zeros(()))
+        self.accuracy = MulticlassAccuracy(3)
+        self.metrics = MetricCollection({"a": MulticlassAccuracy(3), "b": MulticlassAccuracy(3, average="micro")})
+        self.mean = MeanMetric()
+        self.calls = 0
+        self.history: list[float] = []
+        self.seen: dict[int, int] = {}
+        self.returned: list[float] = []
+
+    def forward(self, x):
+        self.calls += 1
+        self.calls_on_device += 1
+        self.seen[self.calls] = len(x)
+        noise = random.random() + np.random.rand() + torch.rand(())
+        return self.head(self.net(x + 0.1 * noise))
+
+    def loss(self, x, y):
+        logits = self(x)
+        loss = F.cross_entropy(logits, y)
+        self.history.append(float(loss))
+        accuracy = self.accuracy(logits, y)
+        self.metrics.update(logits, y)
+        self.mean.update(loss.detach())
+        # control flow that reads a metric: another value in another pass would be another function
+        return loss * (1.0 if float(accuracy) <= 1 else 2.0) * (2.0 if self.calls % 2 else 1.0)
+
+
+def traces(module: Busy) -> dict[str, object]:
+    return {
+        "buffers": {name: b.clone() for name, b in module.named_buffers()},
+        "plain": (module.calls, list(module.history), dict(module.seen)),
+        "updates": (module.accuracy._update_count, module.mean._update_count, module.metrics["a"]._update_count),
+        "computed": (module.accuracy.compute(), module.mean.compute(), module.metrics.compute()["b"]),
+        "python": random.getstate(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "torch": torch.get_rng_state(),
+    }
+
+
+def same(a, b) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) if isinstance(a, torch.Tensor) else a == b
+
+
+def seed() -> None:
+    torch.manual_seed(3)
+    random.seed(4)
+    np.random.seed(5)
+
+
+X = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+Y = torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a if isinstance(a, str) else type(a.relaxer).__name__)
+def test_after_steps_the_world_is_as_after_as_many_stock_steps(algorithm):
+    """BatchNorm and spectral norm move once, metrics count once, masks are drawn once, counters count once."""
+    stock, ours = Busy(), Busy()
+    learner = ebm.Learner(ours, algorithm)
+    seed()
+    for _ in range(3):
+        stock.loss(X, Y).backward()
+    expected = traces(stock)
+    seed()
+    for _ in range(3):
+        learner.backward(lambda: ours.loss(X, Y))
+    found = traces(ours)
+    assert [key for key in expected if not same(expected[key], found[key])] == []
+
+
+def test_further_passes_see_the_same_masks_statistics_and_metrics():
+    """Zero-divergence on a module full of randomness equals backprop on the very same draws, step after step."""
+    stock, ours = Busy().double(), Busy().double()
+    learner = ebm.Learner(ours, "pc-nudge")
+    x = X.double()
+    seed()
+    for _ in range(2):
+        stock.loss(x, Y).backward()
+    seed()
+    for _ in range(2):
+        learner.backward(lambda: ours.loss(x, Y))
+    pairs = {name: p.grad for name, p in ours.named_parameters()}, {n: p.grad for n, p in stock.named_parameters()}
+    assert ebm.metrics.alignment(*pairs)["relative_error"] < 1e-3  # O(lambda); other masks would give 1
+
+
+def test_gradients_leaves_no_trace_at_all():
+    module = Busy()
+    learner = ebm.Learner(module, "pc-nudge")
+    seed()
+    before = traces(module)
+    first = learner.gradients(lambda: module.loss(X, Y))
+    assert same(before, traces(module))
+    again = learner.gradients(lambda: module.loss(X, Y))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(p.grad is None for p in module.parameters())
+    ebm.reference.backprop(module, lambda: module.loss(X, Y))
+    assert same(before, traces(module))
+
+
+class Interrupted(ebm.Relaxer):
+    """Ctrl-C in the middle of a relaxation, with a pass half done."""
+
+    def __init__(self, module: nn.Module, exception: BaseException) -> None:
+        self.module = module
+        self.exception = exception
+
+    def relax(self, landscape, start, strength):
+        landscape.forces([x + 1 for x in start], strength)
+
+        def strike(module, args):
+            raise self.exception
+
+        handle = self.module.register_forward_pre_hook(strike)
+        try:
+            landscape.forces([x + 2 for x in start], strength)
+        finally:
+            handle.remove()
+        raise AssertionError("unreachable")
+
+
+@pytest.mark.parametrize("exception", [KeyboardInterrupt(), RuntimeError("out of memory"), SystemExit(1)])
+def test_after_any_exception_the_module_is_as_before(exception):
+    module = Busy()
+    module.head.bias.requires_grad_(False)
+    user_hook = module.net[0].register_forward_hook(lambda *args: None)
+    algorithm = ebm.Algorithm(relaxer=Interrupted(module.net[4], exception))
+    stock = Busy()
+    seed()
+    stock.loss(X, Y)  # what the one pass that the user asked for leaves behind
+    expected = traces(stock)
+    methods = {id(m): dict(vars(m)) for m in module.modules()}
+    seed()
+    with pytest.raises(type(exception)):
+        ebm.Learner(module, algorithm).backward(lambda: module.loss(X, Y))
+    found = traces(module)
+    assert [key for key in expected if not same(expected[key], found[key])] == []
+    for m in module.modules():
+        hooks = len(m._forward_hooks), len(m._forward_pre_hooks)
+        assert hooks == ((1, 0) if m is module.net[0] else (0, 0))
+        assert "forward" not in vars(m)
+        assert vars(m).get("update") is methods[id(m)].get("update")
+        assert vars(m).get("compute") is methods[id(m)].get("compute")
+    assert [name for name, p in module.named_parameters() if not p.requires_grad] == ["head.bias"]
+    assert all(p.grad is None for p in module.parameters())
+    user_hook.remove()
