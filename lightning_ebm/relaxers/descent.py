@@ -5,6 +5,7 @@ Everything below is therefore decided from forces: along a step d from force g t
 <g' - g, d> / |d|^2, and the energy changes by (<g, d> + <g', d>) / 2 up to third order (the trapezoid rule).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ def descend(
     lr: float,
     max_steps: int,
     tol: float,
-    longest: float | None = None,
+    longest: float = math.inf,
 ) -> Descent:
     """Gradient descent with Barzilai-Borwein steps, each checked for overshoot and halved where it did.
 
@@ -43,7 +44,6 @@ def descend(
     A sample has settled when its force is below `tol` of the first, below rounding, or when even a step that is small
     against the way travelled lowers nothing: the minimum is then a kink, as of ReLU drives, where no force vanishes.
     """
-    longest = 4 * lr if longest is None else longest
     point = list(start)
     internal, loss, gradients = evaluate(point, strength)
     energies = [(internal.sum() + strength * loss).detach()]
@@ -53,6 +53,8 @@ def descend(
     settled_at = (tol * first).maximum(rounding)
     active = norm > settled_at
     step_size = torch.full_like(first, lr)
+    rejected = torch.zeros_like(first)
+    ran_away = torch.zeros_like(active)
     steps = 0
     while steps < max_steps and bool(active.any()):
         steps += 1
@@ -68,7 +70,7 @@ def descend(
         curvature = torch.where(active, (slope_ahead - slope) / length, 1)
         kept = (slope_ahead <= 0.9 * slope.abs()) | ~active  # a comparison with nan is False: such a step is not kept
 
-        newton = torch.where(curvature > 0, 1 / curvature, longest)
+        newton = torch.where(curvature > 0, 1 / curvature, math.inf)
         shorter = torch.where(curvature > 0, newton.clamp_max(0.5 * step_size), 0.1 * step_size)
         step_size = torch.where(kept, newton.minimum(4 * step_size).clamp_max(longest), shorter)
         if bool(kept.all()):
@@ -79,16 +81,19 @@ def descend(
             gradients = [torch.where(m, new, old) for m, new, old in zip(masks, ahead, gradients, strict=True)]
         norm = force_norm(landscape, gradients)
         travelled = landscape.per_sample([(x - x0).square() for x, x0 in zip(point, start, strict=True)]).sqrt()
-        stuck = ~kept & (step_size * norm <= tol * travelled)
-        active &= (norm > settled_at) & ~stuck
+        # On a smooth energy the second try is kept; at a kink the curvature met doubles with every halving.
+        rejected = torch.where(kept, 0, rejected + 1)
+        stuck = (rejected > 2) & (step_size * norm <= tol * travelled)
+        ran_away |= ~(norm <= 1e3 * first)  # nan counts
+        active &= (norm > settled_at) & ~stuck & ~ran_away
 
     residual = norm / first.clamp_min(torch.finfo(first.dtype).tiny)
-    sick = active & ((residual > 10) | (step_size < 1e-8 * lr))
-    if bool(sick.any()) or not bool(torch.isfinite(norm).all()):
+    ran_away |= active & ~(residual <= 10)
+    if bool(ran_away.any()) or not bool(torch.isfinite(norm).all()):
         sizes = [float(gradient.norm()) for gradient in gradients]
         worst = landscape.names[max(range(len(sizes)), key=lambda k: sizes[k])]
         raise RelaxationDivergedError(
-            f"At nudge {strength:g} the energy has no minimum that {int(sick.sum())} of {landscape.batch_size} samples"
+            f"At nudge {strength:g} the energy has no minimum that {int(ran_away.sum())} of {landscape.batch_size} samples"
             f" could reach: after {steps} steps their force is up to {float(residual.max()):.3g} times what it started"
             f" with, and layer {worst!r} ran furthest. An update read there would be noise. A negative nudge has a"
             " minimum only while |lambda| times the curvature of the loss, as the states feel it, stays below 1: take a"

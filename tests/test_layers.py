@@ -1,0 +1,339 @@
+"""Which calls carry states, read off the wiring of a pass, against wirings written down by hand."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lightning_ebm as ebm
+
+X = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def table(module, *inputs, **options):
+    found = ebm.summary(module, *(inputs or (X,)), **options)
+    return [(f"{r.name}#{r.call}" if r.call else r.name, r.parents) for r in found.layers], found.readout
+
+
+def exact(module, closure, tolerance=1e-12, **options):
+    """Zero-divergence equals backprop for any wiring, if and only if the wiring was understood."""
+    found = ebm.Learner(module, "zero-divergence", **options).gradients(closure)
+    true = ebm.reference.backprop(module, closure)
+    assert sorted(found) == sorted(true)
+    assert ebm.metrics.alignment(found, true)["relative_error"] < tolerance
+
+
+def nudged(module, closure, strength=1e-5, **options):
+    """So does a relaxed weak nudge, up to O(lambda)."""
+    algorithm = ebm.algorithm("pc-nudge", nudge=ebm.OneSided(strength), relaxer=ebm.ErrorCoordinates(50, tol=1e-9))
+    found = ebm.Learner(module, algorithm, **options).gradients(closure)
+    assert ebm.metrics.alignment(found, ebm.reference.backprop(module, closure))["relative_error"] < 1e3 * strength
+
+
+def both(module, *inputs, **options):
+    torch.manual_seed(3)
+    closure = lambda: (module(*(inputs or (X,))) - 0.3).square().mean()  # noqa: E731
+    exact(module, closure, **options)
+    nudged(module, closure, **options)
+
+
+class Residual(nn.Module):
+    """One in-place ReLU called three times, functional skips, as torchvision's blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer, self.head = (nn.Linear(6, 6).double() for _ in range(3))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        h = self.relu(self.inner(x))
+        h = self.outer(h)
+        h += x
+        h = self.relu(h)
+        z = self.relu(self.outer(h) + h)
+        return self.head(z)
+
+
+def test_each_call_of_a_shared_in_place_activation_is_a_layer():
+    torch.manual_seed(0)
+    net = Residual()
+    layers, readout = table(net)
+    assert layers == [("relu", ("input",)), ("relu#1", ("relu",)), ("relu#2", ("relu#1",))]
+    assert readout == ("head.weight", "head.bias")
+    both(net)
+
+
+class Wiring(nn.Module):
+    """Two parents, a branch whose result is thrown away, and a skip straight to the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.waste, self.out = (nn.Linear(6, 6).double() for _ in range(5))
+        self.tanh, self.gelu, self.silu, self.elu = nn.Tanh(), nn.GELU(), nn.SiLU(), nn.ELU()
+
+    def forward(self, x):
+        p, q = self.tanh(self.a(x)), self.gelu(self.b(x))
+        self.elu(self.waste(p))
+        r = self.silu(self.c(p * q))
+        return self.out(r) + q
+
+
+def test_parents_are_the_states_that_the_drive_is_computed_from():
+    torch.manual_seed(0)
+    net = Wiring()
+    layers, readout = table(net)
+    assert layers == [("tanh", ("input",)), ("gelu", ("input",)), ("silu", ("tanh", "gelu"))]
+    assert readout == ("out.weight", "out.bias")
+    both(net)
+
+
+def test_how_local_an_update_is_counts_modules_between_states():
+    net = nn.Sequential(
+        nn.Linear(6, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 6), nn.Linear(6, 4), nn.ReLU()
+    ).double()
+    rows = ebm.summary(net, X).layers
+    assert [(r.name, r.state_shape, r.activation, r.modules_between, r.num_parameters) for r in rows] == [
+        ("2", (5, 6), "Tanh", 2, 42 + 12),
+        ("5", (5, 4), "ReLU", 2, 42 + 28),
+    ]
+    assert rows[0].parameters == ("0.weight", "0.bias", "1.weight", "1.bias")
+
+
+TANH_END = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4), nn.Tanh()).double()
+LINEAR_END = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+
+
+@pytest.mark.parametrize(
+    ("net", "options", "expected"),
+    [
+        (TANH_END, {}, ["1", "3"]),
+        (TANH_END, {"output": "readout"}, ["1"]),
+        (TANH_END, {"output": "state"}, ["1", "3"]),
+        (LINEAR_END, {}, ["1"]),
+        (LINEAR_END, {"output": "readout"}, ["1"]),
+        (LINEAR_END, {"output": "state"}, ["1", "2"]),
+        (LINEAR_END, {"layers": nn.Linear}, ["0"]),
+        (LINEAR_END, {"layers": nn.Linear, "output": "state"}, ["0", "2"]),
+        (LINEAR_END, {"layers": ["0", "1"]}, ["0", "1"]),
+        (LINEAR_END, {"layers": (nn.Tanh, nn.Linear)}, ["0", "1"]),
+        (LINEAR_END, {"layers": lambda m: isinstance(m, nn.Tanh)}, ["1"]),
+    ],
+)
+def test_the_output_is_a_state_if_the_network_ends_in_an_activation_or_if_asked(net, options, expected):
+    layers, _ = table(net, **options)
+    assert [name for name, _ in layers] == expected
+    both(net, **options)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(6, 8), nn.ReLU()).double()
+        self.policy = nn.Sequential(nn.Linear(8, 3), nn.Tanh()).double()
+        self.value = nn.Linear(8, 1).double()
+
+    def forward(self, *, observation):
+        h = self.trunk(observation)
+        return {"policy": self.policy(h), "value": self.value(h)}
+
+
+def test_each_head_decides_for_itself():
+    torch.manual_seed(0)
+    net = TwoHeads()
+
+    def closure():
+        out = net(observation=X)
+        return (out["policy"] - 0.2).square().mean() + (out["value"] - 1).abs().mean()
+
+    def names(output):
+        learner = ebm.Learner(net, output=output)
+        learner.gradients(closure)
+        return learner.report["layers"]
+
+    assert names("auto") == ["trunk.1", "policy.1"]
+    assert names("readout") == ["trunk.1"]
+    assert names("state") == ["trunk.1", "policy.1", "value"]
+    for output in ("auto", "readout", "state"):
+        exact(net, closure, output=output)
+        nudged(net, closure, output=output)
+
+
+def test_a_penalty_on_hidden_activity_or_weights_does_not_make_an_output_of_a_layer():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+
+    def closure():
+        h = net[1](net[0](X))
+        penalty = 0.1 * h.abs().mean() + 0.01 * sum(p.square().sum() for p in net.parameters())
+        return net[2](h).square().mean() + penalty
+
+    for output in ("auto", "readout"):
+        learner = ebm.Learner(net, output=output)
+        learner.gradients(closure)
+        assert learner.report["layers"] == ["1"]
+        exact(net, closure, output=output)
+        nudged(net, closure, output=output)
+
+
+class Functional(nn.Module):
+    """Nonlinearities that are functions: states sit at the outputs of the weighted modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.l1, self.norm, self.l2, self.l3 = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.l3(F.relu(self.l2(torch.tanh(self.norm(self.l1(x))))))
+
+
+def test_without_activation_modules_states_sit_at_the_outputs_of_weighted_modules():
+    net = Functional().double()
+    assert table(net) == ([("l1", ("input",)), ("l2", ("l1",))], ("l3.weight", "l3.bias"))
+    both(net)
+
+
+def test_without_activation_modules_repeated_blocks_are_layers():
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(6, 2, 12, dropout=0.0, batch_first=True, dtype=torch.float64)
+    net = nn.Sequential(nn.TransformerEncoder(block, 3), nn.Flatten(), nn.Linear(24, 2).double())
+    x = torch.randn(5, 4, 6, dtype=torch.float64)
+    layers, _ = table(net, x)
+    assert [name for name, _ in layers] == [f"0.layers.{i}" for i in range(3)]
+    assert all(row.activation is None for row in ebm.summary(net, x).layers)
+    both(net, x)
+
+
+def test_every_tensor_that_a_block_returns_is_a_state():
+    torch.manual_seed(0)
+    lstm, head = nn.LSTM(6, 7, num_layers=2, batch_first=True).double(), nn.Linear(7, 2).double()
+    net = nn.ModuleDict({"lstm": lstm, "head": head})
+    x = torch.randn(5, 4, 6, dtype=torch.float64)
+
+    def closure():
+        outputs, (last, _) = lstm(x)
+        return (head(outputs.mean(1) + last[-1]) - 0.3).square().mean()
+
+    learner = ebm.Learner(net)
+    learner.gradients(closure)
+    assert learner.report["layers"] == ["lstm", "lstm[1]"]
+    exact(net, closure)
+    nudged(net, closure)
+
+
+@pytest.mark.parametrize("how", ["requires_grad", "no_grad"])
+def test_a_frozen_encoder_is_an_input_not_a_layer(how):
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU()).double()
+    head = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    net = nn.ModuleDict({"encoder": encoder, "head": head})
+    if how == "requires_grad":
+        encoder.requires_grad_(False)
+
+    def closure():
+        with torch.set_grad_enabled(how == "requires_grad"):
+            features = encoder(X)
+        return (head(features) - 0.3).square().mean()
+
+    learner = ebm.Learner(net)
+    learner.gradients(closure)
+    assert learner.report["layers"] == ["head.1"]
+    exact(net, closure)
+
+
+def test_the_same_encoder_called_twice_in_a_step():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    closure = lambda: (net(X) - net(X.flip(0))).square().sum(1).clamp_max(2).mean() - net(X).std()  # noqa: E731
+    learner = ebm.Learner(net)
+    learner.gradients(closure)
+    assert learner.report["layers"] == ["1", "1#1", "1#2"]
+    exact(net, closure)
+    nudged(net, closure)
+
+
+def test_tied_weights_gather_the_updates_of_every_use():
+    torch.manual_seed(0)
+    embed = nn.Embedding(11, 6)
+    out = nn.Linear(6, 11, bias=False)
+    out.weight = embed.weight
+    net = nn.Sequential(embed, nn.Linear(6, 6), nn.GELU(), out).double()
+    tokens = torch.randint(11, (5, 4))
+    closure = lambda: F.cross_entropy(net(tokens).flatten(0, 1), tokens.flatten())  # noqa: E731
+    exact(net, closure)
+    nudged(net, closure)
+
+
+def test_layers_are_found_again_when_modes_or_calls_change():
+    torch.manual_seed(0)
+
+    class Loop(nn.Module):
+        times = 2
+
+        def __init__(self):
+            super().__init__()
+            self.cell, self.tanh, self.out = nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)
+
+        def forward(self, x):
+            for _ in range(self.times):
+                x = self.tanh(self.cell(x))
+            return self.out(x)
+
+    net = Loop().double()
+    learner = ebm.Learner(net, "zero-divergence")
+    closure = lambda: net(X).square().mean()  # noqa: E731
+    for times in (2, 3, 1):
+        net.times = times
+        found = learner.gradients(closure)
+        assert len(learner.report["layers"]) == times
+        assert ebm.metrics.alignment(found, ebm.reference.backprop(net, closure))["relative_error"] < 1e-12
+    net.cell.requires_grad_(False)
+    net.tanh.register_parameter("unused", nn.Parameter(torch.zeros(())))
+    with pytest.raises(ebm.LayerDiscoveryError):
+        learner.gradients(closure)
+
+
+def test_control_flow_that_depends_on_states_is_refused():
+    net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+
+    def closure():
+        h = net[1](net[0](X))
+        if h.sum() < -1e-9 + closure.start:  # true once the states have moved down
+            h = net[1](h)
+        return net[2](h).sum()
+
+    with torch.no_grad():
+        closure.start = float(net[1](net[0](X)).sum())
+        net[2].weight.fill_(1.0)
+    with pytest.raises(ebm.LayerDiscoveryError, match="changed between two passes"):
+        ebm.Learner(net, "predictive-coding").gradients(closure)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_network_runs_as_written_and_keeps_its_names():
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    net = nn.ModuleDict({"net": torch.compile(inner, backend="eager")})
+    closure = lambda: net["net"](X).square().mean()  # noqa: E731
+    closure()
+    learner = ebm.Learner(net, "zero-divergence")
+    found = learner.gradients(closure)
+    assert sorted(found) == ["net.0.bias", "net.0.weight", "net.2.bias", "net.2.weight"]
+    assert learner.report["layers"] == ["net.1"]
+    exact(net, closure)
+
+
+def test_parametrizations_get_the_gradient_of_their_own_parameters():
+    torch.manual_seed(0)
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+    net = nn.Sequential(normed, nn.Tanh(), nn.utils.parametrizations.spectral_norm(nn.Linear(6, 2))).double()
+    both(net)
+    both(net.eval())
+
+
+def test_printed_table_names_layers_parents_and_parameters():
+    text = str(ebm.summary(Residual(), X))
+    assert "Residual: 3 layers with states" in text
+    line = next(line for line in text.splitlines() if line.startswith("relu#1"))
+    assert "5 x 6" in line
+    assert "ReLU" in line
+    assert "outer.weight, outer.bias (42)" in line

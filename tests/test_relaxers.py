@@ -1,0 +1,150 @@
+"""Relaxers on landscapes whose minimum is known in closed form; no network anywhere."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import Tensor
+
+import lightning_ebm as ebm
+from lightning_ebm.relaxers import Forces
+
+D = 6
+
+
+class Quadratic:
+    """E_b = 1/2 (x - c_b)' A_b (x - c_b), split over two layers of D / 2 units; its minimum is c_b."""
+
+    def __init__(self, batch: int, condition: float, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        basis = torch.linalg.qr(torch.randn(batch, D, D, generator=generator, dtype=torch.float64)).Q
+        scale = torch.rand(batch, 1, generator=generator, dtype=torch.float64) * 3 + 0.1
+        spectrum = torch.logspace(0, math.log10(condition), D, dtype=torch.float64) / condition
+        self.hessian = basis @ torch.diag_embed(spectrum * scale) @ basis.mT
+        self.minimum = torch.randn(batch, D, generator=generator, dtype=torch.float64)
+        self.names, self.batch_size = ["low", "high"], batch
+        self.no_errors = [torch.zeros(batch, D // 2, dtype=torch.float64) for _ in range(2)]
+        self.evaluations = 0
+
+    def energy(self, states) -> Tensor:
+        away = torch.cat(list(states), 1) - self.minimum
+        return 0.5 * torch.einsum("bi,bij,bj->b", away, self.hessian, away)
+
+    def forces(self, states, strength) -> Forces:
+        self.evaluations += 1
+        away = torch.cat(list(states), 1) - self.minimum
+        gradient = torch.einsum("bij,bj->bi", self.hessian, away)
+        return Forces(self.energy(states), torch.zeros((), dtype=torch.float64), list(gradient.split(D // 2, 1)))
+
+    error_forces = forces
+
+    def per_sample(self, tensors) -> Tensor:
+        return torch.stack([t.flatten(1).sum(1) for t in tensors]).sum(0)
+
+    def spread(self, values, like):
+        return [values[:, None] for _ in like]
+
+
+class Kink(Quadratic):
+    """E_b = |x - c_b| + 1/2 |x - c_b|^2, elementwise: a minimum at which no force vanishes."""
+
+    def forces(self, states, strength) -> Forces:
+        self.evaluations += 1
+        away = torch.cat(list(states), 1) - self.minimum
+        gradient = away.sign() + away
+        energy = (away.abs() + 0.5 * away.square()).sum(1)
+        return Forces(energy, torch.zeros((), dtype=torch.float64), list(gradient.split(D // 2, 1)))
+
+    error_forces = forces
+
+
+def end(found) -> Tensor:
+    return torch.cat(found.point, 1)
+
+
+@given(batch=st.integers(1, 5), condition=st.floats(1, 30), seed=st.integers(0, 10_000), factor=st.floats(0.1, 30))
+@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("relaxer", [ebm.GradientDescent, ebm.ErrorCoordinates])
+def test_by_tolerance_every_sample_reaches_its_own_minimum_from_any_step_size(relaxer, batch, condition, seed, factor):
+    """Steps from 1/20 to 15 times the stability limit. (Descent on states never lengthens its step: half at least.)"""
+    problem = Quadratic(batch, condition, seed)
+    limit = 2 / float(torch.linalg.eigvalsh(problem.hessian).min(0).values[-1])
+    lr = 0.5 * limit * (max(factor, 1) if relaxer is ebm.GradientDescent else factor)
+    found = relaxer(lr=lr, max_steps=3000, tol=1e-8).relax(problem, problem.no_errors, 1.0)
+    assert found.status == "converged"
+    assert bool((found.residual <= 1e-8).all())
+    # |x - c| <= |force| / smallest curvature, and the force started at no more than |A| |c|
+    bound = 1e-8 * condition * problem.minimum.norm(dim=1)
+    assert bool(((end(found) - problem.minimum).norm(dim=1) <= 1.01 * bound).all())
+
+
+def test_one_over_the_curvature_wins_where_a_fixed_step_is_slow():
+    problem = Quadratic(4, 100.0)
+    fast = ebm.ErrorCoordinates(max_steps=5000, tol=1e-6).relax(problem, problem.no_errors, 1.0)
+    slow = ebm.GradientDescent(lr=0.3, max_steps=5000, tol=1e-6).relax(problem, problem.no_errors, 1.0)
+    assert fast.steps < slow.steps / 5
+
+
+def test_samples_stop_by_themselves_and_stay_where_they_are():
+    """A sample at rest, one that needs a step, one that needs many: the first two are not moved by the third."""
+    problem = Quadratic(3, 50.0)
+    problem.hessian[0], problem.hessian[1] = torch.eye(D), torch.eye(D)
+    problem.minimum[0] = 0
+    found = ebm.ErrorCoordinates(max_steps=1000, lr=1.0, tol=1e-3).relax(problem, problem.no_errors, 1.0)
+    assert torch.equal(end(found)[0], torch.zeros(D, dtype=torch.float64))
+    assert torch.equal(end(found)[1], problem.minimum[1])
+    assert found.residual[0] == 0
+    assert found.steps > 5
+
+
+@given(seed=st.integers(0, 10_000), lr=st.floats(0.1, 5))
+@settings(max_examples=30, deadline=None)
+def test_a_minimum_on_a_kink_is_recognised_though_its_force_never_vanishes(seed, lr):
+    problem = Kink(3, 1.0, seed)
+    # every sample's kinks at one distance, so that descent reaches them all at once, as it does along a ray
+    problem.minimum = problem.minimum.sign() * problem.minimum[:, :1].abs()
+    found = ebm.ErrorCoordinates(max_steps=400, lr=lr, tol=1e-3).relax(problem, problem.no_errors, 1.0)
+    assert found.status == "converged"
+    assert bool(((end(found) - problem.minimum).abs() <= 2e-3 * (1 + problem.minimum.abs())).all())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_without_tolerance_exactly_as_many_steps_as_asked_for(steps):
+    problem = Quadratic(2, 10.0)
+    states = problem.no_errors
+    expected = torch.zeros(2, D, dtype=torch.float64)
+    for _ in range(steps):
+        expected = expected - 0.2 * torch.einsum("bij,bj->bi", problem.hessian, expected - problem.minimum)
+    for relaxer in (ebm.GradientDescent(0.2, steps), ebm.ErrorCoordinates(steps, lr=0.2, tol=0.0)):
+        found = relaxer.relax(problem, states, 1.0)
+        assert torch.allclose(end(found), expected, rtol=0, atol=1e-14)
+        assert (found.status, found.steps) == ("fixed", steps)
+    sgd = ebm.StateOptimizer(torch.optim.SGD, max_steps=steps, lr=0.2).relax(problem, states, 1.0)
+    assert torch.allclose(end(sgd), expected, rtol=0, atol=1e-14)
+
+
+def test_energy_never_rises_below_the_stability_limit_and_a_run_beyond_it_raises():
+    problem = Quadratic(3, 20.0)
+    limit = 2 / float(torch.linalg.eigvalsh(problem.hessian).max())
+    found = ebm.GradientDescent(0.98 * limit, 60).relax(problem, problem.no_errors, 1.0)
+    energies = torch.stack(found.energies)
+    assert bool((energies.diff() < 0).all())
+    with pytest.raises(ebm.RelaxationDivergedError):
+        ebm.GradientDescent(1.1 * limit, 60).relax(problem, problem.no_errors, 1.0)
+
+
+def test_residual_is_of_the_force_not_of_the_state():
+    """A peer's test on the state's norm never fired. Here |F_T| / |F_0| by hand."""
+    problem = Quadratic(3, 5.0)
+    found = ebm.GradientDescent(0.1, 9).relax(problem, problem.no_errors, 1.0)
+    norm = lambda states: torch.cat(problem.forces(states, 1.0).gradients, 1).norm(dim=1)  # noqa: E731
+    assert torch.allclose(found.residual, norm(found.point) / norm(problem.no_errors), rtol=1e-12)
+
+
+def test_a_landscape_without_minimum_raises():
+    problem = Quadratic(2, 3.0)
+    problem.hessian[1] *= -1
+    for relaxer in (ebm.ErrorCoordinates(300, tol=1e-6), ebm.GradientDescent(0.5, 300, tol=1e-6)):
+        with pytest.raises(ebm.RelaxationDivergedError, match="1 of 2 samples"):
+            relaxer.relax(problem, problem.no_errors, 1.0)
