@@ -61,19 +61,19 @@ class LayerFinder:
         self._quiet = quiet
         self._signature: tuple[bool, ...] = ()
 
-    def look(self, closure: Closure) -> Plan:
+    def look(self, closure: Closure, snapshot: Snapshot | None = None) -> Plan:
         """The plan for this module as it is now."""
         modes = (m.training for m in self._module.modules())
         signature = (*modes, *(p.requires_grad for p in self._module.parameters()))
         if self.plan is None or signature != self._signature:
-            self.search(closure, Snapshot(self._module))
+            self.search(closure, snapshot or Snapshot(self._module))
             self._signature = signature
         assert self.plan is not None
         return self.plan
 
     def search(self, closure: Closure, snapshot: Snapshot) -> Plan:
         """Finds the layers by passes that start from the snapshot and leave no trace."""
-        changed: set[str] = set()
+        written: set[str] = set()
 
         def probe(candidates: Mapping[nn.Module, str], keep: frozenset[StateKey] | None) -> Pass:
             def state_of(key: StateKey, prediction: Tensor) -> Tensor | None:
@@ -83,11 +83,11 @@ class LayerFinder:
                 before = Snapshot(self._module)
                 with substituted(self._module, candidates, state_of, lambda key: True, find_weighted=True) as observed:
                     observed.loss = checked_loss(closure())
-                changed.update(before.changed_buffers())
+                written.update(before.changed())
             return observed
 
         plan = discover(self._module, self._layers, self._output, probe)
-        self.plan = dataclasses.replace(plan, buffers=frozenset(changed))
+        self.plan = dataclasses.replace(plan, written=frozenset(written))
         return self.plan
 
 

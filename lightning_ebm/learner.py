@@ -63,7 +63,9 @@ class Learner:
         self.algorithm = preset(algorithm)
         self.loss_reduction = loss_reduction
         self._quiet = quiet
-        self._finder = LayerFinder(module, layers, output, quiet)
+        self._options: tuple[Layers, Output] = (layers, output)
+        self._finders: dict[int, LayerFinder] = {}
+        self._finder: LayerFinder | None = None
         self._last: tuple[list[str], list[PhaseReport], Tensor] | None = None
         self._warned = False
 
@@ -77,7 +79,7 @@ class Learner:
     @property
     def plan(self) -> Plan | None:
         """The layers found, after the first step."""
-        return self._finder.plan
+        return self._finder.plan if self._finder is not None else None
 
     def backward(self, closure: Closure) -> Tensor:
         """Adds the update of one batch to ``.grad``; returns the loss of the forward pass, detached.
@@ -101,25 +103,31 @@ class Learner:
                 loss = closure()
             return named_gradients(self.module, step.surrogate(loss))
 
-    def begin(self, closure: Closure, batch_size: int | None = None) -> Step:
+    def begin(
+        self, closure: Closure, batch_size: int | None = None, snapshot: Snapshot | None = None, key: int = 0
+    ) -> Step:
         """Opens a step by hand: run the first pass inside `Step.first_pass`, then call `Step.surrogate`.
 
         Args:
             closure: reruns the pass and returns its loss.
             batch_size: B; None takes the first dimension of what the module is called with.
+            snapshot: what the pass starts from, if it has begun already.
+            key: tells apart closures that are used in turn, each with layers of its own.
         """
+        finder = self._finders.setdefault(key, LayerFinder(self.module, *self._options, self._quiet))
+        self._finder = finder
         if self.algorithm.read_as != "backprop":
-            self._finder.look(closure)
+            finder.look(closure, snapshot)
+        remember, reduction = self._remember, self.loss_reduction
         return Step(
-            self.module,
-            self.algorithm,
-            self._finder,
-            closure,
-            self._quiet,
-            self._remember,
-            self.loss_reduction,
-            batch_size,
+            self.module, self.algorithm, finder, closure, self._quiet, remember, reduction, batch_size, snapshot
         )
+
+    @property
+    def written(self) -> frozenset[str] | None:
+        """Paths of the tensors that passes are known to write to; None while nothing is known."""
+        plans = [finder.plan for finder in self._finders.values() if finder.plan is not None]
+        return frozenset().union(*(plan.written for plan in plans)) if plans else None
 
     def _remember(self, names: list[str], phases: list[PhaseReport], loss: Tensor) -> None:
         """Keeps how a step went, and says it once when the states were still moving."""

@@ -54,11 +54,12 @@ class Network:
         with torch.enable_grad():
             seen = self._at_states(states)
             internal, loss = self._internal(seen), self._loss_scale * seen.loss
-            total = internal.sum() + strength * loss if strength else internal.sum()
-            leaves = seen.states
-            slopes = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+            # Slopes of E / lambda, multiplied afterwards: within half-precision networks 1e-4 would underflow.
+            unit = strength or 1.0
+            total = internal.sum() / unit + loss if strength else internal.sum()
+            slopes = torch.autograd.grad(total, seen.states, retain_graph=True, allow_unused=True)
         found = zip(slopes, self.free, strict=True)
-        gradients = [torch.zeros_like(state) if slope is None else slope for slope, state in found]
+        gradients = [torch.zeros_like(state) if slope is None else unit * slope for slope, state in found]
         return Forces(internal.detach(), loss.detach(), gradients)
 
     def error_forces(self, errors: Sequence[Tensor], strength: float) -> Forces:
@@ -66,7 +67,7 @@ class Network:
         with torch.enable_grad():
             seen = self._at_errors(errors)
             loss = self._loss_scale * seen.loss
-            signals = self._signals(seen, strength * loss)
+            signals = [strength * signal for signal in self._signals(seen, loss)]
         precisions = self._precisions(seen)
         internal = self.per_sample([0.5 * p * e.square() for p, e in zip(precisions, errors, strict=True)])
         gradients = [e + s / p for e, s, p in zip(errors, signals, precisions, strict=True)]

@@ -4,22 +4,23 @@ A training step is run once as the user meant it, and again and again to see the
 is what the first pass started from; inside `replaying` the module, the random generators and its metrics are as they
 were then, and on the way out (an exception too, KeyboardInterrupt included) as the first pass left them.
 
-Covered: buffers (BatchNorm, spectral norm, any other), plain Python attributes of the user's own modules and the
-contents of their lists, dicts, sets and deques, torchmetrics objects, the generators of torch (CPU and CUDA), Python
-and NumPy. Not covered: files, sockets, globals, objects that do not hang on the module.
+Covered: buffers (BatchNorm, spectral norm, any other), parameters that the user's code writes to (averaged teachers),
+`requires_grad`, plain Python attributes of the user's own modules and the contents of their lists, dicts, sets and
+deques, torchmetrics objects, the generators of torch (CPU and CUDA), Python and NumPy. Not covered: files, sockets,
+globals, objects that do not hang on the module.
 """
 
 import copy
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 _CONTAINERS = (list, dict, set, deque)
@@ -31,16 +32,14 @@ class Snapshot:
 
     Args:
         module: the user's module; everything below it is covered.
-        buffers: paths of those that a pass is known to change; None copies all of them, to find out.
+        tensors: paths of the buffers and parameters that a pass is known to write to; None copies all of them, to find
+            out, or to be safe.
     """
 
-    def __init__(self, module: nn.Module, buffers: frozenset[str] | None = None) -> None:
-        self._buffers = [
-            (f"{prefix}.{name}", owner, name, tensor.clone())
-            for prefix, owner in module.named_modules()
-            for name, tensor in owner._buffers.items()
-            if tensor is not None and (buffers is None or f"{prefix}.{name}" in buffers)
-        ]
+    def __init__(self, module: nn.Module, tensors: frozenset[str] | None = None) -> None:
+        self._module = module
+        self._tensors = _copies(module, tensors)
+        self._trainable = [(p, p.requires_grad) for p in module.parameters()]
         self._random = _RandomState(module)
         self._attributes = _attributes(module)
         self._metrics = [MetricTape(m) for m in _outermost_metrics(module)]
@@ -54,16 +53,20 @@ class Snapshot:
             yield
 
     @contextmanager
-    def replaying(self, generators: bool = True) -> Iterator[None]:
-        """A further pass: it starts from the snapshot and leaves no trace."""
+    def replaying(self, everything: bool = False) -> Iterator[None]:
+        """A further pass: it starts from the snapshot and leaves no trace.
+
+        Args:
+            everything: protect also the tensors that no one knew to copy, from their values of now.
+        """
         with ExitStack() as stack:
-            if generators:
-                stack.callback(self._random.of_now().restore)
-                self._random.restore()
-            for _, owner, name, value in self._buffers:
-                # Another tensor object, not other contents: graphs of earlier passes keep the one they saved.
-                stack.callback(owner._buffers.__setitem__, name, owner._buffers[name])
-                owner._buffers[name] = value.clone()
+            stack.callback(self._random.of_now().restore)
+            self._random.restore()
+            tensors = _copies(self._module, None) | self._tensors if everything else self._tensors
+            for owner, name, value in tensors.values():
+                stack.callback(_swapped(owner, name, value.clone()))
+            stack.callback(_set_trainable, [(p, p.requires_grad) for p, _ in self._trainable])
+            _set_trainable(self._trainable)
             for state in self._attributes:
                 stack.callback(state.of_now().restore)
                 state.restore()
@@ -71,13 +74,47 @@ class Snapshot:
                 stack.enter_context(tape.replaying())
             yield
 
-    def changed_buffers(self) -> frozenset[str]:
-        """Those whose values differ from the snapshot's. (Version counters would not tell: BatchNorm bumps none.)"""
+    def changed(self) -> frozenset[str]:
+        """Paths of the tensors whose values differ now. (Version counters would not tell: BatchNorm bumps none.)"""
         return frozenset(
             path
-            for path, owner, name, value in self._buffers
-            if (now := owner._buffers[name]) is None or not torch.equal(now, value)
+            for path, (owner, name, value) in self._tensors.items()
+            if (now := _held(owner, name)) is None or not torch.equal(now, value)
         )
+
+
+def _set_trainable(flags: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, trainable in flags:
+        if parameter.requires_grad != trainable:
+            parameter.requires_grad_(trainable)
+
+
+def _copies(module: nn.Module, wanted: frozenset[str] | None) -> dict[str, tuple[nn.Module, str, Tensor]]:
+    return {
+        path: (owner, name, tensor.detach().clone())
+        for prefix, owner in module.named_modules()
+        for name, tensor in (*owner._buffers.items(), *owner._parameters.items())
+        if tensor is not None
+        for path in [f"{prefix}.{name}"]
+        if wanted is None or path in wanted
+    }
+
+
+def _held(owner: nn.Module, name: str) -> Tensor | None:
+    return owner._buffers[name] if name in owner._buffers else owner._parameters[name]
+
+
+def _swapped(owner: nn.Module, name: str, value: Tensor) -> Callable[[], None]:
+    """Puts another tensor in place, not other contents: graphs of earlier passes keep the one they saved."""
+    if name in owner._buffers:
+        before = owner._buffers[name]
+        owner._buffers[name] = value
+        return partial(owner._buffers.__setitem__, name, before)
+    parameter = owner._parameters[name]
+    assert parameter is not None
+    storage = parameter.data
+    parameter.data = value
+    return partial(setattr, parameter, "data", storage)
 
 
 class _RandomState:
@@ -220,16 +257,20 @@ def _method_of_copy(copies: dict[int, nn.Module], metric: nn.Module, name: str) 
 def _replaced(
     objects: Sequence[nn.Module], instead: Callable[[nn.Module, str], Callable[..., Any]], names: Sequence[str]
 ) -> Iterator[None]:
-    """Shadows methods by instance attributes, and puts back exactly what the instances held before."""
-    missing = object()
     with ExitStack() as stack:
         for held in objects:
-            for name in names:
-                before = held.__dict__.get(name, missing)
-                replacement = instead(held, name)
-                if before is missing:
-                    stack.callback(held.__dict__.pop, name, None)
-                else:
-                    stack.callback(held.__dict__.__setitem__, name, before)
-                held.__dict__[name] = replacement
+            stack.enter_context(shadowed(held, {name: instead(held, name) for name in names}))
         yield
+
+
+@contextmanager
+def shadowed(held: object, methods: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Shadows methods by instance attributes, and puts back exactly what the instance held before."""
+    before = {name: held.__dict__[name] for name in methods if name in held.__dict__}
+    held.__dict__.update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            held.__dict__.pop(name, None)
+        held.__dict__.update(before)

@@ -34,6 +34,7 @@ class Step:
         remember: told the names of the states, how the phases went, and the loss.
         loss_reduction: "mean" or "sum".
         batch_size: B; None takes the first dimension of what the module is called with.
+        snapshot: what the pass starts from, if it has begun already; None is now.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Step:
         remember: Remember,
         loss_reduction: Literal["mean", "sum"],
         batch_size: int | None,
+        snapshot: Snapshot | None = None,
     ) -> None:
         self._module = module
         self._algorithm = algorithm
@@ -56,7 +58,7 @@ class Step:
         self._loss_reduction = loss_reduction
         self._batch_size = batch_size
         self._plan: Plan | None = None if algorithm.read_as == "backprop" else finder.plan
-        self._snapshot = Snapshot(module, None if self._plan is None else self._plan.buffers)
+        self._snapshot = snapshot or Snapshot(module, frozenset() if self._plan is None else self._plan.written)
         self._first: Pass | None = None
 
     @contextmanager
@@ -89,13 +91,10 @@ class Step:
                 " training, lower the learning rate of the parameters, or clip."
             )
         first = self._first
-        if first is None:
-            raise ConfigurationError(
-                "The loss was to be differentiated before the pass that computes it was over, as manual optimization"
-                " does within training_step. Relaxing needs the whole step: use automatic optimization, or the"
-                ' algorithm "backprop".'
-            )
-        first.loss = loss / scale if scale != 1.0 else loss
+        if first is None:  # the pass is not over, as under manual optimization: it is rehearsed up to here
+            first = self._run(_at_prediction(self._plan))
+        else:
+            first.loss = loss / scale if scale != 1.0 else loss
         if tuple(call.key for call in first.calls) != self._plan.calls:  # the control flow took another way
             self._plan = self._finder.search(self._closure, self._snapshot)
             first = self._run(_at_prediction(self._plan))
@@ -109,7 +108,7 @@ class Step:
 
     def true_gradients(self) -> dict[str, Tensor]:
         """Backprop's gradient of this very step: same batch, same random draws, same buffers. No side effects."""
-        with self._snapshot.replaying(), self._quiet(), torch.enable_grad():
+        with self._snapshot.replaying(everything=self._plan is None), self._quiet(), torch.enable_grad():
             return named_gradients(self._module, checked_loss(self._closure()))
 
     def _relaxed(self, network: Network, loss: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,8 @@ from lightning_ebm.algorithm import Algorithm, algorithm as preset
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.layers import Layers, Output
 from lightning_ebm.learner import Learner, check_options
+from lightning_ebm.manual import ManualStep
+from lightning_ebm.purity import Snapshot, shadowed
 from lightning_ebm.step import Step
 from lightning_ebm.substitution import batch_size_of
 
@@ -41,8 +44,8 @@ class EBMStrategy(SingleDeviceStrategy):
         precision_plugin: Lightning's own.
 
     Raises:
-        ConfigurationError: an argument that cannot work; more than one device; manual optimization with a relaxing
-            algorithm whose step has already changed the parameters.
+        ConfigurationError: an argument that cannot work; more than one device; a training step that draws its own
+            batches from the loader.
     """
 
     strategy_name = "ebm"
@@ -74,6 +77,8 @@ class EBMStrategy(SingleDeviceStrategy):
         self.loss_reduction: Literal["mean", "sum"] = loss_reduction
         self._learner: Learner | None = None
         self._step: Step | None = None
+        self._manual: ManualStep | None = None
+        self._snapshot: Snapshot | None = None
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     @property
@@ -117,19 +122,45 @@ class EBMStrategy(SingleDeviceStrategy):
 
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """The user's own step, with every state at its prediction: this pass is the one with side effects."""
+        module = self.lightning_module
+        assert module is not None
+        control = self.algorithm.read_as == "backprop"
+        if not control and any(isinstance(a, Iterator) for a in (*args, *kwargs.values())):
+            raise ConfigurationError(
+                f"{type(module).__name__}.training_step takes a dataloader_iter: it would draw another batch at every"
+                ' pass of a relaxation. Let training_step take the batch, or use the algorithm "backprop".'
+            )
         self._arguments = (args, kwargs)
-        self._step = self.learner.begin(self._again, batch_size_of((args, kwargs)))
+        self._step = self._manual = None
+        if not module.automatic_optimization:
+            self._manual = ManualStep(module, self._run_again)
+            self._snapshot = Snapshot(module, frozenset() if control else self.learner.written)
+            with self._snapshot.recording():
+                return super().training_step(*args, **kwargs)
+        self._step = self.learner.begin(self._loss_again, batch_size_of((args, kwargs)))
         with self._step.first_pass():
             return super().training_step(*args, **kwargs)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Relaxes, and lets Lightning run its backward on the scalar whose gradient is the update."""
+        if (manual := self._manual) is not None:
+            number = manual.backwards
+            manual.backwards += 1
+            size = batch_size_of(self._arguments)
+            self._step = self.learner.begin(partial(manual.rehearse, number), size, self._snapshot, key=number)
         if self._step is None:
-            raise ConfigurationError(
-                "EBMStrategy.backward was called outside a training step: there is no batch to relax."
-            )
-        surrogate = self._step.surrogate(closure_loss, 1 / self._accumulated())
+            raise ConfigurationError("EBMStrategy.backward was called outside a training step: nothing to relax.")
+        if self._scaler() is not None and not bool(torch.isfinite(closure_loss)):
+            surrogate = closure_loss  # the scaler skips this step, as in stock
+        else:
+            surrogate = self._step.surrogate(closure_loss, 1 / self._accumulated())
         return super().backward(surrogate, optimizer, *args, **kwargs)
+
+    def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's own; under manual optimization notes the values that rehearsals may have to go back to."""
+        if self._manual is not None and self.algorithm.read_as != "backprop":
+            self._manual.about_to_step(optimizer)
+        return super().optimizer_step(optimizer, *args, **kwargs)
 
     def true_gradients(self) -> dict[str, Tensor]:
         """Backprop's gradient on the micro-batch of the last step, scaled as Lightning scales that step's update.
@@ -139,13 +170,13 @@ class EBMStrategy(SingleDeviceStrategy):
         if self._step is None:
             raise ConfigurationError("There is no training step yet whose gradient could be computed.")
         found = self._step.true_gradients()
-        scaler = getattr(self.precision_plugin, "scaler", None)
+        scaler = self._scaler()
         scale = (float(scaler.get_scale()) if scaler is not None else 1.0) / self._accumulated()
         return {name: gradient * scale for name, gradient in found.items()} if scale != 1.0 else found
 
     def teardown(self) -> None:
         """Lightning's own; drops the last batch and its graph."""
-        self._step = None
+        self._step = self._manual = self._snapshot = None
         self._arguments = ((), {})
         super().teardown()
 
@@ -160,10 +191,16 @@ class EBMStrategy(SingleDeviceStrategy):
         assert module is not None
         return module.trainer.accumulate_grad_batches if module.automatic_optimization else 1
 
-    def _again(self) -> Tensor:
-        """The step once more, for its loss."""
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return getattr(self.precision_plugin, "scaler", None)
+
+    def _run_again(self) -> STEP_OUTPUT:
         args, kwargs = self._arguments
-        output = super().training_step(*args, **kwargs)
+        return super().training_step(*args, **kwargs)
+
+    def _loss_again(self) -> Tensor:
+        """The step once more, for its loss."""
+        output = self._run_again()
         loss = output.get("loss") if isinstance(output, Mapping) else output
         return loss  # type: ignore[return-value]  # checked by whoever asked
 
@@ -172,15 +209,8 @@ class EBMStrategy(SingleDeviceStrategy):
         """`self.log` and its kin do nothing in further passes."""
         module = self.lightning_module
         assert module is not None
-        held = {name: module.__dict__[name] for name in _LOGGING if name in module.__dict__}
-        for name in _LOGGING:
-            module.__dict__[name] = _nothing
-        try:
+        with shadowed(module, dict.fromkeys(_LOGGING, _nothing)):
             yield
-        finally:
-            for name in _LOGGING:
-                del module.__dict__[name]
-            module.__dict__.update(held)
 
 
 _LOGGING = ("log", "log_dict", "print")

@@ -42,7 +42,7 @@ class Plan:
         loss_parents: indices of the states the loss is computed from directly.
         loss_parameters: names of the parameters between those states and the loss, or in the loss itself.
         reached: names of all parameters that backprop would reach.
-        buffers: paths of those that a pass changes.
+        written: paths of the buffers and parameters that a pass writes to.
     """
 
     candidates: Mapping[nn.Module, str]
@@ -53,7 +53,7 @@ class Plan:
     loss_parents: tuple[int, ...]
     loss_parameters: tuple[str, ...]
     reached: frozenset[str]
-    buffers: frozenset[str] = frozenset()
+    written: frozenset[str] = frozenset()
 
 
 class Wiring:

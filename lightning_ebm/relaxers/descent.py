@@ -54,7 +54,7 @@ def descend(
     active = norm > settled_at
     step_size = torch.full_like(first, lr)
     rejected = torch.zeros_like(first)
-    ran_away = torch.zeros_like(active)
+    ran_away = ~torch.isfinite(first)
     steps = 0
     while steps < max_steps and bool(active.any()):
         steps += 1
@@ -93,9 +93,9 @@ def descend(
         sizes = [float(gradient.norm()) for gradient in gradients]
         worst = landscape.names[max(range(len(sizes)), key=lambda k: sizes[k])]
         raise RelaxationDivergedError(
-            f"At nudge {strength:g} the energy has no minimum that {int(ran_away.sum())} of {landscape.batch_size} samples"
-            f" could reach: after {steps} steps their force is up to {float(residual.max()):.3g} times what it started"
-            f" with, and layer {worst!r} ran furthest. An update read there would be noise. A negative nudge has a"
+            f"At nudge {strength:g} the energy has no minimum that {int(ran_away.sum())} of {landscape.batch_size}"
+            f" samples could reach: after {steps} steps their force is up to {float(residual.max()):.3g} times what it"
+            f" started with, and layer {worst!r} ran furthest. An update read there would be noise. A negative nudge has a"
             " minimum only while |lambda| times the curvature of the loss, as the states feel it, stays below 1: take a"
             " smaller nudge, such as ebm.Centered(0.01), or a one-sided positive one."
         )
