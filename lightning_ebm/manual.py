@@ -40,11 +40,13 @@ class ManualStep:
         self._run = run
         self.backwards = 0
         self._before_step: list[list[tuple[Parameter, Tensor]]] = []
+        self._live: dict[Parameter, Tensor] = {}
 
     def about_to_step(self, optimizer: Optimizer) -> None:
         """Notes the parameters' values before a real optimizer step."""
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._before_step.append([(p, p.detach().clone()) for p in parameters])
+        self._live.update({p: p.data for p in parameters})
 
     def rehearse(self, number: int) -> Tensor:
         """The loss of the `number`-th backward call, from 0, in its own graph.
@@ -85,32 +87,24 @@ class ManualStep:
         def nothing(*args: Any, **kwargs: Any) -> None:
             """In place of what would change something."""
 
-        present = {id(p): (p, p.data) for moved in self._before_step for p, _ in moved}
+        present = [(p, p.data) for p in self._live]
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         with ExitStack() as stack:
-            stack.callback(_put_back, present.values())
+            stack.callback(_put_back, present)
             stack.enter_context(shadowed(module, {"manual_backward": manual_backward, "clip_gradients": nothing}))
             for optimizer in (*trainer.optimizers, *trainer.strategy._lightning_optimizers):
                 stack.enter_context(shadowed(optimizer, {"step": step, "zero_grad": nothing}))
             for scheduler in schedulers:
                 stack.enter_context(shadowed(scheduler, {"step": nothing}))
-            self._now = {key: storage for key, (_, storage) in present.items()}
             self._travel(0)
             yield
 
     def _travel(self, steps: int) -> None:
         """Gives every parameter the value it had after that many optimizer steps of this training step."""
-        pending = {id(p) for moved in self._before_step for p, _ in moved}
-        for moved in self._before_step[steps:]:
-            for parameter, value in moved:
-                if id(parameter) in pending:
-                    parameter.data = value
-                    pending.discard(id(parameter))
-        for moved in self._before_step[:steps]:
-            for parameter, _ in moved:
-                if id(parameter) in pending:
-                    parameter.data = self._now[id(parameter)]
-                    pending.discard(id(parameter))
+        values = dict(self._live)
+        for moved in reversed(self._before_step[steps:]):  # the earliest of the later ones has the last word
+            values.update(moved)
+        _put_back(values.items())
 
 
 def _put_back(tensors: Iterable[tuple[Parameter, Tensor]]) -> None:

@@ -95,8 +95,8 @@ def descend(
         raise RelaxationDivergedError(
             f"At nudge {strength:g} the energy has no minimum that {int(ran_away.sum())} of {landscape.batch_size}"
             f" samples could reach: after {steps} steps their force is up to {float(residual.max()):.3g} times what it"
-            f" started with, and layer {worst!r} ran furthest. An update read there would be noise. A negative nudge has a"
-            " minimum only while |lambda| times the curvature of the loss, as the states feel it, stays below 1: take a"
+            f" started with, and layer {worst!r} ran furthest. An update read there would be noise. A negative nudge has"
+            " a minimum only while |lambda| times the curvature of the loss, as the states feel it, stays below 1: take a"
             " smaller nudge, such as ebm.Centered(0.01), or a one-sided positive one."
         )
     return Descent(point, "max_steps" if bool(active.any()) else "converged", steps, residual, energies)
