@@ -11,10 +11,14 @@ Closure = Callable[[], Tensor]
 """Runs the user's forward pass and returns the loss, a scalar."""
 
 
+class NoLossError(ConfigurationError):
+    """The closure returned something other than a tensor."""
+
+
 def checked_loss(loss: Any) -> Tensor:
     """`loss`, if it is a scalar that depends on something."""
     if not isinstance(loss, Tensor):
-        raise ConfigurationError(
+        raise NoLossError(
             f"The closure returned {'None' if loss is None else type(loss).__name__}; expected the loss, a scalar"
             " tensor: without it there is nothing to nudge the states. Did it forget to `return loss`?"
         )

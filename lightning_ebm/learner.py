@@ -1,7 +1,7 @@
 """The engine: from a closure that returns a loss to local updates in `.grad`."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -104,13 +104,13 @@ class Learner:
             return named_gradients(self.module, step.surrogate(loss))
 
     def begin(
-        self, closure: Closure, batch_size: int | None = None, snapshot: Snapshot | None = None, key: int = 0
+        self, closure: Closure, sizes: Sequence[int] = (), snapshot: Snapshot | None = None, key: int = 0
     ) -> Step:
         """Opens a step by hand: run the first pass inside `Step.first_pass`, then call `Step.surrogate`.
 
         Args:
             closure: reruns the pass and returns its loss.
-            batch_size: B; None takes the first dimension of what the module is called with.
+            sizes: candidates for B, the first dimensions of the batch; those of what the module is called with if empty.
             snapshot: what the pass starts from, if it has begun already.
             key: tells apart closures that are used in turn, each with layers of its own.
         """
@@ -120,7 +120,7 @@ class Learner:
             finder.look(closure, snapshot)
         remember, reduction = self._remember, self.loss_reduction
         return Step(
-            self.module, self.algorithm, finder, closure, self._quiet, remember, reduction, batch_size, snapshot
+            self.module, self.algorithm, finder, closure, self._quiet, remember, reduction, list(sizes), snapshot
         )
 
     @property

@@ -5,15 +5,12 @@ is what the first pass started from; inside `replaying` the module, the random g
 were then, and on the way out (an exception too, KeyboardInterrupt included) as the first pass left them.
 
 Covered: buffers (BatchNorm, spectral norm, any other), parameters that the user's code writes to (averaged teachers),
-`requires_grad`, plain Python attributes of the user's own modules and the contents of their lists, dicts, sets and
-deques, torchmetrics objects, the generators of torch (CPU and CUDA), Python and NumPy. Not covered: files, sockets,
-globals, objects that do not hang on the module.
+`requires_grad`, plain Python state of the user's own modules and of the objects they hold (see `PlainState`),
+torchmetrics objects, the generators of torch (CPU and CUDA), Python and NumPy, global ones and those that modules hold.
+Not covered: files, sockets, globals, objects that do not hang on the module.
 """
 
 import copy
-import random
-import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -23,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-_CONTAINERS = (list, dict, set, deque)
-_MODULE_INTERNALS = frozenset(vars(nn.Module()))
+from lightning_ebm.plain_state import PlainState, RandomState
 
 
 class Snapshot:
@@ -40,8 +36,8 @@ class Snapshot:
         self._module = module
         self._tensors = _copies(module, tensors)
         self._trainable = [(p, p.requires_grad) for p in module.parameters()]
-        self._random = _RandomState(module)
-        self._attributes = _attributes(module)
+        self._random = RandomState(module)
+        self._plain = PlainState(module)
         self._metrics = [MetricTape(m) for m in _outermost_metrics(module)]
 
     @contextmanager
@@ -67,9 +63,8 @@ class Snapshot:
                 stack.callback(_swapped(owner, name, value.clone()))
             stack.callback(_set_trainable, [(p, p.requires_grad) for p, _ in self._trainable])
             _set_trainable(self._trainable)
-            for state in self._attributes:
-                stack.callback(state.of_now().restore)
-                state.restore()
+            stack.callback(self._plain.of_now().restore)
+            self._plain.restore()
             for tape in self._metrics:
                 stack.enter_context(tape.replaying())
             yield
@@ -115,72 +110,6 @@ def _swapped(owner: nn.Module, name: str, value: Tensor) -> Callable[[], None]:
     storage = parameter.data
     parameter.data = value
     return partial(setattr, parameter, "data", storage)
-
-
-class _RandomState:
-    def __init__(self, module: nn.Module) -> None:
-        self._devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
-        self._read()
-
-    def _read(self) -> None:
-        self._cpu = torch.get_rng_state()
-        self._cuda = [torch.cuda.get_rng_state(device) for device in self._devices]
-        self._python = random.getstate()
-        self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
-
-    def of_now(self) -> "_RandomState":
-        now = copy.copy(self)
-        now._read()
-        return now
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        for device, state in zip(self._devices, self._cuda, strict=True):
-            torch.cuda.set_rng_state(state, device)
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
-
-
-class _Attributes:
-    """The plain attributes of one module, and the contents of its containers."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._values = {k: v for k, v in vars(module).items() if k not in _MODULE_INTERNALS}
-        self._contents = {k: copy.copy(v) for k, v in self._values.items() if type(v) in _CONTAINERS}
-
-    def of_now(self) -> "_Attributes":
-        return _Attributes(self._module)
-
-    def restore(self) -> None:
-        present = vars(self._module)
-        for key in [k for k in present if k not in _MODULE_INTERNALS and k not in self._values]:
-            del present[key]
-        present.update(self._values)
-        for key, content in self._contents.items():
-            held = self._values[key]
-            if not _same_items(held, content):
-                held.clear()
-                held.update(content) if isinstance(held, dict | set) else held.extend(content)
-
-
-def _same_items(a: Any, b: Any) -> bool:
-    """Identity of the items: comparing tensors or arrays by value would not give a truth value."""
-    if len(a) != len(b):
-        return False
-    if isinstance(a, set):
-        return bool(a == b)
-    pairs = zip(a.items(), b.items(), strict=True) if isinstance(a, dict) else zip(a, b, strict=True)
-    if isinstance(a, dict):
-        return all(k is m and v is w for (k, v), (m, w) in pairs)
-    return all(x is y for x, y in pairs)
-
-
-def _attributes(module: nn.Module) -> list[_Attributes]:
-    """Of the modules whose code is not torch's or torchmetrics': those keep no state outside buffers and metrics."""
-    foreign = (m for m in module.modules() if not type(m).__module__.startswith(("torch.", "torchmetrics.")))
-    return [_Attributes(m) for m in foreign if not isinstance(m, Metric)]
 
 
 def _outermost_metrics(module: nn.Module) -> list[nn.Module]:

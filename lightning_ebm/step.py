@@ -16,7 +16,7 @@ from lightning_ebm.purity import Snapshot
 from lightning_ebm.reference import named_gradients
 from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.report import PhaseReport
-from lightning_ebm.substitution import Pass, StateKey, StateOf, substituted
+from lightning_ebm.substitution import Pass, StateKey, StateOf, batch_size_among, substituted
 from lightning_ebm.wiring import Plan, reached_parameters
 
 Remember = Callable[[list[str], list[PhaseReport], Tensor], None]
@@ -33,7 +33,7 @@ class Step:
         quiet: silences what only the caller knows how to silence, in all passes but the first.
         remember: told the names of the states, how the phases went, and the loss.
         loss_reduction: "mean" or "sum".
-        batch_size: B; None takes the first dimension of what the module is called with.
+        leading_sizes: candidates for B, see `batch_size_among`; those of what the module is called with if empty.
         snapshot: what the pass starts from, if it has begun already; None is now.
     """
 
@@ -46,7 +46,7 @@ class Step:
         quiet: Callable[[], AbstractContextManager[Any]],
         remember: Remember,
         loss_reduction: Literal["mean", "sum"],
-        batch_size: int | None,
+        leading_sizes: list[int],
         snapshot: Snapshot | None = None,
     ) -> None:
         self._module = module
@@ -56,7 +56,7 @@ class Step:
         self._quiet = quiet
         self._remember = remember
         self._loss_reduction = loss_reduction
-        self._batch_size = batch_size
+        self._leading_sizes = leading_sizes
         self._plan: Plan | None = None if algorithm.read_as == "backprop" else finder.plan
         self._snapshot = snapshot or Snapshot(module, frozenset() if self._plan is None else self._plan.written)
         self._first: Pass | None = None
@@ -98,7 +98,8 @@ class Step:
         if tuple(call.key for call in first.calls) != self._plan.calls:  # the control flow took another way
             self._plan = self._finder.search(self._closure, self._snapshot)
             first = self._run(_at_prediction(self._plan))
-        size = self._batch_size or first.batch_size or first.layers[0].prediction.shape[0]
+        shapes = [state.shape for state in first.states]
+        size = batch_size_among(self._leading_sizes or first.leading_sizes, shapes)
         loss_scale = size if self._loss_reduction == "mean" else 1
         network = Network(self._algorithm.energy, self._plan, first, self._run, size, loss_scale)
         update = self._relaxed(network, first.loss.detach()) * (scale / loss_scale)

@@ -10,20 +10,25 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ebm.algorithm import Algorithm, algorithm as preset
+from lightning_ebm.closure import NoLossError
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.layers import Layers, Output
 from lightning_ebm.learner import Learner, check_options
 from lightning_ebm.manual import ManualStep
 from lightning_ebm.purity import Snapshot, shadowed
 from lightning_ebm.step import Step
-from lightning_ebm.substitution import batch_size_of
+from lightning_ebm.substitution import leading_sizes
+
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class EBMStrategy(SingleDeviceStrategy):
@@ -78,8 +83,9 @@ class EBMStrategy(SingleDeviceStrategy):
         self._learner: Learner | None = None
         self._step: Step | None = None
         self._manual: ManualStep | None = None
+        self._writes_batch: bool | None = None  # unknown until the first further pass has run, on copies
         self._snapshot: Snapshot | None = None
-        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._arguments: _Arguments = ((), {})
 
     @property
     def root_device(self) -> torch.device:
@@ -130,14 +136,19 @@ class EBMStrategy(SingleDeviceStrategy):
                 f"{type(module).__name__}.training_step takes a dataloader_iter: it would draw another batch at every"
                 ' pass of a relaxation. Let training_step take the batch, or use the algorithm "backprop".'
             )
-        self._arguments = (args, kwargs)
+        self._arguments = _as_given((args, kwargs))
+        if self._writes_batch:
+            self._arguments = _cloned(self._arguments)
         self._step = self._manual = None
         if not module.automatic_optimization:
             self._manual = ManualStep(module, self._run_again)
             self._snapshot = Snapshot(module, frozenset() if control else self.learner.written)
             with self._snapshot.recording():
                 return super().training_step(*args, **kwargs)
-        self._step = self.learner.begin(self._loss_again, batch_size_of((args, kwargs)))
+        try:
+            self._step = self.learner.begin(self._loss_again, leading_sizes((args, kwargs)))
+        except NoLossError:  # a step that Lightning skips; layers can be looked for in the next
+            return super().training_step(*args, **kwargs)
         with self._step.first_pass():
             return super().training_step(*args, **kwargs)
 
@@ -146,7 +157,7 @@ class EBMStrategy(SingleDeviceStrategy):
         if (manual := self._manual) is not None:
             number = manual.backwards
             manual.backwards += 1
-            size = batch_size_of(self._arguments)
+            size = leading_sizes(self._arguments)
             self._step = self.learner.begin(partial(manual.rehearse, number), size, self._snapshot, key=number)
         if self._step is None:
             raise ConfigurationError("EBMStrategy.backward was called outside a training step: nothing to relax.")
@@ -195,8 +206,14 @@ class EBMStrategy(SingleDeviceStrategy):
         return getattr(self.precision_plugin, "scaler", None)
 
     def _run_again(self) -> STEP_OUTPUT:
-        args, kwargs = self._arguments
-        return super().training_step(*args, **kwargs)
+        """The training step once more, on the batch as it came: a step may write to it, or pop entries off it."""
+        copies = _as_given(self._arguments) if self._writes_batch is False else _cloned(self._arguments)
+        args, kwargs = copies
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            if not self._writes_batch:
+                self._writes_batch = self._writes_batch is None and any(t._version for t in _tensors(copies))
 
     def _loss_again(self) -> Tensor:
         """The step once more, for its loss."""
@@ -206,11 +223,32 @@ class EBMStrategy(SingleDeviceStrategy):
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
-        """`self.log` and its kin do nothing in further passes."""
+        """`self.log` and its kin, and the loggers themselves, do nothing in further passes."""
         module = self.lightning_module
         assert module is not None
-        with shadowed(module, dict.fromkeys(_LOGGING, _nothing)):
-            yield
+        trainer = module.trainer
+        loggers = trainer.loggers
+        trainer.loggers = [DummyLogger() for _ in loggers]
+        try:
+            with shadowed(module, dict.fromkeys(_LOGGING, _nothing)):
+                yield
+        finally:
+            trainer.loggers = loggers
+
+
+def _as_given(batch: _Arguments) -> _Arguments:
+    """The same tensors in containers of their own."""
+    return apply_to_collection(batch, Tensor, lambda t: t)  # type: ignore[no-any-return]
+
+
+def _cloned(batch: _Arguments) -> _Arguments:
+    return apply_to_collection(batch, Tensor, Tensor.clone)  # type: ignore[no-any-return]
+
+
+def _tensors(batch: _Arguments) -> list[Tensor]:
+    found: list[Tensor] = []
+    apply_to_collection(batch, Tensor, found.append)
+    return found
 
 
 _LOGGING = ("log", "log_dict", "print")

@@ -80,13 +80,13 @@ class Pass:
     Attributes:
         calls: every call of a candidate, in the order in which they returned.
         loss: what the run returned, a scalar; set by whoever ran it.
-        batch_size: first dimension of what the module was called with, if it was called and had one.
+        leading_sizes: first dimensions of what the module was called with, if it was.
         weighted: outputs of all modules with parameters, when asked for.
     """
 
     calls: list[Call] = field(default_factory=list)
     loss: Any = None
-    batch_size: int | None = None
+    leading_sizes: list[int] = field(default_factory=list)
     weighted: list[WeightedOutput] = field(default_factory=list)
 
     @property
@@ -153,8 +153,7 @@ def substituted(
         return pytree.tree_unflatten(leaves, structure)
 
     def note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if observed.batch_size is None:
-            observed.batch_size = batch_size_of((args, kwargs))
+        observed.leading_sizes = observed.leading_sizes or leading_sizes((args, kwargs))
 
     with ExitStack() as stack:
         add = stack.callback
@@ -203,7 +202,16 @@ def clean(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def batch_size_of(batch: Any) -> int | None:
-    """First dimension of the first tensor in a batch, or in a call's arguments, that has one."""
-    sized = (t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim > 0)
-    return next((t.shape[0] for t in sized), None)
+def leading_sizes(batch: Any) -> list[int]:
+    """First dimension of every tensor in a batch, or in a call's arguments, that has one: candidates for B."""
+    return [t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim > 0]
+
+
+def batch_size_among(candidates: list[int], shapes: list[torch.Size]) -> int:
+    """The candidate that most states carry in one of their first two dimensions, then the most frequent, then the first.
+
+    A time-major batch (T, B, ...) or a loose tensor beside the samples is not mistaken for the batch size that way.
+    """
+    found = candidates or [size for shape in shapes for size in shape[:1]] or [1]
+    carried = {size: sum(size in shape[:2] for shape in shapes) for size in found}
+    return max(found, key=lambda size: (carried[size], found.count(size), -found.index(size)))

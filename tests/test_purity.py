@@ -1,6 +1,8 @@
 """Only the first pass of a step has side effects, and none of the engine's own survive, whatever happens."""
 
+import copy
 import random
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -20,6 +22,18 @@ ALGORITHMS = [
 ]
 
 
+class Meter:
+    """A plain object with state, as found in many training scripts."""
+
+    def __init__(self):
+        self.count = 0
+        self.values = defaultdict(list)
+
+    def update(self, value):
+        self.count += 1
+        self.values["loss"].append(value)
+
+
 class Busy(nn.Module):
     """A module with every side effect users write."""
 
@@ -37,22 +51,31 @@ class Busy(nn.Module):
         self.calls = 0
         self.history: list[float] = []
         self.seen: dict[int, int] = {}
-        self.returned: list[float] = []
+        self.meter = Meter()
+        self.nested = {"epochs": [{"losses": []}], "counter": Counter()}
+        self.generator = torch.Generator().manual_seed(7)
+        self.numpy_generator = np.random.default_rng(7)
+        self.python_generator = random.Random(7)
 
     def forward(self, x):
         self.calls += 1
         self.calls_on_device += 1
         self.seen[self.calls] = len(x)
         noise = random.random() + np.random.rand() + torch.rand(())
+        noise = noise + torch.rand((), generator=self.generator)
+        noise = noise + self.numpy_generator.random() + self.python_generator.random()
         return self.head(self.net(x + 0.1 * noise))
 
     def loss(self, x, y):
         logits = self(x)
         loss = F.cross_entropy(logits, y)
-        self.history.append(float(loss))
+        self.history.append(float(loss.detach()))
         accuracy = self.accuracy(logits, y)
         self.metrics.update(logits, y)
         self.mean.update(loss.detach())
+        self.meter.update(float(loss.detach()))
+        self.nested["epochs"][0]["losses"].append(float(loss.detach()))
+        self.nested["counter"]["steps"] += 1
         # control flow that reads a metric: another value in another pass would be another function
         return loss * (1.0 if float(accuracy) <= 1 else 2.0) * (2.0 if self.calls % 2 else 1.0)
 
@@ -61,6 +84,12 @@ def traces(module: Busy) -> dict[str, object]:
     return {
         "buffers": {name: b.clone() for name, b in module.named_buffers()},
         "plain": (module.calls, list(module.history), dict(module.seen)),
+        "held": (module.meter.count, copy.deepcopy(dict(module.meter.values)), copy.deepcopy(module.nested)),
+        "generators": (
+            module.generator.get_state(),
+            module.numpy_generator.bit_generator.state,
+            module.python_generator.getstate(),
+        ),
         "updates": (module.accuracy._update_count, module.mean._update_count, module.metrics["a"]._update_count),
         "computed": (module.accuracy.compute(), module.mean.compute(), module.metrics.compute()["b"]),
         "python": random.getstate(),

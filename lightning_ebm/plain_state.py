@@ -1,0 +1,128 @@
+"""State that is no tensor: random generators, counters, histories, meters."""
+
+import copy
+import random
+import sys
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_MODULE_INTERNALS = frozenset(vars(nn.Module()))
+_LIBRARIES = ("torch", "torchmetrics", "lightning", "lightning_ebm", "lightning_fabric", "pytorch_lightning", "numpy")
+_LIBRARIES += ("wandb", "builtins", "functools", "types", "logging", "threading", "pathlib")
+_LEAVES = (int, float, str, bytes, type(None), Tensor, nn.Module, type, FunctionType, MethodType, ModuleType)
+_WALKED_ITEMS = 256
+"""Containers longer than this are copied, but not searched for containers within: histories hold numbers."""
+
+
+class RandomState:
+    """The global generators: torch on the CPU and on the module's devices, Python's, NumPy's if it is loaded."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
+        self._read()
+
+    def _read(self) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = [torch.cuda.get_rng_state(device) for device in self._devices]
+        self._python = random.getstate()
+        self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
+
+    def of_now(self) -> "RandomState":
+        """The same, read again."""
+        now = copy.copy(self)
+        now._read()
+        return now
+
+    def restore(self) -> None:
+        """Sets the generators back."""
+        torch.set_rng_state(self._cpu)
+        for device, state in zip(self._devices, self._cuda, strict=True):
+            torch.cuda.set_rng_state(state, device)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+
+
+class PlainState:
+    """Attributes of the user's own modules, and what they hold, recursively.
+
+    Covered are lists, dicts, sets and deques (of any subclass), objects of classes that no library here defines, and
+    generators (`torch.Generator`, `random.Random`, `numpy.random.Generator`). Tensors are not copied.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._undo: list[Callable[[], None]] = []
+        seen: set[int] = set()
+        for owner in module.modules():
+            # Modules of torch and torchmetrics keep no state outside of buffers and metrics.
+            if not type(owner).__module__.startswith(("torch.", "torchmetrics.")):
+                values = {k: v for k, v in vars(owner).items() if k not in _MODULE_INTERNALS}
+                self._undo.append(partial(_reset_attributes, owner, values))
+                for value in values.values():
+                    self._read(value, seen)
+
+    def of_now(self) -> "PlainState":
+        """The same, read again."""
+        return PlainState(self._module)
+
+    def restore(self) -> None:
+        """Gives every attribute, container and generator its contents back; what was added since is let go."""
+        for undo in self._undo:
+            undo()
+
+    def _read(self, value: Any, seen: set[int]) -> None:
+        if isinstance(value, _LEAVES) or id(value) in seen:
+            return
+        seen.add(id(value))
+        items: list[Any] = []
+        if isinstance(value, dict):
+            contents = dict(value)
+            self._undo.append(partial(_refill, value, contents))
+            items = list(contents.values())
+        elif isinstance(value, list | deque | set):
+            items = list(value)
+            self._undo.append(partial(_refill, value, items))
+        elif isinstance(value, tuple):
+            items = list(value)
+        elif isinstance(value, torch.Generator):
+            self._undo.append(partial(value.set_state, value.get_state()))  # type: ignore[arg-type]
+        elif isinstance(value, random.Random):
+            self._undo.append(partial(value.setstate, value.getstate()))
+        elif hasattr(value, "bit_generator"):  # numpy.random.Generator, without importing NumPy
+            self._undo.append(partial(setattr, value.bit_generator, "state", copy.deepcopy(value.bit_generator.state)))
+        elif hasattr(value, "__dict__") and type(value).__module__.split(".")[0] not in _LIBRARIES:
+            attributes = dict(vars(value))
+            self._undo.append(partial(_reset_attributes, value, attributes))
+            items = list(attributes.values())
+        if len(items) <= _WALKED_ITEMS:
+            for item in items:
+                self._read(item, seen)
+
+
+def _reset_attributes(owner: object, values: dict[str, Any]) -> None:
+    present = vars(owner)
+    for key in [
+        k for k in present if k not in values and not (isinstance(owner, nn.Module) and k in _MODULE_INTERNALS)
+    ]:
+        del present[key]
+    present.update(values)
+
+
+def _refill(container: Any, contents: Any) -> None:
+    """Puts the contents back, if others are there. Compared by identity: tensors and arrays have no truth value."""
+    if isinstance(container, dict):
+        same = len(container) == len(contents) and all(
+            k is m and v is w for (k, v), (m, w) in zip(container.items(), contents.items(), strict=True)
+        )
+    else:
+        same = len(container) == len(contents) and all(x is y for x, y in zip(container, contents, strict=True))
+    if not same:
+        container.clear()
+        container.update(contents) if isinstance(container, dict | set) else container.extend(contents)
