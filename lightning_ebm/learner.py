@@ -110,7 +110,7 @@ class Learner:
 
         Args:
             closure: reruns the pass and returns its loss.
-            sizes: candidates for B, the first dimensions of the batch; those of what the module is called with if empty.
+            sizes: candidates for B, the batch's first dimensions; those of what the module is called with if empty.
             snapshot: what the pass starts from, if it has begun already.
             key: tells apart closures that are used in turn, each with layers of its own.
         """

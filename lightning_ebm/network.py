@@ -44,6 +44,7 @@ class Network:
         self.free: Sequence[Tensor] = [state.detach() for state in first.states]
         self.no_errors: Sequence[Tensor] = [torch.zeros_like(state) for state in self.free]
         self._layouts = [_layout(state.shape, batch_size) for state in self.free]
+        self.rounding = first.rounding
         self._first = first
         self._latest: tuple[list[Tensor], Pass] | None = None
 

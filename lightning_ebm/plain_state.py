@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
-_LIBRARIES = ("torch", "torchmetrics", "lightning", "lightning_ebm", "lightning_fabric", "pytorch_lightning", "numpy")
-_LIBRARIES += ("wandb", "builtins", "functools", "types", "logging", "threading", "pathlib")
+_LIBRARIES = (
+    *("torch", "torchmetrics", "numpy", "wandb", "lightning", "lightning_fabric", "lightning_utilities"),
+    *("pytorch_lightning", "builtins", "functools", "types", "logging", "threading", "pathlib", "lightning_ebm"),
+)
 _LEAVES = (int, float, str, bytes, type(None), Tensor, nn.Module, type, FunctionType, MethodType, ModuleType)
 _WALKED_ITEMS = 256
 """Containers longer than this are copied, but not searched for containers within: histories hold numbers."""

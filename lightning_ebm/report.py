@@ -25,7 +25,8 @@ class Report(TypedDict):
     """What a step did; JSON-able.
 
     loss: of the forward pass, in the user's own reduction. result: the worst status of the phases: "converged",
-    "fixed" (as many steps as asked for), "max_steps" (a tolerance was asked for and not reached), "none" (backprop).
+    "stalled" (no lower energy, though forces remain, as at kinks of ReLU), "fixed" (as many steps as asked for),
+    "max_steps" (still moving when the count was up), "none" (backprop).
     steps: of all phases together. residual: force left over force at the start, the worst of the phases, per sample.
     energy_free, energy_nudged: I + lambda L of the batch at the forward pass or free equilibrium, and at the end of the
     first nudged phase. phases: each of them. layers: the names of the states.
@@ -58,7 +59,7 @@ class PhaseReport:
         return cls(nudge, found.status, found.steps, found.residual.detach(), found.energies)
 
 
-_WORST_FIRST = ("max_steps", "fixed", "converged")
+_WORST_FIRST = ("max_steps", "fixed", "stalled", "converged")
 
 
 def report_of(algorithm: Algorithm, names: Sequence[str], phases: Sequence[PhaseReport], loss: Tensor) -> Report:

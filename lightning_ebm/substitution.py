@@ -82,12 +82,14 @@ class Pass:
         loss: what the run returned, a scalar; set by whoever ran it.
         leading_sizes: first dimensions of what the module was called with, if it was.
         weighted: outputs of all modules with parameters, when asked for.
+        rounding: relative, of the arithmetic that the layers computed in, autocast or not.
     """
 
     calls: list[Call] = field(default_factory=list)
     loss: Any = None
     leading_sizes: list[int] = field(default_factory=list)
     weighted: list[WeightedOutput] = field(default_factory=list)
+    rounding: float = 0.0
 
     @property
     def layers(self) -> list[Call]:
@@ -140,6 +142,7 @@ def substituted(
         for part, i in enumerate(tensors):
             key = StateKey(candidates[module], number, part)
             original = leaves[i]
+            observed.rounding = max(observed.rounding, _rounding(original))
             prediction = at_least_float32(original)
             call = Call(key, module, prediction if drive is None else at_least_float32(drive), prediction)
             observed.calls.append(call)
@@ -202,13 +205,19 @@ def clean(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+def _rounding(tensor: Tensor) -> float:
+    device = tensor.device.type
+    computed_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+    return max(torch.finfo(tensor.dtype).eps, torch.finfo(computed_in).eps)
+
+
 def leading_sizes(batch: Any) -> list[int]:
     """First dimension of every tensor in a batch, or in a call's arguments, that has one: candidates for B."""
     return [t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim > 0]
 
 
 def batch_size_among(candidates: list[int], shapes: list[torch.Size]) -> int:
-    """The candidate that most states carry in one of their first two dimensions, then the most frequent, then the first.
+    """The candidate that most states have among their first two dimensions, then the most frequent, then the first.
 
     A time-major batch (T, B, ...) or a loose tensor beside the samples is not mistaken for the batch size that way.
     """

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 
-Status = Literal["converged", "max_steps", "fixed"]
+Status = Literal["converged", "stalled", "max_steps", "fixed"]
 
 
 class Forces(NamedTuple):
@@ -36,6 +36,8 @@ class Landscape(Protocol):
 
     names: Sequence[str]
     batch_size: int
+    rounding: float
+    """Relative rounding of the network's arithmetic, coarser than that of the states under mixed precision."""
     no_errors: Sequence[Tensor]
     """e = 0, where descent on errors starts; the network knows these very tensors and runs no pass for them."""
 
@@ -60,8 +62,9 @@ class Relaxation:
         point: states x_l, or errors e_l, one tensor a layer.
         coordinates: which of the two `point` holds; "arrival" for the displacement with which the signal first arrives
             at each layer, to be read with everything else still at the free equilibrium.
-        status: "converged" (every sample within tolerance), "max_steps" (a tolerance was asked for and not reached) or
-            "fixed" (a number of steps was asked for and taken).
+        status: "converged" (every sample within tolerance), "stalled" (the energy falls no further though forces
+            remain, as at the kinks of ReLU), "max_steps" (still moving when the count was up) or "fixed" (a number of
+            steps was asked for and taken).
         steps: steps taken by the slowest sample.
         residual: |force| at the end over |force| at the start, per sample, ``(B,)``; 0 where nothing pulled.
         energies: total energy I + lambda L of the batch before each step, a list of scalars.

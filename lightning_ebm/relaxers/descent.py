@@ -15,6 +15,9 @@ from torch import Tensor
 from lightning_ebm.errors import RelaxationDivergedError
 from lightning_ebm.relaxers.base import Forces, Landscape, Status, force_norm
 
+_PATIENCE = 6
+"""Steps over which the energy must still fall noticeably."""
+
 
 class Descent(NamedTuple):
     """Where the descent ended; fields as in `Relaxation`."""
@@ -36,67 +39,97 @@ def descend(
     tol: float,
     longest: float = math.inf,
 ) -> Descent:
-    """Gradient descent with Barzilai-Borwein steps, each checked for overshoot and halved where it did.
+    """Gradient descent with Barzilai-Borwein steps, each checked for overshoot and shortened where it did.
 
-    A step is kept for the samples whose energy it lowered; the others go back and try a shorter one. The next step of a
-    sample is one over the curvature it just met (Barzilai and Borwein 1988, eq. 5), at most `longest`.
+    A step is kept for the samples whose force along it has not turned round, provided that the energy of the batch,
+    the one that is known exactly, has not risen; the others stay and try a shorter one. The next step of a sample is
+    one over the curvature it just met (Barzilai and Borwein 1988, eq. 5), at most `longest`.
 
-    A sample has settled when its force is below `tol` of the first, below rounding, or when even a step that is small
-    against the way travelled lowers nothing: the minimum is then a kink, as of ReLU drives, where no force vanishes.
+    A sample has settled when its force is below `tol` of the first, or below rounding. At a kink, as drives through
+    ReLU have, no force ever vanishes: there a sample is stalled when even a step that is small against the way it came
+    lowers nothing, and the batch is when its energy falls, in several steps, by less than (tol/10)^2 of its whole fall.
     """
+
+    def total(forces: Forces) -> Tensor:
+        return (forces.internal.sum() + strength * forces.loss).detach()
+
     point = list(start)
-    internal, loss, gradients = evaluate(point, strength)
-    energies = [(internal.sum() + strength * loss).detach()]
+    forces = evaluate(point, strength)
+    gradients, energy = forces.gradients, total(forces)
+    energies, falls = [energy], []
     first = norm = force_norm(landscape, gradients)
     # Force of a state that is one rounding error away from its prediction; 0 in error coordinates, which start at 0.
     rounding = 4 * torch.finfo(first.dtype).eps * landscape.per_sample([x.square() for x in start]).sqrt()
-    settled_at = (tol * first).maximum(rounding)
+    settled_at = (max(tol, 4 * landscape.rounding) * first).maximum(rounding)
+    least_fall = max((tol / 10) ** 2, 4 * landscape.rounding)
     active = norm > settled_at
-    step_size = torch.full_like(first, lr)
-    rejected = torch.zeros_like(first)
-    ran_away = ~torch.isfinite(first)
+    stalled, ran_away = torch.zeros_like(active), ~torch.isfinite(first)
+    step_size, overshoots = torch.full_like(first, lr), torch.zeros_like(first)
     steps = 0
     while steps < max_steps and bool(active.any()):
         steps += 1
         reach = torch.where(active, step_size, 0)
         step = [-s * g for s, g in zip(landscape.spread(reach, gradients), gradients, strict=True)]
         trial = [x + d for x, d in zip(point, step, strict=True)]
-        internal, loss, ahead = evaluate(trial, strength)
-        energies.append((internal.sum() + strength * loss).detach())
+        forces = evaluate(trial, strength)
+        energies.append(total(forces))
 
         slope = -reach * norm.square()
-        slope_ahead = landscape.per_sample([g * d for g, d in zip(ahead, step, strict=True)])
-        length = (reach * norm).square()
-        curvature = torch.where(active, (slope_ahead - slope) / length, 1)
-        kept = (slope_ahead <= 0.9 * slope.abs()) | ~active  # a comparison with nan is False: such a step is not kept
+        slope_ahead = landscape.per_sample([g * d for g, d in zip(forces.gradients, step, strict=True)])
+        curvature = (slope_ahead - slope) / (reach * norm).square()
+        overshot = active & ~(slope_ahead <= 0.9 * slope.abs())  # nan counts
+        noise = 16 * landscape.rounding * (forces.internal.sum() + (strength * forces.loss).abs())
+        # On a smooth energy the second try is kept; at a kink the curvature met doubles with every halving.
+        overshoots = torch.where(overshot, overshoots + 1, torch.where(active, 0, overshoots))
+        rose = not bool(energies[-1] <= energy + noise.maximum(least_fall * (energies[0] - energy)))
+        if rose and not bool(overshot.any()):
+            overshot = active  # over a hump the forces do not tell whose energy it was: all are more careful
+        kept = torch.zeros_like(active) if rose else active & ~overshot
 
         newton = torch.where(curvature > 0, 1 / curvature, math.inf)
         shorter = torch.where(curvature > 0, newton.clamp_max(0.5 * step_size), 0.1 * step_size)
-        step_size = torch.where(kept, newton.minimum(4 * step_size).clamp_max(longest), shorter)
-        if bool(kept.all()):
-            point, gradients = trial, ahead  # the very tensors evaluated: the network still holds their pass
-        else:
-            masks = landscape.spread(kept, point)
-            point = [torch.where(m, new, old) for m, new, old in zip(masks, trial, point, strict=True)]
-            gradients = [torch.where(m, new, old) for m, new, old in zip(masks, ahead, gradients, strict=True)]
-        norm = force_norm(landscape, gradients)
+        longer = newton.minimum(4 * step_size).clamp_max(longest)
+        step_size = torch.where(overshot, shorter, torch.where(kept, longer, step_size))
+
+        if not rose:
+            if bool(overshot.any()):  # a mixture that was never evaluated: the energy of before still bounds its own
+                masks = landscape.spread(~overshot, point)
+                point = [torch.where(m, new, old) for m, new, old in zip(masks, trial, point, strict=True)]
+                ahead = zip(masks, forces.gradients, gradients, strict=True)
+                gradients = [torch.where(m, new, old) for m, new, old in ahead]
+            else:
+                # These very tensors: the network still holds their pass.
+                point, gradients, energy = trial, forces.gradients, energies[-1]
+            norm = force_norm(landscape, gradients)
         travelled = landscape.per_sample([(x - x0).square() for x, x0 in zip(point, start, strict=True)]).sqrt()
-        # On a smooth energy the second try is kept; at a kink the curvature met doubles with every halving.
-        rejected = torch.where(kept, 0, rejected + 1)
-        stuck = (rejected > 2) & (step_size * norm <= tol * travelled)
+        short = step_size * norm / travelled.clamp_min(torch.finfo(norm.dtype).tiny)
+        stuck = (overshoots > 2) & (short <= tol) | (short <= 1e-3 * tol)
+        if bool(kept.any()):  # steps that all went too far say nothing about what shorter ones would gain
+            falls.append(torch.where(kept, -0.5 * (slope + slope_ahead), 0).sum())
+            if len(falls) > _PATIENCE and bool(sum(falls[-_PATIENCE:]) <= least_fall * sum(falls)):
+                stuck = active
+        stalled |= active & stuck
         ran_away |= ~(norm <= 1e3 * first)  # nan counts
         active &= (norm > settled_at) & ~stuck & ~ran_away
 
     residual = norm / first.clamp_min(torch.finfo(first.dtype).tiny)
-    ran_away |= active & ~(residual <= 10)
-    if bool(ran_away.any()) or not bool(torch.isfinite(norm).all()):
-        sizes = [float(gradient.norm()) for gradient in gradients]
-        worst = landscape.names[max(range(len(sizes)), key=lambda k: sizes[k])]
-        raise RelaxationDivergedError(
-            f"At nudge {strength:g} the energy has no minimum that {int(ran_away.sum())} of {landscape.batch_size}"
-            f" samples could reach: after {steps} steps their force is up to {float(residual.max()):.3g} times what it"
-            f" started with, and layer {worst!r} ran furthest. An update read there would be noise. A negative nudge has"
-            " a minimum only while |lambda| times the curvature of the loss, as the states feel it, stays below 1: take a"
-            " smaller nudge, such as ebm.Centered(0.01), or a one-sided positive one."
-        )
-    return Descent(point, "max_steps" if bool(active.any()) else "converged", steps, residual, energies)
+    if strength < 0:  # at a positive nudge the energy is bounded below, and a kink may push harder than the start did
+        ran_away |= active & ~(residual <= 10)
+    if bool(ran_away.any()):
+        raise _ran_away(landscape, strength, steps, gradients, residual, int(ran_away.sum()))
+    status: Status = "max_steps" if bool(active.any()) else "stalled" if bool(stalled.any()) else "converged"
+    return Descent(point, status, steps, residual, energies)
+
+
+def _ran_away(
+    landscape: Landscape, strength: float, steps: int, gradients: list[Tensor], residual: Tensor, samples: int
+) -> RelaxationDivergedError:
+    sizes = [float(gradient.norm()) for gradient in gradients]
+    worst = landscape.names[max(range(len(sizes)), key=lambda k: sizes[k])]
+    return RelaxationDivergedError(
+        f"At nudge {strength:g} the energy has no minimum that {samples} of {landscape.batch_size} samples could reach:"
+        f" after {steps} steps their force is up to {float(residual.max()):.3g} times what it started with, and layer"
+        f" {worst!r} ran furthest. An update read there would be noise. A negative nudge has a minimum only while"
+        " |lambda| times the curvature of the loss, as the states feel it, is below 1: take a smaller nudge, such as"
+        " ebm.Centered(0.01), or a one-sided positive one."
+    )

@@ -50,7 +50,10 @@ class ErrorCoordinates(Relaxer):
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
         errors = list(landscape.no_errors)
         if self.tol:
-            found = descend(landscape, landscape.error_forces, errors, strength, self.lr, self.max_steps, self.tol)
+            longest = max(1.0, self.lr)  # the curvature 1 + lambda J' d2L J is at least 1 where the loss is convex
+            found = descend(
+                landscape, landscape.error_forces, errors, strength, self.lr, self.max_steps, self.tol, longest
+            )
             return Relaxation(found.point, "errors", found.status, found.steps, found.residual, found.energies)
 
         def step(point: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
