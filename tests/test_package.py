@@ -1,0 +1,98 @@
+"""Promises about the package itself: documentation runs, imports go one way, optional things stay optional."""
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_ebm as ebm
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(ebm.__file__).parent
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_python_block_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 5
+    space: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), space)
+
+
+def test_doctests():
+    for found in pkgutil.walk_packages([str(PACKAGE)], "lightning_ebm."):
+        module = importlib.import_module(found.name)
+        space = {**vars(module), "OneSided": ebm.OneSided, "torch": importlib.import_module("torch")}
+        result = doctest.testmod(module, extraglobs=space)
+        assert result.failed == 0, found.name
+
+
+# Lower layers know nothing of higher ones; torch alone below the strategy.
+ORDER = [
+    {"errors"},
+    {"energies", "nudges"},
+    {"relaxers"},
+    {"closure", "plain_state", "purity", "substitution", "wiring", "layers", "network"},
+    {"algorithm", "presets", "reference", "report", "step", "learner", "metrics", "summary"},
+    {"manual", "strategy"},
+    {"callbacks"},
+]
+
+
+def test_imports_go_one_way():
+    level = {name: rank for rank, names in enumerate(ORDER) for name in names}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts[0] == "__init__":
+            continue
+        own = level[parts[0]]
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+                assert node.level == 0, f"{path}: relative import"
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            for name in names:
+                if name.startswith("lightning_ebm."):
+                    assert level[name.split(".")[1]] <= own, f"{path} imports {name}"
+                if name.split(".")[0] in ("lightning", "wandb"):
+                    assert own >= level["strategy"], f"{path} imports {name}"
+
+
+def test_public_names_are_documented_and_sorted():
+    assert sorted(ebm.__all__, key=str.casefold) == sorted(ebm.__all__, key=str.casefold)
+    for name in ebm.__all__:
+        thing = getattr(ebm, name)
+        assert thing.__doc__, name
+
+
+@pytest.mark.parametrize("preset", ebm.algorithms())
+def test_every_preset_states_formulas_and_source(preset):
+    from lightning_ebm.presets import PRESETS
+
+    text = PRESETS[preset].__doc__ or ""
+    if preset != "backprop":
+        assert "Energy:" in text
+        assert "Update:" in text
+        assert "Source:" in text
+
+
+def test_import_works_where_wandb_is_broken_and_does_not_load_it(tmp_path):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "__init__.py").write_text("raise RuntimeError('broken')")
+    code = "import sys, lightning_ebm; assert 'wandb' not in sys.modules; print(lightning_ebm.algorithms())"
+    path = f"{tmp_path}:{PACKAGE.parent}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pc-nudge" in done.stdout
