@@ -7,6 +7,7 @@ stand in between, and what enters the loss.
 
 import dataclasses
 import difflib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ebm.closure import Closure, checked_loss
-from lightning_ebm.errors import ConfigurationError, LayerDiscoveryError
+from lightning_ebm.errors import ConfigurationError, LayerDiscoveryError, UnsupportedModuleError
 from lightning_ebm.purity import Snapshot
 from lightning_ebm.substitution import Pass, StateKey, clean, substituted
 from lightning_ebm.wiring import Plan, Wiring
+
+log = logging.getLogger(__name__)
 
 ChosenLayers = list[str] | type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[nn.Module], bool]
 Layers = ChosenLayers | None
@@ -82,13 +85,26 @@ class LayerFinder:
             with snapshot.replaying(), self._quiet(), torch.enable_grad():
                 before = Snapshot(self._module)
                 with substituted(self._module, candidates, state_of, lambda key: True, find_weighted=True) as observed:
-                    observed.loss = checked_loss(closure())
+                    observed.loss = checked_loss(_probed(closure))
                 written.update(before.changed())
             return observed
 
         plan = discover(self._module, self._layers, self._output, probe)
         self.plan = dataclasses.replace(plan, written=frozenset(written))
         return self.plan
+
+
+def _probed(closure: Closure) -> Tensor:
+    try:
+        return closure()
+    except RuntimeError as error:
+        if "not have been used in the graph" not in str(error):
+            raise
+        raise UnsupportedModuleError(
+            "The step differentiates its own outputs (a gradient penalty, torch.autograd.grad in training_step). With"
+            " states in place of layers an output no longer depends on the input through the network: there is no such"
+            ' gradient. Use the algorithm "backprop" for this module, or drop the penalty.'
+        ) from error
 
 
 def discover(module: nn.Module, layers: Layers, output: Output, probe: Probe) -> Plan:
@@ -110,10 +126,17 @@ def discover(module: nn.Module, layers: Layers, output: Output, probe: Probe) ->
     for candidates in tiers:
         plan = _planned(module, candidates, output, probe)
         if plan.states:
+            _say_what_goes_around(plan, module)
             return plan
-        tried.append(f"{len(candidates)} candidates, {len(plan.calls)} calls of theirs")
+        tried.append(f"{len(candidates)} modules called {len(plan.calls)} times")
+    scripted = [name for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        raise UnsupportedModuleError(
+            f"No layer of {type(module).__name__} can carry a state, as {clean(scripted[0]) or 'it'!r} is compiled by"
+            " torch.jit.script: calls inside of it cannot be seen. Train the module as it was before scripting."
+        )
     raise LayerDiscoveryError(
-        f"No layer of {type(module).__name__} can carry a state ({'; '.join(tried) or 'it has no modules'}): a layer is"
+        f"No layer of {type(module).__name__} can carry a state (tried: {'; '.join(tried) or 'nothing'}): a layer is"
         " a call of an activation module, or of a module you name, that the loss depends on and that trainable"
         " parameters feed. Without one nothing relaxes and the update would be plain backprop. If the network has a"
         ' single weighted layer, give its output a state with output="state"; if its nonlinearities are functions'
@@ -181,3 +204,16 @@ def _planned(module: nn.Module, candidates: Mapping[nn.Module, str], output: Out
         states |= {head.key for head in heads}
     # Once more, cut at the states alone, so that parents and drives are those of the passes to come.
     return Wiring(module, probe(candidates, frozenset(states))).plan(candidates)
+
+
+def _say_what_goes_around(plan: Plan, module: nn.Module) -> None:
+    """One line where much of the network is trained past the states, as a residual stream past its activations."""
+    if len(plan.around) > 2:  # one or two are tied weights, or a single skip
+        log.warning(
+            "%d weighted modules of %s reach the loss around the states as well (%s, ...): that part of their update is"
+            " the loss's own gradient, through each other. States at whole blocks make it local: layers=BlockType or"
+            " layers=[...]. ebm.summary shows the layers.",
+            len(plan.around),
+            type(module).__name__,
+            ", ".join(plan.around[:3]),
+        )

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.strategies.registry import _StrategyRegistry
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import ModelSummary, RichModelSummary
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
@@ -27,6 +28,7 @@ from lightning_ebm.manual import ManualStep
 from lightning_ebm.purity import Snapshot, shadowed
 from lightning_ebm.step import Step
 from lightning_ebm.substitution import leading_sizes
+from lightning_ebm.summary import of_plan
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -83,6 +85,7 @@ class EBMStrategy(SingleDeviceStrategy):
         self._learner: Learner | None = None
         self._step: Step | None = None
         self._manual: ManualStep | None = None
+        self._printed = False
         self._writes_batch: bool | None = None  # unknown until the first further pass has run, on copies
         self._snapshot: Snapshot | None = None
         self._arguments: _Arguments = ((), {})
@@ -149,6 +152,7 @@ class EBMStrategy(SingleDeviceStrategy):
             self._step = self.learner.begin(self._loss_again, leading_sizes((args, kwargs)))
         except NoLossError:  # a step that Lightning skips; layers can be looked for in the next
             return super().training_step(*args, **kwargs)
+        self._print_layers()
         with self._step.first_pass():
             return super().training_step(*args, **kwargs)
 
@@ -201,6 +205,25 @@ class EBMStrategy(SingleDeviceStrategy):
         module = self.lightning_module
         assert module is not None
         return module.trainer.accumulate_grad_batches if module.automatic_optimization else 1
+
+    def _print_layers(self) -> None:
+        """The layer table, once, where Lightning prints its own summary of the model."""
+        plan, module = self.learner.plan, self.lightning_module
+        if self._printed or plan is None or module is None:
+            return
+        trainer = module.trainer
+        self._printed = True
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
+        summaries = [c for c in callbacks if isinstance(c, ModelSummary)]
+        if not summaries or not trainer.is_global_zero:
+            return
+        table = of_plan(module, plan)
+        if isinstance(summaries[0], RichModelSummary):
+            from rich import get_console
+
+            get_console().print(table)
+        else:
+            print(table)
 
     def _scaler(self) -> torch.amp.GradScaler | None:
         return getattr(self.precision_plugin, "scaler", None)

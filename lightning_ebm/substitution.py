@@ -4,6 +4,8 @@ The only file that touches a user's modules. It does so with forward hooks, insi
 whatever happens; the user's own hooks run as ever, before.
 """
 
+import copy
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -137,7 +139,7 @@ def substituted(
         inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         block = next(module.parameters(), None) is not None and not isinstance(module, nn.PReLU)
         drive = untouched_drive.pop(module, inputs[0] if inputs and not block else None)
-        leaves, structure = pytree.tree_flatten(output)
+        leaves, rebuild = _flattened(output)
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         for part, i in enumerate(tensors):
             key = StateKey(candidates[module], number, part)
@@ -153,7 +155,7 @@ def substituted(
                 if call.handed_out is state and copies(key):
                     call.handed_out = state.clone()
                 leaves[i] = call.handed_out
-        return pytree.tree_unflatten(leaves, structure)
+        return rebuild(leaves)
 
     def note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         observed.leading_sizes = observed.leading_sizes or leading_sizes((args, kwargs))
@@ -176,12 +178,29 @@ def substituted(
         yield observed
 
 
+def _flattened(output: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The leaves of what a module returned, and how to put others in their place. Dataclasses count as containers."""
+    if dataclasses.is_dataclass(output) and not isinstance(output, type | dict):
+        names = [f.name for f in dataclasses.fields(output)]
+        leaves, structure = pytree.tree_flatten([getattr(output, name) for name in names])
+
+        def rebuild(others: list[Any]) -> Any:
+            again = copy.copy(output)
+            for name, value in zip(names, pytree.tree_unflatten(others, structure), strict=True):
+                object.__setattr__(again, name, value)
+            return again
+
+        return leaves, rebuild
+    leaves, structure = pytree.tree_flatten(output)
+    return leaves, lambda others: pytree.tree_unflatten(others, structure)
+
+
 def _noting_weighted(observed: Pass, name: str) -> Callable[[nn.Module, Any, Any], None]:
     count = itertools.count()
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
         number = next(count)
-        tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+        tensors = [t for t in _flattened(output)[0] if isinstance(t, Tensor) and t.is_floating_point()]
         trainable = any(p.requires_grad for p in module.parameters(recurse=False))
         for part, tensor in enumerate(tensors):
             key = StateKey(name, number, part)

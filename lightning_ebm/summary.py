@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.layers import Layers, Output
 from lightning_ebm.learner import Learner
 from lightning_ebm.substitution import clean
@@ -50,8 +51,7 @@ class Summary:
     layers: list[LayerSummary]
     readout: tuple[str, ...]
 
-    def __str__(self) -> str:
-        header = ("layer", "state", "activation", "parents", "parameters in its drive", "modules between")
+    def _rows(self) -> list[tuple[str, ...]]:
         rows = [
             (
                 f"{layer.name}#{layer.call}" if layer.call else layer.name,
@@ -63,13 +63,32 @@ class Summary:
             )
             for layer in self.layers
         ]
-        rows.append(("(loss)", "", "read-out" if self.readout else "", "", ", ".join(self.readout) or "none", ""))
-        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+        return [*rows, ("(loss)", "", "read-out" if self.readout else "", "", ", ".join(self.readout) or "none", "")]
+
+    def __str__(self) -> str:
+        table = [_HEADER, *self._rows()]
+        widths = [max(len(row[i]) for row in table) for i in range(len(_HEADER))]
         lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
         ]
         rule = "  ".join("-" * width for width in widths)
-        return "\n".join([f"{self.module}: {len(self.layers)} layers with states", lines[0], rule, *lines[1:]])
+        return "\n".join([self._title, lines[0], rule, *lines[1:]])
+
+    def __rich__(self) -> Any:
+        """The same as a table of `rich`, for its consoles."""
+        from rich.table import Table
+
+        table = Table(*_HEADER, title=self._title, title_justify="left")
+        for row in self._rows():
+            table.add_row(*row)
+        return table
+
+    @property
+    def _title(self) -> str:
+        return f"{self.module}: {len(self.layers)} layers with states"
+
+
+_HEADER = ("layer", "state", "activation", "parents", "parameters in its drive", "modules between")
 
 
 def summary(module: nn.Module, *example_inputs: Any, layers: Layers = None, output: Output = "auto") -> Summary:
@@ -87,7 +106,14 @@ def summary(module: nn.Module, *example_inputs: Any, layers: Layers = None, outp
     """
 
     def pretended_loss() -> Tensor:
-        leaves = pytree.tree_leaves(module(*example_inputs))
+        try:
+            leaves = pytree.tree_leaves(module(*example_inputs))
+        except NotImplementedError as error:
+            raise ConfigurationError(
+                f"{type(module).__name__} has no forward to run. Summarise the network it holds, such as"
+                " ebm.summary(module.net, x); under EBMStrategy the table of a whole LightningModule is printed when"
+                " fit starts."
+            ) from error
         parts = [leaf.sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
         return torch.stack(parts).sum() if parts else torch.zeros(())
 

@@ -41,6 +41,7 @@ class Plan:
         rows: one a state.
         loss_parents: indices of the states the loss is computed from directly.
         loss_parameters: names of the parameters between those states and the loss, or in the loss itself.
+        around: weighted modules that reach a state and also, around it, the loss.
         reached: names of all parameters that backprop would reach.
         written: paths of the buffers and parameters that a pass writes to.
     """
@@ -52,6 +53,7 @@ class Plan:
     rows: tuple[Row, ...]
     loss_parents: tuple[int, ...]
     loss_parameters: tuple[str, ...]
+    around: tuple[str, ...]
     reached: frozenset[str]
     written: frozenset[str] = frozenset()
 
@@ -76,6 +78,10 @@ class Wiring:
             self._parameters[i] for i, leaf in region.leaves.items() if i in self._parameters and leaf.requires_grad
         }
         return tuple(sorted(names, key=self._order.__getitem__))
+
+    def _modules(self, region: "Region") -> set[str]:
+        """The modules that own the trainable parameters in it."""
+        return {self._owners[i] for i, leaf in region.leaves.items() if i in self._owners and leaf.requires_grad}
 
     def _live(self) -> set[int]:
         """States that the loss depends on."""
@@ -123,17 +129,17 @@ class Wiring:
         for k in index:
             call, region = calls[k], self._above[k]
             names = self._names(region)
-            owners = {self._owners[i] for i in region.leaves if i in self._owners and region.leaves[i].requires_grad}
             rows.append(
                 Row(
                     call.key,
                     tuple(call.prediction.shape),
                     type(call.module).__name__ if is_activation(call.module) else None,
                     names,
-                    len(owners),
+                    len(self._modules(region)),
                     parents(region),
                 )
             )
+        inside = set().union(*(self._modules(self._above[k]) for k in index))
         reached = set(self._names(self._above_loss)).union(*(row.parameters for row in rows))
         return Plan(
             candidates=candidates,
@@ -143,6 +149,7 @@ class Wiring:
             rows=tuple(rows),
             loss_parents=parents(self._above_loss),
             loss_parameters=self._names(self._above_loss),
+            around=tuple(sorted(self._modules(self._above_loss) & inside)),
             reached=frozenset(reached),
         )
 

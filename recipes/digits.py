@@ -46,7 +46,7 @@ def main(
         root: folder for the run's files.
     """
     torch.set_num_threads(1)  # matrices this small are slower on several
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec).*")
     os.environ.setdefault("WANDB_SILENT", "true")
     root.mkdir(parents=True, exist_ok=True)
     console = Console()
@@ -83,8 +83,7 @@ def main(
     table.add_row("cosine to the true gradient, all", "1", f"{compared['cosine']:.4f}", end_section=True)
     for name, _ in module.named_parameters():
         table.add_row(name, "1", f"{compared['cosine/' + name.replace('.', '/')]:.4f}")
-    layers = ebm.summary(module, torch.zeros(1, 64, device=module.device))
-    console.print(str(layers), "", table, sep="\n", highlight=False)
+    console.print("", table)
     console.print("\nThe line that makes the difference:")
     console.print(f'    trainer = L.Trainer(strategy=ebm.EBMStrategy("{algorithm}"))', highlight=False)
     console.print(f"\nThe run is in [bold]{run_dir}[/bold]", soft_wrap=True)

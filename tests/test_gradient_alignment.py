@@ -3,6 +3,7 @@
 import csv
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -115,7 +116,11 @@ def test_the_offline_run_holds_figures_definitions_and_settings(tmp_path):
     directory = Path(logger.experiment.dir).parent
     wandb.teardown()
     text = subprocess.run(
-        ["wandb", "leet", "inspect", "--json", str(directory)], capture_output=True, text=True, check=True, timeout=60
+        [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(directory)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     ).stdout
     records = [json.loads(line) for line in text.splitlines() if line.strip()]
     dump = json.dumps(records)

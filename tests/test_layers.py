@@ -1,5 +1,7 @@
 """Which calls carry states, read off the wiring of a pass, against wirings written down by hand."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -328,6 +330,89 @@ def test_parametrizations_get_the_gradient_of_their_own_parameters():
     net = nn.Sequential(normed, nn.Tanh(), nn.utils.parametrizations.spectral_norm(nn.Linear(6, 2))).double()
     both(net)
     both(net.eval())
+
+
+def test_gradient_penalties_and_scripted_networks_are_refused_by_name():
+    net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+
+    def penalised():
+        x = X.clone().requires_grad_()
+        out = net(x)
+        (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        return out.mean() + slope.square().mean()
+
+    with pytest.raises(ebm.UnsupportedModuleError, match="gradient penalty"):
+        ebm.Learner(net).gradients(penalised)
+    scripted = nn.ModuleDict({"inner": torch.jit.trace(net, X)})
+    with pytest.raises(ebm.EBMError):
+        ebm.Learner(scripted).gradients(lambda: scripted["inner"](X).sum())
+
+
+def test_what_goes_around_the_states_is_said(caplog):
+    """A residual stream passes by the activations of its blocks: most of the network would be trained by the loss."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.act, self.mix = nn.Linear(6, 6), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6)
+
+        def forward(self, x):
+            x = x + self.mix(x)
+            return x + self.b(self.act(self.a(x)))
+
+    torch.manual_seed(0)
+    net = nn.Sequential(Block(), Block(), Block(), nn.Linear(6, 2)).double()
+    both(net)
+    assert "5 weighted modules" in caplog.text
+    caplog.clear()
+    layers, readout = table(net, layers=Block)
+    assert layers == [("0", ("input",)), ("1", ("0",)), ("2", ("1",))]
+    assert readout == ("3.weight", "3.bias")
+    assert not caplog.records
+    both(net, layers=Block)
+
+
+def test_outputs_in_dataclasses_carry_states():
+    @dataclass
+    class Output:
+        hidden: torch.Tensor
+        name: str = "x"
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return Output(hidden=torch.tanh(self.lin(x)))
+
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"encoder": Encoder(), "head": nn.Linear(6, 2)}).double()
+    closure = lambda: net["head"](net["encoder"](X).hidden).square().mean()  # noqa: E731
+    learner = ebm.Learner(net, layers=["encoder"])
+    learner.gradients(closure)
+    assert learner.report["layers"] == ["encoder"]
+    exact(net, closure, layers=["encoder"])
+    nudged(net, closure, layers=["encoder"])
+
+
+def test_a_time_major_batch_or_a_loose_tensor_is_not_the_batch_size():
+    """The nudge is per sample: a wrong B would be a wrong lambda."""
+    torch.manual_seed(0)
+    lstm, head = nn.LSTM(6, 7).double(), nn.Linear(7, 2).double()
+    net = nn.ModuleDict({"lstm": lstm, "head": head})
+    x = torch.randn(12, 5, 6, dtype=torch.float64)
+    learner = ebm.Learner(net)
+    step = learner.begin(lambda: head(lstm(x)[1][0][-1]).square().mean(), [4, 12, 5])
+    with step.first_pass():
+        loss = head(lstm(x)[1][0][-1]).square().mean()
+    step.surrogate(loss)
+    assert len(learner.report["residual"]) == 5
+
+
+def test_a_module_without_forward_is_told_what_to_summarise():
+    with pytest.raises(ebm.ConfigurationError, match=r"ebm\.summary\(module\.net, x\)"):
+        ebm.summary(nn.ModuleList([nn.Linear(6, 2)]), X)
 
 
 def test_printed_table_names_layers_parents_and_parameters():

@@ -68,11 +68,10 @@ def test_imports_go_one_way():
                     assert own >= level["strategy"], f"{path} imports {name}"
 
 
-def test_public_names_are_documented_and_sorted():
-    assert sorted(ebm.__all__, key=str.casefold) == sorted(ebm.__all__, key=str.casefold)
+def test_public_names_are_documented():
+    assert len(set(ebm.__all__)) == len(ebm.__all__)
     for name in ebm.__all__:
-        thing = getattr(ebm, name)
-        assert thing.__doc__, name
+        assert getattr(ebm, name).__doc__, name
 
 
 @pytest.mark.parametrize("preset", ebm.algorithms())
