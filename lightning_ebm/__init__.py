@@ -1,6 +1,6 @@
 """Energy-based learning for PyTorch Lightning: relax the states of a network, read a local update off its energy."""
 
-from lightning_ebm import metrics, reference
+from lightning_ebm import metrics, reference, testing
 from lightning_ebm.algorithm import Algorithm, algorithm, algorithms
 from lightning_ebm.callbacks import GradientAlignment
 from lightning_ebm.energies import Energy, LayerView, PredictiveCoding
@@ -23,5 +23,5 @@ __all__ = [
     "Algorithm", "Centered", "ConfigurationError", "EBMError", "EBMStrategy", "Energy", "ErrorCoordinates",
     "GradientAlignment", "GradientDescent", "LayerDiscoveryError", "LayerView", "Learner", "Nudge", "OneSided",
     "Phase", "PredictiveCoding", "Relaxation", "RelaxationDivergedError", "Relaxer", "StateOptimizer", "Summary",
-    "Sweep", "UnsupportedModuleError", "algorithm", "algorithms", "metrics", "reference", "summary",
+    "Sweep", "UnsupportedModuleError", "algorithm", "algorithms", "metrics", "reference", "summary", "testing",
 ]  # fmt: skip

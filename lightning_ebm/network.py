@@ -3,6 +3,7 @@
 This is the plain version, one Python pass an evaluation; it stays as the oracle of any faster one.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -91,13 +92,32 @@ class Network:
         In error coordinates the value is not E but <-Pi e, mu(theta)> + strength * L: the gradient is the same, and
         x - mu is never formed.
         """
+        if found.coordinates == "states":
+            return self._energy_of(self._at_states(found.point), None, strength)
+        seen = self._first if found.coordinates == "arrival" else self._at_errors(found.point)
+        return self._energy_of(seen, found.point, strength)
+
+    def held(self, found: Relaxation) -> Relaxation:
+        """The same end of a phase, written in states that stay what they are when parameters move."""
+        if found.coordinates != "errors":
+            return found
+        states = [state.detach() for state in self._at_errors(found.point).states]
+        return dataclasses.replace(found, point=states, coordinates="states")
+
+    def energy_with(self, held: Relaxation, strength: float) -> Tensor:
+        """`energy_at` for the parameters of now: a fresh pass, with the states of before."""
+        self._latest = None
+        states = self.free if held.coordinates == "arrival" else held.point
+        by_key = dict(zip(self._plan.states, states, strict=True))
+        seen = self._run(lambda key, _: by_key[key].detach().requires_grad_() if key in by_key else None)
+        return self._energy_of(seen, held.point if held.coordinates == "arrival" else None, strength)
+
+    def _energy_of(self, seen: Pass, errors: Sequence[Tensor] | None, strength: float) -> Tensor:
         with torch.enable_grad():
-            if found.coordinates == "states":
-                seen = self._at_states(found.point)
+            if errors is None:
                 internal = self._internal(seen).sum()
             else:
-                seen = self._first if found.coordinates == "arrival" else self._at_errors(found.point)
-                terms = zip(self._precisions(seen), found.point, seen.layers, strict=True)
+                terms = zip(self._precisions(seen), errors, seen.layers, strict=True)
                 internal = torch.stack([(-p * e * call.prediction).sum() for p, e, call in terms]).sum()
             return internal + strength * self._loss_scale * seen.loss if strength else internal
 

@@ -60,6 +60,9 @@ class Step:
         self._plan: Plan | None = None if algorithm.read_as == "backprop" else finder.plan
         self._snapshot = snapshot or Snapshot(module, frozenset() if self._plan is None else self._plan.written)
         self._first: Pass | None = None
+        self.network: Network | None = None
+        self.phases: list[tuple[float, float, Relaxation]] = []
+        """Strength, weight and end of each phase of the last relaxation."""
 
     @contextmanager
     def first_pass(self) -> Iterator[None]:
@@ -102,6 +105,7 @@ class Step:
         size = batch_size_among(self._leading_sizes or first.leading_sizes, shapes)
         loss_scale = size if self._loss_reduction == "mean" else 1
         network = Network(self._algorithm.energy, self._plan, first, self._run, size, loss_scale)
+        self.network = network
         update = self._relaxed(network, first.loss.detach()) * (scale / loss_scale)
         self._check_coverage(update)
         # The value is the loss, for hooks and loggers that look at it; the gradient is the update's.
@@ -116,6 +120,7 @@ class Step:
         """sum_p weight_p E(x_p, theta), states held fixed."""
         algorithm = self._algorithm
         phases, terms = [], []
+        self.phases = []
         start, free = self._free_phase(network)
         if free is not None:
             phases.append(PhaseReport.of(0.0, free))
@@ -128,6 +133,7 @@ class Step:
                 continue  # dI/dtheta is exactly 0 at the forward pass of a divergence energy
             else:
                 found = free
+            self.phases.append((strength, weight, found))
             terms.append(weight * network.energy_at(found, strength))
         self._remember(list(network.names), phases, loss)
         return torch.stack(terms).sum()

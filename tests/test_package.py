@@ -41,7 +41,7 @@ ORDER = [
     {"energies", "nudges"},
     {"relaxers"},
     {"closure", "plain_state", "purity", "substitution", "wiring", "layers", "network"},
-    {"algorithm", "presets", "reference", "report", "step", "learner", "metrics", "summary"},
+    {"algorithm", "presets", "reference", "report", "step", "learner", "metrics", "summary", "testing"},
     {"manual", "strategy"},
     {"callbacks"},
 ]

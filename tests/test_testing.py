@@ -1,0 +1,51 @@
+"""The checkers that users are offered: they pass what is right and catch what is not."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lightning_ebm as ebm
+
+X = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
+Y = torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def make(norm: bool = False) -> nn.Sequential:
+    torch.manual_seed(0)
+    first = [nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU()] if norm else [nn.Linear(5, 8), nn.ReLU()]
+    return nn.Sequential(*first, nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        "predictive-coding",
+        "pc-nudge",
+        "zero-divergence",
+        "error-pc",
+        ebm.algorithm("pc-nudge", nudge=ebm.Centered(1e-3), relaxer=ebm.GradientDescent(0.1, 30)),
+    ],
+    ids=str,
+)
+def test_every_update_is_local(algorithm, norm):
+    """Moving one layer's parameters, states held, changes the update of that layer and of no other."""
+    net = make(norm)
+    weights = {name: p.clone() for name, p in net.named_parameters()}
+    changed = ebm.testing.check_locality(net, lambda: F.cross_entropy(net(X), Y), algorithm)
+    assert all(torch.equal(weights[name], p) for name, p in net.named_parameters())
+    last = str(len(net) - 1)
+    assert set(changed["(loss)"]) == {f"{last}.weight", f"{last}.bias"}
+    first = {name for name in weights if name.startswith(("0.", "1."))} if norm else {"0.weight", "0.bias"}
+    hidden = next(iter(changed))
+    assert set(changed[hidden]) <= first
+    if algorithm != "zero-divergence":  # whose update is the held displacement itself times a slope
+        assert changed[hidden]
+
+
+def test_backprop_is_not_local():
+    """The control of the checker: the true gradient of a layer depends on the weights of all the others."""
+    net = make()
+    with pytest.raises(AssertionError, match=r"2\.weight.*drive of '1'"):
+        ebm.testing.check_locality(net, lambda: F.cross_entropy(net(X), Y), "backprop")
