@@ -1,7 +1,7 @@
 """Energy-based learning for PyTorch Lightning: relax the states of a network, read a local update off its energy."""
 
 from lightning_ebm import metrics, reference, testing
-from lightning_ebm.algorithm import Algorithm, algorithm, algorithms
+from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.callbacks import GradientAlignment
 from lightning_ebm.energies import Energy, LayerView, PredictiveCoding
 from lightning_ebm.errors import (
@@ -13,6 +13,7 @@ from lightning_ebm.errors import (
 )
 from lightning_ebm.learner import Learner
 from lightning_ebm.nudges import Centered, Nudge, OneSided, Phase
+from lightning_ebm.presets import algorithm, algorithms
 from lightning_ebm.relaxers import ErrorCoordinates, GradientDescent, Relaxation, Relaxer, StateOptimizer, Sweep
 from lightning_ebm.strategy import EBMStrategy
 from lightning_ebm.summary import Summary, summary

@@ -1,9 +1,7 @@
 """An algorithm is a point in energy x nudge x relaxer x update."""
 
-import dataclasses
-import difflib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from lightning_ebm.energies import Energy, PredictiveCoding
 from lightning_ebm.energies.base import QuadraticEnergy
@@ -91,45 +89,3 @@ class Algorithm:
 
 
 _EXAMPLES: dict[str, object] = {"energy": PredictiveCoding(), "nudge": OneSided(), "relaxer": ErrorCoordinates()}
-
-
-def algorithm(name: str | Algorithm, **parts: Any) -> Algorithm:
-    """A preset by name, with any part replaced.
-
-    Args:
-        name: one of `algorithms()`, or an `Algorithm` to vary.
-        parts: fields of `Algorithm`, ``nudge=ebm.Centered(0.25)``.
-
-    Raises:
-        ConfigurationError: no such preset, or no such part.
-
-    Example:
-        >>> algorithm("pc-nudge", nudge=OneSided(1e-5)).nudge
-        OneSided(strength=1e-05)
-    """
-    from lightning_ebm.presets import PRESETS
-
-    if isinstance(name, Algorithm):
-        chosen = name
-    elif name in PRESETS:
-        chosen = PRESETS[name]()
-    else:
-        close = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.4)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigurationError(
-            f"There is no algorithm {name!r}.{hint} There are: {', '.join(PRESETS)}; or compose one:"
-            " ebm.Algorithm(energy=..., nudge=..., relaxer=...)."
-        )
-    fields = [field.name for field in dataclasses.fields(Algorithm)]
-    if unknown := sorted(set(parts) - set(fields)):
-        close = difflib.get_close_matches(unknown[0], fields, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigurationError(f"An algorithm has no part {unknown[0]!r}.{hint} It has: {', '.join(fields)}.")
-    return dataclasses.replace(chosen, **parts)
-
-
-def algorithms() -> tuple[str, ...]:
-    """The names of all presets."""
-    from lightning_ebm.presets import PRESETS
-
-    return tuple(PRESETS)

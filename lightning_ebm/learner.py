@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ebm.algorithm import Algorithm, algorithm as preset
+from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.layers import LayerFinder, Layers, Output
+from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.purity import Snapshot
 from lightning_ebm.reference import named_gradients
 from lightning_ebm.report import PhaseReport, Report, report_of

@@ -4,10 +4,14 @@ Letters: x_l state, mu_l = rho(a_l) prediction, e_l = x_l - mu_l error, L loss p
 parameters; x_bar the forward pass, which is the free equilibrium of predictive coding.
 """
 
+import dataclasses
+import difflib
 from collections.abc import Callable
+from typing import Any
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.energies import PredictiveCoding
+from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.nudges import OneSided
 from lightning_ebm.relaxers import ErrorCoordinates, Sweep
 
@@ -73,3 +77,41 @@ PRESETS: dict[str, Callable[[], Algorithm]] = {
     "zero-divergence": zero_divergence,
     "error-pc": error_pc,
 }
+
+
+def algorithm(name: str | Algorithm, **parts: Any) -> Algorithm:
+    """A preset by name, with any part replaced.
+
+    Args:
+        name: one of `algorithms()`, or an `Algorithm` to vary.
+        parts: fields of `Algorithm`, ``nudge=ebm.Centered(0.25)``.
+
+    Raises:
+        ConfigurationError: no such preset, or no such part.
+
+    Example:
+        >>> algorithm("pc-nudge", nudge=OneSided(1e-5)).nudge
+        OneSided(strength=1e-05)
+    """
+    if isinstance(name, Algorithm):
+        chosen = name
+    elif name in PRESETS:
+        chosen = PRESETS[name]()
+    else:
+        close = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.4)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigurationError(
+            f"There is no algorithm {name!r}.{hint} There are: {', '.join(PRESETS)}; or compose one:"
+            " ebm.Algorithm(energy=..., nudge=..., relaxer=...)."
+        )
+    fields = [field.name for field in dataclasses.fields(Algorithm)]
+    if unknown := sorted(set(parts) - set(fields)):
+        close = difflib.get_close_matches(unknown[0], fields, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigurationError(f"An algorithm has no part {unknown[0]!r}.{hint} It has: {', '.join(fields)}.")
+    return dataclasses.replace(chosen, **parts)
+
+
+def algorithms() -> tuple[str, ...]:
+    """The names of all presets."""
+    return tuple(PRESETS)

@@ -7,7 +7,8 @@ were then, and on the way out (an exception too, KeyboardInterrupt included) as 
 Covered: buffers (BatchNorm, spectral norm, any other), parameters that the user's code writes to (averaged teachers),
 `requires_grad`, plain Python state of the user's own modules and of the objects they hold (see `PlainState`),
 torchmetrics objects, the generators of torch (CPU and CUDA), Python and NumPy, global ones and those that modules hold.
-Not covered: files, sockets, globals, objects that do not hang on the module.
+Not covered: files, sockets, globals, objects that do not hang on the module. Forward hooks of the user's run in every
+pass, as the passes are real ones; what they write to the module is undone.
 """
 
 import copy

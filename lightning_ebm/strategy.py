@@ -19,12 +19,13 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ebm.algorithm import Algorithm, algorithm as preset
+from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import NoLossError
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.layers import Layers, Output
 from lightning_ebm.learner import Learner, check_options
 from lightning_ebm.manual import ManualStep
+from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.purity import Snapshot, shadowed
 from lightning_ebm.step import Step
 from lightning_ebm.substitution import leading_sizes
@@ -139,9 +140,8 @@ class EBMStrategy(SingleDeviceStrategy):
                 f"{type(module).__name__}.training_step takes a dataloader_iter: it would draw another batch at every"
                 ' pass of a relaxation. Let training_step take the batch, or use the algorithm "backprop".'
             )
-        self._arguments = _as_given((args, kwargs))
-        if self._writes_batch:
-            self._arguments = _cloned(self._arguments)
+        keep = _as_given if control or self._writes_batch is False else _cloned
+        self._arguments = keep((args, kwargs))
         self._step = self._manual = None
         if not module.automatic_optimization:
             self._manual = ManualStep(module, self._run_again)
@@ -163,6 +163,7 @@ class EBMStrategy(SingleDeviceStrategy):
             manual.backwards += 1
             size = leading_sizes(self._arguments)
             self._step = self.learner.begin(partial(manual.rehearse, number), size, self._snapshot, key=number)
+            self._print_layers()
         if self._step is None:
             raise ConfigurationError("EBMStrategy.backward was called outside a training step: nothing to relax.")
         if self._scaler() is not None and not bool(torch.isfinite(closure_loss)):

@@ -7,10 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ebm.algorithm import Algorithm, algorithm as preset
+from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure
 from lightning_ebm.layers import Layers, Output
 from lightning_ebm.learner import Learner
+from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.reference import backprop, named_gradients
 from lightning_ebm.substitution import clean
 

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning_modules import GAN, Counting, Manual, PartlyFrozen, Penalised, Teacher, Template
+from lightning_modules import GAN, Counting, Manual, PartlyFrozen, Penalised, Teacher, Template, data
 
 import lightning_ebm as ebm
 
@@ -55,6 +55,7 @@ CASES = {
     "clip by value": (Template, lambda: {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, 1e-5),
     "clip and accumulate": (Template, lambda: {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2}, 1e-5),
     "bf16-mixed": (Template, lambda: {"precision": "bf16-mixed"}, 2e-2),
+    "16-mixed": (Template, lambda: {"precision": "16-mixed"}, 2e-2),
     "bf16-true": (Template, lambda: {"precision": "bf16-true"}, 5e-2),
     "64-true": (Template, lambda: {"precision": "64-true"}, 1e-10),
     "fp16 and scaler": (Template, fp16_with_scaler, 2e-2),
@@ -198,3 +199,90 @@ def test_a_loader_iterator_in_training_step_is_refused(tmp_path):
 
     with pytest.raises(ebm.ConfigurationError, match="dataloader_iter"):
         fitted(Iterates, dict, ebm.EBMStrategy("pc-nudge"), tmp_path)
+
+
+def test_a_batch_that_the_step_writes_to_is_written_to_once(tmp_path):
+    """In-place augmentation, and targets popped off a dict: every pass gets the batch as it came."""
+
+    class Writes(Template):
+        def training_step(self, batch, batch_idx):
+            y = batch.pop("y")
+            return torch.nn.functional.cross_entropy(self.net(batch["x"].mul_(2.0)), y)
+
+        def train_dataloader(self):
+            samples = [{"x": x, "y": y} for x, y in data()]
+            return torch.utils.data.DataLoader(samples, 8)
+
+    stock, _ = fitted(Writes, dict, "auto", tmp_path)
+    for algorithm, tolerance in (("zero-divergence", 1e-5), ("pc-nudge", 1e-2)):
+        ours, _ = fitted(Writes, dict, ebm.EBMStrategy(algorithm), tmp_path)
+        assert difference(stock, ours) < tolerance
+
+
+def test_loggers_used_directly_hear_one_pass_a_step(tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    class Direct(Template):
+        def training_step(self, batch, batch_idx):
+            self.logger.log_metrics({"direct": 1.0}, step=self.global_step)
+            return super().training_step(batch, batch_idx)
+
+    heard = []
+
+    class Counting(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            heard.extend(key for key in metrics if key == "direct")
+            super().log_metrics(metrics, step)
+
+    logger = {"logger": Counting(tmp_path)}
+    fitted(Direct, lambda: logger, ebm.EBMStrategy("predictive-coding"), tmp_path, epochs=2)
+    assert len(heard) == 12
+
+
+def test_a_first_step_that_returns_none_is_skipped_as_in_stock(tmp_path):
+    class Late(Template):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+    stock, _ = fitted(Late, dict, "auto", tmp_path)
+    ours, _ = fitted(Late, dict, ebm.EBMStrategy("zero-divergence"), tmp_path)
+    assert difference(stock, ours) < 1e-5
+
+
+def test_learning_rate_finder_suggests_as_under_stock(tmp_path):
+    from lightning.pytorch.tuner import Tuner
+
+    def suggestion(strategy):
+        L.seed_everything(0, verbose=False)
+        module = Template(optimizer="sgd")
+        module.lr = 0.1
+        module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=module.lr)  # type: ignore[method-assign]
+        trainer = L.Trainer(strategy=strategy, max_epochs=20, default_root_dir=tmp_path, **QUIET)
+        return Tuner(trainer).lr_find(module, num_training=30, update_attr=False).suggestion(skip_begin=3, skip_end=3)
+
+    assert suggestion(ebm.EBMStrategy("zero-divergence")) == pytest.approx(suggestion("auto"), rel=1e-3)
+
+
+def test_batch_size_finder_finds_as_under_stock(tmp_path):
+    from lightning.pytorch.tuner import Tuner
+
+    class Sized(Template):
+        batch_size = 2
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(data(), self.batch_size)
+
+    def found(strategy):
+        module = Sized()
+        trainer = L.Trainer(strategy=strategy, max_epochs=1, default_root_dir=tmp_path, **QUIET)
+        return Tuner(trainer).scale_batch_size(module, mode="power", max_trials=3, steps_per_trial=1)
+
+    assert found(ebm.EBMStrategy("predictive-coding")) == found("auto")
+
+
+def test_layers_are_printed_once_where_lightning_prints_its_summary(tmp_path, capsys):
+    options = {**QUIET, "enable_model_summary": True, "max_epochs": 1, "default_root_dir": tmp_path}
+    L.Trainer(strategy="ebm", **options).fit(Template())
+    assert capsys.readouterr().out.count("2 layers with states") == 1
+    L.Trainer(strategy="ebm", **{**options, "enable_model_summary": False}).fit(Template())
+    assert "layers with states" not in capsys.readouterr().out
