@@ -67,7 +67,8 @@ class Relaxation:
             steps was asked for and taken).
         steps: steps taken by the slowest sample.
         residual: |force| at the end over |force| at the start, per sample, ``(B,)``; 0 where nothing pulled.
-        energies: total energy I + lambda L of the batch before each step, a list of scalars.
+        energies: total energy I + lambda L of the batch, a list of scalars: at the start and after each step. Where
+            only some samples took a step, the value before it, which bounds theirs.
     """
 
     point: list[Tensor]

@@ -72,7 +72,7 @@ def descend(
         step = [-s * g for s, g in zip(landscape.spread(reach, gradients), gradients, strict=True)]
         trial = [x + d for x, d in zip(point, step, strict=True)]
         forces = evaluate(trial, strength)
-        energies.append(total(forces))
+        reached = total(forces)
 
         slope = -reach * norm.square()
         slope_ahead = landscape.per_sample([g * d for g, d in zip(forces.gradients, step, strict=True)])
@@ -81,7 +81,7 @@ def descend(
         noise = 16 * landscape.rounding * (forces.internal.sum() + (strength * forces.loss).abs())
         # On a smooth energy the second try is kept; at a kink the curvature met doubles with every halving.
         overshoots = torch.where(overshot, overshoots + 1, torch.where(active, 0, overshoots))
-        rose = not bool(energies[-1] <= energy + noise.maximum(least_fall * (energies[0] - energy)))
+        rose = not bool(reached <= energy + noise.maximum(least_fall * (energies[0] - energy)))
         if rose and not bool(overshot.any()):
             overshot = active  # over a hump the forces do not tell whose energy it was: all are more careful
         kept = torch.zeros_like(active) if rose else active & ~overshot
@@ -99,8 +99,9 @@ def descend(
                 gradients = [torch.where(m, new, old) for m, new, old in ahead]
             else:
                 # These very tensors: the network still holds their pass.
-                point, gradients, energy = trial, forces.gradients, energies[-1]
+                point, gradients, energy = trial, forces.gradients, reached
             norm = force_norm(landscape, gradients)
+        energies.append(energy)
         travelled = landscape.per_sample([(x - x0).square() for x, x0 in zip(point, start, strict=True)]).sqrt()
         short = step_size * norm / travelled.clamp_min(torch.finfo(norm.dtype).tiny)
         stuck = (overshoots > 2) & (short <= tol) | (short <= 1e-3 * tol)

@@ -1,0 +1,82 @@
+"""Sabotages the library one line at a time; the test suite must notice each.
+
+    bash scripts/with-venv python scripts/mutation_test.py
+
+Works on a copy of the checkout. A sabotage that survives names a hole in the tests. About three minutes.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "lightning_ebm"
+
+
+class Mutation(NamedTuple):
+    """What goes wrong, where, which text, and what stands there instead."""
+
+    what: str
+    file: str
+    text: str
+    sabotage: str
+
+
+MUTATIONS = [
+    Mutation("the energy loses its half", "energies/base.py", "return 0.5 * self.layer", "return 1.0 * self.layer"),
+    Mutation("the update is not divided by B", "step.py", "* (scale / loss_scale)", "* scale"),
+    Mutation("the nudge shrinks with the batch", "network.py", "self._loss_scale * seen.loss\n", "seen.loss\n"),
+    Mutation("descent climbs", "relaxers/gradient_descent.py", "state - self.lr", "state + self.lr"),
+    Mutation("read a step early", "relaxers/base.py", "if step < max_steps:", "if step < max_steps - 1:"),
+    Mutation("errors forget the precision", "network.py", "gradients = [e + s / p", "gradients = [e + s"),
+    Mutation("the centred half is lost", "nudges/centered.py", "1 / (2 * self.strength)", "1 / self.strength"),
+    Mutation("signals sent bottom up", "network.py", "range(len(leaves) - 1, -1, -1)", "range(len(leaves))"),
+    Mutation("masks are drawn anew", "purity.py", "            self._random.restore()\n", ""),
+    Mutation("BatchNorm moves in each pass", "layers.py", "written=frozenset(written)", "written=frozenset()"),
+    Mutation("metrics count each pass", "purity.py", '("forward", "compute", "update", "reset")', '("forward",)'),
+    Mutation("a runaway is returned", "relaxers/base.py", "rose or bool(growth > 10)", "bool(growth > 1e30)"),
+    Mutation("accumulation is not undone", "strategy.py", "closure_loss, 1 / self._accumulated()", "closure_loss, 1.0"),
+    Mutation("a second call is forgotten", "substitution.py", "counts[module] = number + 1", "counts[module] = 0"),
+    Mutation("a dead gradient reads nan", "metrics.py", "torch.where(dead_g | dead_r, one, gg.sqrt()", "(gg.sqrt()"),
+]
+TESTS = ["predictive_coding", "infinitesimal_limit", "purity", "relaxers", "layers", "metrics", "bad_input"]
+TESTS += ["gradient_alignment"]
+
+
+def caught(copy: Path) -> bool:
+    """Whether the tests fail in that copy."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider"]
+    files = [f"tests/test_{name}.py" for name in TESTS]
+    environment = {**os.environ, "PYTHONPATH": str(copy)}
+    done = subprocess.run([*command, *files], cwd=copy, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):  # not a verdict of the tests
+        raise SystemExit(done.stdout + done.stderr)
+    return done.returncode == 1
+
+
+def main() -> int:
+    """Number of sabotages that nobody noticed."""
+    survivors = 0
+    for mutation in MUTATIONS:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder)
+            for part in (PACKAGE, "tests", "recipes"):
+                shutil.copytree(ROOT / part, copy / part)
+            shutil.copy(ROOT / "pyproject.toml", copy)
+            target = copy / PACKAGE / mutation.file
+            text = target.read_text()
+            if mutation.text not in text:
+                raise SystemExit(f"{mutation.file} no longer has {mutation.text!r}: bring this list up to date.")
+            target.write_text(text.replace(mutation.text, mutation.sabotage))
+            noticed = caught(copy)
+        survivors += not noticed
+        print(f"{'caught' if noticed else 'SURVIVED'}: {mutation.what} ({mutation.file})", flush=True)
+    return survivors
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
