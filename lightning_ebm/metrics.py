@@ -1,7 +1,7 @@
 """How far an estimate is from the true gradient: one pure function, and the same as a `torchmetrics.Metric`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,11 +80,12 @@ class Alignment(Metric):
     `compute` gives ``{"cosine": ..., ...}`` and, per parameter, ``{"cosine/<name with dots as slashes>": ...}``.
 
     Args:
-        names: of the parameters to expect; states must exist before devices can synchronise.
+        names: of the parameters to expect; None takes those of the first update. Name them where a device may have to
+            synchronise before it has seen one.
         kwargs: those of `torchmetrics.Metric`.
 
     Example:
-        >>> metric = Alignment(["weight"])
+        >>> metric = Alignment()
         >>> metric.update({"weight": torch.tensor([1.0, 1.0])}, {"weight": torch.tensor([1.0, 0.0])})
         >>> round(float(metric.compute()["angle_deg"]), 6)
         45.0
@@ -93,11 +94,16 @@ class Alignment(Metric):
     full_state_update = False
     total: Tensor
 
-    def __init__(self, names: list[str], **kwargs: Any) -> None:
+    def __init__(self, names: Sequence[str] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.set_dtype(torch.float64)
+        self.names: list[str] = []
+        if names is not None:
+            self._expect(names)
+
+    def _expect(self, names: Iterable[str]) -> None:
         self.names = list(names)
         self._index = {name: index for index, name in enumerate(self.names)}
-        self.set_dtype(torch.float64)
         self.add_state("total", torch.zeros(len(self.names), 6, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, estimate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
@@ -107,6 +113,8 @@ class Alignment(Metric):
             ValueError: a gradient of a parameter that was not announced.
         """
         found = moments(estimate, reference)
+        if "total" not in self._defaults:
+            self._expect(found)
         unknown = [name for name in found if name not in self._index]
         if unknown:
             raise ValueError(f"Alignment was made for {self.names} and got a gradient of {unknown[0]!r}.")
@@ -114,7 +122,13 @@ class Alignment(Metric):
             self.total[self._index[name]] += values.to(self.total.device)
 
     def compute(self) -> dict[str, Tensor]:
-        """Overall values, and those of each parameter that had a gradient."""
+        """Overall values, and those of each parameter that had a gradient.
+
+        Raises:
+            ValueError: there was no update yet, and no names either.
+        """
+        if "total" not in self._defaults:
+            raise ValueError("There is nothing to align yet: update the metric with two sets of gradients first.")
         found = read(self.total.sum(0))
         for name, row in zip(self.names, self.total, strict=True):
             if row[5] > 0:

@@ -91,6 +91,18 @@ def test_batches_and_devices_add_up_to_one_longer_vector():
     assert float(found["cosine/net/0/weight"]) == pytest.approx(by_numpy(*one)["cosine"], rel=1e-12)
 
 
+def test_without_names_the_first_update_gives_them():
+    estimate, reference = pair(0)
+    metric = Alignment()
+    with pytest.raises(ValueError, match="nothing to align"):
+        metric.compute()
+    metric.update(estimate, reference)
+    assert float(metric.compute()["cosine"]) == pytest.approx(by_numpy(estimate, reference)["cosine"], rel=1e-12)
+    metric.reset()
+    metric.update(reference, reference)
+    assert float(metric.compute()["cosine/net/0/bias"]) == pytest.approx(1)
+
+
 def test_a_gradient_that_was_not_announced_is_refused():
     with pytest.raises(ValueError, match=r"net\.9"):
         Alignment(["net.0"]).update({"net.9": torch.ones(1)}, {"net.9": torch.ones(1)})

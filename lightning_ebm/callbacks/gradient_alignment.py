@@ -46,8 +46,8 @@ class GradientAlignment(Callback):
             raise ConfigurationError(f'GradientAlignment(reference={reference!r}): expected "backprop".')
         self.every_n_steps = every_n_steps
         self.reference = reference
-        self.run = Alignment([])
-        self._step = Alignment([])
+        self.run = Alignment()
+        self._step = Alignment()
         self._seen_step = -1
         self._before: dict[str, Tensor | None] | None = None
 
