@@ -138,8 +138,8 @@ class Learner:
             self._warned = True
             log.warning(
                 "The states were still moving when max_steps was reached: after %d steps the force was up to %.2g of"
-                " what it started with, and the update was read there. Raise max_steps or tol, or take a smaller nudge."
-                " (Said once; the report tells it for every step.)",
+                " what it started with, and the update was read there. Raise max_steps or tol, take a smaller nudge, or"
+                " smaller steps if it has grown. (Said once; the report tells it for every step.)",
                 late[0].steps,
                 float(late[0].residual.max()),
             )

@@ -59,9 +59,8 @@ def read(total: Tensor) -> dict[str, Tensor]:
     dead_g, dead_r = gg == 0, rr == 0
     one, zero, inf = torch.ones_like(dot), torch.zeros_like(dot), torch.full_like(dot, math.inf)
     safe_rr = torch.where(dead_r, one, rr)
-    product = torch.where(dead_g | dead_r, one, gg.sqrt() * rr.sqrt())
     both = dead_g & dead_r
-    cosine = torch.where(both, one, torch.where(dead_g | dead_r, zero, dot / product)).clamp(-1, 1)
+    cosine = torch.where(both, one, torch.where(dead_g | dead_r, zero, dot / (gg.sqrt() * rr.sqrt()))).clamp(-1, 1)
     return {
         "cosine": cosine,
         "angle_deg": torch.rad2deg(torch.acos(cosine)),

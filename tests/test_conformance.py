@@ -286,3 +286,25 @@ def test_layers_are_printed_once_where_lightning_prints_its_summary(tmp_path, ca
     assert capsys.readouterr().out.count("2 layers with states") == 1
     L.Trainer(strategy="ebm", **{**options, "enable_model_summary": False}).fit(Template())
     assert "layers with states" not in capsys.readouterr().out
+
+
+def test_accumulation_divides_the_update_and_not_the_nudge(tmp_path):
+    """Lightning hands over loss / N; at a finite nudge, lambda / N would be another algorithm."""
+    kept = {}
+
+    class Keeps(Template):
+        def on_before_optimizer_step(self, optimizer):
+            kept.setdefault("found", {name: p.grad.clone() for name, p in self.named_parameters()})
+            kept.setdefault("weights", {name: p.detach().clone() for name, p in self.named_parameters()})
+
+    options = {"dropout": 0.0, "batch_norm": False}
+    fitted(lambda: Keeps(**options), lambda: {"accumulate_grad_batches": 3}, "ebm", tmp_path, epochs=1)
+    module = Template(**options)
+    module.load_state_dict(kept["weights"], strict=False)
+    learner = ebm.Learner(module.net, "predictive-coding")
+    batches = list(module.train_dataloader())[:3]
+    expected: dict[str, torch.Tensor] = {}
+    for x, y in batches:
+        for name, g in learner.gradients(lambda x=x, y=y: torch.nn.functional.cross_entropy(module.net(x), y)).items():
+            expected[f"net.{name}"] = expected.get(f"net.{name}", 0) + g / 3
+    assert ebm.metrics.alignment(kept["found"], expected)["relative_error"] < 1e-5

@@ -148,3 +148,14 @@ def test_a_landscape_without_minimum_raises():
     for relaxer in (ebm.ErrorCoordinates(300, tol=1e-6), ebm.GradientDescent(0.5, 300, tol=1e-6)):
         with pytest.raises(ebm.RelaxationDivergedError, match="1 of 2 samples"):
             relaxer.relax(problem, problem.no_errors, -1.0)
+
+
+def test_an_optimizer_that_climbs_is_told_apart_from_one_that_runs_away():
+    """Adam steps by lr however small the force: near the minimum it climbs, which is no reason to end a run."""
+    problem = Quadratic(3, 1.0)
+    problem.minimum *= 1e-3
+    found = ebm.StateOptimizer(torch.optim.Adam, max_steps=1, lr=0.004).relax(problem, problem.no_errors, 1.0)
+    assert found.status == "max_steps"
+    assert found.energies[-1] > found.energies[0]
+    gentle = ebm.StateOptimizer(torch.optim.Adam, max_steps=1, lr=1e-5).relax(problem, problem.no_errors, 1.0)
+    assert gentle.status == "fixed"

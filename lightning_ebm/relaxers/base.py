@@ -111,38 +111,54 @@ def force_norm(landscape: Landscape, gradients: Sequence[Tensor]) -> Tensor:
 
 
 def fixed_steps(
+    owner: Relaxer,
     landscape: Landscape,
-    evaluate: Callable[[list[Tensor], float], Forces],
+    coordinates: Literal["states", "errors"],
     move: Callable[[list[Tensor], list[Tensor]], list[Tensor]],
     start: Sequence[Tensor],
     strength: float,
     max_steps: int,
-    owner: Relaxer,
-) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    """Exactly `max_steps` moves; returns the point, relative residuals and energies. Refuses to return a runaway.
+    descends: bool = True,
+) -> Relaxation:
+    """Exactly `max_steps` moves, and a refusal to return a runaway.
 
     The forces at the final point are evaluated too: an update read there must not come from a last step that left the
-    basin, and the network keeps that pass for the update, so it costs nothing.
+    basin, and the network keeps that pass for the update.
+
+    Args:
+        owner: in whose name to complain.
+        landscape: the network.
+        coordinates: what `start` and `move` are written in.
+        move: the next point from a point and the gradient there.
+        start: where to begin.
+        strength: lambda.
+        max_steps: how many moves.
+        descends: whether each move follows the force, so that at a positive nudge a rise of the energy proves that a
+            step was too large. Adaptive optimizers may climb without that: a rise is said, only growing forces raise.
     """
+    evaluate = landscape.forces if coordinates == "states" else landscape.error_forces
     point, previous, energies, norms = list(start), None, [], []
     for step in range(max_steps + 1):
         forces = evaluate(point, strength)
-        energies.append(forces.internal.sum() + strength * forces.loss)
+        energies.append((forces.internal.sum() + strength * forces.loss).detach())
         norms.append(force_norm(landscape, forces.gradients))
         if step < max_steps:
             previous = (point, forces.gradients)
             point = move(point, forces.gradients)
     assert previous is not None
     first, last = norms[0], norms[-1]
-    trace = torch.stack([value.detach() for value in energies])
+    trace = torch.stack(energies)
+    tiny = torch.finfo(first.dtype).tiny
     # Force of the whole batch, so that one sample at rest from the start does not divide by nothing.
-    growth = last.norm() / first.norm().clamp_min(torch.finfo(first.dtype).tiny)
-    # Descent at positive lambda cannot raise the energy unless a step overshoots; at negative lambda the energy may
-    # fall without bound, and only the growing force tells. 1e-4 is room for the float32 rounding of a sum.
-    rose = strength > 0 and bool(trace[-1] > trace[0] + 1e-4 * trace[0].abs())
-    if not bool(torch.isfinite(trace).all()) or not bool(torch.isfinite(last).all()) or rose or bool(growth > 10):
+    growth = last.norm() / first.norm().clamp_min(tiny)
+    # At a negative nudge the energy may fall without bound, and only the growing force tells.
+    room = max(1e-4, 16 * landscape.rounding) * trace[0].abs()
+    rose = strength > 0 and bool(trace[-1] > trace[0] + room)
+    finite = bool(torch.isfinite(trace).all()) and bool(torch.isfinite(last).all())
+    if not finite or (rose and descends) or bool(growth > 10):
         raise diverged(landscape, owner, previous, (point, forces.gradients), strength, trace, float(growth))
-    return point, last / first.clamp_min(torch.finfo(first.dtype).tiny), list(trace)
+    status: Status = "max_steps" if rose else "fixed"
+    return Relaxation(point, coordinates, status, max_steps, last / first.clamp_min(tiny), energies)
 
 
 def diverged(

@@ -59,7 +59,4 @@ class ErrorCoordinates(Relaxer):
         def step(point: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
             return [error - self.lr * gradient for error, gradient in zip(point, gradients, strict=True)]
 
-        errors, residual, energies = fixed_steps(
-            landscape, landscape.error_forces, step, errors, strength, self.max_steps, self
-        )
-        return Relaxation(errors, "errors", "fixed", self.max_steps, residual, energies)
+        return fixed_steps(self, landscape, "errors", step, errors, strength, self.max_steps)

@@ -52,7 +52,4 @@ class GradientDescent(Relaxer):
         def euler(states: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
             return [state - self.lr * gradient for state, gradient in zip(states, gradients, strict=True)]
 
-        states, residual, energies = fixed_steps(
-            landscape, landscape.forces, euler, start, strength, self.max_steps, self
-        )
-        return Relaxation(states, "states", "fixed", self.max_steps, residual, energies)
+        return fixed_steps(self, landscape, "states", euler, start, strength, self.max_steps)

@@ -13,7 +13,9 @@ from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, checked_
 class StateOptimizer(Relaxer):
     """The states of all layers, as the parameters of ``optimizer(states, **options)``, descending dE/dx.
 
-    A fresh optimizer for every relaxation: moments do not leak from one batch into the next.
+    A fresh optimizer for every relaxation: moments do not leak from one batch into the next. The trap: Adam and its kin
+    take steps of about `lr` however small the force, so that once the loss is small they climb; the report then says
+    "max_steps" instead of "fixed", and the log says it once.
 
     Args:
         optimizer: a `torch.optim.Optimizer` class, or any callable with its signature.
@@ -59,7 +61,4 @@ class StateOptimizer(Relaxer):
             # A copy: the optimizer works in place, and the caller compares a point with the one before.
             return [variable.detach().clone() for variable in variables]
 
-        states, residual, energies = fixed_steps(
-            landscape, landscape.forces, step, start, strength, self.max_steps, self
-        )
-        return Relaxation(states, "states", "fixed", self.max_steps, residual, energies)
+        return fixed_steps(self, landscape, "states", step, start, strength, self.max_steps, descends=False)
