@@ -116,6 +116,11 @@ class Step:
         with self._snapshot.replaying(everything=self._plan is None), self._quiet(), torch.enable_grad():
             return named_gradients(self._module, checked_loss(self._closure()))
 
+    def release(self) -> None:
+        """Lets go of the graphs; `true_gradients` still works."""
+        self._first = self.network = None
+        self.phases = []
+
     def _relaxed(self, network: Network, loss: Tensor) -> Tensor:
         """sum_p weight_p E(x_p, theta), states held fixed."""
         algorithm = self._algorithm

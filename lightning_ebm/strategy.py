@@ -170,7 +170,9 @@ class EBMStrategy(SingleDeviceStrategy):
             surrogate = closure_loss  # the scaler skips this step, as in stock
         else:
             surrogate = self._step.surrogate(closure_loss, 1 / self._accumulated())
-        return super().backward(surrogate, optimizer, *args, **kwargs)
+        loss = super().backward(surrogate, optimizer, *args, **kwargs)
+        self._step.release()
+        return loss
 
     def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Lightning's own; under manual optimization notes the values that rehearsals may have to go back to."""

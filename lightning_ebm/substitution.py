@@ -137,8 +137,7 @@ def substituted(
         number = counts.get(module, 0)
         counts[module] = number + 1
         inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        block = next(module.parameters(), None) is not None and not isinstance(module, nn.PReLU)
-        drive = untouched_drive.pop(module, inputs[0] if inputs and not block else None)
+        drive = untouched_drive.pop(module, inputs[0] if inputs and is_activation(module) else None)
         leaves, rebuild = _flattened(output)
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         for part, i in enumerate(tensors):
