@@ -422,3 +422,52 @@ def test_printed_table_names_layers_parents_and_parameters():
     assert "5 x 6" in line
     assert "ReLU" in line
     assert "outer.weight, outer.bias (42)" in line
+
+
+class SelfAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.norm, self.out = nn.LayerNorm(6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.out(self.norm(x + self.attention(x, x, x, need_weights=False)[0]))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gru, self.out = nn.GRU(6, 7, bidirectional=True, batch_first=True), nn.Linear(14, 2)
+
+    def forward(self, x):
+        return self.out(self.gru(x)[0][:, -1])
+
+
+PERCEPTRON = [nn.Linear(6, 8), nn.PReLU(8), nn.Dropout(0.5), nn.Linear(8, 4), nn.GLU()]
+CONV = [nn.Unflatten(1, (1, 6, 6)), nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), nn.MaxPool2d(2)]
+CONV += [
+    nn.Dropout2d(0.3),
+    nn.Conv2d(4, 4, 3, padding=1),
+    nn.InstanceNorm2d(4, affine=True),
+    nn.Softplus(),
+    nn.AvgPool2d(1),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "layers"),
+    [
+        (lambda: nn.Sequential(*CONV, nn.Flatten(), nn.Linear(36, 2)), (5, 36), ["3", "8"]),
+        (lambda: nn.Sequential(*PERCEPTRON), (5, 6), ["1", "4"]),
+        (SelfAttention, (5, 3, 6), ["attention"]),
+        (Recurrent, (5, 3, 6), ["gru"]),
+    ],
+    ids=["convolutions", "prelu, dropout, glu", "attention", "gru"],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_common_modules(make, shape, layers, training):
+    torch.manual_seed(0)
+    net = make().double().train(training)
+    x = torch.randn(shape, dtype=torch.float64)
+    assert [name for name, _ in table(net, x)[0]] == layers
+    both(net, x)
