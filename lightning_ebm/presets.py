@@ -63,9 +63,10 @@ def error_pc() -> Algorithm:
 
     Energy: E(e) = sum_l 1/2 |e_l|^2 + L, with x_l = mu_l + e_l. Phase: e <- e - lr dE/de, 5 steps of .1 from e = 0.
     Update: dE/dtheta at x(e), divided by lambda = 1. After so few steps this is not the equilibrium, and says so in
-    the report; raise max_steps, or set tol, to get there.
+    the report; raise max_steps, or set tol, to get there. The number of steps is one used in published runs, the step
+    size is this library's choice.
 
-    Source: Goemaere et al. 2025 (arXiv 2505.20137), section 4.
+    Source: Goemaere et al. 2025 (arXiv 2505.20137).
     """
     return Algorithm(PredictiveCoding(), OneSided(1.0), ErrorCoordinates(max_steps=5, lr=0.1, tol=0.0))
 
