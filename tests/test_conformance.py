@@ -56,7 +56,7 @@ CASES = {
     "clip and accumulate": (Template, lambda: {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2}, 1e-5),
     "bf16-mixed": (Template, lambda: {"precision": "bf16-mixed"}, 2e-2),
     "16-mixed": (Template, lambda: {"precision": "16-mixed"}, 2e-2),
-    "bf16-true": (Template, lambda: {"precision": "bf16-true"}, 5e-2),
+    "bf16-true": (Template, lambda: {"precision": "bf16-true"}, 2e-2),
     "64-true": (Template, lambda: {"precision": "64-true"}, 1e-10),
     "fp16 and scaler": (Template, fp16_with_scaler, 2e-2),
     "fp16, scaler, clip": (Template, lambda: {**fp16_with_scaler(), "gradient_clip_val": 0.1}, 2e-2),
