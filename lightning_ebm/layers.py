@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_ebm.closure import Closure, checked_loss
 from lightning_ebm.errors import ConfigurationError, LayerDiscoveryError, UnsupportedModuleError
 from lightning_ebm.purity import Snapshot
-from lightning_ebm.substitution import Pass, StateKey, clean, substituted
+from lightning_ebm.substitution import Pass, StateKey, at_prediction, clean, substituted
 from lightning_ebm.wiring import Plan, Wiring
 
 log = logging.getLogger(__name__)
@@ -79,14 +79,11 @@ class LayerFinder:
         written: set[str] = set()
 
         def probe(candidates: Mapping[nn.Module, str], keep: frozenset[StateKey] | None) -> Pass:
-            def state_of(key: StateKey, prediction: Tensor) -> Tensor | None:
-                return prediction.detach().requires_grad_() if keep is None or key in keep else None
-
-            with snapshot.replaying(), self._quiet(), torch.enable_grad():
-                before = Snapshot(self._module)
+            state_of = at_prediction(keep)
+            with snapshot.replaying(None) as changed, self._quiet(), torch.enable_grad():
                 with substituted(self._module, candidates, state_of, lambda key: True, find_weighted=True) as observed:
                     observed.loss = checked_loss(_probed(closure))
-                written.update(before.changed())
+                written.update(changed())
             return observed
 
         plan = discover(self._module, self._layers, self._output, probe)

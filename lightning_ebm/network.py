@@ -13,7 +13,7 @@ from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import QuadraticEnergy
 from lightning_ebm.errors import LayerDiscoveryError
 from lightning_ebm.relaxers import Forces, Relaxation
-from lightning_ebm.substitution import Pass, StateKey, StateOf
+from lightning_ebm.substitution import Pass, StateKey, StateOf, at_states
 from lightning_ebm.wiring import Plan
 
 Run = Callable[[StateOf], Pass]
@@ -108,8 +108,7 @@ class Network:
         """`energy_at` for the parameters of now: a fresh pass, with the states of before."""
         self._latest = None
         states = self.free if held.coordinates == "arrival" else held.point
-        by_key = dict(zip(self._plan.states, states, strict=True))
-        seen = self._run(lambda key, _: by_key[key].detach().requires_grad_() if key in by_key else None)
+        seen = self._run(at_states(dict(zip(self._plan.states, states, strict=True))))
         return self._energy_of(seen, held.point if held.coordinates == "arrival" else None, strength)
 
     def _energy_of(self, seen: Pass, errors: Sequence[Tensor] | None, strength: float) -> Tensor:
@@ -126,8 +125,7 @@ class Network:
     def _at_states(self, states: Sequence[Tensor]) -> Pass:
         if _same(states, self.free):
             return self._first
-        by_key = dict(zip(self._plan.states, states, strict=True))
-        return self._pass_at(states, lambda key, _: by_key[key].detach().requires_grad_() if key in by_key else None)
+        return self._pass_at(states, at_states(dict(zip(self._plan.states, states, strict=True))))
 
     def _at_errors(self, errors: Sequence[Tensor]) -> Pass:
         if _same(errors, self.no_errors):
@@ -146,11 +144,11 @@ class Network:
                 return self._latest[1]
             self._latest = None  # before the next one is made, so that two graphs are never held at once
         seen = self._run(state_of)
-        if tuple(call.key for call in seen.calls) != self._plan.calls:
+        if seen.keys != self._plan.calls:
             raise LayerDiscoveryError(
                 "The layers that were called changed between two passes of the same step: the control flow of the"
                 " module depends on values of its states, or on something outside the module that each pass changes."
-                f" First pass: {[str(key) for key in self._plan.calls]}; now: {[str(call.key) for call in seen.calls]}."
+                f" First pass: {[str(key) for key in self._plan.calls]}; now: {[str(key) for key in seen.keys]}."
                 " Make the flow depend on the inputs alone, or take whole blocks as layers, layers=[...]."
             )
         self._latest = (list(point), seen)

@@ -50,16 +50,21 @@ class Snapshot:
             yield
 
     @contextmanager
-    def replaying(self, everything: bool = False) -> Iterator[None]:
+    def replaying(self, written: frozenset[str] | None = frozenset()) -> Iterator[Callable[[], frozenset[str]]]:
         """A further pass: it starts from the snapshot and leaves no trace.
 
         Args:
-            everything: protect also the tensors that no one knew to copy, from their values of now.
+            written: paths of tensors that the pass may write to, in addition to those in the snapshot; they start from
+                their values of now. None is all.
+
+        Yields:
+            Tells the paths of the protected tensors that the pass has written to so far.
         """
+        unknown = None if written is None else written - self._tensors.keys()
         with ExitStack() as stack:
             stack.callback(self._random.of_now().restore)
             self._random.restore()
-            tensors = _copies(self._module, None) | self._tensors if everything else self._tensors
+            tensors = _copies(self._module, unknown) | self._tensors
             for owner, name, value in tensors.values():
                 stack.callback(_swapped(owner, name, value.clone()))
             stack.callback(_set_trainable, [(p, p.requires_grad) for p, _ in self._trainable])
@@ -68,15 +73,19 @@ class Snapshot:
             self._plain.restore()
             for tape in self._metrics:
                 stack.enter_context(tape.replaying())
-            yield
+            yield partial(_changed, tensors)
 
-    def changed(self) -> frozenset[str]:
-        """Paths of the tensors whose values differ now. (Version counters would not tell: BatchNorm bumps none.)"""
-        return frozenset(
-            path
-            for path, (owner, name, value) in self._tensors.items()
-            if (now := _held(owner, name)) is None or not torch.equal(now, value)
-        )
+
+_Tensors = dict[str, tuple[nn.Module, str, Tensor]]
+
+
+def _changed(tensors: _Tensors) -> frozenset[str]:
+    """By value: version counters would not tell, BatchNorm bumps none."""
+    return frozenset(
+        path
+        for path, (owner, name, value) in tensors.items()
+        if (now := _held(owner, name)) is None or not torch.equal(now, value)
+    )
 
 
 def _set_trainable(flags: list[tuple[nn.Parameter, bool]]) -> None:
@@ -85,15 +94,17 @@ def _set_trainable(flags: list[tuple[nn.Parameter, bool]]) -> None:
             parameter.requires_grad_(trainable)
 
 
-def _copies(module: nn.Module, wanted: frozenset[str] | None) -> dict[str, tuple[nn.Module, str, Tensor]]:
-    return {
-        path: (owner, name, tensor.detach().clone())
-        for prefix, owner in module.named_modules()
-        for name, tensor in (*owner._buffers.items(), *owner._parameters.items())
-        if tensor is not None
-        for path in [f"{prefix}.{name}"]
-        if wanted is None or path in wanted
-    }
+def _copies(module: nn.Module, wanted: frozenset[str] | None) -> _Tensors:
+    if wanted is None:
+        held = ((path, (*owner._buffers.items(), *owner._parameters.items())) for path, owner in module.named_modules())
+        wanted = frozenset(f"{path}.{name}" for path, tensors in held for name, _ in tensors)
+    copies: _Tensors = {}
+    for path in sorted(wanted):
+        prefix, _, name = path.rpartition(".")
+        owner = module.get_submodule(prefix)
+        if (tensor := _held(owner, name)) is not None:
+            copies[path] = owner, name, tensor.detach().clone()
+    return copies
 
 
 def _held(owner: nn.Module, name: str) -> Tensor | None:

@@ -16,7 +16,7 @@ from lightning_ebm.purity import Snapshot
 from lightning_ebm.reference import named_gradients
 from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.report import PhaseReport
-from lightning_ebm.substitution import Pass, StateKey, StateOf, batch_size_among, substituted
+from lightning_ebm.substitution import Pass, StateOf, at_prediction, batch_size_among, substituted
 from lightning_ebm.wiring import Plan, reached_parameters
 
 Remember = Callable[[list[str], list[PhaseReport], Tensor], None]
@@ -71,7 +71,10 @@ class Step:
             with self._snapshot.recording():
                 yield
             return
-        with self._snapshot.recording(), self._substituted(self._plan, _at_prediction(self._plan)) as first:
+        with (
+            self._snapshot.recording(),
+            self._substituted(self._plan, at_prediction(frozenset(self._plan.states))) as first,
+        ):
             yield
         self._first = first
 
@@ -95,12 +98,12 @@ class Step:
             )
         first = self._first
         if first is None:  # the pass is not over, as under manual optimization: it is rehearsed up to here
-            first = self._run(_at_prediction(self._plan))
+            first = self._run(at_prediction(frozenset(self._plan.states)))
         else:
             first.loss = loss / scale if scale != 1.0 else loss
-        if tuple(call.key for call in first.calls) != self._plan.calls:  # the control flow took another way
+        if first.keys != self._plan.calls:  # the control flow took another way
             self._plan = self._finder.search(self._closure, self._snapshot)
-            first = self._run(_at_prediction(self._plan))
+            first = self._run(at_prediction(frozenset(self._plan.states)))
         shapes = [state.shape for state in first.states]
         size = batch_size_among(self._leading_sizes or first.leading_sizes, shapes)
         loss_scale = size if self._loss_reduction == "mean" else 1
@@ -113,7 +116,8 @@ class Step:
 
     def true_gradients(self) -> dict[str, Tensor]:
         """Backprop's gradient of this very step: same batch, same random draws, same buffers. No side effects."""
-        with self._snapshot.replaying(everything=self._plan is None), self._quiet(), torch.enable_grad():
+        written = None if self._plan is None else self._plan.written
+        with self._snapshot.replaying(written), self._quiet(), torch.enable_grad():
             return named_gradients(self._module, checked_loss(self._closure()))
 
     def release(self) -> None:
@@ -156,7 +160,7 @@ class Step:
     def _run(self, state_of: StateOf) -> Pass:
         assert self._plan is not None
         with (
-            self._snapshot.replaying(),
+            self._snapshot.replaying(self._plan.written),
             self._quiet(),
             torch.enable_grad(),
             self._substituted(self._plan, state_of) as seen,
@@ -182,12 +186,3 @@ class Step:
                 " layers=[...], or set requires_grad=False on what is meant to stay."
             )
         self._finder.covered = plan
-
-
-def _at_prediction(plan: Plan) -> StateOf:
-    states = frozenset(plan.states)
-
-    def state_of(key: StateKey, prediction: Tensor) -> Tensor | None:
-        return prediction.detach().requires_grad_() if key in states else None
-
-    return state_of

@@ -7,7 +7,7 @@ whatever happens; the user's own hooks run as ever, before.
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -94,6 +94,11 @@ class Pass:
     rounding: float = 0.0
 
     @property
+    def keys(self) -> tuple[StateKey, ...]:
+        """Which calls, in order."""
+        return tuple(call.key for call in self.calls)
+
+    @property
     def layers(self) -> list[Call]:
         """The calls that carry a state."""
         return [call for call in self.calls if call.state is not None]
@@ -106,6 +111,16 @@ class Pass:
 
 StateOf = Callable[[StateKey, Tensor], Tensor | None]
 """Chooses x_l from the key and the prediction; None leaves the call alone."""
+
+
+def at_prediction(keep: Container[StateKey] | None = None) -> StateOf:
+    """x_l = mu_l, as a leaf, for the calls in `keep`; None is all."""
+    return lambda key, mu: mu.detach().requires_grad_() if keep is None or key in keep else None
+
+
+def at_states(states: Mapping[StateKey, Tensor]) -> StateOf:
+    """x_l as given, as a leaf."""
+    return lambda key, _: states[key].detach().requires_grad_() if key in states else None
 
 
 @contextmanager

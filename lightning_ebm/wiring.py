@@ -143,7 +143,7 @@ class Wiring:
         reached = set(self._names(self._above_loss)).union(*(row.parameters for row in rows))
         return Plan(
             candidates=candidates,
-            calls=tuple(call.key for call in calls),
+            calls=self._pass.keys,
             states=tuple(calls[k].key for k in index),
             copies=frozenset(calls[k].key for k in index if calls[k].written),
             rows=tuple(rows),

@@ -207,3 +207,30 @@ def test_after_any_exception_the_module_is_as_before(exception):
     assert [name for name, p in module.named_parameters() if not p.requires_grad] == ["head.bias"]
     assert all(p.grad is None for p in module.parameters())
     user_hook.remove()
+
+
+def test_a_branch_taken_later_is_as_pure_as_the_first():
+    """A BatchNorm that the first step did not call: nobody knew that passes write to it, and it moves once a step."""
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.out = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.norm, self.late, self.tanh = nn.BatchNorm1d(6), nn.BatchNorm1d(6), nn.Tanh()
+            self.step = 0
+
+        def forward(self, x):
+            self.step += 1
+            x = self.tanh(self.norm(self.a(x)))
+            return self.out(self.tanh(self.late(self.b(x))) if self.step > 1 else x)
+
+    for algorithm in ALGORITHMS:
+        stock, ours = Branches(), Branches()
+        learner = ebm.Learner(ours, algorithm)
+        for _ in range(3):
+            F.cross_entropy(stock(X), Y).backward()
+            learner.backward(lambda net=ours: F.cross_entropy(net(X), Y))
+        expected = dict(stock.named_buffers())
+        assert all(torch.equal(b, expected[name]) for name, b in ours.named_buffers())
+        assert ours.step == 3

@@ -21,7 +21,7 @@ class PredictiveCoding(QuadraticEnergy):
         ConfigurationError: the precision is not a positive finite number.
 
     Source:
-        Rao and Ballard 1999; Whittington and Bogacz 2017, eq. 2.3; Millidge et al. 2023 (arXiv 2206.02629).
+        Rao and Ballard 1999; Whittington and Bogacz 2017; Millidge et al. 2023 (arXiv 2206.02629).
     """
 
     precision: float = 1.0

@@ -19,7 +19,7 @@ class Centered(Nudge):
         ConfigurationError: the strength is 0 or not finite.
 
     Source:
-        Laborieux et al. 2021, eq. 8.
+        Laborieux et al. 2021.
     """
 
     strength: float = 0.01

@@ -6,44 +6,34 @@ Everything below is therefore decided from forces: along a step d from force g t
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_ebm.errors import RelaxationDivergedError
-from lightning_ebm.relaxers.base import Forces, Landscape, Status, force_norm
+from lightning_ebm.relaxers.base import Forces, Landscape, Relaxation, Status, force_norm
 
 _PATIENCE = 6
 """Steps over which the energy must still fall noticeably."""
 
 
-class Descent(NamedTuple):
-    """Where the descent ended; fields as in `Relaxation`."""
-
-    point: list[Tensor]
-    status: Status
-    steps: int
-    residual: Tensor
-    energies: list[Tensor]
-
-
 def descend(
     landscape: Landscape,
-    evaluate: Callable[[Sequence[Tensor], float], Forces],
+    coordinates: Literal["states", "errors"],
     start: Sequence[Tensor],
     strength: float,
     lr: float,
     max_steps: int,
     tol: float,
-    longest: float = math.inf,
-) -> Descent:
+    longest: float,
+) -> Relaxation:
     """Gradient descent with Barzilai-Borwein steps, each checked for overshoot and shortened where it did.
 
     A step is kept for the samples whose force along it has not turned round, provided that the energy of the batch,
     the one that is known exactly, has not risen; the others stay and try a shorter one. The next step of a sample is
-    one over the curvature it just met (Barzilai and Borwein 1988, eq. 5), at most `longest`.
+    one over the curvature it just met (Barzilai and Borwein 1988), at most `longest`.
 
     A sample has settled when its force is below `tol` of the first, or below rounding. At a kink, as drives through
     ReLU have, no force ever vanishes: there a sample is stalled when even a step that is small against the way it came
@@ -53,10 +43,11 @@ def descend(
     def total(forces: Forces) -> Tensor:
         return (forces.internal.sum() + strength * forces.loss).detach()
 
+    evaluate = landscape.forces if coordinates == "states" else landscape.error_forces
     point = list(start)
     forces = evaluate(point, strength)
     gradients, energy = forces.gradients, total(forces)
-    energies, falls = [energy], []
+    energies, falls, whole_fall = [energy], [], torch.zeros_like(energy)
     first = norm = force_norm(landscape, gradients)
     # Force of a state that is one rounding error away from its prediction; 0 in error coordinates, which start at 0.
     rounding = 4 * torch.finfo(first.dtype).eps * landscape.per_sample([x.square() for x in start]).sqrt()
@@ -107,7 +98,8 @@ def descend(
         stuck = (overshoots > 2) & (short <= tol) | (short <= 1e-3 * tol)
         if bool(kept.any()):  # steps that all went too far say nothing about what shorter ones would gain
             falls.append(torch.where(kept, -0.5 * (slope + slope_ahead), 0).sum())
-            if len(falls) > _PATIENCE and bool(sum(falls[-_PATIENCE:]) <= least_fall * sum(falls)):
+            whole_fall = whole_fall + falls[-1]
+            if len(falls) > _PATIENCE and bool(sum(falls[-_PATIENCE:]) <= least_fall * whole_fall):
                 stuck = active
         stalled |= active & stuck
         ran_away |= ~(norm <= 1e3 * first)  # nan counts
@@ -119,7 +111,7 @@ def descend(
     if bool(ran_away.any()):
         raise _ran_away(landscape, strength, steps, gradients, residual, int(ran_away.sum()))
     status: Status = "max_steps" if bool(active.any()) else "stalled" if bool(stalled.any()) else "converged"
-    return Descent(point, status, steps, residual, energies)
+    return Relaxation(point, coordinates, status, steps, residual, energies)
 
 
 def _ran_away(

@@ -33,7 +33,7 @@ class ErrorCoordinates(Relaxer):
         ConfigurationError: an argument out of range.
 
     Source:
-        Goemaere et al. 2025 (arXiv 2505.20137), eq. 5; measured in the metric of the precision.
+        Goemaere et al. 2025 (arXiv 2505.20137); measured in the metric of the precision.
     """
 
     needs_error_coordinates: ClassVar[bool] = True
@@ -51,10 +51,7 @@ class ErrorCoordinates(Relaxer):
         errors = list(landscape.no_errors)
         if self.tol:
             longest = max(1.0, self.lr)  # the curvature 1 + lambda J' d2L J is at least 1 where the loss is convex
-            found = descend(
-                landscape, landscape.error_forces, errors, strength, self.lr, self.max_steps, self.tol, longest
-            )
-            return Relaxation(found.point, "errors", found.status, found.steps, found.residual, found.energies)
+            return descend(landscape, "errors", errors, strength, self.lr, self.max_steps, self.tol, longest)
 
         def step(point: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
             return [error - self.lr * gradient for error, gradient in zip(point, gradients, strict=True)]

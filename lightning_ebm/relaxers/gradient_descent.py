@@ -30,7 +30,7 @@ class GradientDescent(Relaxer):
         ConfigurationError: an argument out of range.
 
     Source:
-        Whittington and Bogacz 2017, eq. 2.7; simultaneous steps as in Song et al. 2020.
+        Whittington and Bogacz 2017; simultaneous steps as in Song et al. 2020.
     """
 
     lr: float = 0.1
@@ -44,10 +44,7 @@ class GradientDescent(Relaxer):
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
         if self.tol:
-            found = descend(
-                landscape, landscape.forces, start, strength, self.lr, self.max_steps, self.tol, longest=self.lr
-            )
-            return Relaxation(found.point, "states", found.status, found.steps, found.residual, found.energies)
+            return descend(landscape, "states", start, strength, self.lr, self.max_steps, self.tol, longest=self.lr)
 
         def euler(states: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
             return [state - self.lr * gradient for state, gradient in zip(states, gradients, strict=True)]
