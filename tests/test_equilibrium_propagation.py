@@ -62,7 +62,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], float, float]] = {  # fact
     "torch's hardsigmoid": (nn.Hardsigmoid, 0.8, 0.0),
     "tanh": (nn.Tanh, 0.8, 0.0),
     "sigmoid": (nn.Sigmoid, 0.8, 0.0),
-    "relu": (nn.ReLU, 0.5, 0.0),
+    "relu": (nn.ReLU, 0.35, 0.0),
 }
 SMOOTH = pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
 ANY = pytest.mark.parametrize("activation", list(ACTIVATIONS))
@@ -420,9 +420,9 @@ def test_holomorphic_is_the_contour_sum(output: Output, points: int) -> None:
 def test_two_point_holomorphic_is_centred(output: Output, activation: str) -> None:
     """The roots of unity of order 2 are +1 and -1."""
     net, problem = make(activation), make_problem()
-    two = library_gradients(net, problem, ep(ebm.Holomorphic(0.2, points=2)), output)
-    assert worst_relative_error(two, library_gradients(net, problem, ep(ebm.Centered(0.2)), output)) < 1e-12
-    assert worst_relative_error(two, centred(Hopfield.copy_of(net, output), problem, 0.2)) < 1e-9
+    two = library_gradients(net, problem, ep(ebm.Holomorphic(0.1, points=2)), output)
+    assert worst_relative_error(two, library_gradients(net, problem, ep(ebm.Centered(0.1)), output)) < 1e-12
+    assert worst_relative_error(two, centred(Hopfield.copy_of(net, output), problem, 0.1)) < 1e-9
 
 
 def test_the_holomorphic_preset() -> None:
