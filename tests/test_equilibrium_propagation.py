@@ -13,9 +13,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from oracles import (
+    Chain,
     Gradients,
     Output,
     Problem,
+    backprop,
     fitted_slope,
     make_problem,
     relative_error,
@@ -163,7 +165,7 @@ def test_the_published_maps_are_these_lines() -> None:
 @ORDERS
 @OUTPUTS
 @LOSSES
-@pytest.mark.parametrize("sweeps", [(20, 10), (3, 2), (60, 20)])
+@pytest.mark.parametrize("sweeps", [(20, 10), (4, 3), (60, 20)])
 def test_centred_hard_sigmoid_net(order: Order, output: Output, loss_name: str, sweeps: tuple[int, int]) -> None:
     """Centred, beta 1/4, from zeros. Catches odd and even swapped or counted as two steps, the negative phase
     started from the positive one, a nudge divided by the batch, and states read one sweep early.
@@ -252,9 +254,9 @@ def test_random_sign_is_one_of_the_two_one_sided_updates_and_both_occur() -> Non
     both = [phases(chain, problem, (0.0, s * beta), (20, 10), "odd-even") for s in (1, -1)]
     algorithm = ep(ebm.RandomSign(beta), free=20, nudged=10, start="zeros")
     learner = ebm.Learner(net, algorithm, output="state", loss_reduction=problem.reduction)
-    torch.manual_seed(0)
     seen = []
-    for _ in range(16):
+    for seed in range(16):
+        torch.manual_seed(seed)
         found = learner.gradients(lambda: problem.loss(net(problem.x), problem.y))
         errors = [worst_relative_error(found, side) for side in both]
         assert min(errors) < 1e-9 < max(errors)
@@ -323,8 +325,7 @@ def test_reference_equilibrium_solves_the_hessian(output: Output, loss_name: str
     found = reference_equilibrium(net, problem, output)
     assert worst_relative_error(found, expected) < 1e-9
     # and it is not the feed-forward gradient
-    backprop = ebm.reference.backprop(net, lambda: problem.loss(net(problem.x), problem.y))
-    assert relative_error(expected, backprop) > 0.02
+    assert relative_error(expected, backprop(Chain.copy_of(net), problem)[0]) > 0.02
 
 
 def reference_equilibrium(net: nn.Module, problem: Problem, output: str, layers: object = None) -> Gradients:
