@@ -39,7 +39,7 @@ import lightning_ebm as ebm
 
 torch.set_num_threads(1)
 
-SETTLED = 100
+SETTLED = 60
 SIDES = pytest.mark.parametrize("sides", ["both", "positive", "negative"])
 LOSSES = pytest.mark.parametrize("loss_name", ["half-mse-mean", "cross-entropy-mean"])
 ENDS = pytest.mark.parametrize("ends", [False, True])
