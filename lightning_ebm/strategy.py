@@ -1,6 +1,6 @@
 """The adapter between the engine and Lightning's training loop: the only place that knows that loop."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import NoLossError
+from lightning_ebm.equilibrium import ordinary
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.layers import Layers, Output
 from lightning_ebm.learner import Learner, check_options
@@ -173,6 +174,28 @@ class EBMStrategy(SingleDeviceStrategy):
         loss = super().backward(surrogate, optimizer, *args, **kwargs)
         self._step.release()
         return loss
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """The user's own step, with every state at the free equilibrium."""
+        return self._evaluated(super().validation_step, args, kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """The user's own step, with every state at the free equilibrium."""
+        return self._evaluated(super().test_step, args, kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """The user's own step, with every state at the free equilibrium."""
+        return self._evaluated(super().predict_step, args, kwargs)
+
+    def _evaluated(
+        self, step: Callable[..., STEP_OUTPUT], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> STEP_OUTPUT:
+        if self.algorithm.energy.divergence or self.algorithm.read_as == "backprop":
+            return step(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            args, kwargs = ordinary((args, kwargs))
+            with self.learner.free_phase(lambda: step(*args, **kwargs)):
+                return step(*args, **kwargs)
 
     def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Lightning's own; under manual optimization notes the values that rehearsals may have to go back to."""

@@ -26,7 +26,7 @@ def dual_propagation(beta: float, passes: int | None) -> ebm.Algorithm:
     """The call, in one place: the output pushed by -+ beta/2, the update divided by beta; the preset's own number of
     passes or another.
     """
-    parts = {} if passes is None else {"relaxer": ebm.FixedPoint(passes)}
+    parts = {} if passes is None else {"relaxer": ebm.Dyadic(passes, tol=0.0)}
     return ebm.algorithm("dual-propagation", nudge=ebm.Centered(beta / 2), **parts)
 
 

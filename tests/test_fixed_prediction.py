@@ -32,7 +32,7 @@ LOSSES = pytest.mark.parametrize("loss_name", ["half-mse-mean", "half-mse-sum", 
 def with_fixed_predictions(lam: float, eta: float, steps: int) -> ebm.Algorithm:
     """The call, in one place."""
     return ebm.algorithm(
-        "fixed-prediction", nudge=ebm.OneSided(lam), relaxer=ebm.GradientDescent(lr=eta, max_steps=steps)
+        "fixed-prediction", nudge=ebm.OneSided(lam), relaxer=ebm.FixedPrediction(lr=eta, max_steps=steps, tol=0.0)
     )
 
 

@@ -33,8 +33,7 @@ def augmented_lagrangian_pc(rho: float, outer_steps: int) -> ebm.Algorithm:
     return ebm.algorithm(
         "augmented-lagrangian-pc",
         nudge=ebm.OneSided(1 / rho),
-        relaxer=ebm.ErrorCoordinates(max_steps=500, tol=1e-12),
-        outer_steps=outer_steps,
+        relaxer=ebm.AugmentedLagrangian(outer_steps, ebm.ErrorCoordinates(max_steps=500, tol=1e-12)),
     )
 
 

@@ -40,8 +40,9 @@ ORDER = [
     {"errors"},
     {"energies", "nudges"},
     {"relaxers"},
-    {"closure", "plain_state", "purity", "substitution", "wiring", "layers", "network"},
-    {"algorithm", "presets", "reference", "report", "step", "learner", "metrics", "summary", "testing"},
+    {"closure", "plain_state", "promotion", "purity", "substitution", "wiring", "layers", "network"},
+    {"holding", "linearization"},
+    {"algorithm", "presets", "report", "step", "learner", "equilibrium", "reference", "metrics", "summary", "testing"},
     {"manual", "strategy"},
     {"callbacks"},
 ]
