@@ -77,7 +77,8 @@ class Algorithm:
         if (read in _DISPLACEMENTS or needed) and read != needed:
             raise ConfigurationError(
                 f"update={self.update!r} does not fit {type(self.relaxer).__name__}, whose result is to be read as"
-                f' {made_for!r}: what it leaves at a layer means nothing read otherwise. Leave update="auto".'
+                f' {made_for!r}: what it leaves at a layer means nothing read otherwise. Leave update="auto", or take'
+                " the relaxer made for that update: Sweep, FixedPrediction, AugmentedLagrangian, Dyadic."
             )
         if needed and not self.energy.divergence:
             raise ConfigurationError(

@@ -38,7 +38,8 @@ class Network:
     def __init__(self, energy: Energy, plan: Plan, first: Pass, run: Run, batch_size: int, loss_scale: float) -> None:
         self.batch_size = batch_size
         self.names: Sequence[str] = [str(key) for key in plan.states]
-        self.depths, self._above = plan.depths()
+        depths, self._above = plan.depths()
+        self.depths: Sequence[int] = depths
         self.outputs = plan.loss_parents
         self.energy = energy
         self._plan = plan
@@ -119,7 +120,7 @@ class Network:
         found = zip(states, self.views(self._first), strict=True)
         return [self.energy.feasible(state, view) for state, view in found]
 
-    def error_forces(self, errors: Sequence[Tensor], strength: float) -> Forces:
+    def error_forces(self, errors: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.error_forces`."""
         with torch.enable_grad():
             seen = self._at_errors(errors)

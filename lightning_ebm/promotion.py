@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as every_module
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from lightning_ebm.errors import UnsupportedModuleError
 
@@ -19,6 +21,27 @@ class Promoted(TorchFunctionMode):
     complex numbers (pooling, dropout) act on real and imaginary part. What looks at values without being differentiated
     (argmax, comparisons, ``item``) sees real parts. Everything else that torch refuses is an error that says so.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inside: list[nn.Module] = []
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> "Promoted":
+        self._hooks = [
+            every_module.register_module_forward_pre_hook(lambda module, args: self._inside.append(module)),
+            every_module.register_module_forward_hook(lambda module, args, output: self._left(), always_call=True),
+        ]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def _left(self) -> None:
+        self._inside.pop()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -46,8 +69,9 @@ class Promoted(TorchFunctionMode):
             return func(*pytree.tree_map(promoted, args), **pytree.tree_map(promoted, options))
         except RuntimeError as error:
             name = getattr(func, "__name__", str(func))
+            where = f" in {type(self._inside[-1]).__name__}" if self._inside else ""
             raise UnsupportedModuleError(
-                f"{name} is no analytic function, or torch has no complex form of it ({str(error).splitlines()[0]}): a"
+                f"{name}{where} is no analytic function, or torch has no complex form of it ({str(error).splitlines()[0]}): a"
                 " holomorphic nudge needs states around a circle in the complex plane. Take ebm.Centered(...), which is"
                 " the same with two real points, or tanh, sigmoid and linear maps throughout."
             ) from error
@@ -111,8 +135,8 @@ _LOOKING = {
     Tensor.__lt__, Tensor.__le__, Tensor.__gt__, Tensor.__ge__, torch.lt, torch.le, torch.gt, torch.ge,
     torch.isfinite, Tensor.isfinite, Tensor.__format__,
 }  # fmt: skip
+_ATTRIBUTES = ("real", "imag", "dtype", "shape", "requires_grad", "grad_fn", "device", "ndim")
 _TRANSPARENT = {
-    Tensor.detach, Tensor.requires_grad_, Tensor.real.__get__, Tensor.imag.__get__, Tensor.dtype.__get__,
-    Tensor.shape.__get__, Tensor.is_complex, Tensor.is_floating_point, Tensor.to, Tensor.size, Tensor.dim,
-    Tensor.requires_grad.__get__, Tensor.grad_fn.__get__, Tensor.device.__get__, Tensor.ndim.__get__,
+    Tensor.detach, Tensor.requires_grad_, Tensor.is_complex, Tensor.is_floating_point, Tensor.to, Tensor.size,
+    Tensor.dim, *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
 }  # fmt: skip

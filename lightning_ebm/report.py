@@ -12,9 +12,12 @@ from lightning_ebm.relaxers import Relaxation
 
 
 class PhaseEntry(TypedDict):
-    """One relaxation: nudge, status, steps of the slowest sample, energy I + lambda L of the batch before each step."""
+    """One relaxation: nudge (as text where it is complex), status, steps of the slowest sample, residual per sample.
 
-    nudge: float
+    energies: I + lambda L of the batch before each step, its real part where the nudge is complex.
+    """
+
+    nudge: float | str
     status: str
     steps: int
     energies: list[float]
@@ -47,14 +50,14 @@ class Report(TypedDict):
 class PhaseReport:
     """A relaxation without its states."""
 
-    nudge: float
+    nudge: complex
     status: str
     steps: int
     residual: Tensor
     energies: list[Tensor]
 
     @classmethod
-    def of(cls, nudge: float, found: Relaxation) -> "PhaseReport":
+    def of(cls, nudge: complex, found: Relaxation) -> "PhaseReport":
         """Keeps what a report needs, so that the states can be freed."""
         return cls(nudge, found.status, found.steps, found.residual.detach(), found.energies)
 
@@ -66,7 +69,7 @@ def report_of(algorithm: Algorithm, names: Sequence[str], phases: Sequence[Phase
     """Reads the numbers off the device, once."""
     entries: list[PhaseEntry] = [
         {
-            "nudge": phase.nudge,
+            "nudge": str(phase.nudge) if isinstance(phase.nudge, complex) else phase.nudge,
             "status": phase.status,
             "steps": phase.steps,
             "energies": torch.stack(phase.energies).tolist() if phase.energies else [],

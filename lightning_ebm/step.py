@@ -116,7 +116,8 @@ class Step:
         update = self._relaxed(network, network.first_loss) * (scale / network.loss_scale)
         self._check_coverage(update)
         # The value is the loss, for hooks and loggers that look at it; the gradient is the update's.
-        return network.first_loss * scale + (update - update.detach())
+        surrogate: Tensor = network.first_loss * scale + (update - update.detach())
+        return surrogate
 
     def increments(self, loss: Tensor, scale: float = 1.0) -> Iterator[Tensor]:
         """The surrogate after each single step of the relaxer; the parameters may move between one and the next.

@@ -50,7 +50,7 @@ class AugmentedLagrangian(Relaxer):
         steps, statuses = 0, []
         for _ in range(self.outer_steps):
             shifted = _WithMultipliers(landscape, point, multipliers)
-            found = self.inner.relax(shifted, start, strength)
+            found = self.inner.relax(shifted, start, strength)  # type: ignore[arg-type]  # by delegation
             point = [base + error for base, error in zip(point, found.point, strict=True)] if steps else found.point
             multipliers = [m + error for m, error in zip(multipliers, point, strict=True)]
             steps += found.steps
