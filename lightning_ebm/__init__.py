@@ -3,6 +3,7 @@
 from lightning_ebm import metrics, reference, testing
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.callbacks import GradientAlignment
+from lightning_ebm.distributed import EBMDDPStrategy, EBMFSDP2Strategy
 from lightning_ebm.energies import Energy, LayerView, PredictiveCoding
 from lightning_ebm.errors import (
     ConfigurationError,
@@ -21,8 +22,9 @@ from lightning_ebm.summary import Summary, summary
 __version__ = "0.1.0"
 
 __all__ = [
-    "Algorithm", "Centered", "ConfigurationError", "EBMError", "EBMStrategy", "Energy", "ErrorCoordinates",
-    "GradientAlignment", "GradientDescent", "LayerDiscoveryError", "LayerView", "Learner", "Nudge", "OneSided",
-    "Phase", "PredictiveCoding", "Relaxation", "RelaxationDivergedError", "Relaxer", "StateOptimizer", "Summary",
-    "Sweep", "UnsupportedModuleError", "algorithm", "algorithms", "metrics", "reference", "summary", "testing",
+    "Algorithm", "Centered", "ConfigurationError", "EBMDDPStrategy", "EBMError", "EBMFSDP2Strategy", "EBMStrategy",
+    "Energy", "ErrorCoordinates", "GradientAlignment", "GradientDescent", "LayerDiscoveryError", "LayerView",
+    "Learner", "Nudge", "OneSided", "Phase", "PredictiveCoding", "Relaxation", "RelaxationDivergedError", "Relaxer",
+    "StateOptimizer", "Summary", "Sweep", "UnsupportedModuleError", "algorithm", "algorithms", "metrics", "reference",
+    "summary", "testing",
 ]  # fmt: skip

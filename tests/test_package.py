@@ -42,7 +42,7 @@ ORDER = [
     {"relaxers"},
     {"closure", "plain_state", "purity", "substitution", "wiring", "layers", "network"},
     {"algorithm", "presets", "reference", "report", "step", "learner", "metrics", "summary", "testing"},
-    {"manual", "strategy"},
+    {"manual", "companion", "strategy", "distributed"},
     {"callbacks"},
 ]
 
