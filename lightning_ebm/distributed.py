@@ -89,7 +89,9 @@ class JointStrategy(EnergyStrategy, ParallelStrategy):
                 raise kind(f"No rank takes this step, as {len(failed)} of {len(texts)} failed. {'; '.join(failed)}")
 
     def gather(self, value: Any) -> list[Any]:
-        """What every rank has, in the order of the ranks; on all of them."""
+        """See `EnergyStrategy.gather`; a collective."""
+        if not torch.distributed.is_initialized():
+            return [value]
         values: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(values, value)
         return values

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import NoLossError
+from lightning_ebm.companion import Companion
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.layers import Layers, Output
 from lightning_ebm.learner import Learner, check_options
@@ -79,6 +80,10 @@ class EnergyStrategy(Strategy):
     def connect(self, model: LightningModule) -> None:
         """Lightning's own; the engine is made for the module here."""
         super().connect(model)
+        callbacks: list[Callback] = model.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
+        self._companion = next((c for c in callbacks if isinstance(c, Companion)), None) or Companion(self.gather)
+        if self._companion not in callbacks:
+            callbacks.append(self._companion)
         self._learner = Learner(
             model,
             self.algorithm,
@@ -146,6 +151,21 @@ class EnergyStrategy(Strategy):
         if self._manual is not None and self._relaxes:
             self._manual.about_to_step(optimizer)
         return super().optimizer_step(optimizer, *args, **kwargs)
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Lightning's own; a resumed run goes on where it was in the data."""
+        dataloader = super().process_dataloader(dataloader)
+        trainer = self._module.trainer
+        return self._companion.loader(trainer, dataloader) if trainer.training else dataloader
+
+    def on_train_start(self) -> None:
+        """Lightning's own; a resumed run goes on with the random numbers that were next."""
+        super().on_train_start()
+        self._companion.begin(self._module.trainer)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank has, in the order of the ranks; on all of them."""
+        return [value]
 
     def true_gradients(self) -> dict[str, Tensor]:
         """Backprop's gradient on the micro-batch of the last step, scaled as Lightning scales that step's update.

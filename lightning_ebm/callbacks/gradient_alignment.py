@@ -9,15 +9,18 @@ from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.metrics import NAMES, Alignment
-from lightning_ebm.strategy import EBMStrategy
+from lightning_ebm.reference import named_gradients
+from lightning_ebm.strategy import EnergyStrategy
 from lightning_ebm.substitution import clean
 
 
 class GradientAlignment(Callback):
     """Compares the update of a micro-batch with backprop's gradient on the same micro-batch, and logs five figures.
 
-    The comparison is made where the update has just been added to ``.grad``: before accumulation over micro-batches,
-    clipping and unscaling change it. One extra forward and backward pass each time.
+    The comparison is of what the backward pass is about to add to ``.grad``: before accumulation over micro-batches,
+    averaging over devices, clipping and unscaling change it. One extra forward and two backward passes each time. On
+    several devices each compares its own micro-batch, and the figures are of all of them: those of the long vectors
+    made by putting the devices' gradients one after the other.
 
     **Logged metrics** (through `LightningModule.log`, to any logger; `alignment/cosine` in the progress bar):
 
@@ -33,7 +36,8 @@ class GradientAlignment(Callback):
         reference: which gradient is called true; "backprop", of the feed-forward network.
 
     Attributes:
-        run: `Alignment` over every comparison of the fit so far.
+        run: `Alignment` over every comparison of the fit so far; kept in checkpoints. On several devices its `compute`
+            is to be called on all of them.
 
     Raises:
         ConfigurationError: the Trainer's strategy is not one of this library, so there is nothing to compare.
@@ -49,11 +53,11 @@ class GradientAlignment(Callback):
         self.run = Alignment()
         self._step = Alignment()
         self._seen_step = -1
-        self._before: dict[str, Tensor | None] | None = None
+        self._restored: Tensor | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a strategy that has no update of its own."""
-        if stage == "fit" and not isinstance(trainer.strategy, EBMStrategy):
+        if stage == "fit" and not isinstance(trainer.strategy, EnergyStrategy):
             raise ConfigurationError(
                 f"GradientAlignment compares energy-based updates with backprop, and {type(trainer.strategy).__name__}"
                 " has only the latter. Use Trainer(strategy=ebm.EBMStrategy(...)); for a control run that stays"
@@ -65,8 +69,11 @@ class GradientAlignment(Callback):
         names = [clean(name) for name, _ in pl_module.named_parameters()]
         self.run, self._step = (Alignment(names).to(pl_module.device) for _ in range(2))
         self._seen_step = -1
+        if self._restored is not None and trainer.is_global_zero:  # the sum over all devices
+            self.run.total += self._restored.to(self.run.total)
+        self._restored = None
         strategy = trainer.strategy
-        assert isinstance(strategy, EBMStrategy)
+        assert isinstance(strategy, EnergyStrategy)
         for logger in trainer.loggers:
             logger.log_hyperparams({"ebm": strategy.describe()})
             if isinstance(logger, WandbLogger) and trainer.is_global_zero:
@@ -74,30 +81,14 @@ class GradientAlignment(Callback):
                     logger.experiment.define_metric(key, step_metric="trainer/global_step", summary="min,max,mean,last")
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Keeps what earlier micro-batches have accumulated."""
+        """Compares what this micro-batch adds with the true gradient of this micro-batch."""
         step = trainer.global_step
-        due = step == 0 or (step + 1) % self.every_n_steps == 0
-        self._before = None
-        if due:
-            self._before = {
-                clean(name): None if p.grad is None else p.grad.clone() for name, p in pl_module.named_parameters()
-            }
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compares what this micro-batch added with the true gradient of this micro-batch."""
-        if (before := self._before) is None:
+        if step and (step + 1) % self.every_n_steps:
             return
-        self._before = None
         strategy = trainer.strategy
-        assert isinstance(strategy, EBMStrategy)
-        update = {}
-        for name, parameter in pl_module.named_parameters():
-            if parameter.grad is not None:
-                held = before[clean(name)]
-                update[clean(name)] = parameter.grad if held is None else parameter.grad - held
+        assert isinstance(strategy, EnergyStrategy)
+        update = named_gradients(pl_module, loss, retain_graph=True)
         true = strategy.true_gradients()
-        # A gradient of zero that stock would not have made, left by zero_grad(set_to_none=False), is no update.
-        update = {name: g for name, g in update.items() if name in true or bool(g.any())}
         if trainer.global_step != self._seen_step:
             self._step.reset()
             self._seen_step = trainer.global_step
@@ -108,6 +99,17 @@ class GradientAlignment(Callback):
         }
         pl_module.log("alignment/cosine", values.pop("alignment/cosine"), prog_bar=True, on_step=True, on_epoch=False)
         pl_module.log_dict(values, on_step=True, on_epoch=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums over the comparisons so far, and over devices."""
+        if not self.run.names:
+            return {}
+        with self.run.sync_context():
+            return {"total": self.run.total.clone()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on counting when the fit starts."""
+        self._restored = state_dict.get("total")
 
 
 def _suffixes(names: list[str]) -> list[str]:
