@@ -37,17 +37,17 @@ class Companion(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds this rank's generators, and how many batches of the epoch are done."""
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        mine = {
-            "batches": 0 if progress.is_last_batch else progress.current.ready,
-            "epoch_start": self._epoch_start,
-            "now": RandomState(pl_module).state_dict(),
-        }
-        checkpoint[KEY] = {"ranks": self._gather(mine)}
+        batch, epoch = trainer.fit_loop.epoch_loop.batch_progress, trainer.fit_loop.epoch_progress.current
+        batches = 0 if batch.is_last_batch else batch.current.ready
+        mine = {"batches": batches, "epoch_start": self._epoch_start, "now": RandomState(pl_module).state_dict()}
+        checkpoint[KEY] = {"ranks": self._gather(mine), "cut_short": batches > 0 and epoch.processed == epoch.ready}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Finds what this rank had."""
         ranks = checkpoint.get(KEY, {}).get("ranks", [])
+        if ranks and checkpoint[KEY]["cut_short"]:  # by max_steps or early stopping, which Lightning takes for its end
+            for count in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+                count["processed"] = count["completed"] = count["ready"] - 1
         self._resume = ranks[trainer.global_rank] if len(ranks) == trainer.world_size else None
         if ranks and self._resume is None:
             log.warning(
@@ -75,15 +75,25 @@ class Companion(Callback):
     def begin(self, trainer: Trainer) -> None:
         """The first batch is next: generators as they were when the checkpoint was written in mid-epoch."""
         if self._resume is not None and self._resume["batches"]:
-            random = RandomState(trainer.lightning_module)
-            random.load_state_dict(self._resume["now"])
-            random.restore()
-        self._resume = None
+            self._go_on(trainer.lightning_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes the generators, unless the loader's iterator has been made already."""
         if not self._iterator_is_new:
+            if self._resume is not None:  # a checkpoint of after the last batch, whose epoch had to be closed first
+                self._go_on(pl_module)
             self._epoch_start = RandomState(pl_module).state_dict()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """From here on the run is its own."""
+        self._resume = None
+
+    def _go_on(self, pl_module: LightningModule) -> None:
+        assert self._resume is not None
+        random = RandomState(pl_module)
+        random.load_state_dict(self._resume["now"])
+        random.restore()
+        self._resume = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The next epoch makes an iterator of its own."""
