@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.errors import ConfigurationError, EBMError, RelaxationDivergedError
@@ -239,10 +240,16 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
                 part.unshard()
         return super().training_step(*args, **kwargs)
 
-    def pre_backward(self, closure_loss: Tensor) -> None:
-        """Lightning's own; this backward is the one after which weights are shards again."""
-        self._reshard_after_passes(True)
-        super().pre_backward(closure_loss)
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """See `EnergyStrategy.backward`; when it is over, weights are shards again."""
+        backward = self._module.backward
+
+        def and_reshard(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            self._reshard_after_passes(True)  # not sooner: hooks before it may look at weights, and differentiate
+            backward(loss, *args, **kwargs)
+
+        with shadowed(self._module, {"backward": and_reshard}):
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     @property
     def _sharded(self) -> list[FSDPModule]:
