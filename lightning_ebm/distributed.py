@@ -192,8 +192,8 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
 
     Weights are gathered once a step and stay whole while the states relax: passes run without communication, in
     different numbers on different ranks, and a step sends what a step of backprop sends, however long the relaxation.
-    Gradients are reduced into shards in the final backward only. The price is memory for one whole set of weights (in
-    the precision they are gathered in) during a step; gradients, master weights and optimizer states stay sharded.
+    Gradients are reduced into shards once, in the final backward. The price is memory for one whole set of weights, in
+    the precision they are gathered in, during a step; gradients, master weights and optimizer states stay sharded.
 
     Args:
         algorithm: a preset's name, see `algorithms()`, or an `Algorithm`.
@@ -245,8 +245,10 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
         backward = self._module.backward
 
         def and_reshard(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-            self._reshard_after_passes(True)  # not sooner: hooks before it may look at weights, and differentiate
             backward(loss, *args, **kwargs)
+            for part in self._sharded:  # not sooner: hooks before it may look at weights, and so may other phases
+                part.reshard()
+            self._reshard_after_passes(True)
 
         with shadowed(self._module, {"backward": and_reshard}):
             return super().backward(closure_loss, optimizer, *args, **kwargs)
