@@ -37,7 +37,8 @@ class Companion(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds this rank's generators, and how many batches of the epoch are done."""
-        batch, epoch = trainer.fit_loop.epoch_loop.batch_progress, trainer.fit_loop.epoch_progress.current
+        batch = trainer.fit_loop.epoch_loop.batch_progress
+        epoch: Any = trainer.fit_loop.epoch_progress.current  # Lightning declares less than it holds
         batches = 0 if batch.is_last_batch else batch.current.ready
         mine = {"batches": batches, "epoch_start": self._epoch_start, "now": RandomState(pl_module).state_dict()}
         checkpoint[KEY] = {"ranks": self._gather(mine), "cut_short": batches > 0 and epoch.processed == epoch.ready}

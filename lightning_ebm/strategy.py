@@ -297,7 +297,8 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-        # Lightning fills this on any strategy that has it, and otherwise leaves a single-device strategy on the CPU.
+        # Lightning fills these on any strategy that has them, and otherwise leaves one for a single device on the CPU.
+        self.num_nodes = 1
         self.parallel_devices: list[torch.device] | None = [self._root_device] if device is not None else None
         self.learn_by(algorithm, layers, output, loss_reduction)
 
@@ -307,10 +308,10 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
 
     def connect(self, model: LightningModule) -> None:
         """Lightning's own, after checking what only now is known."""
-        devices, nodes = len(self.parallel_devices or [None]), model.trainer.num_nodes
-        if devices > 1 or nodes > 1:
+        devices = len(self.parallel_devices or [None])
+        if devices > 1 or self.num_nodes > 1:
             raise ConfigurationError(
-                f"EBMStrategy trains on one device, and the Trainer was given {devices} on {nodes} node(s): it would"
+                f"EBMStrategy trains on one device; the Trainer was given {devices} on {self.num_nodes} node(s). It would"
                 ' train on one of them, or a model of its own on each, in silence. Use strategy="ebm_ddp", or'
                 " ebm.EBMDDPStrategy(...) with the same arguments, or devices=1, num_nodes=1."
             )

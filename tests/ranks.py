@@ -31,7 +31,7 @@ QUIET = {
     "enable_model_summary": False,
     "enable_checkpointing": False,
     "use_distributed_sampler": False,
-    "accelerator": "cpu",
+    "accelerator": os.environ.get("EBM_TEST_ACCELERATOR", "cpu"),
 }
 
 
@@ -175,7 +175,7 @@ def fit(flags, algorithm, world=1, rank=0):
     trainer.fit(module)
     weights = strategy.lightning_module_state_dict()  # whole, and on rank 0 alone if sharded
     return {
-        "weights": {name: weight.clone() for name, weight in weights.items()},
+        "weights": {name: weight.cpu().clone() for name, weight in weights.items()},
         "gradients": {name: None if p.grad is None else 1 for name, p in module.named_parameters()},
         "loss": float(trainer.callback_metrics["loss"]),
         "relaxed": relaxed.steps,

@@ -24,23 +24,21 @@ FOUR = [f"fit/{flags}/{name}" for flags in ("plain", "accumulation", "unused") f
 FOUR += [UNEVEN, "fit/sharded/predictive-coding", "errors"]
 
 
-def environment():
-    return {**os.environ, "PYTHONPATH": f"{Path(ebm.__file__).parents[1]}:{HERE}", "OMP_NUM_THREADS": "1"}
-
-
 def free_port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
 
 
-def launch(world, out, cases):
+def launch(world, out, cases, accelerator="cpu"):
     """Runs the cases with torchrun, as on a cluster's node; what each rank left."""
+    path = f"{Path(ebm.__file__).parents[1]}:{HERE}"
+    variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "EBM_TEST_ACCELERATOR": accelerator}
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world)),
         *("--master_port", str(free_port()), str(HERE / "ranks.py"), str(out), *cases),
     ]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-5000:]
     names = {case: case.replace("/", ".") for case in cases}
     left = {case: [torch.load(out / f"{name}.{rank}.pt") for rank in range(world)] for case, name in names.items()}

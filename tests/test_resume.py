@@ -92,7 +92,11 @@ def end_of(made, make, ckpt_path=None):
     made.fit(module, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     left = [module.state_dict(), made.optimizers[0].state_dict()["state"], made.alignment.run.total]
     flat, _ = torch.utils._pytree.tree_flatten(left)
-    generators = torch.get_rng_state(), torch.tensor(random.getstate()[1]), torch.tensor(np.random.get_state()[1].copy())
+    generators = (
+        torch.get_rng_state(),
+        torch.tensor(random.getstate()[1]),
+        torch.tensor(np.random.get_state()[1].copy()),
+    )
     return [*(t for t in flat if isinstance(t, torch.Tensor)), *generators]
 
 

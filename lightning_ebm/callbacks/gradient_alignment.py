@@ -1,5 +1,6 @@
 """How far each parameter's update is from the true gradient, while it trains."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -53,7 +54,8 @@ class GradientAlignment(Callback):
         self.run = Alignment()
         self._step = Alignment()
         self._seen_step = -1
-        self._restored: Tensor | None = None
+        self._gather: Callable[[Any], list[Any]] | None = None
+        self._restored: list[Tensor] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a strategy that has no update of its own."""
@@ -69,11 +71,14 @@ class GradientAlignment(Callback):
         names = [clean(name) for name, _ in pl_module.named_parameters()]
         self.run, self._step = (Alignment(names).to(pl_module.device) for _ in range(2))
         self._seen_step = -1
-        if self._restored is not None and trainer.is_global_zero:  # the sum over all devices
-            self.run.total += self._restored.to(self.run.total)
-        self._restored = None
         strategy = trainer.strategy
         assert isinstance(strategy, EnergyStrategy)
+        self._gather = strategy.gather
+        # A rank's own; all of them on the first, if they were not as many.
+        same = len(self._restored) == trainer.world_size
+        for total in self._restored[trainer.global_rank :][:1] if same else self._restored * trainer.is_global_zero:
+            self.run.total += total.to(self.run.total)
+        self._restored = []
         for logger in trainer.loggers:
             logger.log_hyperparams({"ebm": strategy.describe()})
             if isinstance(logger, WandbLogger) and trainer.is_global_zero:
@@ -101,15 +106,12 @@ class GradientAlignment(Callback):
         pl_module.log_dict(values, on_step=True, on_epoch=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums over the comparisons so far, and over devices."""
-        if not self.run.names:
-            return {}
-        with self.run.sync_context():
-            return {"total": self.run.total.clone()}
+        """The sums of every rank."""
+        return {"totals": self._gather(self.run.total.cpu())} if self._gather is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on counting when the fit starts."""
-        self._restored = state_dict.get("total")
+        self._restored = state_dict.get("totals", [])
 
 
 def _suffixes(names: list[str]) -> list[str]:
