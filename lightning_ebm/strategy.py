@@ -311,8 +311,8 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
         devices = len(self.parallel_devices or [None])
         if devices > 1 or self.num_nodes > 1:
             raise ConfigurationError(
-                f"EBMStrategy trains on one device; the Trainer was given {devices} on {self.num_nodes} node(s). It would"
-                ' train on one of them, or a model of its own on each, in silence. Use strategy="ebm_ddp", or'
+                f"EBMStrategy trains on one device; the Trainer was given {devices} on {self.num_nodes} node(s). It"
+                ' would train on one of them, or a model of its own on each, in silence. Use strategy="ebm_ddp", or'
                 " ebm.EBMDDPStrategy(...) with the same arguments, or devices=1, num_nodes=1."
             )
         super().connect(model)

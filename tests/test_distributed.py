@@ -119,11 +119,13 @@ def test_no_collective_runs_inside_a_relaxation(two):
 
 
 def test_equals_stock_ddp_on_shuffled_padded_batches_with_metrics_and_buffers(two):
-    for stock, exact, control in two[0]["equals_stock"]:
-        assert difference(stock["weights"], exact["weights"]) < 1e-5
+    for stock, control, exact, nudged in two[0]["equals_stock"]:
         assert difference(stock["weights"], control["weights"]) == 0
-        assert exact["metrics"] == pytest.approx(stock["metrics"], abs=1e-4)
-        assert exact["steps"] == stock["steps"]
+        assert difference(stock["weights"], exact["weights"]) < 1e-5
+        assert difference(stock["weights"], nudged["weights"]) < 1e-3  # off by O(lambda)
+        for ours in (control, exact, nudged):
+            assert ours["metrics"] == pytest.approx(stock["metrics"], abs=1e-3)
+            assert ours["steps"] == stock["steps"]
 
 
 def test_alignment_is_of_all_ranks_micro_batches(two):
