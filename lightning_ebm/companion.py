@@ -39,7 +39,8 @@ class Companion(Callback):
         """Adds this rank's generators, and how many batches of the epoch are done."""
         batch = trainer.fit_loop.epoch_loop.batch_progress
         epoch: Any = trainer.fit_loop.epoch_progress.current  # Lightning declares less than it holds
-        batches = 0 if batch.is_last_batch else batch.current.ready
+        done = batch.current.processed  # less than `ready` if this is in the middle of a batch, which is done again
+        batches = 0 if batch.is_last_batch and done == batch.current.ready else done
         mine = {"batches": batches, "epoch_start": self._epoch_start, "now": RandomState(pl_module).state_dict()}
         checkpoint[KEY] = {"ranks": self._gather(mine), "cut_short": batches > 0 and epoch.processed == epoch.ready}
 

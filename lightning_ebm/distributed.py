@@ -217,13 +217,13 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
         loss_reduction: Literal["mean", "sum"] = "mean",
         **options: Any,
     ) -> None:
-        if options.setdefault("tensor_parallel_size", 1) != 1:
+        if options.get("tensor_parallel_size", "auto") not in ("auto", 1):
             raise ConfigurationError(
                 f"tensor_parallel_size={options['tensor_parallel_size']!r}: every pass through a tensor-parallel layer"
                 " waits for other ranks, and a relaxation makes as many passes as its own batch needs. Shard the"
                 " weights over all devices instead, fully_shard(layer, mesh=self.device_mesh['data_parallel'])."
             )
-        super().__init__(**options)
+        super().__init__(**{**options, "tensor_parallel_size": 1})
         self.learn_by(algorithm, layers, output, loss_reduction)
 
     def setup_environment(self) -> None:

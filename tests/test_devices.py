@@ -1,5 +1,9 @@
 """Which device, which strategy: what lands where, and what is refused with the name to use instead."""
 
+import re
+import sys
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
@@ -136,3 +140,51 @@ def test_one_process_of_ddp_is_one_device(free_port, monkeypatch):
         L.Trainer(strategy=strategy, **flags, **QUIET).fit(module)
         ends.append(module.state_dict())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_strategies_and_their_options_from_the_command_line(tmp_path, capsys):
+    from lightning.pytorch.cli import LightningCLI
+
+    def strategy(*arguments):
+        flags = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.devices=2", *arguments]
+        return LightningCLI(Template, run=False, args=flags, save_config_callback=None).trainer.strategy
+
+    named = strategy("--trainer.strategy=ebm_ddp", "--trainer.num_nodes=3")
+    assert (type(named), named.num_nodes, named.num_processes) == (ebm.EBMDDPStrategy, 3, 2)
+    path = "--trainer.strategy=lightning_ebm.EBMDDPStrategy"
+    found = strategy(path, "--trainer.strategy.algorithm=pc-nudge", "--trainer.strategy.find_unused_parameters=true")
+    assert found.algorithm == ebm.algorithm("pc-nudge")
+    assert found._ddp_kwargs["find_unused_parameters"] is True
+    sharded = strategy("--trainer.strategy=EBMFSDP2Strategy", "--trainer.strategy.algorithm=pc-nudge")
+    assert isinstance(sharded, ebm.EBMFSDP2Strategy)
+    with pytest.raises(SystemExit):
+        strategy(path, "--trainer.strategy.algoritm=pc-nudge")
+
+
+def test_the_page_on_many_devices_runs():
+    page = (Path(__file__).parents[1] / "docs" / "multi-gpu.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    space: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "multi-gpu.md", "exec"), space)
+    named = set(re.findall(r'`"(ebm\w*)"`', page))
+    assert named >= {name for name in StrategyRegistry if name.startswith("ebm")} - {"ebm_fsdp", "ebm_deepspeed"}
+    assert named <= set(StrategyRegistry)
+
+
+def test_a_modelled_ring_is_a_ring():
+    """Against passing the pieces round: P - 1 times to add them up, P - 1 times to hand them on."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+    from scaling import efficiency, exposed, ring
+
+    for devices in (1, 2, 8, 64):
+        clock = 0.0
+        for _ in range(2 * (devices - 1)):  # all send a piece at once
+            clock += 5e-6 + 1e9 / devices / 25e9
+        assert ring(devices, 1e9, 25e9, 5e-6) == pytest.approx(clock)
+    assert exposed(8, 100.0, 1e9, 25e9, 5e-6) == 0  # hidden
+    # twice the computation around the same communication
+    step = 0.01 + exposed(8, 0.01, 1e9, 25e9, 5e-6)
+    assert efficiency(8, 1.0, 0.01, 1e9, 25e9, 5e-6) == pytest.approx(0.01 / step)
+    assert efficiency(8, 2.0, 0.01, 1e9, 25e9, 5e-6) == pytest.approx(0.02 / (step + 0.01))
