@@ -37,8 +37,8 @@ class Companion(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds this rank's generators, and how many batches of the epoch are done."""
-        batch = trainer.fit_loop.epoch_loop.batch_progress
-        epoch: Any = trainer.fit_loop.epoch_progress.current  # Lightning declares less than it holds
+        batch: Any = trainer.fit_loop.epoch_loop.batch_progress  # Lightning declares less than it holds
+        epoch: Any = trainer.fit_loop.epoch_progress.current
         done = batch.current.processed  # less than `ready` if this is in the middle of a batch, which is done again
         batches = 0 if batch.is_last_batch and done == batch.current.ready else done
         mine = {"batches": batches, "epoch_start": self._epoch_start, "now": RandomState(pl_module).state_dict()}

@@ -1,7 +1,7 @@
 """The strategies for many devices. Gradients travel as they do in stock: by torch's DDP, or by its FSDP2."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Literal, NoReturn
 
@@ -53,7 +53,7 @@ class JointStrategy(EnergyStrategy, ParallelStrategy):
         """The user's own step; if it fails, the other ranks learn of it in their `backward`."""
         try:
             output = super().training_step(*args, **kwargs)
-            loss = output.get("loss") if isinstance(output, dict) else output
+            loss = output.get("loss") if isinstance(output, Mapping) else output
             if loss is None and self._module.automatic_optimization:  # refused by Lightning, on this rank
                 self._agree(ConfigurationError("training_step returned None, which many devices cannot skip together."))
         except Exception as error:
@@ -81,13 +81,13 @@ class JointStrategy(EnergyStrategy, ParallelStrategy):
         with suppress(Exception) if error is not None else nullcontext():  # if they are gone, its own error counts
             if self.reduce_boolean_decision(error is None):
                 return
-            texts = self.gather(None if error is None else f"{type(error).__name__}: {error}")
-            diverged = self.gather(isinstance(error, RelaxationDivergedError))
+            text = f"{type(error).__name__}: {error}"
+            told = self.gather(None if error is None else (text, isinstance(error, RelaxationDivergedError)))
             if error is None:
                 self._failed = True
-                kind = RelaxationDivergedError if any(diverged) else EBMError
-                failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
-                raise kind(f"No rank takes this step, as {len(failed)} of {len(texts)} failed. {'; '.join(failed)}")
+                failed = [f"rank {rank}: {found[0]}" for rank, found in enumerate(told) if found is not None]
+                kind = RelaxationDivergedError if any(found[1] for found in told if found is not None) else EBMError
+                raise kind(f"No rank takes this step, as {len(failed)} of {len(told)} failed. {'; '.join(failed)}")
 
     def gather(self, value: Any) -> list[Any]:
         """See `EnergyStrategy.gather`; a collective."""
@@ -273,7 +273,7 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
 
 _REFUSED = {
     "ebm_fsdp": "FSDP1 flattens the weights of several layers into one and frees it after every pass, so that a"
-    " relaxation would gather the whole model at each of its steps, and there is no weight left to read an update for.",
+    " relaxation would gather the whole model at each of its steps; FSDP2 keeps weights as they are.",
     "ebm_deepspeed": "DeepSpeed's engine runs the backward pass itself, on the loss it was given, and reduces gradients"
     " in hooks of its own: there is no place where an update that is not the gradient of that loss could enter.",
 }
