@@ -3,6 +3,7 @@
 from lightning_ebm import metrics, reference, testing
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.callbacks import GradientAlignment
+from lightning_ebm.distributed import EBMDDPStrategy, EBMFSDP2Strategy
 from lightning_ebm.energies import Energy, FenchelYoung, Hopfield, LayerView, PredictiveCoding
 from lightning_ebm.equilibrium import Equilibrium
 from lightning_ebm.errors import (
@@ -45,8 +46,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Algorithm", "Anderson", "AugmentedLagrangian", "Centered", "Clamped", "ConfigurationError", "Coupled", "Dyadic",
-    "EBMError", "EBMStrategy", "Energy", "Equilibrium", "ErrorCoordinates", "FenchelYoung", "FixedPoint",
-    "FixedPrediction",
+    "EBMDDPStrategy", "EBMError", "EBMFSDP2Strategy", "EBMStrategy", "Energy", "Equilibrium", "ErrorCoordinates",
+    "FenchelYoung", "FixedPoint", "FixedPrediction",
     "GradientAlignment", "GradientDescent", "Holomorphic", "Hopfield", "Infinitesimal", "LayerDiscoveryError",
     "LayerView", "Learner", "Nudge", "OneSided", "Phase", "PredictiveCoding", "RandomSign", "Relaxation",
     "RelaxationDivergedError", "Relaxer", "StateOptimizer", "Summary", "Sweep", "UnsupportedModuleError", "algorithm",

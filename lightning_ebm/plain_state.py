@@ -50,6 +50,24 @@ class RandomState:
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers and tensors alone, so that checkpoints open with `weights_only=True`."""
+        plain: dict[str, Any] = {"cpu": self._cpu, "cuda": self._cuda, "python": self._python}
+        if self._numpy is not None:
+            kind, keys, *rest = self._numpy
+            plain["numpy"] = [kind, torch.tensor(keys.astype("int64")), *rest]
+        return plain
+
+    def load_state_dict(self, plain: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave; `restore` then sets the generators to it."""
+        version, keys, gauss = plain["python"]
+        self._cpu, self._python = plain["cpu"].cpu(), (version, tuple(keys), gauss)
+        if len(plain["cuda"]) == len(self._devices):
+            self._cuda = [state.cpu() for state in plain["cuda"]]
+        if "numpy" in plain and self._numpy is not None:
+            kind, keys, *rest = plain["numpy"]
+            self._numpy = (kind, keys.cpu().numpy().astype("uint32"), *rest)
+
 
 class PlainState:
     """Attributes of the user's own modules, and what they hold, recursively.

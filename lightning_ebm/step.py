@@ -194,6 +194,12 @@ class Step:
         with self._snapshot.replaying(written), self._quiet(), torch.enable_grad():
             return named_gradients(self._module, checked_loss(self._closure()))
 
+    def unrelaxed(self) -> Tensor:
+        """The loss in the graph that backprop would differentiate, for an update that is going to be thrown away."""
+        written = None if self._plan is None else self._plan.written
+        with self._snapshot.replaying(written), self._quiet(), torch.enable_grad():
+            return checked_loss(self._closure())
+
     def release(self) -> None:
         """Lets go of the graphs; `true_gradients` still works."""
         self._first = self._free = self.network = None

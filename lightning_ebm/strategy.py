@@ -1,4 +1,4 @@
-"""The adapter between the engine and Lightning's training loop: the only place that knows that loop."""
+"""The adapter between the engine and Lightning's training loop, and the strategy for one device."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.strategies.registry import _StrategyRegistry
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import ModelSummary, RichModelSummary
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import NoLossError
+from lightning_ebm.companion import Companion
 from lightning_ebm.equilibrium import ordinary
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.layers import Layers, Output
@@ -35,12 +36,289 @@ from lightning_ebm.summary import of_plan
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class EBMStrategy(SingleDeviceStrategy):
+class EnergyStrategy(Strategy):
+    """What the strategies of this library share; the other base says where to train.
+
+    In place of the loss, `backward` hands Lightning a scalar of the same value whose gradient is the update. Whatever a
+    strategy does with gradients, reducing them over devices or unscaling them, it does with these.
+    """
+
+    def learn_by(
+        self,
+        algorithm: str | Algorithm,
+        layers: Layers,
+        output: Output,
+        loss_reduction: Literal["mean", "sum"],
+    ) -> None:
+        """Keeps the settings; `connect` makes the engine of them."""
+        check_options(output, loss_reduction)
+        self.algorithm = preset(algorithm)
+        self.layers: Layers = layers
+        self.output: Output = output
+        self.loss_reduction: Literal["mean", "sum"] = loss_reduction
+        self._learner: Learner | None = None
+        self._step: Step | None = None
+        self._increments: Iterator[Tensor] | None = None
+        self._manual: ManualStep | None = None
+        self._printed = False
+        self._writes_batch: bool | None = None  # unknown until the first further pass has run, on copies
+        self._snapshot: Snapshot | None = None
+        self._arguments: _Arguments = ((), {})
+
+    @property
+    def learner(self) -> Learner:
+        """The engine; its `report` tells how the last step went. There is one once the Trainer has a module."""
+        if self._learner is None:
+            raise ConfigurationError("This EBMStrategy has no module yet: Trainer.fit gives it one.")
+        return self._learner
+
+    def describe(self) -> dict[str, Any]:
+        """Every setting as text, for the configuration of a run."""
+        return {
+            **self.algorithm.describe(),
+            **{name: str(getattr(self, name)) for name in ("layers", "output", "loss_reduction")},
+        }
+
+    def connect(self, model: LightningModule) -> None:
+        """Lightning's own; the engine is made for the module here."""
+        super().connect(model)
+        callbacks: list[Callback] = model.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
+        self._companion = next((c for c in callbacks if isinstance(c, Companion)), None) or Companion(
+            self.gather, lambda: self.learner
+        )
+        if self._companion not in callbacks:
+            callbacks.append(self._companion)
+        self._learner = Learner(
+            model,
+            self.algorithm,
+            layers=self.layers,
+            output=self.output,
+            loss_reduction=self.loss_reduction,
+            quiet=self._quiet,
+        )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """The user's own step, with every state at its prediction: this pass is the one with side effects."""
+        module = self._module
+        relaxes = self._relaxes
+        if relaxes and any(isinstance(a, Iterator) for a in (*args, *kwargs.values())):
+            raise ConfigurationError(
+                f"{type(module).__name__}.training_step takes a dataloader_iter: it would draw another batch at every"
+                ' pass of a relaxation. Let training_step take the batch, or use the algorithm "backprop".'
+            )
+        keep = _cloned if relaxes and self._writes_batch is not False else _as_given
+        self._arguments = keep((args, kwargs))
+        self._step = self._manual = None
+        # Begun inside super(): a wrapper may change buffers first, and further passes start from where this one did.
+        with shadowed(module, {"training_step": partial(self._first_pass, module.training_step)}):
+            return super().training_step(*args, **kwargs)
+
+    def _first_pass(self, training_step: Callable[..., STEP_OUTPUT], *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        module = self._module
+        with shadowed(module, {"training_step": training_step}):
+            if not module.automatic_optimization:
+                self._manual = ManualStep(module, self._run_again)
+                self._snapshot = Snapshot(module, self.learner.written if self._relaxes else frozenset())
+                with self._snapshot.recording():
+                    return training_step(*args, **kwargs)
+            try:
+                self._step = self.learner.begin(
+                    self._loss_again, leading_sizes((args, kwargs)), batch=args[0] if args else None
+                )
+            except NoLossError:  # a step that Lightning skips; layers can be looked for in the next
+                return training_step(*args, **kwargs)
+            self._print_layers()
+            with self._step.first_pass():
+                return training_step(*args, **kwargs)
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Relaxes, and lets Lightning run its backward on the scalar whose gradient is the update."""
+        surrogate = self._surrogate(closure_loss)
+        loss = super().backward(surrogate, optimizer, *args, **kwargs)
+        assert self._step is not None
+        if self._increments is None:
+            self._step.release()
+        return loss
+
+    def _surrogate(self, closure_loss: Tensor) -> Tensor:
+        if (manual := self._manual) is not None:
+            number = manual.backwards
+            manual.backwards += 1
+            size = leading_sizes(self._arguments)
+            self._step = self.learner.begin(partial(manual.rehearse, number), size, self._snapshot, key=number)
+            self._print_layers()
+        if self._step is None:
+            raise ConfigurationError("EBMStrategy.backward was called outside a training step: nothing to relax.")
+        if self._scaler() is not None and not bool(torch.isfinite(closure_loss)):
+            return self._step.unrelaxed()  # the scaler skips this step, as in stock
+        if self.algorithm.read_as == "incremental":
+            self._refuse_increments()
+            self._increments = self._step.increments(closure_loss)
+            return next(self._increments)
+        return self._step.surrogate(closure_loss, 1 / self._accumulated())
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Lightning's own; under manual optimization notes the values that rehearsals may have to go back to.
+
+        An incremental update takes its further steps here, each through clipping and hooks and counted by the Trainer.
+        """
+        if self._manual is not None and self._relaxes:
+            self._manual.about_to_step(optimizer)
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if (increments := self._increments) is not None and self._step is not None:
+            progress = self._module.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
+            for surrogate in increments:
+
+                def again(surrogate: Tensor = surrogate) -> Tensor:
+                    optimizer.zero_grad()
+                    return super(EnergyStrategy, self).backward(surrogate, optimizer)
+
+                progress.increment_ready()
+                super().optimizer_step(optimizer, again, model, **kwargs)
+                progress.increment_completed()
+            self._increments = None
+            self._step.release()
+        return output
+
+    def _refuse_increments(self) -> None:
+        if not self._module.automatic_optimization or self._accumulated() > 1:
+            raise ConfigurationError(
+                "An incremental update takes optimizer steps of its own within a batch, so the optimizer must be"
+                " Lightning's to step: no manual optimization and no gradient accumulation. Use"
+                ' accumulate_grad_batches=1, or the algorithm "predictive-coding".'
+            )
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """The user's own step, with every state at the free equilibrium."""
+        return self._evaluated(super().validation_step, args, kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """The user's own step, with every state at the free equilibrium."""
+        return self._evaluated(super().test_step, args, kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """The user's own step, with every state at the free equilibrium."""
+        return self._evaluated(super().predict_step, args, kwargs)
+
+    def _evaluated(
+        self, step: Callable[..., STEP_OUTPUT], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> STEP_OUTPUT:
+        if self.algorithm.energy.divergence or not self._relaxes:
+            return step(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            args, kwargs = ordinary((args, kwargs))
+            with self.learner.free_phase(lambda: step(*args, **kwargs)):
+                return step(*args, **kwargs)
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Lightning's own; a resumed run goes on where it was in the data."""
+        dataloader = super().process_dataloader(dataloader)
+        trainer = self._module.trainer
+        return self._companion.loader(trainer, dataloader) if trainer.training else dataloader
+
+    def on_train_start(self) -> None:
+        """Lightning's own; a resumed run goes on with the random numbers that were next."""
+        super().on_train_start()
+        self._companion.begin(self._module.trainer)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank has, in the order of the ranks; on all of them."""
+        return [value]
+
+    def true_gradients(self) -> dict[str, Tensor]:
+        """Backprop's gradient on the micro-batch of the last step, scaled as Lightning scales that step's update.
+
+        Call it between `training_step` and the optimizer's step, as `on_after_backward` does. No side effects.
+        """
+        if self._step is None:
+            raise ConfigurationError("There is no training step yet whose gradient could be computed.")
+        found = self._step.true_gradients()
+        scaler = self._scaler()
+        scale = (float(scaler.get_scale()) if scaler is not None else 1.0) / self._accumulated()
+        return {name: gradient * scale for name, gradient in found.items()} if scale != 1.0 else found
+
+    def teardown(self) -> None:
+        """Lightning's own; drops the last batch and its graph."""
+        self._step = self._manual = self._snapshot = None
+        self._arguments = ((), {})
+        super().teardown()
+
+    @property
+    def _module(self) -> LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    @property
+    def _relaxes(self) -> bool:
+        """Whether there are further passes; not for the control."""
+        return self.algorithm.read_as != "backprop"
+
+    def _accumulated(self) -> int:
+        """By how much Lightning has divided the loss; read at every step, as a scheduler may change it."""
+        module = self._module
+        return module.trainer.accumulate_grad_batches if module.automatic_optimization else 1
+
+    def _print_layers(self) -> None:
+        """The layer table, once, where Lightning prints its own summary of the model."""
+        plan, module = self.learner.plan, self._module
+        if self._printed or plan is None:
+            return
+        trainer = module.trainer
+        self._printed = True
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
+        summaries = [c for c in callbacks if isinstance(c, ModelSummary)]
+        if not summaries or not trainer.is_global_zero:
+            return
+        table = of_plan(module, plan)
+        if isinstance(summaries[0], RichModelSummary):
+            from rich import get_console
+
+            get_console().print(table)
+        else:
+            print(table)
+
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return getattr(self.precision_plugin, "scaler", None)
+
+    def _run_again(self) -> STEP_OUTPUT:
+        """The training step once more, on the batch as it came: a step may write to it, or pop entries off it."""
+        copies = _as_given(self._arguments) if self._writes_batch is False else _cloned(self._arguments)
+        args, kwargs = copies
+        torch.clear_autocast_cache()  # it may hold casts of parameters that this pass sees at other values
+        try:
+            # Past any wrapper: passes are local, and devices need different numbers of them.
+            with self.precision_plugin.train_step_context():
+                return self._module.training_step(*args, **kwargs)
+        finally:
+            torch.clear_autocast_cache()
+            if not self._writes_batch:
+                self._writes_batch = self._writes_batch is None and any(t._version for t in _tensors(copies))
+
+    def _loss_again(self) -> Tensor:
+        """The step once more, for its loss."""
+        output = self._run_again()
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        return loss  # type: ignore[return-value]  # checked by whoever asked
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """`self.log` and its kin, and the loggers themselves, do nothing in further passes."""
+        module = self._module
+        trainer = module.trainer
+        loggers = trainer.loggers
+        trainer.loggers = [DummyLogger() for _ in loggers]
+        try:
+            with shadowed(module, dict.fromkeys(_LOGGING, _nothing)):
+                yield
+        finally:
+            trainer.loggers = loggers
+
+
+class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
     """Trains an untouched LightningModule on one device by relaxing the states of its layers on an energy.
 
     ``Trainer(strategy=EBMStrategy("predictive-coding"))``; optimizers, schedulers, clipping, accumulation, precision,
-    checkpoints, loggers and callbacks work as they did. In place of the loss, `backward` hands Lightning a scalar of
-    the same value whose gradient is the update.
+    checkpoints, loggers and callbacks work as they did.
 
     Args:
         algorithm: a preset's name, see `algorithms()`, or an `Algorithm`.
@@ -77,212 +355,30 @@ class EBMStrategy(SingleDeviceStrategy):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-        # Lightning fills this on any strategy that has it, and otherwise leaves a single-device strategy on the CPU.
+        # Lightning fills these on any strategy that has them, and otherwise leaves one for a single device on the CPU.
+        self.num_nodes = 1
         self.parallel_devices: list[torch.device] | None = [self._root_device] if device is not None else None
-        check_options(output, loss_reduction)
-        self.algorithm = preset(algorithm)
-        self.layers: Layers = layers
-        self.output: Output = output
-        self.loss_reduction: Literal["mean", "sum"] = loss_reduction
-        self._learner: Learner | None = None
-        self._step: Step | None = None
-        self._manual: ManualStep | None = None
-        self._printed = False
-        self._writes_batch: bool | None = None  # unknown until the first further pass has run, on copies
-        self._snapshot: Snapshot | None = None
-        self._arguments: _Arguments = ((), {})
+        self.learn_by(algorithm, layers, output, loss_reduction)
 
     @property
     def root_device(self) -> torch.device:
         return self.parallel_devices[0] if self.parallel_devices else self._root_device
 
-    @property
-    def learner(self) -> Learner:
-        """The engine; its `report` tells how the last step went. There is one once the Trainer has a module."""
-        if self._learner is None:
-            raise ConfigurationError("This EBMStrategy has no module yet: Trainer.fit gives it one.")
-        return self._learner
-
-    def describe(self) -> dict[str, Any]:
-        """Every setting as text, for the configuration of a run."""
-        return {
-            **self.algorithm.describe(),
-            **{name: str(getattr(self, name)) for name in ("layers", "output", "loss_reduction")},
-        }
-
-    def setup(self, trainer: Trainer) -> None:
-        """Lightning's own, after checking what only now is known."""
-        if self.parallel_devices and len(self.parallel_devices) > 1:
-            raise ConfigurationError(
-                f"EBMStrategy trains on one device and the Trainer was given {len(self.parallel_devices)}: it would"
-                " train the same model on each of them, or on one of them in silence. Use devices=1."
-            )
-        super().setup(trainer)
-
     def connect(self, model: LightningModule) -> None:
-        """Lightning's own; the engine is made for the module here."""
-        super().connect(model)
-        self._learner = Learner(
-            model,
-            self.algorithm,
-            layers=self.layers,
-            output=self.output,
-            loss_reduction=self.loss_reduction,
-            quiet=self._quiet,
-        )
-
-    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """The user's own step, with every state at its prediction: this pass is the one with side effects."""
-        module = self.lightning_module
-        assert module is not None
-        control = self.algorithm.read_as == "backprop"
-        if not control and any(isinstance(a, Iterator) for a in (*args, *kwargs.values())):
+        """Lightning's own, after checking what only now is known."""
+        devices = len(self.parallel_devices or [None])
+        if devices > 1 or self.num_nodes > 1:
             raise ConfigurationError(
-                f"{type(module).__name__}.training_step takes a dataloader_iter: it would draw another batch at every"
-                ' pass of a relaxation. Let training_step take the batch, or use the algorithm "backprop".'
+                f"EBMStrategy trains on one device; the Trainer was given {devices} on {self.num_nodes} node(s). It"
+                ' would train on one of them, or a model of its own on each, in silence. Use strategy="ebm_ddp", or'
+                " ebm.EBMDDPStrategy(...) with the same arguments, or devices=1, num_nodes=1."
             )
-        keep = _as_given if control or self._writes_batch is False else _cloned
-        self._arguments = keep((args, kwargs))
-        self._step = self._manual = None
-        if not module.automatic_optimization:
-            self._manual = ManualStep(module, self._run_again)
-            self._snapshot = Snapshot(module, frozenset() if control else self.learner.written)
-            with self._snapshot.recording():
-                return super().training_step(*args, **kwargs)
-        try:
-            self._step = self.learner.begin(self._loss_again, leading_sizes((args, kwargs)))
-        except NoLossError:  # a step that Lightning skips; layers can be looked for in the next
-            return super().training_step(*args, **kwargs)
-        self._print_layers()
-        with self._step.first_pass():
-            return super().training_step(*args, **kwargs)
-
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Relaxes, and lets Lightning run its backward on the scalar whose gradient is the update."""
-        if (manual := self._manual) is not None:
-            number = manual.backwards
-            manual.backwards += 1
-            size = leading_sizes(self._arguments)
-            self._step = self.learner.begin(partial(manual.rehearse, number), size, self._snapshot, key=number)
-            self._print_layers()
-        if self._step is None:
-            raise ConfigurationError("EBMStrategy.backward was called outside a training step: nothing to relax.")
-        if self._scaler() is not None and not bool(torch.isfinite(closure_loss)):
-            surrogate = closure_loss  # the scaler skips this step, as in stock
-        else:
-            surrogate = self._step.surrogate(closure_loss, 1 / self._accumulated())
-        loss = super().backward(surrogate, optimizer, *args, **kwargs)
-        self._step.release()
-        return loss
-
-    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """The user's own step, with every state at the free equilibrium."""
-        return self._evaluated(super().validation_step, args, kwargs)
-
-    def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """The user's own step, with every state at the free equilibrium."""
-        return self._evaluated(super().test_step, args, kwargs)
-
-    def predict_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """The user's own step, with every state at the free equilibrium."""
-        return self._evaluated(super().predict_step, args, kwargs)
-
-    def _evaluated(
-        self, step: Callable[..., STEP_OUTPUT], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> STEP_OUTPUT:
-        if self.algorithm.energy.divergence or self.algorithm.read_as == "backprop":
-            return step(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():
-            args, kwargs = ordinary((args, kwargs))
-            with self.learner.free_phase(lambda: step(*args, **kwargs)):
-                return step(*args, **kwargs)
-
-    def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        """Lightning's own; under manual optimization notes the values that rehearsals may have to go back to."""
-        if self._manual is not None and self.algorithm.read_as != "backprop":
-            self._manual.about_to_step(optimizer)
-        return super().optimizer_step(optimizer, *args, **kwargs)
-
-    def true_gradients(self) -> dict[str, Tensor]:
-        """Backprop's gradient on the micro-batch of the last step, scaled as Lightning scales that step's update.
-
-        Call it between `training_step` and the optimizer's step, as `on_after_backward` does. No side effects.
-        """
-        if self._step is None:
-            raise ConfigurationError("There is no training step yet whose gradient could be computed.")
-        found = self._step.true_gradients()
-        scaler = self._scaler()
-        scale = (float(scaler.get_scale()) if scaler is not None else 1.0) / self._accumulated()
-        return {name: gradient * scale for name, gradient in found.items()} if scale != 1.0 else found
-
-    def teardown(self) -> None:
-        """Lightning's own; drops the last batch and its graph."""
-        self._step = self._manual = self._snapshot = None
-        self._arguments = ((), {})
-        super().teardown()
+        super().connect(model)
 
     @classmethod
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
         """Adds the name "ebm"."""
         strategy_registry.register(cls.strategy_name, cls, description="Energy-based learning on one device")
-
-    def _accumulated(self) -> int:
-        """By how much Lightning has divided the loss; read at every step, as a scheduler may change it."""
-        module = self.lightning_module
-        assert module is not None
-        return module.trainer.accumulate_grad_batches if module.automatic_optimization else 1
-
-    def _print_layers(self) -> None:
-        """The layer table, once, where Lightning prints its own summary of the model."""
-        plan, module = self.learner.plan, self.lightning_module
-        if self._printed or plan is None or module is None:
-            return
-        trainer = module.trainer
-        self._printed = True
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
-        summaries = [c for c in callbacks if isinstance(c, ModelSummary)]
-        if not summaries or not trainer.is_global_zero:
-            return
-        table = of_plan(module, plan)
-        if isinstance(summaries[0], RichModelSummary):
-            from rich import get_console
-
-            get_console().print(table)
-        else:
-            print(table)
-
-    def _scaler(self) -> torch.amp.GradScaler | None:
-        return getattr(self.precision_plugin, "scaler", None)
-
-    def _run_again(self) -> STEP_OUTPUT:
-        """The training step once more, on the batch as it came: a step may write to it, or pop entries off it."""
-        copies = _as_given(self._arguments) if self._writes_batch is False else _cloned(self._arguments)
-        args, kwargs = copies
-        try:
-            return super().training_step(*args, **kwargs)
-        finally:
-            if not self._writes_batch:
-                self._writes_batch = self._writes_batch is None and any(t._version for t in _tensors(copies))
-
-    def _loss_again(self) -> Tensor:
-        """The step once more, for its loss."""
-        output = self._run_again()
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        return loss  # type: ignore[return-value]  # checked by whoever asked
-
-    @contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """`self.log` and its kin, and the loggers themselves, do nothing in further passes."""
-        module = self.lightning_module
-        assert module is not None
-        trainer = module.trainer
-        loggers = trainer.loggers
-        trainer.loggers = [DummyLogger() for _ in loggers]
-        try:
-            with shadowed(module, dict.fromkeys(_LOGGING, _nothing)):
-                yield
-        finally:
-            trainer.loggers = loggers
 
 
 def _as_given(batch: _Arguments) -> _Arguments:

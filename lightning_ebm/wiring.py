@@ -221,10 +221,10 @@ def reached_parameters(module: nn.Module, scalar: Tensor) -> frozenset[str]:
     return frozenset(clean(name) for name, p in module.named_parameters() if id(p) in leaves)
 
 
-def named_gradients(module: nn.Module, scalar: Tensor) -> dict[str, Tensor]:
+def named_gradients(module: nn.Module, scalar: Tensor, retain_graph: bool = False) -> dict[str, Tensor]:
     """d scalar / d theta for every trainable parameter it reaches, by the name the user knows."""
     named = {clean(name): p for name, p in module.named_parameters() if p.requires_grad}
     if not named:
         raise ConfigurationError(f"{type(module).__name__} has no trainable parameter: nothing could be learned.")
-    found = torch.autograd.grad(scalar, list(named.values()), allow_unused=True)
+    found = torch.autograd.grad(scalar, list(named.values()), allow_unused=True, retain_graph=retain_graph)
     return {name: g.detach() for name, g in zip(named, found, strict=True) if g is not None}

@@ -1,7 +1,9 @@
 """Settings of the machine and of loggers, for every test."""
 
 import os
+import socket
 
+import pytest
 import torch
 
 # One thread a worker: on a busy machine two are slower than one, and sums are added in another order.
@@ -11,3 +13,11 @@ os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("WANDB_CONSOLE", "off")
 os.environ.setdefault("WANDB_X_DISABLE_STATS", "true")
 os.environ.setdefault("WANDB_X_DISABLE_META", "true")
+
+
+@pytest.fixture
+def free_port():
+    """For a process group of this test alone."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]

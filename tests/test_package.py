@@ -43,7 +43,7 @@ ORDER = [
     {"closure", "plain_state", "promotion", "purity", "substitution", "wiring", "layers", "network"},
     {"holding", "linearization"},
     {"algorithm", "presets", "report", "step", "learner", "equilibrium", "reference", "metrics", "summary", "testing"},
-    {"manual", "strategy"},
+    {"manual", "companion", "strategy", "distributed"},
     {"callbacks"},
 ]
 

@@ -1,5 +1,6 @@
 """How far each parameter's update is from the true gradient, while it trains."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -9,15 +10,18 @@ from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.metrics import NAMES, Alignment
-from lightning_ebm.strategy import EBMStrategy
+from lightning_ebm.strategy import EnergyStrategy
 from lightning_ebm.substitution import clean
+from lightning_ebm.wiring import named_gradients
 
 
 class GradientAlignment(Callback):
     """Compares the update of a micro-batch with backprop's gradient on the same micro-batch, and logs five figures.
 
-    The comparison is made where the update has just been added to ``.grad``: before accumulation over micro-batches,
-    clipping and unscaling change it. One extra forward and backward pass each time.
+    The comparison is of what the backward pass is about to add to ``.grad``: before accumulation over micro-batches,
+    averaging over devices, clipping and unscaling change it. One extra forward and two backward passes each time. On
+    several devices each compares its own micro-batch, and the figures are of all of them: those of the long vectors
+    made by putting the devices' gradients one after the other.
 
     **Logged metrics** (through `LightningModule.log`, to any logger; `alignment/cosine` in the progress bar):
 
@@ -33,7 +37,8 @@ class GradientAlignment(Callback):
         reference: which gradient is called true; "backprop", of the feed-forward network.
 
     Attributes:
-        run: `Alignment` over every comparison of the fit so far.
+        run: `Alignment` over every comparison of the fit so far; kept in checkpoints. On several devices its `compute`
+            is to be called on all of them.
 
     Raises:
         ConfigurationError: the Trainer's strategy is not one of this library, so there is nothing to compare.
@@ -49,11 +54,12 @@ class GradientAlignment(Callback):
         self.run = Alignment()
         self._step = Alignment()
         self._seen_step = -1
-        self._before: dict[str, Tensor | None] | None = None
+        self._gather: Callable[[Any], list[Any]] | None = None
+        self._restored: list[Tensor] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a strategy that has no update of its own."""
-        if stage == "fit" and not isinstance(trainer.strategy, EBMStrategy):
+        if stage == "fit" and not isinstance(trainer.strategy, EnergyStrategy):
             raise ConfigurationError(
                 f"GradientAlignment compares energy-based updates with backprop, and {type(trainer.strategy).__name__}"
                 " has only the latter. Use Trainer(strategy=ebm.EBMStrategy(...)); for a control run that stays"
@@ -66,7 +72,13 @@ class GradientAlignment(Callback):
         self.run, self._step = (Alignment(names).to(pl_module.device) for _ in range(2))
         self._seen_step = -1
         strategy = trainer.strategy
-        assert isinstance(strategy, EBMStrategy)
+        assert isinstance(strategy, EnergyStrategy)
+        self._gather = strategy.gather
+        # A rank's own; all of them on the first, if they were not as many.
+        same = len(self._restored) == trainer.world_size
+        for total in self._restored[trainer.global_rank :][:1] if same else self._restored * trainer.is_global_zero:
+            self.run.total += total.to(self.run.total)
+        self._restored = []
         for logger in trainer.loggers:
             logger.log_hyperparams({"ebm": strategy.describe()})
             if isinstance(logger, WandbLogger) and trainer.is_global_zero:
@@ -74,30 +86,14 @@ class GradientAlignment(Callback):
                     logger.experiment.define_metric(key, step_metric="trainer/global_step", summary="min,max,mean,last")
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Keeps what earlier micro-batches have accumulated."""
+        """Compares what this micro-batch adds with the true gradient of this micro-batch."""
         step = trainer.global_step
-        due = step == 0 or (step + 1) % self.every_n_steps == 0
-        self._before = None
-        if due:
-            self._before = {
-                clean(name): None if p.grad is None else p.grad.clone() for name, p in pl_module.named_parameters()
-            }
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compares what this micro-batch added with the true gradient of this micro-batch."""
-        if (before := self._before) is None:
+        if step and (step + 1) % self.every_n_steps:
             return
-        self._before = None
         strategy = trainer.strategy
-        assert isinstance(strategy, EBMStrategy)
-        update = {}
-        for name, parameter in pl_module.named_parameters():
-            if parameter.grad is not None:
-                held = before[clean(name)]
-                update[clean(name)] = parameter.grad if held is None else parameter.grad - held
+        assert isinstance(strategy, EnergyStrategy)
+        update = named_gradients(pl_module, loss, retain_graph=True)
         true = strategy.true_gradients()
-        # A gradient of zero that stock would not have made, left by zero_grad(set_to_none=False), is no update.
-        update = {name: g for name, g in update.items() if name in true or bool(g.any())}
         if trainer.global_step != self._seen_step:
             self._step.reset()
             self._seen_step = trainer.global_step
@@ -108,6 +104,14 @@ class GradientAlignment(Callback):
         }
         pl_module.log("alignment/cosine", values.pop("alignment/cosine"), prog_bar=True, on_step=True, on_epoch=False)
         pl_module.log_dict(values, on_step=True, on_epoch=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of every rank."""
+        return {"totals": self._gather(self.run.total.cpu())} if self._gather is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on counting when the fit starts."""
+        self._restored = state_dict.get("totals", [])
 
 
 def _suffixes(names: list[str]) -> list[str]:

@@ -1,0 +1,147 @@
+"""A run that was stopped and resumed ends bit by bit where one that was not stopped ends."""
+
+import random
+from collections import namedtuple
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_modules import Template, data
+from torch.utils.data import DataLoader
+
+import lightning_ebm as ebm
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+QUIET = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+    "devices": 1,
+}
+EPOCHS, BATCHES = 4, 6
+
+
+class Random(Template):
+    """Shuffles, drops out, and augments with numbers from every generator there is, in loading and in the step."""
+
+    validates = False
+
+    def train_dataloader(self):
+        return DataLoader(data(), 8, shuffle=True, collate_fn=self.augmented)
+
+    def augmented(self, samples):
+        x, y = torch.utils.data.default_collate(samples)
+        return x + 0.1 * torch.randn_like(x) * np.random.rand(), y
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return super().training_step((x * (1 + 0.1 * random.random()), y), batch_idx)
+
+    def val_dataloader(self):
+        return DataLoader(data(), 8) if self.validates else []
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1]) + torch.rand(()))
+
+
+class Validates(Random):
+    validates = True
+
+
+class OwnPlace(Random):
+    """A loader that saves its own place, as torchdata's StatefulDataLoader does; it is not to be moved twice."""
+
+    def train_dataloader(self):
+        return Stateful(data(), 8)
+
+
+class Stateful(DataLoader):
+    place = 0
+
+    def __iter__(self):
+        return self.rest(super().__iter__())
+
+    def rest(self, batches):
+        for index, batch in enumerate(batches):
+            if index >= self.place:
+                self.place = index + 1
+                yield batch
+        self.place = 0
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state):
+        self.place = state["place"]
+
+
+def trainer(algorithm, tmp_path, callbacks=(), **flags):
+    alignment = ebm.GradientAlignment(every_n_steps=1)
+    options = {"max_epochs": EPOCHS, "default_root_dir": tmp_path, **QUIET, **flags}
+    made = L.Trainer(strategy=ebm.EBMStrategy(algorithm), callbacks=[alignment, *callbacks], **options)
+    made.alignment = alignment
+    return made
+
+
+def end_of(made, make, ckpt_path=None):
+    L.seed_everything(3 if ckpt_path is None else 12345, verbose=False)  # a new process starts from anywhere
+    module = make()
+    made.fit(module, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    left = [module.state_dict(), made.optimizers[0].state_dict()["state"], made.alignment.run.total]
+    flat, _ = torch.utils._pytree.tree_flatten(left)
+    generators = (
+        torch.get_rng_state(),
+        torch.tensor(random.getstate()[1]),
+        torch.tensor(np.random.get_state()[1].copy()),
+    )
+    return [*(t for t in flat if isinstance(t, torch.Tensor)), *generators]
+
+
+Case = namedtuple("Case", "make when flags")
+CASES = {
+    "mid-epoch": Case(Random, {"every_n_train_steps": 8}, {}),
+    "first step": Case(Random, {"every_n_train_steps": 1}, {}),
+    "last batch of an epoch": Case(Random, {"every_n_train_steps": 12}, {}),
+    "end of an epoch": Case(Random, {"every_n_epochs": 2, "save_on_train_epoch_end": True}, {}),
+    "after validation": Case(Validates, {"every_n_epochs": 2, "save_on_train_epoch_end": False}, {}),
+    "validation, end of an epoch": Case(Validates, {"every_n_epochs": 2, "save_on_train_epoch_end": True}, {}),
+    "validation, mid-epoch": Case(Validates, {"every_n_train_steps": 8}, {}),
+    "accumulation, mid-epoch": Case(Random, {"every_n_train_steps": 4}, {"accumulate_grad_batches": 2}),
+    "stateful loader, mid-epoch": Case(OwnPlace, {"every_n_train_steps": 8}, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ends_bit_identical(case, tmp_path):
+    make, when, flags = CASES[case]
+    algorithm = "predictive-coding" if case == "mid-epoch" else "pc-nudge"
+    whole = end_of(trainer(algorithm, tmp_path, enable_checkpointing=False, **flags), make)
+
+    class StopsAfterSaving(ModelCheckpoint):
+        """The process dies with the first checkpoint."""
+
+        def _save_checkpoint(self, trainer, filepath):
+            super()._save_checkpoint(trainer, filepath)
+            raise KeyError("the machine went away")
+
+    saving = StopsAfterSaving(tmp_path, "stopped", save_top_k=-1, **when)
+    with pytest.raises(KeyError, match="went away"):
+        end_of(trainer(algorithm, tmp_path, [saving], **flags), make)
+    resumed = end_of(trainer(algorithm, tmp_path, enable_checkpointing=False, **flags), make, tmp_path / "stopped.ckpt")
+    assert len(whole) == len(resumed)
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+def test_a_run_stopped_twice_in_one_epoch(tmp_path):
+    whole = end_of(trainer("pc-nudge", tmp_path, enable_checkpointing=False), Random)
+    path = None
+    for steps in (BATCHES + 2, BATCHES + 4):  # and each time in good order, which Lightning takes for an epoch's end
+        made = trainer("pc-nudge", tmp_path, max_steps=steps)
+        end_of(made, Random, path)
+        path = tmp_path / f"{steps}.ckpt"
+        made.save_checkpoint(path)
+    resumed = end_of(trainer("pc-nudge", tmp_path, enable_checkpointing=False), Random, path)
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
