@@ -72,8 +72,8 @@ class Promoted(TorchFunctionMode):
             where = f" in {type(self._inside[-1]).__name__}" if self._inside else ""
             raise UnsupportedModuleError(
                 f"{name}{where} is no analytic function, or torch has no complex form of it"
-                f" ({str(error).splitlines()[0]}): a holomorphic nudge needs states around a circle in the complex plane. Take ebm.Centered(...), which is"
-                " the same with two real points, or tanh, sigmoid and linear maps throughout."
+                f" ({str(error).splitlines()[0]}): a holomorphic nudge needs states around a circle in the complex"
+                " plane. Take ebm.Centered(...), the same with two real points, or tanh, sigmoid and linear maps."
             ) from error
 
 

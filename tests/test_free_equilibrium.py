@@ -1,0 +1,207 @@
+"""Where the free equilibrium is not the forward pass: what is logged, validated and predicted under the Trainer."""
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_ebm as ebm
+
+X = torch.randn(24, 5, generator=torch.Generator().manual_seed(1))
+Y = torch.randn(24, 3, generator=torch.Generator().manual_seed(2))
+
+
+class Regressor(L.LightningModule):
+    """An ordinary module; nothing in it knows of equilibria."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))
+        self.steps = 0
+
+    def forward(self, x):
+        return self.net(x)
+
+    def shared(self, batch, name):
+        x, y = batch
+        loss = 0.5 * (self(x) - y).square().sum(1).mean()
+        self.log(name, loss)
+        return loss
+
+    def training_step(self, batch):
+        self.steps += 1
+        return self.shared(batch, "train")
+
+    def validation_step(self, batch):
+        self.shared(batch, "valid")
+
+    def test_step(self, batch):
+        self.shared(batch, "test")
+
+    def predict_step(self, batch):
+        return self(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trainer(strategy, **options) -> L.Trainer:
+    return L.Trainer(
+        strategy=strategy, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, **options,
+    )  # fmt: skip
+
+
+def loader(size: int = 8) -> DataLoader:
+    return DataLoader(TensorDataset(X, Y), batch_size=size)
+
+
+def settled_by_hand(net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    """x_1 = tanh(a_1 + W_2' x_2), x_2 = tanh(W_2 x_1 + b_2), with the output read out."""
+    first, _, second, _, last = net
+    one, two = torch.tanh(first(x)), torch.zeros(len(x), 7)
+    for _ in range(500):
+        one = torch.tanh(first(x) + two @ second.weight)
+        two = torch.tanh(second(one))
+    return last(two).detach()
+
+
+def test_validation_test_and_predict_use_the_free_equilibrium_also_in_inference_mode():
+    module = Regressor()
+    expected = settled_by_hand(module.net, X)
+    true_loss = float(0.5 * (expected - Y).square().sum(1).mean())
+    forward = module.net(X).detach()
+    assert (expected - forward).abs().max() > 0.05  # the two are different networks
+    for inference_mode in (True, False):
+        run = trainer(
+            ebm.EBMStrategy(ebm.algorithm("equilibrium-propagation", relaxer=ebm.FixedPoint(300, tol=1e-7))),
+            inference_mode=inference_mode,
+        )
+        predicted = torch.cat(run.predict(module, loader()))
+        torch.testing.assert_close(predicted, expected, atol=1e-4, rtol=0)
+        assert run.validate(module, loader(), verbose=False)[0]["valid"] == pytest.approx(true_loss, rel=1e-4)
+        assert run.test(module, loader(), verbose=False)[0]["test"] == pytest.approx(true_loss, rel=1e-4)
+    torch.testing.assert_close(module.net(X), forward)  # nothing is left on the module
+
+
+def test_the_logged_training_loss_is_that_of_the_free_equilibrium_and_the_step_is_taken_once():
+    module = Regressor()
+    expected = settled_by_hand(module.net, X)
+    true_loss = float(0.5 * (expected - Y).square().sum(1).mean())
+    run = trainer(ebm.EBMStrategy("equilibrium-propagation"), max_steps=1)
+    run.fit(module, loader(24))
+    assert float(run.callback_metrics["train"]) == pytest.approx(true_loss, rel=1e-3)
+    assert module.steps == 1
+
+
+def test_an_incremental_update_steps_the_optimizer_once_for_every_relaxation_step_and_counts_them():
+    """Under the Trainer and in a plain loop: the same parameters, and T optimizer steps a batch in global_step."""
+    steps = 5
+    algorithm = ebm.algorithm("incremental-pc", relaxer=ebm.GradientDescent(lr=0.1, max_steps=steps))
+    module = Regressor()
+    run = trainer(ebm.EBMStrategy(algorithm), max_epochs=1)
+    run.fit(module, loader())
+    assert run.global_step == 3 * steps
+    plain = Regressor()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    learner = ebm.Learner(plain.net, algorithm)
+    for x, y in loader():
+        learner.step(lambda x=x, y=y: 0.5 * (plain.net(x) - y).square().sum(1).mean(), optimizer)
+    for trained, expected in zip(module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(trained, expected)
+
+
+def test_an_incremental_update_is_the_one_written_by_hand():
+    """x <- x - lr dE/dx at theta, then theta <- theta - lr dE/dtheta at the new x, over explicit states."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = X.double(), Y.double()
+    copy = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    copy.load_state_dict(net.state_dict())
+    algorithm = ebm.algorithm("incremental-pc", relaxer=ebm.GradientDescent(lr=0.2, max_steps=4))
+    ebm.Learner(net, algorithm).step(
+        lambda: 0.5 * (net(x) - y).square().sum(1).mean(), torch.optim.SGD(net.parameters(), lr=0.3)
+    )
+    state = torch.tanh(copy[0](x)).detach()
+    energies = []
+    for _ in range(4):
+        state.requires_grad_()
+
+        def energy(state=state):
+            error = state - torch.tanh(copy[0](x))
+            return 0.5 * error.square().sum() + 0.5 * (copy[2](state) - y).square().sum()
+
+        energies.append(float(energy()))
+        (force,) = torch.autograd.grad(energy(), state)
+        state = (state - 0.2 * force).detach()
+        grads = torch.autograd.grad(energy(state) / len(x), list(copy.parameters()))
+        with torch.no_grad():
+            for parameter, grad in zip(copy.parameters(), grads, strict=True):
+                parameter -= 0.3 * grad
+    for found, expected in zip(net.parameters(), copy.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert energies == sorted(energies, reverse=True)  # E falls in states and parameters alike
+
+
+@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 2}])
+def test_incremental_updates_refuse_what_they_cannot_do(options):
+    with pytest.raises(ebm.ConfigurationError, match="accumulat"):
+        trainer(ebm.EBMStrategy("incremental-pc"), max_epochs=1, **options).fit(Regressor(), loader())
+
+
+def test_an_equilibrium_can_be_saved_loaded_and_moved(tmp_path):
+    net = Regressor().net
+    module = ebm.Equilibrium(net, "equilibrium-propagation")
+    before = module(X)
+    torch.save(module, tmp_path / "module.pt")
+    loaded = torch.load(tmp_path / "module.pt", weights_only=False)
+    torch.testing.assert_close(loaded(X), before)
+    again = ebm.Equilibrium(Regressor().net.requires_grad_(False), "equilibrium-propagation")
+    again.load_state_dict(module.state_dict())
+    assert set(module.state_dict()) == {f"module.{name}" for name in net.state_dict()}
+    wide = module.double()(X.double())
+    torch.testing.assert_close(wide, settled_by_hand_double(net, X.double()), atol=1e-3, rtol=0)
+
+
+def settled_by_hand_double(net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    first, _, second, _, last = net
+    one, two = torch.tanh(first(x)), torch.zeros(len(x), 7, dtype=torch.float64)
+    for _ in range(500):
+        one = torch.tanh(first(x) + two @ second.weight)
+        two = torch.tanh(second(one))
+    return last(two).detach()
+
+
+def test_random_signs_repeat_after_a_checkpoint_and_are_both_drawn():
+    nudge = ebm.RandomSign(0.1)
+    torch.manual_seed(3)
+    signs = [nudge.phases()[0].strength for _ in range(40)]
+    assert {0.1, -0.1} == set(signs)
+    state = ebm.Learner(nn.Linear(2, 2), ebm.algorithm("pc-nudge", nudge=nudge)).state_dict()
+    expected = [nudge.phases()[0].strength for _ in range(20)]
+    other = ebm.RandomSign(0.1)
+    ebm.Learner(nn.Linear(2, 2), ebm.algorithm("pc-nudge", nudge=other)).load_state_dict(state)
+    assert [other.phases()[0].strength for _ in range(20)] == expected
+
+
+def test_a_clamp_at_given_targets_is_the_clamp_at_the_gradient_step_for_a_squared_error():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = X.double(), Y.double()
+    closure = lambda: 0.5 * (net(x) - y).square().sum(1).mean()  # noqa: E731
+    found = [
+        ebm.Learner(net, ebm.algorithm("contrastive-hebbian", nudge=nudge)).gradients(closure)
+        for nudge in (ebm.Clamped(), ebm.Clamped(target=lambda batch: y))
+    ]
+    assert ebm.metrics.alignment(*found)["relative_error"] < 1e-12
+    seen = []
+    ebm.Learner(
+        net, ebm.algorithm("contrastive-hebbian", nudge=ebm.Clamped(target=lambda batch: (seen.append(batch), y)[1]))
+    ).gradients(closure)
+    assert torch.equal(seen[0], x)
+    with pytest.raises(ebm.ConfigurationError, match="shape"):
+        ebm.Learner(net, ebm.algorithm("contrastive-hebbian", nudge=ebm.Clamped(target=lambda batch: y[:2]))).gradients(
+            closure
+        )
