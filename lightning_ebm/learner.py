@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.capture import Captures
 from lightning_ebm.closure import Closure
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.layers import LayerFinder, Layers, Output
@@ -38,6 +39,8 @@ class Learner:
             loss), "auto" (a state if the network ends in an activation, else a read-out).
         loss_reduction: how the closure's loss reduces over the batch, "mean" or "sum".
         quiet: a context manager for all passes but the first, to silence what closures do besides computing.
+        capture: run the relaxation as straight-line code recorded from the first pass, see `lightning_ebm.capture`;
+            False runs the closure itself at every point, several times slower.
 
     Raises:
         ConfigurationError: an argument that cannot work, or a closure that does not return a usable loss.
@@ -58,14 +61,17 @@ class Learner:
         output: Output = "auto",
         loss_reduction: Literal["mean", "sum"] = "mean",
         quiet: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        capture: bool = True,
     ) -> None:
         check_options(output, loss_reduction)
         self.module = module
         self.algorithm = preset(algorithm)
         self.loss_reduction = loss_reduction
+        self.capture = capture
         self._quiet = quiet
         self._options: tuple[Layers, Output] = (layers, output)
         self._finders: dict[int, LayerFinder] = {}
+        self._captures: dict[int, Captures] = {}
         self._finder: LayerFinder | None = None
         self._last: tuple[list[str], list[PhaseReport], Tensor] | None = None
         self._warned = False
@@ -120,9 +126,9 @@ class Learner:
         if self.algorithm.read_as != "backprop":
             finder.look(closure, snapshot)
         remember, reduction = self._remember, self.loss_reduction
-        return Step(
-            self.module, self.algorithm, finder, closure, self._quiet, remember, reduction, list(sizes), snapshot
-        )
+        captures = self._captures.setdefault(key, Captures()) if self.capture else None
+        parts = self.module, self.algorithm, finder, closure, self._quiet, remember, reduction, list(sizes)
+        return Step(*parts, snapshot, captures)
 
     @property
     def written(self) -> frozenset[str] | None:

@@ -1,13 +1,14 @@
 """One batch: its first pass, its relaxations, and the scalar whose gradient is the update."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.capture import CapturedNetwork, Captures
 from lightning_ebm.closure import Closure, checked_loss
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.layers import LayerFinder
@@ -17,6 +18,7 @@ from lightning_ebm.reference import named_gradients
 from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.report import PhaseReport
 from lightning_ebm.substitution import Pass, StateOf, at_prediction, batch_size_among, substituted
+from lightning_ebm.tape import Tape
 from lightning_ebm.wiring import Plan, reached_parameters
 
 Remember = Callable[[list[str], list[PhaseReport], Tensor], None]
@@ -35,6 +37,7 @@ class Step:
         loss_reduction: "mean" or "sum".
         leading_sizes: candidates for B, see `batch_size_among`; those of what the module is called with if empty.
         snapshot: what the pass starts from, if it has begun already; None is now.
+        captures: the steps captured so far; None runs every pass in plain Python.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Step:
         loss_reduction: Literal["mean", "sum"],
         leading_sizes: list[int],
         snapshot: Snapshot | None = None,
+        captures: Captures | None = None,
     ) -> None:
         self._module = module
         self._algorithm = algorithm
@@ -59,6 +63,9 @@ class Step:
         self._leading_sizes = leading_sizes
         self._plan: Plan | None = None if algorithm.read_as == "backprop" else finder.plan
         self._snapshot = snapshot or Snapshot(module, frozenset() if self._plan is None else self._plan.written)
+        self._captures = captures if captures is not None and captures.wanted(algorithm.read_as) else None
+        self._tape = Tape()
+        self._raw_loss: Tensor | None = None
         self._first: Pass | None = None
         self.network: Network | None = None
         self.phases: list[tuple[float, float, Relaxation]] = []
@@ -71,12 +78,18 @@ class Step:
             with self._snapshot.recording():
                 yield
             return
+        state_of = at_prediction(frozenset(self._plan.states))
         with (
             self._snapshot.recording(),
-            self._substituted(self._plan, at_prediction(frozenset(self._plan.states))) as first,
+            self._substituted(self._plan, self._tape.cutting(state_of)) as first,
+            self._taped(),
         ):
             yield
         self._first = first
+
+    def returned(self, loss: Any) -> None:
+        """Notes the loss as the user's code returned it, where `surrogate` is given a multiple of it."""
+        self._raw_loss = loss
 
     def surrogate(self, loss: Tensor, scale: float = 1.0) -> Tensor:
         """A scalar with the value of `loss` whose gradient with respect to the parameters is the update.
@@ -98,16 +111,18 @@ class Step:
             )
         first = self._first
         if first is None:  # the pass is not over, as under manual optimization: it is rehearsed up to here
-            first = self._run(at_prediction(frozenset(self._plan.states)))
+            first = self._first_again(self._plan)
         else:
-            first.loss = loss / scale if scale != 1.0 else loss
+            first.loss = self._raw_loss if self._raw_loss is not None else loss / scale if scale != 1.0 else loss
         if first.keys != self._plan.calls:  # the control flow took another way
             self._plan = self._finder.search(self._closure, self._snapshot)
-            first = self._run(at_prediction(frozenset(self._plan.states)))
+            first = self._first_again(self._plan)
         shapes = [state.shape for state in first.states]
         size = batch_size_among(self._leading_sizes or first.leading_sizes, shapes)
         loss_scale = size if self._loss_reduction == "mean" else 1
-        network = Network(self._algorithm.energy, self._plan, first, self._run, size, loss_scale)
+        parts = self._algorithm.energy, self._plan, first, self._run, size, loss_scale
+        captures = self._captures
+        network = Network(*parts) if captures is None else CapturedNetwork(*parts, captures=captures, tape=self._tape)
         self.network = network
         update = self._relaxed(network, first.loss.detach()) * (scale / loss_scale)
         self._check_coverage(update)
@@ -156,6 +171,14 @@ class Step:
         with torch.no_grad():
             found = (algorithm.free_relaxer or algorithm.relaxer).relax(network, start, 0.0)
         return found.point, found
+
+    def _first_again(self, plan: Plan) -> Pass:
+        self._tape = Tape()
+        with self._taped():
+            return self._run(self._tape.cutting(at_prediction(frozenset(plan.states))))
+
+    def _taped(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._captures is None else self._tape
 
     def _run(self, state_of: StateOf) -> Pass:
         assert self._plan is not None

@@ -46,6 +46,7 @@ class EBMStrategy(SingleDeviceStrategy):
         layers: which calls carry states, see `Learner`.
         output: "readout", "state" or "auto", see `Learner`.
         loss_reduction: how the module's loss reduces over the batch, "mean" or "sum".
+        capture: run the relaxation as recorded straight-line code, see `Learner`.
         device: where to train; None is the device that the Trainer chose.
         accelerator: Lightning's own.
         checkpoint_io: Lightning's own.
@@ -65,6 +66,7 @@ class EBMStrategy(SingleDeviceStrategy):
         layers: Layers = None,
         output: Output = "auto",
         loss_reduction: Literal["mean", "sum"] = "mean",
+        capture: bool = True,
         device: str | torch.device | None = None,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
@@ -83,6 +85,7 @@ class EBMStrategy(SingleDeviceStrategy):
         self.layers: Layers = layers
         self.output: Output = output
         self.loss_reduction: Literal["mean", "sum"] = loss_reduction
+        self.capture = capture
         self._learner: Learner | None = None
         self._step: Step | None = None
         self._manual: ManualStep | None = None
@@ -106,7 +109,7 @@ class EBMStrategy(SingleDeviceStrategy):
         """Every setting as text, for the configuration of a run."""
         return {
             **self.algorithm.describe(),
-            **{name: str(getattr(self, name)) for name in ("layers", "output", "loss_reduction")},
+            **{name: str(getattr(self, name)) for name in ("layers", "output", "loss_reduction", "capture")},
         }
 
     def setup(self, trainer: Trainer) -> None:
@@ -128,6 +131,7 @@ class EBMStrategy(SingleDeviceStrategy):
             output=self.output,
             loss_reduction=self.loss_reduction,
             quiet=self._quiet,
+            capture=self.capture,
         )
 
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -154,7 +158,9 @@ class EBMStrategy(SingleDeviceStrategy):
             return super().training_step(*args, **kwargs)
         self._print_layers()
         with self._step.first_pass():
-            return super().training_step(*args, **kwargs)
+            output = super().training_step(*args, **kwargs)
+        self._step.returned(_loss_of(output))
+        return output
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Relaxes, and lets Lightning run its backward on the scalar whose gradient is the update."""
@@ -243,9 +249,7 @@ class EBMStrategy(SingleDeviceStrategy):
 
     def _loss_again(self) -> Tensor:
         """The step once more, for its loss."""
-        output = self._run_again()
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        return loss  # type: ignore[return-value]  # checked by whoever asked
+        return _loss_of(self._run_again())  # type: ignore[no-any-return]  # checked by whoever asked
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
@@ -260,6 +264,10 @@ class EBMStrategy(SingleDeviceStrategy):
                 yield
         finally:
             trainer.loggers = loggers
+
+
+def _loss_of(output: STEP_OUTPUT) -> Any:
+    return output.get("loss") if isinstance(output, Mapping) else output
 
 
 def _as_given(batch: _Arguments) -> _Arguments:

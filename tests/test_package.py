@@ -40,7 +40,7 @@ ORDER = [
     {"errors"},
     {"energies", "nudges"},
     {"relaxers"},
-    {"closure", "plain_state", "purity", "substitution", "wiring", "layers", "network"},
+    {"closure", "plain_state", "purity", "substitution", "wiring", "layers", "network", "tape", "program", "capture"},
     {"algorithm", "presets", "reference", "report", "step", "learner", "metrics", "summary", "testing"},
     {"manual", "strategy"},
     {"callbacks"},
