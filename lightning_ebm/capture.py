@@ -12,7 +12,7 @@ What makes that safe, in this order:
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from lightning_ebm.network import Network, Run, _same
 from lightning_ebm.program import NotRepeatable, Program, compiled_program
 from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.substitution import Pass, StateOf
-from lightning_ebm.tape import PHASE, SEED, STATE, Node, Tape, Value, ancestors, same_computation
+from lightning_ebm.tape import PHASE, SEED, STATE, Tape, Value, known_by, same_computation
 from lightning_ebm.wiring import Plan, Region
 
 log = logging.getLogger(__name__)
@@ -57,8 +57,13 @@ class Captures:
         """The captured step that the first pass repeats, and its values in it; a new one if it repeats none."""
         if self.refused is not None:
             return None
+        hooked = [*first.states, *(call.prediction for call in first.layers), *tape.contents.values()]
+        if any(tensor._backward_hooks for tensor in (*hooked, *tape.outside.values())):
+            self.refuse("has a backward hook on a tensor, which may do something else every time")
+            return None
         if tape.problem is not None:
-            return self.refuse(f"cannot be recorded ({tape.problem})")
+            self.refuse(f"cannot be recorded ({tape.problem})")
+            return None
         difference = ""
         for captured in self._kept:
             found = captured.repeated_by(tape, first, key)
@@ -69,9 +74,8 @@ class Captures:
                 return captured, found
             difference = difference or found
         if self._made > 2 * _KEPT and self._used < 4 * self._made:
-            return self.refuse(
-                f"changes from batch to batch, in numbers that are not tensors or in its flow: {difference}"
-            )
+            self.refuse(f"changes from batch to batch, in numbers that are not tensors or in its flow: {difference}")
+            return None
         return self.add(tape, first, key)
 
     def add(self, tape: Tape, first: Pass, key: tuple[Any, ...]) -> "tuple[Captured, Binding]":
@@ -105,35 +109,20 @@ class Captured:
         self.first_pass = len(tape.nodes)
         self.roots = _roots(tape, first)
         self._key = key
-        self._nodes = list(tape.nodes)
         self._states = [tape.value(state) for state in first.states]
-        self._relevant = self._leading_to(self.roots)
-
-    def add(self, mode: Mode, program: Program, targets: list[Value]) -> None:
-        """Keeps code for one more kind of evaluation."""
-        self.programs[mode], self.targets[mode] = program, targets
-        needed = {node for p in self.programs.values() for node in p.nodes}
-        bound = [value for p in self.programs.values() for value in p.bound]
-        self._relevant = self._leading_to([*self.roots, *bound], needed)
 
     def repeated_by(self, tape: Tape, first: Pass, key: tuple[Any, ...]) -> Binding | str:
         """The values of another first pass, if it is the same computation; or what is not the same."""
         if key != self._key:
-            return "layers or settings"
+            return "layers, sizes or settings"
         states = [tape.value(state) for state in first.states]
-        found = same_computation(self._relevant, tape.nodes, dict(zip(states, self._states, strict=True)))
+        found = same_computation(self.roots, _roots(tape, first), dict(zip(self._states, states, strict=True)))
         if isinstance(found, str):
             return found
-        if any(found.get(old) is not new for old, new in zip(self.roots, _roots(tape, first), strict=True)):
-            return "what the loss or a prediction is computed from"
         for program in self.programs.values():
             if any(found[value] not in tape.contents for value in program.bound if value not in program.fixed):
                 return "what is written to"
         return found
-
-    def _leading_to(self, values: Sequence[Value], needed: Collection[Node] = ()) -> list[Node]:
-        wanted = ancestors(values).union(needed)
-        return [node for node in self._nodes if node in wanted]
 
 
 def _roots(tape: Tape, first: Pass) -> list[Value]:
@@ -243,7 +232,7 @@ class CapturedNetwork(Network):
             self._found = captured, bound = self._captures.add(self._tape, self._first, self._key)
             self._fixed = {}
         program, targets = self._recorded(captured, mode)
-        captured.add(mode, program, targets)
+        captured.programs[mode], captured.targets[mode] = program, targets
         self._check(captured, program, mode, strength)
         return program
 
@@ -251,7 +240,7 @@ class CapturedNetwork(Network):
         """Runs the energies and their gradients once, on the graph of the first pass, and makes code of the record."""
         tape, first = self._tape, self._first
         self._refuse_hidden_gradients(captured)
-        known = {v for node in ancestors(captured.roots) for v in node.values()}
+        known = known_by(captured.roots)
         outside = [(v, t) for v, t in tape.outside.items() if v in known and t.requires_grad]
         strength, scale = self._scalar(1.0), self._scalar(1.0)
         inputs = tape.input(strength, PHASE), tape.input(scale, SEED)
@@ -277,6 +266,7 @@ class CapturedNetwork(Network):
             [tape.value(output) for output in outputs],
             [tape.value(slope) for _, slope in reached],
             tape,
+            known,
             captured.first_pass,
             defined,
         )

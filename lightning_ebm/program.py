@@ -7,7 +7,7 @@ the `update`, which is the only one to compute gradients of parameters.
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,9 @@ from torch import Tensor
 from lightning_ebm.tape import BATCH_NORMS, CONSTANT, PHASE, SEED, STATE, Node, Tape, Value, traits
 
 _aten = torch.ops.aten
+_ALIASES = frozenset({"detach", "alias"})
+_SAVED = _ALIASES | {"clone"}
+"""How autograd saves tensors: what it puts aside depends on nothing but the operations it was put aside for."""
 
 
 class NotRepeatable(Exception):  # not an error: the reason to do it the plain way
@@ -53,7 +56,6 @@ class Program:
         phase: from these and the nudge to what a phase fixes.
         point: from these and the point to the outputs, and to what the update wants kept.
         update: from all of these and a scale to the gradients of the parameters.
-        nodes: the recorded operations that all of it stands for.
         fixed: bound values that do not come from the pass: tensors of the energy itself.
     """
 
@@ -62,7 +64,6 @@ class Program:
     phase: Callable[..., tuple[Any, ...]]
     point: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]
     update: Callable[..., tuple[Any, ...]]
-    nodes: set[Node]
     fixed: dict[Value, Tensor]
     sources: dict[str, str] = field(default_factory=dict)
 
@@ -74,6 +75,7 @@ def compiled_program(
     outputs: Sequence[Value],
     slopes: Sequence[Value],
     tape: Tape,
+    known: Set[Value],
     first_pass: int,
     defined: Mapping[Value, tuple[Value, Value]],
     passes: Iterable[Pass] = (),
@@ -88,6 +90,7 @@ def compiled_program(
         outputs: what every evaluation gives.
         slopes: what the update gives.
         tape: the record.
+        known: the values that the comparison with another first pass covers.
         first_pass: how many of the recorded operations belong to the first pass.
         defined: inputs that are the sum of two other values: states, in error coordinates.
         passes: rewrites of the operations.
@@ -96,7 +99,7 @@ def compiled_program(
     Raises:
         NotRepeatable: an operation cannot be repeated at other states.
     """
-    lines = _Lines(tape, first_pass, defined)
+    lines = _Lines(tape, known, first_pass, defined)
     ops = lines.of([*outputs, *slopes])
     outputs, slopes = [lines.plain(v) for v in outputs], [lines.plain(v) for v in slopes]
     wanted: set[Value] = {*outputs, *slopes}
@@ -125,8 +128,6 @@ def compiled_program(
 
     def code(name: str, level: int, arguments: list[list[Value]], results: list[list[Value]]) -> Callable[..., Any]:
         sources[name] = _source(name, stages[level], arguments, results, names)
-        if __import__("os").environ.get("DBG"):
-            print(sources[name])
         space = dict(names.constants)
         exec(compile(sources[name], f"<lightning_ebm {name}>", "exec"), space)
         function: Callable[..., Any] = space[name]
@@ -138,7 +139,6 @@ def compiled_program(
         phase=code("phase", PHASE, [once, [strength]], [phase]),
         point=wrap(code("point", STATE, [once, phase, list(point)], [outputs, kept])),
         update=code("update", SEED, [once, phase, kept, [scale]], [slopes]),
-        nodes=lines.nodes,
         fixed=lines.fixed,
         sources=sources,
     )
@@ -147,11 +147,14 @@ def compiled_program(
 class _Lines:
     """From recorded nodes to operations: no writing, no aliases, nothing twice."""
 
-    def __init__(self, tape: Tape, first_pass: int, defined: Mapping[Value, tuple[Value, Value]]) -> None:
+    def __init__(
+        self, tape: Tape, known: Set[Value], first_pass: int, defined: Mapping[Value, tuple[Value, Value]]
+    ) -> None:
         self.bound: list[Value] = []
         self.nodes: set[Node] = set()
         self.fixed: dict[Value, Tensor] = {}
         self._tape = tape
+        self._known = known
         self._early = {value for node in tape.nodes[:first_pass] for value in node.values()}
         self._first_pass = first_pass
         self._defined = defined
@@ -211,12 +214,15 @@ class _Lines:
                 if value.level == CONSTANT:
                     self._bind(value)
                 continue
-            early = node.index < self._first_pass
-            if value.level == CONSTANT and early and not traits(node.func).views:
+            early, kind = node.index < self._first_pass, traits(node.func)
+            saved = value not in self._known and kind.name in _SAVED
+            if value.level == CONSTANT and early and not kind.views and not saved:
                 self._bind(value)
                 continue
             if node not in self.nodes:
                 self.nodes.add(node)
+                if early and value not in self._known and not saved:
+                    raise NotRepeatable(f"has gradients that need {node} besides what its loss and layers do")
                 if node.problem is not None:
                     raise NotRepeatable(f"{node.func} {node.problem}")
                 queue.extend(_kept(node))
@@ -226,6 +232,8 @@ class _Lines:
             raise NotRepeatable("overwrites a tensor of the first pass that is used again")
         if value.node is None and value not in self._early:
             self.fixed[value] = self._tape.contents[value]
+        elif value not in self._known:
+            raise NotRepeatable(f"has gradients that need {value.node} besides what its loss and layers do")
         self.bound.append(value)
 
     def _op(self, node: Node) -> Op | None:
@@ -233,7 +241,7 @@ class _Lines:
         args, kwargs = self._plain(node.args), self._plain(node.kwargs)
         results = list(node.results)
         func = node.func
-        if kind.name in ("detach", "alias"):
+        if kind.name in _ALIASES:
             self._instead[_first(node)] = args[0]
             return None
         if kind.name == "native_dropout" and node.level >= STATE:

@@ -7,7 +7,7 @@ nothing else about the user's code has to be known.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -56,6 +56,9 @@ class Node:
         self.problem: str | None = None
         self.results: list[Value | None] = []
 
+    def __str__(self) -> str:
+        return f"{self.func}({', '.join('tensor' if type(a) is Value else str(a) for a in self.args)})"
+
     def values(self) -> Iterator[Value]:
         """The values it reads."""
         yield from _values(self.args)
@@ -70,7 +73,8 @@ class Traits(NamedTuple):
         name: without namespace and overload.
         writes: positions or names of the arguments that it writes to.
         overwrites: whether what was there before is of no consequence.
-        views: whether its results share memory with its arguments.
+        views: whether its results are views of its arguments in autograd's eyes.
+        shares: whether they share memory, known to autograd or not.
         by_shape: whether only the shape of its arguments matters.
         random: whether it draws from a generator.
         dynamic: whether the shape of its result depends on values.
@@ -80,6 +84,7 @@ class Traits(NamedTuple):
     writes: tuple[int | str, ...]
     overwrites: bool
     views: bool
+    shares: bool
     by_shape: bool
     random: bool
     dynamic: bool
@@ -95,6 +100,7 @@ _BY_SHAPE = frozenset(
     {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"}
     | {"new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"}
 )
+_SHARING = frozenset({"_unsafe_view", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "_reshape_copy"})
 _LIFTED = frozenset({"lift_fresh", "lift", "lift_fresh_copy"})
 
 
@@ -114,20 +120,21 @@ def traits(func: Any) -> Traits:
         writes=(3, 4) if name in BATCH_NORMS else writes,
         overwrites=name in _OVERWRITING,
         views=views,
+        shares=views or name in _SHARING,
         by_shape=name in _BY_SHAPE,
         random=torch.Tag.nondeterministic_seeded in func.tags,
         dynamic=torch.Tag.dynamic_output_shape in func.tags,
     )
 
 
-class Tape(TorchDispatchMode):
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records while it is active as a context manager; it may be entered several times.
 
     A record that fails never disturbs the pass: `problem` says why it is of no use.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.nodes: list[Node] = []
         self.problem: str | None = None
         self.reads: list[str] = []
@@ -137,7 +144,7 @@ class Tape(TorchDispatchMode):
         self.outside: dict[Value, Tensor] = {}
         """The tensors that came from outside."""
         self._known: dict[int, tuple[Callable[[], Tensor | None], Value]] = {}
-        self._sharing: dict[int, list[Value]] = {}
+        self._sharing: dict[int, list[tuple[Value, _Place, weakref.ref[Tensor]]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -181,6 +188,10 @@ class Tape(TorchDispatchMode):
 
     def _begun(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Node, list[Tensor]]:
         seen = tuple([self._seen(a) for a in args])
+        if traits(func).shares:
+            for arg in (*args, *kwargs.values()):
+                if isinstance(arg, Tensor):
+                    self._share(arg, self.value(arg))
         node = Node(func, len(self.nodes), seen, {name: self._seen(a) for name, a in kwargs.items()} if kwargs else {})
         kind = traits(func)
         written = _tensors_at(kind, args, kwargs) if kind.writes else []
@@ -198,7 +209,7 @@ class Tape(TorchDispatchMode):
             value.read = True
         if node.level >= STATE and kind.random and not _draws_nothing(node, kind):
             node.problem = "draws random numbers in a way that depends on states"
-        if node.level >= STATE and kind.dynamic:
+        if node.level >= STATE and kind.dynamic and not (kind.name == "index" and _is_constant(node.args[1])):
             node.problem = "has a result whose shape depends on states"
         return node, written
 
@@ -219,22 +230,38 @@ class Tape(TorchDispatchMode):
             node.results.append(value)
             if not kind.views:  # those must not be held: autograd would then hand out a copy of it, unknown here
                 self.contents[value] = tensor.detach() if kind.writes else tensor
-        if kind.views:
-            for tensor, value in zip(results, node.results, strict=True):
-                if value is not None:
-                    group = self._sharing.setdefault(tensor.untyped_storage().data_ptr(), [])
-                    group.extend((value, *node.values()))
+        if kind.shares:
+            for tensor, shared in zip(results, node.results, strict=True):
+                if shared is not None:
+                    self._share(tensor, shared)
         for tensor in written:
             now = self.value(tensor)
             if now.node is not node:
                 now = self._put(tensor, Value(node, node.level))
                 self.contents[now] = tensor.detach()
                 node.results.append(now)
-            for other in self._sharing.get(tensor.untyped_storage().data_ptr(), ()):
-                if other is not now:
-                    other.stale = True
-                    self.contents.pop(other, None)
+            self._written_under_other_names(node, tensor, now)
         self.nodes.append(node)
+
+    def _share(self, tensor: Tensor, value: Value) -> None:
+        group = self._sharing.setdefault(tensor.untyped_storage().data_ptr(), [])
+        group.append((value, _place(tensor), weakref.ref(tensor)))
+
+    def _written_under_other_names(self, node: Node, tensor: Tensor, now: Value) -> None:
+        group = self._sharing.get(tensor.untyped_storage().data_ptr(), [])
+        here = _place(tensor)
+        for other, place, ref in tuple(group):
+            if other is now or other.stale or _apart(place, here):
+                continue
+            other.stale = True
+            self.contents.pop(other, None)
+            alias = ref()
+            if alias is not None and alias is not tensor and node.level == other.level == CONSTANT:
+                if self.value(alias) is other:
+                    again = self._put(alias, Value(node, CONSTANT))
+                    self.contents[again] = alias.detach()
+                    node.results.append(again)
+                    self._share(alias, again)
 
     def _from_outside(self, tensor: Tensor) -> Value:
         value = self._put(tensor, Value(None, CONSTANT, tensor))
@@ -256,71 +283,108 @@ class Tape(TorchDispatchMode):
 
 
 def same_computation(
-    expected: Iterable[Node], nodes: Iterable[Node], known: dict[Value, Value]
+    expected: Sequence[Value], roots: Sequence[Value], known: Mapping[Value, Value]
 ) -> dict[Value, Value] | str:
-    """Finds the expected operations, in order and with the same constants, among those of another record.
+    """Compares what two records did to arrive at some values: the same operations on the same constants.
 
-    Operations in between that none of the expected ones depends on (those of metrics and logging) may differ.
+    Whatever else was done (by metrics and logging, say) may differ.
 
     Args:
-        expected: operations of the earlier record.
-        nodes: all operations of the new one.
-        known: inputs of the new record, and the inputs of the earlier one they correspond to.
+        expected: values of the earlier record.
+        roots: values of the new one, in the same order.
+        known: inputs of the earlier record, and those of the new one they correspond to.
 
     Returns:
-        The value of the new record for each of the earlier one; or what was not found.
+        The value of the new record for each one of the earlier that led there; or what is not the same.
     """
-    there: dict[Value, Value] = dict(known)
-    here: dict[Value, Value] = {old: new for new, old in known.items()}
-    wanted = iter(expected)
-    want = next(wanted, None)
-    for node in nodes:
-        if want is None:
-            break
-        if node.func is not want.func or node.grad is not want.grad or node.problem != want.problem:
-            continue
-        fresh: dict[Value, Value] = {}
-        if _same(want.args, node.args, there, here, fresh) and _same(
-            tuple(want.kwargs.items()), tuple(node.kwargs.items()), there, here, fresh
-        ):
-            for old, new in [*fresh.items(), *zip(want.results, node.results, strict=True)]:
-                if old is not None and new is not None:
-                    there[new], here[old] = old, new
-            want = next(wanted, None)
-    return here if want is None else f"{want.func}({', '.join(str(a) for a in want.args if type(a) is not Value)})"
+    here = dict(known)
+    taken = set(known.values())
+    queue = list(zip(expected, roots, strict=True))
 
-
-def _same(old: Any, new: Any, there: dict[Value, Value], here: dict[Value, Value], fresh: dict[Value, Value]) -> bool:
-    if type(old) is not type(new):
-        return False
-    if type(old) is tuple:
-        return len(old) == len(new) and all(_same(o, n, there, here, fresh) for o, n in zip(old, new, strict=True))
-    if type(old) is not Value:
+    def same(old: Any, new: Any) -> bool:
+        if type(old) is not type(new):
+            return False
+        if type(old) is Value:
+            queue.append((old, new))
+            return True
+        if type(old) is tuple:
+            return len(old) == len(new) and all(map(same, old, new))
         return bool(old == new) or (old != old and new != new)
-    if (known := there.get(new)) is not None:
-        return known is old
-    if old in fresh:
-        return fresh[old] is new
-    if old.meta is None or old.meta != new.meta or old in here or new in fresh.values():
-        return False
-    fresh[old] = new
-    return True
 
-
-def ancestors(values: Iterable[Value]) -> set[Node]:
-    """Every operation that the values were computed by."""
-    found: set[Node] = set()
-    queue = [value.node for value in values]
     while queue:
-        node = queue.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            queue.extend(value.node for value in node.values())
+        old, new = queue.pop()
+        if old in here:
+            if here[old] is not new:
+                return "which tensors it uses"
+            continue
+        if new in taken:
+            return "which tensors it uses"
+        one, other = old.node, new.node
+        if one is None or other is None:
+            if one is not other or old.meta is None or old.meta != new.meta:
+                return f"a tensor, {old.meta or old.node} before and {new.meta or new.node} now"
+            here[old] = new
+            taken.add(new)
+            continue
+        if one.func is not other.func or one.grad is not other.grad or one.problem != other.problem:
+            return f"an operation, {one} before and {other} now"
+        if not (same(one.args, other.args) and same(tuple(one.kwargs.items()), tuple(other.kwargs.items()))):
+            return f"a constant, {one} before and {other} now"
+        for result, again in zip(one.results, other.results, strict=True):
+            if result is not None and again is not None:
+                here[result] = again
+                taken.add(again)
+        if here.get(old) is not new:
+            return f"which result of {one} it uses"
+    return here
+
+
+def known_by(values: Iterable[Value]) -> set[Value]:
+    """Every value that these were computed from, with the other results of those operations."""
+    found: set[Value] = set()
+    queue = list(values)
+    while queue:
+        value = queue.pop()
+        if value not in found:
+            found.add(value)
+            if value.node is not None:
+                found.update(v for v in value.node.results if v is not None)
+                queue.extend(value.node.values())
     return found
 
 
 def _meta(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+_Place = tuple[int, torch.Size, tuple[int, ...]]
+"""Where in its memory a tensor lies: offset, sizes, strides."""
+
+
+def _place(tensor: Tensor) -> _Place:
+    return int(tensor.storage_offset()), tensor.shape, tensor.stride()
+
+
+def _apart(one: _Place, other: _Place) -> bool:
+    """Whether two views surely have no element in common: boxes apart in the grid that both are cut from."""
+    (start, sizes, strides), (start_2, sizes_2, strides_2) = one, other
+    if strides != strides_2 or 0 in strides:
+        return False
+    distance, disjoint, spans = start_2 - start, False, []
+    for d in sorted(range(len(strides)), key=lambda d: -strides[d]):
+        shift, distance = divmod(distance, strides[d])
+        disjoint = disjoint or shift >= sizes[d] or shift + sizes_2[d] <= 0
+        spans.append((max(sizes[d], shift + sizes_2[d]) - min(0, shift) - 1, strides[d]))
+    reach = 0
+    for span, stride in reversed(spans):  # a grid: the smaller strides together do not reach the next larger one
+        if reach >= stride and span:
+            return False
+        reach += span * stride
+    return disjoint and distance == 0
+
+
+def _is_constant(indices: Any) -> bool:
+    return all(value.level == CONSTANT for value in _values((indices,)))
 
 
 def _draws_nothing(node: Node, kind: Traits) -> bool:
