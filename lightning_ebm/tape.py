@@ -240,28 +240,27 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 now = self._put(tensor, Value(node, node.level))
                 self.contents[now] = tensor.detach()
                 node.results.append(now)
-            self._written_under_other_names(node, tensor, now)
+            self._written_under_other_names(node, tensor)
         self.nodes.append(node)
 
     def _share(self, tensor: Tensor, value: Value) -> None:
         group = self._sharing.setdefault(tensor.untyped_storage().data_ptr(), [])
         group.append((value, _place(tensor), weakref.ref(tensor)))
 
-    def _written_under_other_names(self, node: Node, tensor: Tensor, now: Value) -> None:
+    def _written_under_other_names(self, node: Node, tensor: Tensor) -> None:
         group = self._sharing.get(tensor.untyped_storage().data_ptr(), [])
         here = _place(tensor)
         for other, place, ref in tuple(group):
-            if other is now or other.stale or _apart(place, here):
+            alias = ref()
+            if alias is tensor or other.stale or _apart(place, here):
                 continue
             other.stale = True
             self.contents.pop(other, None)
-            alias = ref()
-            if alias is not None and alias is not tensor and node.level == other.level == CONSTANT:
-                if self.value(alias) is other:
-                    again = self._put(alias, Value(node, CONSTANT))
-                    self.contents[again] = alias.detach()
-                    node.results.append(again)
-                    self._share(alias, again)
+            if node.level == other.level == CONSTANT and alias is not None and self.value(alias) is other:
+                again = self._put(alias, Value(node, CONSTANT))
+                self.contents[again] = alias.detach()
+                node.results.append(again)
+                self._share(alias, again)
 
     def _from_outside(self, tensor: Tensor) -> Value:
         value = self._put(tensor, Value(None, CONSTANT, tensor))
