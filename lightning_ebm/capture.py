@@ -25,6 +25,7 @@ from torch.autograd.function import BackwardCFunction
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import QuadraticEnergy
 from lightning_ebm.network import Network, Run, _same
+from lightning_ebm.packing import packed
 from lightning_ebm.program import NotRepeatable, Program, compiled_program
 from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.substitution import Pass, StateOf
@@ -36,6 +37,9 @@ log = logging.getLogger(__name__)
 Coordinates = Literal["states", "errors"]
 Mode = tuple[Coordinates, bool]
 """The coordinates, and whether there is a nudge."""
+
+_PATIENCE = 2
+"""After how many points it is worth preparing for more of them."""
 
 _KEPT = 8
 """Captured steps kept for one network: full and last batches, training modes, branches."""
@@ -160,6 +164,7 @@ class CapturedNetwork(Network):
         self._key = (plan.states, batch_size, loss_scale, repr(energy), tuple(map(str, vars(energy).items())))
         self._found = captures.of(tape, first, self._key)
         self._fixed: dict[Any, tuple[Tensor, ...]] = {}
+        self._points: dict[Mode, int] = {}
         self._latest_run: _Run | None = None
         self._half = self.rounding > max(torch.finfo(state.dtype).eps for state in self.free)
 
@@ -214,7 +219,13 @@ class CapturedNetwork(Network):
         if (mode, strength) not in self._fixed:
             self._fixed[mode, strength] = program.phase(once, (self._scalar(strength),))
         phase = self._fixed[mode, strength]
-        (internal, loss, *gradients), kept = program.point(once, phase, point)
+        self._points[mode] = count = self._points.get(mode, 0) + 1
+        if program.prepare is not None and count > _PATIENCE:
+            if (mode, None) not in self._fixed:
+                self._fixed[mode, None] = program.prepare(once)
+            (internal, loss, *gradients), kept = program.fast(once, phase, point, self._fixed[mode, None])
+        else:
+            (internal, loss, *gradients), kept = program.point(once, phase, point)
         forces = Forces(internal, loss, gradients)
         return _Run(mode, strength, point, forces, partial(program.update, once, phase, kept))
 
@@ -269,6 +280,7 @@ class CapturedNetwork(Network):
             known,
             captured.first_pass,
             defined,
+            partial(packed, tape),
         )
         return program, [value for value, _ in reached]
 

@@ -42,8 +42,8 @@ class Op:
         return set(_values_in((self.args, tuple(self.kwargs.values()))))
 
 
-Pass = Callable[[list[Op], set[Value]], list[Op]]
-"""Rewrites the operations; the set holds the values that must still be computed."""
+Rewrite = Callable[[Sequence[Op], Iterable[Value]], tuple[list[Op], list[Op]]]
+"""From operations, and the values that must still be computed, to preparations and faster operations; empty if none."""
 
 
 @dataclass
@@ -55,6 +55,8 @@ class Program:
         once: from the bound values to the rest of what a batch fixes.
         phase: from these and the nudge to what a phase fixes.
         point: from these and the point to the outputs, and to what the update wants kept.
+        prepare: from what a batch fixes to what `fast` needs besides; None if there is no faster code.
+        fast: `point`, for those who ask for more than a few points.
         update: from all of these and a scale to the gradients of the parameters.
         fixed: bound values that do not come from the pass: tensors of the energy itself.
     """
@@ -63,6 +65,8 @@ class Program:
     once: Callable[..., tuple[Any, ...]]
     phase: Callable[..., tuple[Any, ...]]
     point: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]
+    prepare: Callable[..., tuple[Any, ...]] | None
+    fast: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]
     update: Callable[..., tuple[Any, ...]]
     fixed: dict[Value, Tensor]
     sources: dict[str, str] = field(default_factory=dict)
@@ -78,7 +82,7 @@ def compiled_program(
     known: Set[Value],
     first_pass: int,
     defined: Mapping[Value, tuple[Value, Value]],
-    passes: Iterable[Pass] = (),
+    rewrite: Rewrite | None = None,
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
 ) -> Program:
     """Sorts what the outputs depend on into stages, and writes the code.
@@ -93,7 +97,7 @@ def compiled_program(
         known: the values that the comparison with another first pass covers.
         first_pass: how many of the recorded operations belong to the first pass.
         defined: inputs that are the sum of two other values: states, in error coordinates.
-        passes: rewrites of the operations.
+        rewrite: makes faster operations of those of a point.
         wrap: turns the code of a point into faster code.
 
     Raises:
@@ -102,9 +106,6 @@ def compiled_program(
     lines = _Lines(tape, known, first_pass, defined)
     ops = lines.of([*outputs, *slopes])
     outputs, slopes = [lines.plain(v) for v in outputs], [lines.plain(v) for v in slopes]
-    wanted: set[Value] = {*outputs, *slopes}
-    for rewrite in passes:
-        ops = rewrite(ops, wanted)
     outputs = _owned(ops, outputs)
     inner = _needed(ops, set(outputs))
     stages: dict[int, list[Op]] = {CONSTANT: [], PHASE: [], STATE: [], SEED: []}
@@ -133,12 +134,24 @@ def compiled_program(
         function: Callable[..., Any] = space[name]
         return function
 
+    first = code("once", CONSTANT, [lines.bound], [once])
+    second = code("phase", PHASE, [once, [strength]], [phase])
+    third = code("point", STATE, [once, phase, list(point)], [outputs, kept])
+    last = code("update", SEED, [once, phase, kept, [scale]], [slopes])
+    ready: list[Op] = []
+    if rewrite is not None:
+        ready, faster = rewrite([*stages[CONSTANT], *stages[PHASE], *stages[STATE]], {*outputs, *kept})
+        inputs[PHASE], stages[PHASE], stages[STATE] = [strength], [], [op for op in faster if op.level == STATE]
+        stages[CONSTANT] = ready
+    prepared = [v for op in ready for v in op.results if v is not None]
     return Program(
         bound=lines.bound,
-        once=code("once", CONSTANT, [lines.bound], [once]),
-        phase=code("phase", PHASE, [once, [strength]], [phase]),
-        point=wrap(code("point", STATE, [once, phase, list(point)], [outputs, kept])),
-        update=code("update", SEED, [once, phase, kept, [scale]], [slopes]),
+        once=first,
+        phase=second,
+        point=third,
+        update=last,
+        prepare=code("prepare", CONSTANT, [once], [prepared]) if ready else None,
+        fast=wrap(code("fast", STATE, [once, phase, list(point), prepared], [outputs, kept]) if ready else third),
         fixed=lines.fixed,
         sources=sources,
     )
@@ -160,6 +173,7 @@ class _Lines:
         self._defined = defined
         self._instead: dict[Value, Value] = {}
         self._levels: dict[Value, int] = {}
+        self._made: dict[Value, Op] = {}
 
     def of(self, outputs: Sequence[Value]) -> list[Op]:
         """The operations that the outputs need, in order."""
@@ -183,6 +197,7 @@ class _Lines:
             if key is not None:
                 done[key] = op
             ops.append(op)
+            self._made.update({v: op for v in op.results if v is not None})
             self._levels.update(dict.fromkeys((v for v in op.results if v is not None), op.level))
         for state in [v for v in outputs if v in pending]:
             self._define(state, pending, ops)
@@ -243,6 +258,9 @@ class _Lines:
         func = node.func
         if kind.name in _ALIASES:
             self._instead[_first(node)] = args[0]
+            return None
+        if kind.name == "t" and (made := self._made.get(args[0])) is not None and made.func is func:
+            self._instead[_first(node)] = made.args[0]
             return None
         if kind.name == "native_dropout" and node.level >= STATE:
             x, rate = args[0], args[1]
