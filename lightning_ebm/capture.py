@@ -12,6 +12,7 @@ What makes that safe, in this order:
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -297,18 +298,21 @@ class CapturedNetwork(Network):
                 (call.prediction, call.prediction.detach() - x) for call, x in zip(first.layers, states, strict=True)
             ]
             seeds = [(mu, d if p == 1 else p * d) for (mu, d), p in zip(pairs, precisions, strict=True)]
-            terms = [d.square() if p == 1 else p * d.square() for (_, d), p in zip(pairs, precisions, strict=True)]
-            internal = 0.5 * self.per_sample(terms)
-            own = [-seed for _, seed in seeds]
+            internal = 0.5 * self.squares(
+                [d if p == 1 else math.sqrt(p) * d for (_, d), p in zip(pairs, precisions, strict=True)]
+            )
+            own = [seed for _, seed in seeds]
         else:
             internal = self._internal(first)
             seeds = [(internal.sum(), self._scalar(1.0))]
-            own = [torch.zeros_like(x) for x in self.free]
+            own = []
         pulls = seeds if unit is None else [(top, seed / unit) for top, seed in seeds]
         slopes = _gradients(pulls if pull is None else [*pulls, pull], states)
         slopes = [s if s is None or unit is None else unit * s for s in slopes]
-        quadratic = _is_quadratic(self._energy)
-        gradients = [o if s is None else s + o if quadratic else s for s, o in zip(slopes, own, strict=True)]
+        if own:
+            gradients = [-o if s is None else s - o for s, o in zip(slopes, own, strict=True)]
+        else:
+            gradients = [torch.zeros_like(x) if s is None else s for s, x in zip(slopes, self.free, strict=True)]
         return [internal.detach(), loss, *gradients], seeds if nudge is None else [*seeds, nudge]
 
     def _in_errors(self, first: Pass, errors: Sequence[Tensor], strength: Tensor) -> tuple[list[Tensor], list[_Seed]]:
@@ -316,7 +320,9 @@ class CapturedNetwork(Network):
         signals = self._signals(first, loss)
         precisions = self._precisions(first)
         weighted = [e if p == 1 else p * e for e, p in zip(errors, precisions, strict=True)]
-        internal = 0.5 * self.per_sample([w * e for w, e in zip(weighted, errors, strict=True)])
+        internal = 0.5 * self.squares(
+            [e if p == 1 else math.sqrt(p) * e for e, p in zip(errors, precisions, strict=True)]
+        )
         pulls = [strength * s if p == 1 else strength * s / p for s, p in zip(signals, precisions, strict=True)]
         gradients = [e + pull for e, pull in zip(errors, pulls, strict=True)]
         seeds = [(call.prediction, -w) for call, w in zip(first.layers, weighted, strict=True)]

@@ -8,7 +8,6 @@ nothing else about the user's code has to be known.
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -104,9 +103,18 @@ _SHARING = frozenset({"_unsafe_view", "unsafe_split", "unsafe_split_with_sizes",
 _LIFTED = frozenset({"lift_fresh", "lift", "lift_fresh_copy"})
 
 
-@cache
+_known_traits: dict[int, Traits] = {}
+
+
 def traits(func: Any) -> Traits:
     """What a kind of operation does to tensors, from its schema."""
+    known = _known_traits.get(id(func))  # operations live as long as torch does; their own hash is slow
+    if known is None:
+        known = _known_traits[id(func)] = _traits(func)
+    return known
+
+
+def _traits(func: Any) -> Traits:
     schema = func._schema
     name = schema.name.split("::")[1]
     writes = tuple(
@@ -188,29 +196,34 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _begun(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Node, list[Tensor]]:
         seen = tuple([self._seen(a) for a in args])
-        if traits(func).shares:
+        node = Node(func, len(self.nodes), seen, {name: self._seen(a) for name, a in kwargs.items()} if kwargs else {})
+        kind = traits(func)
+        values = list(node.values())
+        written: list[Tensor] = []
+        before: list[Value] = []
+        if kind.writes:
+            written = _tensors_at(kind, args, kwargs)
+            before = [self.value(tensor) for tensor in written]
+        if kind.shares:
             for arg in (*args, *kwargs.values()):
                 if isinstance(arg, Tensor):
                     self._share(arg, self.value(arg))
-        node = Node(func, len(self.nodes), seen, {name: self._seen(a) for name, a in kwargs.items()} if kwargs else {})
-        kind = traits(func)
-        written = _tensors_at(kind, args, kwargs) if kind.writes else []
-        before = [self.value(tensor) for tensor in written]
-        for value in node.values():
-            if not (kind.by_shape or (kind.overwrites and value in before)):
-                node.level = max(node.level, value.level)
+        for value in values:
+            if value.level > node.level and not (kind.by_shape or (kind.overwrites and value in before)):
+                node.level = value.level
             if value.stale:
                 node.problem = "reads memory that was written to through another view of it"
         for value in before:
             content = self.contents.pop(value, None)
             if content is not None and value.read and value.level == CONSTANT:
                 self.contents[value] = content.clone()
-        for value in node.values():
+        for value in values:
             value.read = True
-        if node.level >= STATE and kind.random and not _draws_nothing(node, kind):
-            node.problem = "draws random numbers in a way that depends on states"
-        if node.level >= STATE and kind.dynamic and not (kind.name == "index" and _is_constant(node.args[1])):
-            node.problem = "has a result whose shape depends on states"
+        if node.level >= STATE:
+            if kind.random and not _draws_nothing(node, kind):
+                node.problem = "draws random numbers in a way that depends on states"
+            if kind.dynamic and not (kind.name == "index" and _is_constant(node.args[1])):
+                node.problem = "has a result whose shape depends on states"
         return node, written
 
     def _ended(self, node: Node, written: list[Tensor], result: Any) -> None:

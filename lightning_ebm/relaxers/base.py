@@ -50,6 +50,9 @@ class Landscape(Protocol):
     def per_sample(self, tensors: Sequence[Tensor]) -> Tensor:
         """Sums each tensor over all but the batch, then over the list: ``(B,)``."""
 
+    def squares(self, tensors: Sequence[Tensor]) -> Tensor:
+        """`per_sample` of |t|^2: ``(B,)``."""
+
     def spread(self, values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         """One number a sample ``(B,)`` shaped to multiply each tensor of the list."""
 
@@ -107,7 +110,7 @@ def checked_steps(owner: object, max_steps: int, tol: float) -> None:
 
 def force_norm(landscape: Landscape, gradients: Sequence[Tensor]) -> Tensor:
     """|dE/dx| of each sample, ``(B,)``."""
-    return landscape.per_sample([gradient.square() for gradient in gradients]).sqrt()
+    return landscape.squares(gradients).sqrt()
 
 
 def fixed_steps(

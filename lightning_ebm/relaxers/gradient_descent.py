@@ -47,6 +47,6 @@ class GradientDescent(Relaxer):
             return descend(landscape, "states", start, strength, self.lr, self.max_steps, self.tol, longest=self.lr)
 
         def euler(states: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-            return [state - self.lr * gradient for state, gradient in zip(states, gradients, strict=True)]
+            return [state.sub(gradient, alpha=self.lr) for state, gradient in zip(states, gradients, strict=True)]
 
         return fixed_steps(self, landscape, "states", euler, start, strength, self.max_steps)
