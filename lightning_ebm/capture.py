@@ -12,32 +12,24 @@ What makes that safe, in this order:
 """
 
 import logging
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 
 from lightning_ebm.energies import Energy
-from lightning_ebm.energies.base import QuadraticEnergy
-from lightning_ebm.network import Network, Run, _same
-from lightning_ebm.packing import packed
-from lightning_ebm.program import NotRepeatable, Program, compiled_program
+from lightning_ebm.network import Run, _same
+from lightning_ebm.program import NotRepeatable, Program
+from lightning_ebm.recording import Compiler, Coordinates, Mode, RecordingNetwork
 from lightning_ebm.relaxers import Forces, Relaxation
-from lightning_ebm.substitution import Pass, StateOf
-from lightning_ebm.tape import PHASE, SEED, STATE, Tape, Value, known_by, same_computation
-from lightning_ebm.wiring import Plan, Region
+from lightning_ebm.substitution import Pass
+from lightning_ebm.tape import Tape, Value, same_computation
+from lightning_ebm.wiring import Plan
 
 log = logging.getLogger(__name__)
-
-Coordinates = Literal["states", "errors"]
-Mode = tuple[Coordinates, bool]
-"""The coordinates, and whether there is a nudge."""
 
 _PATIENCE = 2
 """After how many points it is worth preparing for more of them."""
@@ -47,9 +39,14 @@ _KEPT = 8
 
 
 class Captures:
-    """The captured steps of one network, the latest used first."""
+    """The captured steps of one network, the latest used first.
 
-    def __init__(self) -> None:
+    Args:
+        compile: send their code through `torch.compile`.
+    """
+
+    def __init__(self, compile: bool = False) -> None:
+        self.compile = compile
         self.refused: str | None = None
         self._kept: list[Captured] = []
         self._made = self._used = 0
@@ -135,11 +132,7 @@ def _roots(tape: Tape, first: Pass) -> list[Value]:
     return [tape.value(t) for t in (*tensors, first.loss)]
 
 
-_Seed = tuple[Tensor, Tensor]
-"""What to differentiate, and the weight of each of its elements."""
-
-
-class CapturedNetwork(Network):
+class CapturedNetwork(RecordingNetwork):
     """`Network` that runs a captured step where it can; what it does not know of, the plain one does.
 
     Args:
@@ -167,7 +160,6 @@ class CapturedNetwork(Network):
         self._fixed: dict[Any, tuple[Tensor, ...]] = {}
         self._points: dict[Mode, int] = {}
         self._latest_run: _Run | None = None
-        self._half = self.rounding > max(torch.finfo(state.dtype).eps for state in self.free)
 
     def forces(self, states: Sequence[Tensor], strength: float) -> Forces:
         """See `Landscape.forces`."""
@@ -204,11 +196,12 @@ class CapturedNetwork(Network):
             self._captures.refuse(str(error) if isinstance(error, NotRepeatable) else f"raises in capturing: {error!r}")
             self._found = None
             return None
-        self._latest_run = self._run_of(program, mode, point, strength)
+        self._points[mode] = count = self._points.get(mode, 0) + 1
+        self._latest_run = self._run_of(program, mode, point, strength, fast=count > _PATIENCE)
         return self._latest_run
 
     @torch.no_grad()
-    def _run_of(self, program: Program, mode: Mode, point: Sequence[Tensor], strength: float) -> "_Run":
+    def _run_of(self, program: Program, mode: Mode, point: Sequence[Tensor], strength: float, fast: bool) -> "_Run":
         assert self._found is not None
         bound = self._found[1]
         if mode not in self._fixed:
@@ -218,10 +211,9 @@ class CapturedNetwork(Network):
             self._fixed[mode] = program.once(contents)
         once = self._fixed[mode]
         if (mode, strength) not in self._fixed:
-            self._fixed[mode, strength] = program.phase(once, (self._scalar(strength),))
+            self._fixed[mode, strength] = program.phase(once, (self.scalar(strength),))
         phase = self._fixed[mode, strength]
-        self._points[mode] = count = self._points.get(mode, 0) + 1
-        if program.prepare is not None and count > _PATIENCE:
+        if program.prepare is not None and fast:
             if (mode, None) not in self._fixed:
                 self._fixed[mode, None] = program.prepare(once)
             (internal, loss, *gradients), kept = program.fast(once, phase, point, self._fixed[mode, None])
@@ -229,9 +221,6 @@ class CapturedNetwork(Network):
             (internal, loss, *gradients), kept = program.point(once, phase, point)
         forces = Forces(internal, loss, gradients)
         return _Run(mode, strength, point, forces, partial(program.update, once, phase, kept))
-
-    def _scalar(self, number: float) -> Tensor:
-        return torch.full((), number, dtype=self.free[0].dtype, device=self.free[0].device)
 
     # Capturing
 
@@ -243,158 +232,18 @@ class CapturedNetwork(Network):
         if bound:  # the record at hand is another one than that of the code
             self._found = captured, bound = self._captures.add(self._tape, self._first, self._key)
             self._fixed = {}
-        program, targets = self._recorded(captured, mode)
+        compiler = _compiler(self.free[0].device) if self._captures.compile else None
+        program, targets = self.recorded(self._tape, captured.first_pass, captured.roots, mode, compiler)
+        point, expected, slopes = self.plainly(mode, strength)
+        for fast in (False, True):
+            run = self._run_of(program, mode, point, strength, fast)
+            self.must_equal(expected, [run.forces.internal, run.forces.loss, *run.forces.gradients])
+            got = {id(self._tape.outside[v]): s for v, s in zip(targets, run.update((self.scalar(1.0),)), strict=True)}
+            if missing := slopes.keys() - got.keys():
+                raise NotRepeatable(f"has {len(missing)} parameters whose place in the record is not known")
+            self.must_equal([slopes.get(t, torch.zeros_like(s)) for t, s in got.items()], list(got.values()))
         captured.programs[mode], captured.targets[mode] = program, targets
-        self._check(captured, program, mode, strength)
         return program
-
-    def _recorded(self, captured: Captured, mode: Mode) -> tuple[Program, list[Value]]:
-        """Runs the energies and their gradients once, on the graph of the first pass, and makes code of the record."""
-        tape, first = self._tape, self._first
-        self._refuse_hidden_gradients(captured)
-        known = known_by(captured.roots)
-        outside = [(v, t) for v, t in tape.outside.items() if v in known and t.requires_grad]
-        strength, scale = self._scalar(1.0), self._scalar(1.0)
-        inputs = tape.input(strength, PHASE), tape.input(scale, SEED)
-        defined: dict[Value, tuple[Value, Value]] = {}
-        with tape, torch.enable_grad():
-            if mode[0] == "states":
-                point = [tape.value(state) for state in first.states]
-                outputs, seeds = self._in_states(first, strength if mode[1] else None)
-            else:
-                errors = [torch.zeros_like(state) for state in self.free]
-                point = [tape.input(error, STATE) for error in errors]
-                for call, state, error in zip(first.layers, first.states, point, strict=True):
-                    defined[tape.value(state)] = tape.value(call.prediction), error
-                outputs, seeds = self._in_errors(first, errors, strength)
-            tops = [(top, seed * scale) for top, seed in seeds]
-            slopes = _gradients(tops, [tensor for _, tensor in outside])
-        if tape.problem is not None:
-            raise NotRepeatable(f"cannot be recorded ({tape.problem})")
-        reached = [(v, slope) for (v, _), slope in zip(outside, slopes, strict=True) if slope is not None]
-        program = compiled_program(
-            point,
-            *inputs,
-            [tape.value(output) for output in outputs],
-            [tape.value(slope) for _, slope in reached],
-            tape,
-            known,
-            captured.first_pass,
-            defined,
-            partial(packed, tape),
-        )
-        return program, [value for value, _ in reached]
-
-    def _in_states(self, first: Pass, strength: Tensor | None) -> tuple[list[Tensor], list[_Seed]]:
-        """Energies and dE/dx; and what to differentiate, with which weight, for dE/dtheta."""
-        loss = self._loss_scale * first.loss.detach()
-        nudge = None if strength is None else (first.loss, self._loss_scale * strength)
-        unit = strength if self._half else None  # see `Network.forces`
-        pull = nudge if unit is None else (first.loss, self._loss_scale * self._scalar(1.0))
-        states = first.states
-        if _is_quadratic(self._energy):
-            precisions = self._precisions(first)
-            pairs = [
-                (call.prediction, call.prediction.detach() - x) for call, x in zip(first.layers, states, strict=True)
-            ]
-            seeds = [(mu, d if p == 1 else p * d) for (mu, d), p in zip(pairs, precisions, strict=True)]
-            internal = 0.5 * self.squares(
-                [d if p == 1 else math.sqrt(p) * d for (_, d), p in zip(pairs, precisions, strict=True)]
-            )
-            own = [seed for _, seed in seeds]
-        else:
-            internal = self._internal(first)
-            seeds = [(internal.sum(), self._scalar(1.0))]
-            own = []
-        pulls = seeds if unit is None else [(top, seed / unit) for top, seed in seeds]
-        slopes = _gradients(pulls if pull is None else [*pulls, pull], states)
-        slopes = [s if s is None or unit is None else unit * s for s in slopes]
-        if own:
-            gradients = [-o if s is None else s - o for s, o in zip(slopes, own, strict=True)]
-        else:
-            gradients = [torch.zeros_like(x) if s is None else s for s, x in zip(slopes, self.free, strict=True)]
-        return [internal.detach(), loss, *gradients], seeds if nudge is None else [*seeds, nudge]
-
-    def _in_errors(self, first: Pass, errors: Sequence[Tensor], strength: Tensor) -> tuple[list[Tensor], list[_Seed]]:
-        loss = self._loss_scale * first.loss
-        signals = self._signals(first, loss)
-        precisions = self._precisions(first)
-        weighted = [e if p == 1 else p * e for e, p in zip(errors, precisions, strict=True)]
-        internal = 0.5 * self.squares(
-            [e if p == 1 else math.sqrt(p) * e for e, p in zip(errors, precisions, strict=True)]
-        )
-        pulls = [strength * s if p == 1 else strength * s / p for s, p in zip(signals, precisions, strict=True)]
-        gradients = [e + pull for e, pull in zip(errors, pulls, strict=True)]
-        seeds = [(call.prediction, -w) for call, w in zip(first.layers, weighted, strict=True)]
-        return [internal, loss.detach(), *gradients], [*seeds, (first.loss, self._loss_scale * strength)]
-
-    def _refuse_hidden_gradients(self, captured: Captured) -> None:
-        """Backward code of the user's own is not part of what the records of two first passes are compared by."""
-        first = self._first
-        region = Region([first.loss, *(call.prediction for call in first.layers)])
-        own = [node for node in region.nodes if isinstance(node, BackwardCFunction)]
-        if own:
-            raise NotRepeatable(f"uses a custom autograd function ({type(own[0]).__name__})")
-
-    def _check(self, captured: Captured, program: Program, mode: Mode, strength: float) -> None:
-        """The plain way, once, at another point: energies, forces and update must be the same."""
-        generator = torch.Generator().manual_seed(0)
-        start = self.free if mode[0] == "states" else self.no_errors
-        point = []
-        for x, like in zip(start, self.free, strict=True):
-            noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
-            point.append(x + (0.05 * like.abs().mean() + 0.01) * noise)
-        with self._watched() as watch:
-            plain = (
-                Network.forces(self, point, strength)
-                if mode[0] == "states"
-                else Network.error_forces(self, point, strength)
-            )
-        if watch.reads:
-            raise NotRepeatable(f"reads numbers that depend on its states into Python ({watch.reads[0]})")
-        ran = self._run_of(program, mode, point, strength)
-        found = Relaxation(point, mode[0], "fixed", 0, plain.internal)
-        tensors = [self._tape.outside[value] for value in captured.targets[mode]]
-        every = [t for t in self._tape.outside.values() if t.requires_grad]
-        slopes = dict(
-            zip(
-                map(id, every),
-                _gradients([(Network.energy_at(self, found, strength), self._scalar(1.0))], every),
-                strict=True,
-            )
-        )
-        updates = dict(zip(map(id, tensors), ran.update((self._scalar(1.0),)), strict=True))
-        self._latest = None
-        rounding = max(self.rounding, torch.finfo(self.free[0].dtype).eps)
-        tolerance = min(1e4 * rounding, 0.1)
-        pairs = [("energies", plain.internal, ran.forces.internal), ("the loss", plain.loss, ran.forces.loss)]
-        pairs += [("forces", *pair) for pair in zip(plain.gradients, ran.forces.gradients, strict=True)]
-        for t in every:
-            expected, got = slopes[id(t)], updates.get(id(t))
-            if expected is not None or got is not None:
-                zero = torch.zeros_like(t)
-                pairs.append(("the update", zero if expected is None else expected, zero if got is None else got))
-        for what, expected, got in pairs:
-            room = tolerance * expected.abs().max().clamp_min(rounding) if expected.numel() else expected.sum()
-            if got.shape != expected.shape or not torch.allclose(
-                got, expected, rtol=0.0, atol=float(room), equal_nan=True
-            ):
-                raise NotRepeatable(f"gives other values when it is repeated ({what})")
-
-    @contextmanager
-    def _watched(self) -> Iterator[Tape]:
-        """Records the passes made inside."""
-        watch, run = Tape(), self._run
-
-        def watched(state_of: StateOf) -> Pass:
-            with watch:
-                return run(watch.cutting(state_of))
-
-        self._run = watched
-        try:
-            yield watch
-        finally:
-            self._run = run
 
 
 @dataclass
@@ -422,14 +271,19 @@ class _Delivered(torch.autograd.Function):
             return None, None, *ctx.update((scale,))
 
 
-def _gradients(seeds: Sequence[_Seed], inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """sum_k <seed_k, d output_k / d input>; None where nothing leads there."""
-    live = [(output, seed) for output, seed in seeds if output.requires_grad]
-    if not live or not inputs:
-        return [None] * len(inputs)
-    outputs, weights = [output for output, _ in live], [seed.to(output.dtype) for output, seed in live]
-    return list(torch.autograd.grad(outputs, inputs, weights, retain_graph=True, allow_unused=True))
+def _compiler(device: torch.device) -> Compiler:
+    """Inductor; on CUDA with its graphs, whose outputs the next run overwrites: they are copied."""
+    if device.type != "cuda":
+        return partial(torch.compile, dynamic=False, fullgraph=True)
 
+    def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
+        fast = torch.compile(function, dynamic=False, fullgraph=True, mode="reduce-overhead")
 
-def _is_quadratic(energy: Energy) -> bool:
-    return isinstance(energy, QuadraticEnergy) and type(energy).layer_energy is QuadraticEnergy.layer_energy
+        def run(*args: Any) -> Any:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            outputs, kept = fast(*args)
+            return tuple(t.clone() for t in outputs), tuple(t.clone() for t in kept)
+
+        return run
+
+    return compiler

@@ -41,6 +41,7 @@ class Learner:
         quiet: a context manager for all passes but the first, to silence what closures do besides computing.
         capture: run the relaxation as straight-line code recorded from the first pass, see `lightning_ebm.capture`;
             False runs the closure itself at every point, several times slower.
+        compile: send that code through `torch.compile`, which takes up to a minute once for every shape of batch.
 
     Raises:
         ConfigurationError: an argument that cannot work, or a closure that does not return a usable loss.
@@ -62,12 +63,14 @@ class Learner:
         loss_reduction: Literal["mean", "sum"] = "mean",
         quiet: Callable[[], AbstractContextManager[Any]] = nullcontext,
         capture: bool = True,
+        compile: bool = False,
     ) -> None:
         check_options(output, loss_reduction)
         self.module = module
         self.algorithm = preset(algorithm)
         self.loss_reduction = loss_reduction
         self.capture = capture
+        self.compile = compile
         self._quiet = quiet
         self._options: tuple[Layers, Output] = (layers, output)
         self._finders: dict[int, LayerFinder] = {}
@@ -126,7 +129,7 @@ class Learner:
         if self.algorithm.read_as != "backprop":
             finder.look(closure, snapshot)
         remember, reduction = self._remember, self.loss_reduction
-        captures = self._captures.setdefault(key, Captures()) if self.capture else None
+        captures = self._captures.setdefault(key, Captures(self.compile)) if self.capture else None
         parts = self.module, self.algorithm, finder, closure, self._quiet, remember, reduction, list(sizes)
         return Step(*parts, snapshot, captures)
 

@@ -5,8 +5,10 @@ is paid back after a few points. Float32 on processors where it has been measure
 """
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +23,13 @@ _PAID_BACK = 8
 """Within how many points the saving must exceed what the layout costs."""
 
 
-def packed(tape: Tape, ops: Sequence[Op], wanted: Iterable[Value]) -> tuple[list[Op], list[Op]]:
+def packed(tape: Tape, opaque: bool, ops: Sequence[Op], wanted: Iterable[Value]) -> tuple[list[Op], list[Op]]:
     """Rewrites products of something that moves with a weight that does not.
 
     Args:
         tape: the record, while its tensors are at hand: their shapes decide.
+        opaque: products are calls of one registered operator that finds the weights by number: compilers cannot take
+            tensors of such a layout as inputs.
         ops: the operations of one point, with those before them.
         wanted: values that must still be computed.
 
@@ -59,7 +63,8 @@ def packed(tape: Tape, ops: Sequence[Op], wanted: Iterable[Value]) -> tuple[list
         if bias is not None and (tensor(bias) is None or made_level(made, bias) != CONSTANT):
             continue
         if weight not in layouts:
-            layouts[weight] = Op(_laid_out, (weight, product.shape[0]), {}, [Value(None, CONSTANT)], True, CONSTANT)
+            lay_out = partial(_stored, next(_numbers)) if opaque else _laid_out
+            layouts[weight] = Op(lay_out, (weight, product.shape[0]), {}, [Value(None, CONSTANT)], True, CONSTANT)
         layout, result = layouts[weight].results[0], op.results[0]
         assert result is not None
         after = readers.get(result, [])
@@ -67,8 +72,12 @@ def packed(tape: Tape, ops: Sequence[Op], wanted: Iterable[Value]) -> tuple[list
         if result not in kept and len(after) == 1 and after[0].func in _FUSED and after[0].level == STATE:
             activation, result = _FUSED[after[0].func], after[0].results[0]
             rewritten.remove(after[0])
-        product_op = Op(_product, (x, layout, bias, activation), {}, [result], True, STATE)
-        rewritten[rewritten.index(op)] = product_op
+        func: Callable[..., Any] = _product
+        args: tuple[Any, ...] = (x, layout, bias, activation)
+        if opaque:
+            number = layouts[weight].func.args[0]  # type: ignore[attr-defined]
+            func, args = _opaque_product(), (x, bias, number, product.shape[1], activation)
+        rewritten[rewritten.index(op)] = Op(func, args, {}, [result], True, STATE)
     return (list(layouts.values()), rewritten) if layouts else ([], [])
 
 
@@ -85,6 +94,36 @@ def _laid_out(weight: Tensor, rows: int) -> Tensor:
 
 def _product(x: Tensor, layout: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, layout, bias, activation, [], "")  # type: ignore[no-any-return]
+
+
+_numbers = itertools.count()
+_layouts: dict[int, Tensor] = {}
+
+
+def _stored(number: int, weight: Tensor, rows: int) -> Tensor:
+    _layouts[number] = _laid_out(weight, rows)
+    return _layouts[number]
+
+
+@functools.cache
+def _opaque_product() -> Callable[..., Any]:
+    """`_product` as an operator that torch.compile leaves alone."""
+    library = torch.library.Library("lightning_ebm", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library.define("product(Tensor x, Tensor? bias, int layout, int columns, str activation) -> Tensor")  # type: ignore[no-untyped-call]
+
+    def product(x: Tensor, bias: Tensor | None, layout: int, columns: int, activation: str) -> Tensor:
+        return _product(x, _layouts[layout], bias, activation)
+
+    def of_shape(x: Tensor, bias: Tensor | None, layout: int, columns: int, activation: str) -> Tensor:
+        return x.new_empty((x.shape[0], columns))
+
+    library.impl("product", product, "CPU")  # type: ignore[no-untyped-call]
+    torch.library.register_fake("lightning_ebm::product", of_shape, lib=library)
+    _libraries.append(library)  # an operator lives as long as its library
+    return torch.ops.lightning_ebm.product.default
+
+
+_libraries: list[Any] = []
 
 
 def _worth_it(weight: Tensor, product: Tensor) -> bool:

@@ -83,7 +83,7 @@ def compiled_program(
     first_pass: int,
     defined: Mapping[Value, tuple[Value, Value]],
     rewrite: Rewrite | None = None,
-    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
+    compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
 ) -> Program:
     """Sorts what the outputs depend on into stages, and writes the code.
 
@@ -98,7 +98,7 @@ def compiled_program(
         first_pass: how many of the recorded operations belong to the first pass.
         defined: inputs that are the sum of two other values: states, in error coordinates.
         rewrite: makes faster operations of those of a point.
-        wrap: turns the code of a point into faster code.
+        compiler: makes faster code of the code of a point.
 
     Raises:
         NotRepeatable: an operation cannot be repeated at other states.
@@ -141,17 +141,23 @@ def compiled_program(
     ready: list[Op] = []
     if rewrite is not None:
         ready, faster = rewrite([*stages[CONSTANT], *stages[PHASE], *stages[STATE]], {*outputs, *kept})
-        inputs[PHASE], stages[PHASE], stages[STATE] = [strength], [], [op for op in faster if op.level == STATE]
+        if ready:
+            stages[STATE] = [op for op in faster if op.level == STATE]
+    prepare, fast = None, third
+    if ready or compiler is not None:
+        prepared = [v for op in ready for v in op.results if v is not None]
         stages[CONSTANT] = ready
-    prepared = [v for op in ready for v in op.results if v is not None]
+        prepare = code("prepare", CONSTANT, [once], [prepared])
+        fast = code("fast", STATE, [once, phase, list(point), prepared], [outputs, kept])
+        fast = fast if compiler is None else compiler(fast)
     return Program(
         bound=lines.bound,
         once=first,
         phase=second,
         point=third,
         update=last,
-        prepare=code("prepare", CONSTANT, [once], [prepared]) if ready else None,
-        fast=wrap(code("fast", STATE, [once, phase, list(point), prepared], [outputs, kept]) if ready else third),
+        prepare=prepare,
+        fast=fast,
         fixed=lines.fixed,
         sources=sources,
     )

@@ -47,6 +47,7 @@ class EBMStrategy(SingleDeviceStrategy):
         output: "readout", "state" or "auto", see `Learner`.
         loss_reduction: how the module's loss reduces over the batch, "mean" or "sum".
         capture: run the relaxation as recorded straight-line code, see `Learner`.
+        compile: and that through `torch.compile`, see `Learner`.
         device: where to train; None is the device that the Trainer chose.
         accelerator: Lightning's own.
         checkpoint_io: Lightning's own.
@@ -67,6 +68,7 @@ class EBMStrategy(SingleDeviceStrategy):
         output: Output = "auto",
         loss_reduction: Literal["mean", "sum"] = "mean",
         capture: bool = True,
+        compile: bool = False,
         device: str | torch.device | None = None,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
@@ -86,6 +88,7 @@ class EBMStrategy(SingleDeviceStrategy):
         self.output: Output = output
         self.loss_reduction: Literal["mean", "sum"] = loss_reduction
         self.capture = capture
+        self.compile = compile
         self._learner: Learner | None = None
         self._step: Step | None = None
         self._manual: ManualStep | None = None
@@ -109,7 +112,7 @@ class EBMStrategy(SingleDeviceStrategy):
         """Every setting as text, for the configuration of a run."""
         return {
             **self.algorithm.describe(),
-            **{name: str(getattr(self, name)) for name in ("layers", "output", "loss_reduction", "capture")},
+            **{name: str(getattr(self, name)) for name in ("layers", "output", "loss_reduction", "capture", "compile")},
         }
 
     def setup(self, trainer: Trainer) -> None:
@@ -132,6 +135,7 @@ class EBMStrategy(SingleDeviceStrategy):
             loss_reduction=self.loss_reduction,
             quiet=self._quiet,
             capture=self.capture,
+            compile=self.compile,
         )
 
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

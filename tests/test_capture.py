@@ -6,6 +6,7 @@ batch to batch without any shape changing, is the update of that very batch ever
 
 import gc
 import logging
+import shutil
 import weakref
 from collections.abc import Callable
 
@@ -19,7 +20,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_ebm as ebm
+from lightning_ebm import packing
 from lightning_ebm.capture import Captures
+from lightning_ebm.program import Program
 
 RELAXERS = {
     "euler": ebm.GradientDescent(lr=0.02, max_steps=5),
@@ -501,3 +504,83 @@ def test_nothing_of_the_batch_is_kept_when_the_step_is_over() -> None:
     gc.collect()
     assert [ref() for ref in gone] == [None, None]
     assert learner._captures[0].refused is None
+
+
+# ----------------------------------------------------------------------------------------- products and compilers
+
+
+def wide(dtype: torch.dtype) -> nn.Sequential:
+    layers = [nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.Sigmoid()]
+    return nn.Sequential(*layers, nn.Linear(256, 10)).to(dtype)
+
+
+def wide_gradients(dtype: torch.dtype, **options: bool) -> tuple[dict[str, Tensor], ebm.Learner]:
+    torch.manual_seed(0)
+    net = wide(dtype)
+    x, y = torch.randn(64, 64, dtype=torch.float64).to(dtype), torch.arange(64) % 10
+    algorithm = ebm.algorithm("predictive-coding", relaxer=ebm.GradientDescent(lr=0.2, max_steps=15))
+    learner = ebm.Learner(net, algorithm, **options)
+    for _ in range(2):
+        found = learner.gradients(lambda: F.cross_entropy(net(x), y))
+    return {name: g.double() for name, g in found.items()}, learner
+
+
+def programs(learner: ebm.Learner) -> list[Program]:
+    return [program for captured in learner._captures[0]._kept for program in captured.programs.values()]
+
+
+def test_weights_laid_out_for_the_processor_are_as_near_to_float64_as_the_others(monkeypatch) -> None:
+    """How far the two paths are apart, and that neither is the worse one: against float64, layer by layer."""
+    exact, learner = wide_gradients(torch.float64)
+    assert all(program.prepare is None for program in programs(learner))
+    results = {}
+    for laid_out in (False, True):
+        monkeypatch.setattr(packing, "available", lambda laid_out=laid_out: laid_out)
+        results[laid_out], learner = wide_gradients(torch.float32)
+        assert [program.prepare is not None for program in programs(learner)] == [laid_out]
+    for name, value in exact.items():
+        scale = value.abs().max()
+        errors = {k: float((found[name] - value).abs().max() / scale) for k, found in results.items()}
+        assert errors[True] < 5e-5
+        assert errors[False] < 5e-5
+        assert float((results[True][name] - results[False][name]).abs().max() / scale) < 2e-4
+
+
+def test_the_activation_behind_a_product_is_part_of_it(monkeypatch) -> None:
+    monkeypatch.setattr(packing, "available", lambda: True)
+    _, learner = wide_gradients(torch.float32)
+    (program,) = programs(learner)
+    fast = program.sources["fast"]
+    assert "'relu'" in fast
+    assert "'sigmoid'" in fast
+    assert "'tanh'" not in fast  # the drive of the first layer is the input's
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_compiled_code_gives_the_same(dtype: torch.dtype) -> None:
+    plain, _ = wide_gradients(dtype)
+    compiled, learner = wide_gradients(dtype, compile=True)
+    assert learner._captures[0].refused is None
+    (program,) = programs(learner)
+    assert program.prepare is not None
+    for name, value in plain.items():
+        assert float((compiled[name] - value).abs().max() / value.abs().max()) < {torch.float64: 1e-12}.get(dtype, 2e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, {"compile": True}], ids=["captured", "graphs"])
+def test_the_same_on_a_gpu(options: dict[str, bool]) -> None:
+    results = []
+    for device, kind in (("cpu", {"capture": False}), ("cuda", options)):
+        torch.manual_seed(0)
+        net = wide(torch.float64)
+        x, y = torch.randn(64, 64, dtype=torch.float64), torch.arange(64) % 10
+        net, x, y = net.to(device), x.to(device), y.to(device)
+        learner = ebm.Learner(net, pc(), **kind)
+        for _ in range(3):
+            found = learner.gradients(lambda net=net, x=x, y=y: F.cross_entropy(net(x), y))
+        results.append([{name: g.cpu() for name, g in found.items()}])
+    assert learner._captures[0].refused is None
+    assert apart(results[1], results[0]) < 1e-11
