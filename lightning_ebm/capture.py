@@ -31,7 +31,7 @@ from lightning_ebm.wiring import Plan
 
 log = logging.getLogger(__name__)
 
-_PATIENCE = 2
+_PATIENCE = 1
 """After how many points it is worth preparing for more of them."""
 
 _KEPT = 8
@@ -86,6 +86,10 @@ class Captures:
         captured = Captured(tape, first, key)
         self._kept = [captured, *self._kept[: _KEPT - 1]]
         return captured, {}
+
+    def forget(self, captured: "Captured") -> None:
+        """Captures such a step anew when it comes again."""
+        self._kept.remove(captured)
 
     def refuse(self, why: str) -> None:
         """Does every step the plain way from now on, and says so."""
@@ -157,6 +161,11 @@ class CapturedNetwork(RecordingNetwork):
         self._tape = tape
         self._key = (plan.states, batch_size, loss_scale, repr(energy), tuple(map(str, vars(energy).items())))
         self._found = captures.of(tape, first, self._key)
+        if self._found is not None and (captured := self._found[0]).programs:
+            # The rest of the pass would only take memory; another kind of evaluation captures the next step anew.
+            bound = self._found[1]
+            needed = {bound.get(v, v) for program in captured.programs.values() for v in program.bound}
+            tape.contents = {v: t for v, t in tape.contents.items() if v in needed}
         self._fixed: dict[Any, tuple[Tensor, ...]] = {}
         self._points: dict[Mode, int] = {}
         self._latest_run: _Run | None = None
@@ -196,6 +205,8 @@ class CapturedNetwork(RecordingNetwork):
             self._captures.refuse(str(error) if isinstance(error, NotRepeatable) else f"raises in capturing: {error!r}")
             self._found = None
             return None
+        if program is None:
+            return None
         self._points[mode] = count = self._points.get(mode, 0) + 1
         self._latest_run = self._run_of(program, mode, point, strength, fast=count > _PATIENCE)
         return self._latest_run
@@ -224,16 +235,20 @@ class CapturedNetwork(RecordingNetwork):
 
     # Capturing
 
-    def _program(self, mode: Mode, strength: float) -> Program:
+    def _program(self, mode: Mode, strength: float) -> Program | None:
         assert self._found is not None
         captured, bound = self._found
         if mode in captured.programs:
             return captured.programs[mode]
-        if bound:  # the record at hand is another one than that of the code
-            self._found = captured, bound = self._captures.add(self._tape, self._first, self._key)
-            self._fixed = {}
+        if bound:  # of the record at hand only what the code needs was kept
+            self._captures.forget(captured)
+            self._found = None
+            return None
         compiler = _compiler(self.free[0].device) if self._captures.compile else None
         program, targets = self.recorded(self._tape, captured.first_pass, captured.roots, mode, compiler)
+        for node in self._tape.nodes[captured.first_pass :]:
+            for value in node.results:
+                self._tape.contents.pop(value, None)  # type: ignore[arg-type]  # None is in no dictionary of values
         point, expected, slopes = self.plainly(mode, strength)
         for fast in (False, True):
             run = self._run_of(program, mode, point, strength, fast)

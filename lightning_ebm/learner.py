@@ -100,6 +100,7 @@ class Learner:
         with step.first_pass():
             loss = closure()
         torch.autograd.backward(step.surrogate(loss))
+        step.release()
         return loss.detach()
 
     def gradients(self, closure: Closure) -> dict[str, Tensor]:
@@ -111,7 +112,9 @@ class Learner:
             step = self.begin(closure)
             with step.first_pass():
                 loss = closure()
-            return named_gradients(self.module, step.surrogate(loss))
+            found = named_gradients(self.module, step.surrogate(loss))
+            step.release()
+            return found
 
     def begin(
         self, closure: Closure, sizes: Sequence[int] = (), snapshot: Snapshot | None = None, key: int = 0

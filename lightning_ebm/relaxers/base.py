@@ -140,28 +140,30 @@ def fixed_steps(
             step was too large. Adaptive optimizers may climb without that: a rise is said, only growing forces raise.
     """
     evaluate = landscape.forces if coordinates == "states" else landscape.error_forces
-    point, previous, energies, norms = list(start), None, [], []
+    point, previous, energies = list(start), None, torch.empty(0)
     for step in range(max_steps + 1):
         forces = evaluate(point, strength)
-        energies.append((forces.internal.sum() + strength * forces.loss).detach())
-        norms.append(force_norm(landscape, forces.gradients))
+        energy = (forces.internal.sum() + strength * forces.loss).detach()
+        if step == 0:
+            first = force_norm(landscape, forces.gradients)
+            energies = energy.new_empty(max_steps + 1)  # at once: many small tensors would scatter the large ones
+        energies[step] = energy
         if step < max_steps:
             previous = (point, forces.gradients)
             point = move(point, forces.gradients)
     assert previous is not None
-    first, last = norms[0], norms[-1]
-    trace = torch.stack(energies)
+    last = force_norm(landscape, forces.gradients)
     tiny = torch.finfo(first.dtype).tiny
     # Force of the whole batch, so that one sample at rest from the start does not divide by nothing.
     growth = last.norm() / first.norm().clamp_min(tiny)
     # At a negative nudge the energy may fall without bound, and only the growing force tells.
-    room = max(1e-4, 16 * landscape.rounding) * trace[0].abs()
-    rose = strength > 0 and bool(trace[-1] > trace[0] + room)
-    finite = bool(torch.isfinite(trace).all()) and bool(torch.isfinite(last).all())
+    room = max(1e-4, 16 * landscape.rounding) * energies[0].abs()
+    rose = strength > 0 and bool(energies[-1] > energies[0] + room)
+    finite = bool(torch.isfinite(energies).all()) and bool(torch.isfinite(last).all())
     if not finite or (rose and descends) or bool(growth > 10):
-        raise diverged(landscape, owner, previous, (point, forces.gradients), strength, trace, float(growth))
+        raise diverged(landscape, owner, previous, (point, forces.gradients), strength, energies, float(growth))
     status: Status = "max_steps" if rose else "fixed"
-    return Relaxation(point, coordinates, status, max_steps, last / first.clamp_min(tiny), energies)
+    return Relaxation(point, coordinates, status, max_steps, last / first.clamp_min(tiny), list(energies))
 
 
 def diverged(
