@@ -159,7 +159,13 @@ class CapturedNetwork(RecordingNetwork):
         super().__init__(energy, plan, first, run, batch_size, loss_scale)
         self._captures = captures
         self._tape = tape
-        self._key = (plan.states, batch_size, loss_scale, repr(energy), tuple(map(str, vars(energy).items())))
+        self._key = (
+            plan.states,
+            batch_size,
+            loss_scale,
+            repr(energy),
+            tuple(map(str, getattr(energy, "__dict__", {}).items())),
+        )
         self._found = captures.of(tape, first, self._key)
         if self._found is not None and (captured := self._found[0]).programs:
             # The rest of the pass would only take memory; another kind of evaluation captures the next step anew.
