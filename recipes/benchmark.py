@@ -11,6 +11,7 @@ import copy
 import datetime
 import itertools
 import logging
+import os
 import platform
 import statistics
 import subprocess
@@ -217,7 +218,16 @@ def main() -> None:
     if given.memory:
         print(memory(given.memory, given.steps))
         return
-    print(HEAD.format(date=datetime.date.today(), torch=torch.__version__, machine=_machine(), repeats=given.repeats))
+    print(
+        HEAD.format(
+            date=datetime.date.today(),
+            torch=torch.__version__,
+            machine=_machine(),
+            repeats=given.repeats,
+            load=os.getloadavg()[0],
+            cores=os.cpu_count(),
+        )
+    )
     print("| network | algorithm | ms a step | backprop steps |\n| --- | --- | --- | --- |")
     for title, (make, shape) in NETS.items():
         steps = 8 if title.startswith("conv") else 20
@@ -268,7 +278,8 @@ HEAD = """# Benchmarks
 
 Made by `python recipes/benchmark.py` on {date}: {machine}, one thread, torch {torch}. Process CPU time of whole
 training steps with Adam, medians of {repeats} turns in which all contenders alternate; "backprop steps" is the ratio to
-backprop on the same network in the same run. "By hand" is the same update written in plain torch.
+backprop on the same network in the same run. "By hand" is the same update written in plain torch. Load when the run
+began: {load:.1f} on {cores} cores; a busy machine takes more from small steps, whose tensors others push out of caches.
 """
 
 FOOT = """
