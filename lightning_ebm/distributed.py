@@ -118,6 +118,8 @@ class EBMDDPStrategy(JointStrategy, DDPStrategy):
         layers: which calls carry states, see `Learner`.
         output: "readout", "state" or "auto", see `Learner`.
         loss_reduction: how the module's loss reduces over the batch of one rank, "mean" or "sum".
+        capture: as in `EBMStrategy`.
+        compile: as in `EBMStrategy`.
         ddp_options: those of `lightning.pytorch.strategies.DDPStrategy` (`timeout`, `ddp_comm_hook`, `start_method`,
             ...) and, through it, of torch's DDP (`find_unused_parameters`, `gradient_as_bucket_view`, ...).
 
@@ -133,6 +135,8 @@ class EBMDDPStrategy(JointStrategy, DDPStrategy):
         layers: Layers = None,
         output: Output = "auto",
         loss_reduction: Literal["mean", "sum"] = "mean",
+        capture: bool = True,
+        compile: bool = False,
         **ddp_options: Any,
     ) -> None:
         if ddp_options.get("static_graph"):
@@ -142,7 +146,7 @@ class EBMDDPStrategy(JointStrategy, DDPStrategy):
                 " ranks drift apart in silence. Leave it out; find_unused_parameters=True is supported."
             )
         super().__init__(**ddp_options)
-        self.learn_by(algorithm, layers, output, loss_reduction)
+        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile)
 
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Lightning's own; the reducer is not told of this pass's graph, as another one will be differentiated."""
@@ -200,6 +204,8 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
         layers: which calls carry states, see `Learner`.
         output: "readout", "state" or "auto", see `Learner`.
         loss_reduction: how the module's loss reduces over the batch of one rank, "mean" or "sum".
+        capture: as in `EBMStrategy`.
+        compile: as in `EBMStrategy`.
         options: those of `lightning.pytorch.strategies.ModelParallelStrategy`, but `tensor_parallel_size`: all devices
             share the data.
 
@@ -215,6 +221,8 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
         layers: Layers = None,
         output: Output = "auto",
         loss_reduction: Literal["mean", "sum"] = "mean",
+        capture: bool = True,
+        compile: bool = False,
         **options: Any,
     ) -> None:
         if options.get("tensor_parallel_size", "auto") not in ("auto", 1):
@@ -224,7 +232,7 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
                 " weights over all devices instead, fully_shard(layer, mesh=self.device_mesh['data_parallel'])."
             )
         super().__init__(**{**options, "tensor_parallel_size": 1})
-        self.learn_by(algorithm, layers, output, loss_reduction)
+        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile)
 
     def setup_environment(self) -> None:
         """Lightning's own; by default all devices share the data."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.capture import Captures
 from lightning_ebm.closure import Closure
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.layers import LayerFinder, Layers, Output
@@ -37,6 +38,9 @@ class Learner:
             loss), "auto" (a state if the network ends in an activation, else a read-out).
         loss_reduction: how the closure's loss reduces over the batch, "mean" or "sum".
         quiet: a context manager for all passes but the first, to silence what closures do besides computing.
+        capture: run the relaxation as straight-line code recorded from the first pass, see `lightning_ebm.capture`;
+            False runs the closure itself at every point, several times slower.
+        compile: send that code through `torch.compile`, which takes up to a minute once for every shape of batch.
 
     Raises:
         ConfigurationError: an argument that cannot work, or a closure that does not return a usable loss.
@@ -57,14 +61,19 @@ class Learner:
         output: Output = "auto",
         loss_reduction: Literal["mean", "sum"] = "mean",
         quiet: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        capture: bool = True,
+        compile: bool = False,
     ) -> None:
         check_options(output, loss_reduction)
         self.module = module
         self.algorithm = preset(algorithm)
         self.loss_reduction = loss_reduction
+        self.capture = capture
+        self.compile = compile
         self._quiet = quiet
         self._options: tuple[Layers, Output] = (layers, output_for(self.algorithm, output))
         self._finders: dict[int, LayerFinder] = {}
+        self._captures: dict[int, Captures] = {}
         self._finder: LayerFinder | None = None
         self._last: tuple[list[str], list[PhaseReport], Tensor] | None = None
         self._warned = False
@@ -91,6 +100,7 @@ class Learner:
             loss = closure()
         surrogate = step.surrogate(loss)
         torch.autograd.backward(surrogate)
+        step.release()
         return surrogate.detach()
 
     def gradients(self, closure: Closure) -> dict[str, Tensor]:
@@ -102,7 +112,9 @@ class Learner:
             step = self.begin(closure)
             with step.first_pass():
                 loss = closure()
-            return named_gradients(self.module, step.surrogate(loss))
+            found = named_gradients(self.module, step.surrogate(loss))
+            step.release()
+            return found
 
     def step(self, closure: Closure, optimizer: torch.optim.Optimizer) -> Tensor:
         """One whole training step: zeroes the gradients, updates the parameters; returns the loss of the forward pass.
@@ -169,9 +181,9 @@ class Learner:
         if self.algorithm.read_as != "backprop":
             finder.look(closure, snapshot)
         remember, reduction = self._remember, self.loss_reduction
-        return Step(
-            self.module, self.algorithm, finder, closure, self._quiet, remember, reduction, list(sizes), snapshot, batch
-        )
+        captures = self._captures.setdefault(key, Captures(self.compile)) if self.capture else None
+        parts = self.module, self.algorithm, finder, closure, self._quiet, remember, reduction, list(sizes)
+        return Step(*parts, snapshot, batch, captures)
 
     @property
     def written(self) -> frozenset[str] | None:

@@ -141,6 +141,11 @@ class Network:
         precisions = self._precisions(self._first)
         return self.per_sample([p * a * b for p, a, b in zip(precisions, left, right, strict=True)])
 
+    def squares(self, tensors: Sequence[Tensor]) -> Tensor:
+        """See `Landscape.squares`. Reads each tensor once where its samples lie in rows, and makes none of its size."""
+        rows = [_squares(t, layout, self.batch_size) for t, layout in zip(tensors, self._layouts, strict=True)]
+        return rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
+
     def spread(self, values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         """See `Landscape.spread`."""
         return [_to_samples(values, t, layout) for t, layout in zip(like, self._layouts, strict=True)]
@@ -357,7 +362,16 @@ def _layout(shape: torch.Size, batch_size: int) -> int | None:
 def _by_sample(tensor: Tensor, layout: int | None, batch_size: int) -> Tensor:
     if layout is None:  # belongs to all samples: each is charged its share
         return (tensor.sum() / batch_size).expand(batch_size)
+    if layout == 0 and tensor.ndim == 2 and len(tensor) == batch_size:
+        return tensor.sum(1)
     return tensor.movedim(layout, 0).reshape(batch_size, -1).sum(1)
+
+
+def _squares(tensor: Tensor, layout: int | None, batch_size: int) -> Tensor:
+    if layout == 0:
+        norm: Tensor = torch.linalg.vector_norm(tensor.reshape(batch_size, -1), dim=1)
+        return norm.square()
+    return _by_sample(tensor.abs().square(), layout, batch_size)
 
 
 def _to_samples(values: Tensor, like: Tensor, layout: int | None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.capture import CapturedNetwork, Captures
 from lightning_ebm.closure import Closure, checked_loss
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.holding import Holding
@@ -22,6 +23,7 @@ from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.relaxers.base import force_norm, total_energy
 from lightning_ebm.report import PhaseReport
 from lightning_ebm.substitution import Pass, StateOf, at_prediction, at_states, batch_size_among, substituted
+from lightning_ebm.tape import Tape
 from lightning_ebm.wiring import Plan, named_gradients, reached_parameters
 
 Remember = Callable[[list[str], list[PhaseReport], Tensor], None]
@@ -41,6 +43,7 @@ class Step:
         leading_sizes: candidates for B, see `batch_size_among`; those of what the module is called with if empty.
         snapshot: what the pass starts from, if it has begun already; None is now.
         batch: what the module is trained on, for nudges that look at it; what it is called with if None.
+        captures: the steps captured so far; None runs every pass in plain Python.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Step:
         leading_sizes: list[int],
         snapshot: Snapshot | None = None,
         batch: Any = None,
+        captures: Captures | None = None,
     ) -> None:
         self._module = module
         self._batch = batch
@@ -67,6 +71,9 @@ class Step:
         self._leading_sizes = leading_sizes
         self._plan: Plan | None = None if algorithm.read_as == "backprop" else finder.plan
         self._snapshot = snapshot or Snapshot(module, frozenset() if self._plan is None else self._plan.written)
+        self._captures = captures if captures is not None and captures.wanted(algorithm) else None
+        self._tape = Tape()
+        self._raw_loss: Tensor | None = None
         self._first: Pass | None = None
         self._free: Relaxation | None = None
         self.network: Network | None = None
@@ -89,14 +96,22 @@ class Step:
             self._settle()
             assert self._free is not None
             state_of = at_states(dict(zip(self._plan.states, self._free.point, strict=True)))
-        with self._snapshot.recording(), self._substituted(self._plan, state_of) as first:
+        with (
+            self._snapshot.recording(),
+            self._substituted(self._plan, self._tape.cutting(state_of)) as first,
+            self._taped(),
+        ):
             yield
         self._first = first
+
+    def returned(self, loss: Any) -> None:
+        """Notes the loss as the user's code returned it, where `surrogate` is given a multiple of it."""
+        self._raw_loss = loss
 
     def _settle(self) -> Network:
         """The network, relaxed to the free equilibrium of the energy."""
         assert self._plan is not None
-        self.network = self._network_from(self._run(at_prediction(frozenset(self._plan.states))))
+        self.network = self._network_from(self._first_again(self._plan))
         self._free = free_equilibrium(self.network, self._algorithm)
         return self.network
 
@@ -164,29 +179,37 @@ class Step:
         first = self._first
         if self._algorithm.energy.divergence:
             if first is None:  # the pass is not over, as under manual optimization: it is rehearsed up to here
-                first = self._run(at_prediction(frozenset(self._plan.states)))
+                first = self._first_again(self._plan)
             else:
-                first.loss = loss / scale if scale != 1.0 else loss
+                first.loss = self._unscaled(loss, scale)
             return self._network_from(first)
         if first is None or self.network is None or self._free is None:
             return self._settle()
-        first.loss = loss / scale if scale != 1.0 else loss
+        first.loss = self._unscaled(loss, scale)
         self.network.adopt(self._free.point, first)
         return self.network
+
+    def _unscaled(self, loss: Tensor, scale: float) -> Tensor:
+        if self._raw_loss is not None:
+            return self._raw_loss
+        return loss / scale if scale != 1.0 else loss
 
     def _network_from(self, first: Pass) -> Network:
         """The network of a pass at the predictions."""
         assert self._plan is not None
         if first.keys != self._plan.calls:  # the control flow took another way
             self._plan = self._finder.search(self._closure, self._snapshot)
-            first = self._run(at_prediction(frozenset(self._plan.states)))
+            first = self._first_again(self._plan)
         if self._batch is None:
             self._batch = first.arguments
         shapes = [state.shape for state in first.states]
         size = batch_size_among(self._leading_sizes or first.leading_sizes, shapes)
         loss_scale = size if self._loss_reduction == "mean" else 1
-        self.network = Network(self._algorithm.energy, self._plan, first, self._run, size, loss_scale)
-        return self.network
+        parts = self._algorithm.energy, self._plan, first, self._run, size, loss_scale
+        captures = self._captures
+        network = Network(*parts) if captures is None else CapturedNetwork(*parts, captures=captures, tape=self._tape)
+        self.network = network
+        return network
 
     def true_gradients(self) -> dict[str, Tensor]:
         """Backprop's gradient of this very step: same batch, same random draws, same buffers. No side effects."""
@@ -260,6 +283,14 @@ class Step:
                     ends = zip(moved, network.held(found).point, start, strict=True)
                     moved = [m + weight.real * (x - x0) for m, x, x0 in ends]
         return near.loss() + near.cross_derivative(moved)
+
+    def _first_again(self, plan: Plan) -> Pass:
+        self._tape = Tape()
+        with self._taped():
+            return self._run(self._tape.cutting(at_prediction(frozenset(plan.states))))
+
+    def _taped(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._captures is None else self._tape
 
     def _run(self, state_of: StateOf) -> Pass:
         assert self._plan is not None

@@ -49,6 +49,8 @@ class EnergyStrategy(Strategy):
         layers: Layers,
         output: Output,
         loss_reduction: Literal["mean", "sum"],
+        capture: bool,
+        compile: bool,
     ) -> None:
         """Keeps the settings; `connect` makes the engine of them."""
         check_options(output, loss_reduction)
@@ -56,6 +58,8 @@ class EnergyStrategy(Strategy):
         self.layers: Layers = layers
         self.output: Output = output
         self.loss_reduction: Literal["mean", "sum"] = loss_reduction
+        self.capture = capture
+        self.compile = compile
         self._learner: Learner | None = None
         self._step: Step | None = None
         self._increments: Iterator[Tensor] | None = None
@@ -76,7 +80,7 @@ class EnergyStrategy(Strategy):
         """Every setting as text, for the configuration of a run."""
         return {
             **self.algorithm.describe(),
-            **{name: str(getattr(self, name)) for name in ("layers", "output", "loss_reduction")},
+            **{name: str(getattr(self, name)) for name in ("layers", "output", "loss_reduction", "capture", "compile")},
         }
 
     def connect(self, model: LightningModule) -> None:
@@ -95,6 +99,8 @@ class EnergyStrategy(Strategy):
             output=self.output,
             loss_reduction=self.loss_reduction,
             quiet=self._quiet,
+            capture=self.capture,
+            compile=self.compile,
         )
 
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -129,7 +135,9 @@ class EnergyStrategy(Strategy):
                 return training_step(*args, **kwargs)
             self._print_layers()
             with self._step.first_pass():
-                return training_step(*args, **kwargs)
+                output = training_step(*args, **kwargs)
+            self._step.returned(_loss_of(output))
+            return output
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Relaxes, and lets Lightning run its backward on the scalar whose gradient is the update."""
@@ -296,9 +304,7 @@ class EnergyStrategy(Strategy):
 
     def _loss_again(self) -> Tensor:
         """The step once more, for its loss."""
-        output = self._run_again()
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        return loss  # type: ignore[return-value]  # checked by whoever asked
+        return _loss_of(self._run_again())  # type: ignore[no-any-return]  # checked by whoever asked
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
@@ -325,6 +331,8 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
         layers: which calls carry states, see `Learner`.
         output: "readout", "state" or "auto", see `Learner`.
         loss_reduction: how the module's loss reduces over the batch, "mean" or "sum".
+        capture: run the relaxation as recorded straight-line code, see `Learner`.
+        compile: and that through `torch.compile`, see `Learner`.
         device: where to train; None is the device that the Trainer chose.
         accelerator: Lightning's own.
         checkpoint_io: Lightning's own.
@@ -344,6 +352,8 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
         layers: Layers = None,
         output: Output = "auto",
         loss_reduction: Literal["mean", "sum"] = "mean",
+        capture: bool = True,
+        compile: bool = False,
         device: str | torch.device | None = None,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
@@ -358,7 +368,7 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
         # Lightning fills these on any strategy that has them, and otherwise leaves one for a single device on the CPU.
         self.num_nodes = 1
         self.parallel_devices: list[torch.device] | None = [self._root_device] if device is not None else None
-        self.learn_by(algorithm, layers, output, loss_reduction)
+        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile)
 
     @property
     def root_device(self) -> torch.device:
@@ -379,6 +389,10 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
         """Adds the name "ebm"."""
         strategy_registry.register(cls.strategy_name, cls, description="Energy-based learning on one device")
+
+
+def _loss_of(output: STEP_OUTPUT) -> Any:
+    return output.get("loss") if isinstance(output, Mapping) else output
 
 
 def _as_given(batch: _Arguments) -> _Arguments:

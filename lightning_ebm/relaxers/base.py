@@ -74,6 +74,9 @@ class Landscape(Protocol):
     def metric(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         """sum_l Pi_l <left_l, right_l> of each sample, ``(B,)``: the scalar product of errors."""
 
+    def squares(self, tensors: Sequence[Tensor]) -> Tensor:
+        """`per_sample` of |t|^2: ``(B,)``."""
+
     def spread(self, values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         """One number a sample ``(B,)`` shaped to multiply each tensor of the list."""
 
@@ -156,7 +159,7 @@ def checked_steps(owner: object, max_steps: int, tol: float) -> None:
 
 def force_norm(landscape: Landscape, gradients: Sequence[Tensor]) -> Tensor:
     """|dE/dx| of each sample, ``(B,)``."""
-    return landscape.per_sample([gradient.abs().square() for gradient in gradients]).sqrt()
+    return landscape.squares(gradients).sqrt()
 
 
 def total_energy(forces: Forces, strength: complex) -> Tensor:
@@ -193,31 +196,36 @@ def fixed_steps(
             adaptive optimizers, which may climb without that: a rise is said, only growing forces raise.
     """
     evaluate = landscape.forces if coordinates == "states" else landscape.error_forces
-    point, energies, norms = as_complex(start, strength), [], []
+    point, energies = as_complex(start, strength), torch.empty(0)
     recent: list[tuple[list[Tensor], list[Tensor]]] = []
+    norms: list[Tensor] = []
     for step in range(max_steps + 1):
         forces = evaluate(point, strength)
-        energies.append(total_energy(forces, strength))
-        norms.append(force_norm(landscape, forces.gradients))
+        energy = total_energy(forces, strength)
+        if step == 0:
+            first = force_norm(landscape, forces.gradients)
+            energies = energy.new_empty(max_steps + 1)  # at once: many small tensors would scatter the large ones
+        energies[step] = energy
+        if descends and step > max_steps - 4:
+            norms.append(force_norm(landscape, forces.gradients))
         recent = [*recent[-2:], (point, forces.gradients)]
         if step < max_steps:
             point = move(point, forces.gradients)
             point = landscape.feasible(point) if coordinates == "states" else point
-    first, last = norms[0], norms[-1]
-    trace = torch.stack(energies)
+    last = force_norm(landscape, forces.gradients)
     tiny = torch.finfo(first.dtype).tiny
     # Force of the whole batch, so that one sample at rest from the start does not divide by nothing.
     growth = last.norm() / first.norm().clamp_min(tiny)
     # At a negative nudge the energy may fall without bound, and only the growing force tells.
-    room = max(1e-4, 16 * landscape.rounding) * trace[0].abs()
-    rose = not isinstance(strength, complex) and strength >= 0 and bool(trace[-1] > trace[0] + room)
-    finite = bool(torch.isfinite(trace).all()) and bool(torch.isfinite(last).all())
+    room = max(1e-4, 16 * landscape.rounding) * energies[0].abs()
+    rose = not isinstance(strength, complex) and strength >= 0 and bool(energies[-1] > energies[0] + room)
+    finite = bool(torch.isfinite(energies).all()) and bool(torch.isfinite(last).all())
     moving = bool(growth > landscape.rounding**0.5)  # below, forces are rounding
     unstable = bool(descends) and moving and _unstable([float(norm.norm()) for norm in norms], recent, descends)
     if not finite or (rose and descends) or unstable or bool(growth > 10):
-        raise diverged(landscape, owner, recent[-2], recent[-1], strength, trace, float(growth))
+        raise diverged(landscape, owner, recent[-2], recent[-1], strength, energies, float(growth))
     status: Status = "max_steps" if rose else "fixed"
-    return Relaxation(point, coordinates, status, max_steps, last / first.clamp_min(tiny), energies)
+    return Relaxation(point, coordinates, status, max_steps, last / first.clamp_min(tiny), list(energies))
 
 
 def as_complex(states: Sequence[Tensor], strength: complex) -> list[Tensor]:
@@ -232,7 +240,7 @@ def _unstable(norms: list[float], recent: list[tuple[list[Tensor], list[Tensor]]
     the largest curvature: beyond 2 / lr it proves divergence. At a kink it may be met without any, so the force must
     have grown in three steps on end as well.
     """
-    if len(norms) < 5 or not norms[-1] > norms[-2] > norms[-3] > norms[-4]:
+    if len(norms) < 4 or not norms[-1] > norms[-2] > norms[-3] > norms[-4]:
         return False
     (_, a), (_, b), (_, c) = recent
     change, turned = 0.0, 0.0

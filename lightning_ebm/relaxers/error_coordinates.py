@@ -55,6 +55,6 @@ class ErrorCoordinates(Relaxer):
             return descend(landscape, "errors", errors, strength, self.lr, self.max_steps, self.tol, longest)
 
         def step(point: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-            return [error - self.lr * gradient for error, gradient in zip(point, gradients, strict=True)]
+            return [error.sub(gradient, alpha=self.lr) for error, gradient in zip(point, gradients, strict=True)]
 
         return fixed_steps(self, landscape, "errors", step, errors, strength, self.max_steps, self.lr)

@@ -1,0 +1,429 @@
+"""A record of every tensor operation of one pass, in which two passes can be compared for being the same computation.
+
+The record is taken below autograd, where each operation is a plain function of tensors and constants: so it holds
+whatever Python did to get there (a weight that depends on the epoch, a branch on a flag, a number read off the batch)
+as the constants and the sequence it led to. Two passes whose records match compute the same function of their inputs;
+nothing else about the user's code has to be known.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_ebm.substitution import StateKey, StateOf
+
+CONSTANT, PHASE, STATE, SEED = range(4)
+"""What a value depends on: batch and parameters alone; the nudge as well; the states; the scale of the update."""
+
+
+class Value:
+    """What one tensor holds at one moment: writing to the tensor makes another value. Values themselves hold no data.
+
+    Attributes:
+        node: what computed it; None for an input and for a tensor that came from outside.
+        level: what it depends on.
+        meta: what makes two tensors from outside interchangeable; None for all others.
+        read: whether an operation has used it.
+        stale: whether its memory was written to under another name.
+    """
+
+    __slots__ = ("level", "meta", "node", "read", "stale")
+
+    def __init__(self, node: "Node | None", level: int, outside: Tensor | None = None) -> None:
+        self.node = node
+        self.level = level
+        self.meta = None if outside is None else _meta(outside)
+        self.read = self.stale = False
+
+
+class Node:
+    """One operation; tensors among its arguments are values. `problem` says why it cannot be repeated elsewhere."""
+
+    __slots__ = ("args", "func", "grad", "index", "kwargs", "level", "problem", "results")
+
+    def __init__(self, func: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.func = func
+        self.index = index
+        self.args = args
+        self.kwargs = kwargs
+        self.grad = torch.is_grad_enabled()
+        self.level = CONSTANT
+        self.problem: str | None = None
+        self.results: list[Value | None] = []
+
+    def __str__(self) -> str:
+        return f"{self.func}({', '.join('tensor' if type(a) is Value else str(a) for a in self.args)})"
+
+    def values(self) -> Iterator[Value]:
+        """The values it reads."""
+        yield from _values(self.args)
+        if self.kwargs:
+            yield from _values(tuple(self.kwargs.values()))
+
+
+class Traits(NamedTuple):
+    """What a kind of operation does to tensors.
+
+    Attributes:
+        name: without namespace and overload.
+        writes: positions or names of the arguments that it writes to.
+        overwrites: whether what was there before is of no consequence.
+        views: whether its results are views of its arguments in autograd's eyes.
+        shares: whether they share memory, known to autograd or not.
+        by_shape: whether only the shape of its arguments matters.
+        random: whether it draws from a generator.
+        dynamic: whether the shape of its result depends on values.
+    """
+
+    name: str
+    writes: tuple[int | str, ...]
+    overwrites: bool
+    views: bool
+    shares: bool
+    by_shape: bool
+    random: bool
+    dynamic: bool
+
+
+BATCH_NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm"})
+"""They write to arguments 3 and 4, the running statistics, while argument 5 says training; not all schemas tell."""
+_OVERWRITING = frozenset(
+    {"bernoulli_", "uniform_", "normal_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
+    | {"fill_", "zero_", "copy_"}
+)
+_BY_SHAPE = frozenset(
+    {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"}
+    | {"new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"}
+)
+_SHARING = frozenset({"_unsafe_view", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "_reshape_copy"})
+_LIFTED = frozenset({"lift_fresh", "lift", "lift_fresh_copy"})
+
+
+_known_traits: dict[int, Traits] = {}
+
+
+def traits(func: Any) -> Traits:
+    """What a kind of operation does to tensors, from its schema."""
+    known = _known_traits.get(id(func))  # operations live as long as torch does; their own hash is slow
+    if known is None:
+        known = _known_traits[id(func)] = _traits(func)
+    return known
+
+
+def _traits(func: Any) -> Traits:
+    schema = func._schema
+    name = schema.name.split("::")[1]
+    writes = tuple(
+        argument.name if argument.kwarg_only else position
+        for position, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    return Traits(
+        name=name,
+        writes=(3, 4) if name in BATCH_NORMS else writes,
+        overwrites=name in _OVERWRITING,
+        views=views,
+        shares=views or name in _SHARING,
+        by_shape=name in _BY_SHAPE,
+        random=torch.Tag.nondeterministic_seeded in func.tags,
+        dynamic=torch.Tag.dynamic_output_shape in func.tags,
+    )
+
+
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records while it is active as a context manager; it may be entered several times.
+
+    A record that fails never disturbs the pass: `problem` says why it is of no use.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.nodes: list[Node] = []
+        self.problem: str | None = None
+        self.reads: list[str] = []
+        """Operations that turned something computed from states into a Python number."""
+        self.contents: dict[Value, Tensor] = {}
+        """What values can be read from when the pass is over."""
+        self.outside: dict[Value, Tensor] = {}
+        """The tensors that came from outside."""
+        self._known: dict[int, tuple[Callable[[], Tensor | None], Value]] = {}
+        self._sharing: dict[int, list[tuple[Value, _Place, weakref.ref[Tensor]]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        node: Node | None = None
+        if self.problem is None:
+            try:
+                node, written = self._begun(func, args, kwargs)
+            except Exception as error:
+                self.problem = f"{func}: {error}"
+        result = func(*args, **kwargs)
+        if node is not None:
+            try:
+                self._ended(node, written, result)
+            except Exception as error:
+                self.problem = f"{func}: {error}"
+        return result
+
+    def input(self, tensor: Tensor, level: int) -> Value:
+        """Makes a tensor an input of what is computed from it from now on."""
+        return self._put(tensor, Value(None, level))
+
+    def cutting(self, state_of: StateOf) -> StateOf:
+        """The same choice of states, each noted as an input."""
+
+        def cut(key: StateKey, prediction: Tensor) -> Tensor | None:
+            state = state_of(key, prediction)
+            if state is not None:
+                self.input(state, STATE)
+            return state
+
+        return cut
+
+    def value(self, tensor: Tensor) -> Value:
+        """What a tensor holds now."""
+        known = self._known.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            return known[1]
+        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            self.problem = f"a tensor of class {type(tensor).__name__}"
+        return self._from_outside(tensor)
+
+    def _begun(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Node, list[Tensor]]:
+        seen = tuple([self._seen(a) for a in args])
+        node = Node(func, len(self.nodes), seen, {name: self._seen(a) for name, a in kwargs.items()} if kwargs else {})
+        kind = traits(func)
+        values = list(node.values())
+        written: list[Tensor] = []
+        before: list[Value] = []
+        if kind.writes:
+            written = _tensors_at(kind, args, kwargs)
+            before = [self.value(tensor) for tensor in written]
+        if kind.shares:
+            for arg in (*args, *kwargs.values()):
+                if isinstance(arg, Tensor):
+                    self._share(arg, self.value(arg))
+        for value in values:
+            if value.level > node.level and not (kind.by_shape or (kind.overwrites and value in before)):
+                node.level = value.level
+            if value.stale:
+                node.problem = "reads memory that was written to through another view of it"
+        for value in before:
+            content = self.contents.pop(value, None)
+            if content is not None and value.read and value.level == CONSTANT:
+                self.contents[value] = content.clone()
+        for value in values:
+            value.read = True
+        if node.level >= STATE:
+            if kind.random and not _draws_nothing(node, kind):
+                node.problem = "draws random numbers in a way that depends on states"
+            if kind.dynamic and not (kind.name == "index" and _is_constant(node.args[1])):
+                node.problem = "has a result whose shape depends on states"
+        return node, written
+
+    def _ended(self, node: Node, written: list[Tensor], result: Any) -> None:
+        kind = traits(node.func)
+        results = result if isinstance(result, list | tuple) else (result,)
+        for part, tensor in enumerate(results):
+            if not isinstance(tensor, Tensor):
+                node.results.append(None)
+                if tensor is not None and node.level >= STATE:
+                    self.reads.append(str(node.func))
+                continue
+            if kind.name in _LIFTED:  # made of Python numbers: another one in every pass
+                node.results.append(self._from_outside(tensor))
+                continue
+            mask = kind.name == "native_dropout" and part == 1
+            value = self._put(tensor, Value(node, CONSTANT if mask else node.level))
+            node.results.append(value)
+            if not kind.views:  # those must not be held: autograd would then hand out a copy of it, unknown here
+                self.contents[value] = tensor.detach() if kind.writes else tensor
+        if kind.shares:
+            for tensor, shared in zip(results, node.results, strict=True):
+                if shared is not None:
+                    self._share(tensor, shared)
+        for tensor in written:
+            now = self.value(tensor)
+            if now.node is not node:
+                now = self._put(tensor, Value(node, node.level))
+                self.contents[now] = tensor.detach()
+                node.results.append(now)
+            self._written_under_other_names(node, tensor)
+        self.nodes.append(node)
+
+    def _share(self, tensor: Tensor, value: Value) -> None:
+        group = self._sharing.setdefault(tensor.untyped_storage().data_ptr(), [])
+        group.append((value, _place(tensor), weakref.ref(tensor)))
+
+    def _written_under_other_names(self, node: Node, tensor: Tensor) -> None:
+        group = self._sharing.get(tensor.untyped_storage().data_ptr(), [])
+        here = _place(tensor)
+        for other, place, ref in tuple(group):
+            alias = ref()
+            if alias is tensor or other.stale or _apart(place, here):
+                continue
+            other.stale = True
+            self.contents.pop(other, None)
+            if node.level == other.level == CONSTANT and alias is not None and self.value(alias) is other:
+                again = self._put(alias, Value(node, CONSTANT))
+                self.contents[again] = alias.detach()
+                node.results.append(again)
+                self._share(alias, again)
+
+    def _from_outside(self, tensor: Tensor) -> Value:
+        value = self._put(tensor, Value(None, CONSTANT, tensor))
+        self.outside[value] = tensor
+        # An alias: whoever gives a parameter other storage afterwards does not change what was read here.
+        self.contents[value] = tensor.detach()
+        return value
+
+    def _put(self, tensor: Tensor, value: Value) -> Value:
+        self._known[id(tensor)] = weakref.ref(tensor), value
+        return value
+
+    def _seen(self, arg: Any) -> Any:
+        if isinstance(arg, Tensor):
+            return self.value(arg)
+        if isinstance(arg, list | tuple):
+            return tuple([self._seen(a) for a in arg])
+        return arg
+
+
+def same_computation(
+    expected: Sequence[Value], roots: Sequence[Value], known: Mapping[Value, Value]
+) -> dict[Value, Value] | str:
+    """Compares what two records did to arrive at some values: the same operations on the same constants.
+
+    Whatever else was done (by metrics and logging, say) may differ.
+
+    Args:
+        expected: values of the earlier record.
+        roots: values of the new one, in the same order.
+        known: inputs of the earlier record, and those of the new one they correspond to.
+
+    Returns:
+        The value of the new record for each one of the earlier that led there; or what is not the same.
+    """
+    here = dict(known)
+    taken = set(known.values())
+    queue = list(zip(expected, roots, strict=True))
+
+    def same(old: Any, new: Any) -> bool:
+        if type(old) is not type(new):
+            return False
+        if type(old) is Value:
+            queue.append((old, new))
+            return True
+        if type(old) is tuple:
+            return len(old) == len(new) and all(map(same, old, new))
+        return bool(old == new) or (old != old and new != new)
+
+    while queue:
+        old, new = queue.pop()
+        if old in here:
+            if here[old] is not new:
+                return "which tensors it uses"
+            continue
+        if new in taken:
+            return "which tensors it uses"
+        one, other = old.node, new.node
+        if one is None or other is None:
+            if one is not other or old.meta is None or old.meta != new.meta:
+                return f"a tensor, {old.meta or old.node} before and {new.meta or new.node} now"
+            here[old] = new
+            taken.add(new)
+            continue
+        if one.func is not other.func or one.grad is not other.grad or one.problem != other.problem:
+            return f"an operation, {one} before and {other} now"
+        if not (same(one.args, other.args) and same(tuple(one.kwargs.items()), tuple(other.kwargs.items()))):
+            return f"a constant, {one} before and {other} now"
+        for result, again in zip(one.results, other.results, strict=True):
+            if result is not None and again is not None:
+                here[result] = again
+                taken.add(again)
+        if here.get(old) is not new:
+            return f"which result of {one} it uses"
+    return here
+
+
+def known_by(values: Iterable[Value]) -> set[Value]:
+    """Every value that these were computed from, with the other results of those operations."""
+    found: set[Value] = set()
+    queue = list(values)
+    while queue:
+        value = queue.pop()
+        if value not in found:
+            found.add(value)
+            if value.node is not None:
+                found.update(v for v in value.node.results if v is not None)
+                queue.extend(value.node.values())
+    return found
+
+
+def _meta(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+_Place = tuple[int, torch.Size, tuple[int, ...]]
+"""Where in its memory a tensor lies: offset, sizes, strides."""
+
+
+def _place(tensor: Tensor) -> _Place:
+    return int(tensor.storage_offset()), tensor.shape, tensor.stride()
+
+
+def _apart(one: _Place, other: _Place) -> bool:
+    """Whether two views surely have no element in common: boxes apart in the grid that both are cut from."""
+    (start, sizes, strides), (start_2, sizes_2, strides_2) = one, other
+    if strides != strides_2 or 0 in strides:
+        return False
+    distance, disjoint, spans = start_2 - start, False, []
+    for d in sorted(range(len(strides)), key=lambda d: -strides[d]):
+        shift, distance = divmod(distance, strides[d])
+        disjoint = disjoint or shift >= sizes[d] or shift + sizes_2[d] <= 0
+        spans.append((max(sizes[d], shift + sizes_2[d]) - min(0, shift) - 1, strides[d]))
+    reach = 0
+    for span, stride in reversed(spans):  # a grid: the smaller strides together do not reach the next larger one
+        if reach >= stride and span:
+            return False
+        reach += span * stride
+    return disjoint and distance == 0
+
+
+def _is_constant(indices: Any) -> bool:
+    return all(value.level == CONSTANT for value in _values((indices,)))
+
+
+def _draws_nothing(node: Node, kind: Traits) -> bool:
+    """Whether a kind that can draw does not, or draws what is known to be a mask of its own."""
+    if kind.name == "native_dropout":
+        return True
+    names = [argument.name for argument in node.func._schema.arguments]
+    if "dropout_p" not in names:
+        return False
+    position = names.index("dropout_p")
+    given = node.args[position] if position < len(node.args) else node.kwargs.get("dropout_p", 0.0)
+    return bool(given == 0)
+
+
+def _tensors_at(kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    if kind.name in BATCH_NORMS and not args[5]:
+        return []
+    found: list[Tensor] = []
+    for where in kind.writes:
+        arg = kwargs.get(where) if isinstance(where, str) else args[where] if where < len(args) else None
+        found.extend(t for t in (arg if isinstance(arg, list | tuple) else (arg,)) if isinstance(t, Tensor))
+    return found
+
+
+def _values(args: tuple[Any, ...]) -> Iterator[Value]:
+    for arg in args:
+        if type(arg) is Value:
+            yield arg
+        elif type(arg) is tuple:
+            yield from _values(arg)
