@@ -64,7 +64,6 @@ class Captures:
         return (
             self.refused is None
             and algorithm.read_as in ("contrast", "multipliers")
-            and energy.divergence
             and not is_bounded(energy)
             and not isinstance(algorithm.relaxer, fixed_points)
             and not isinstance(algorithm.nudge, Holomorphic)

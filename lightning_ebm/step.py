@@ -91,16 +91,13 @@ class Step:
                 yield
             return
         if self._algorithm.energy.divergence:
-            state_of = at_prediction(frozenset(self._plan.states))
-        else:
+            state_of, taped = self._tape.cutting(at_prediction(frozenset(self._plan.states))), self._taped()
+        else:  # the network, and the tape, are those of the quiet pass at the predictions
             self._settle()
             assert self._free is not None
             state_of = at_states(dict(zip(self._plan.states, self._free.point, strict=True)))
-        with (
-            self._snapshot.recording(),
-            self._substituted(self._plan, self._tape.cutting(state_of)) as first,
-            self._taped(),
-        ):
+            taped = nullcontext()
+        with self._snapshot.recording(), self._substituted(self._plan, state_of) as first, taped:
             yield
         self._first = first
 
