@@ -8,6 +8,7 @@
 
 import json
 import logging
+import sys
 import time
 import warnings
 from inspect import signature
@@ -24,6 +25,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
+from sources import DataNotFoundError
 
 import lightning_ebm as ebm
 from lightning_ebm.algorithm import Update
@@ -162,7 +164,8 @@ class ConfigToLoggers(SaveConfigCallback):
 class CLI(LightningCLI):
     """LightningCLI with the parts of an algorithm beside model, data and trainer."""
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Ours first, so that they stand at the head of a help of several hundred lines."""
         parser.add_function_arguments(algorithm_of, None, as_group=True)
         parser.add_function_arguments(states_of, None, as_group=True)
         group = parser.add_argument_group("Where results go")
@@ -173,9 +176,10 @@ class CLI(LightningCLI):
             help="Weights & Biases: a run on this disk, on the server, or none (then a CSV file).",
         )
         group.add_argument("--project", type=str, default="lightning-ebm", help="W&B project.")
-        group.add_argument("--name", type=str | None, default=None, help="Name of the run, and of its folder in runs/.")
-        group.add_argument("--monitor", type=str, default="val/accuracy", help="Figure of which best and last are told.")
+        group.add_argument("--name", type=str | None, default=None, help="name of the run, and of its folder in runs/.")
+        group.add_argument("--monitor", type=str, default="val/accuracy", help="figure of which best and last are told.")
         group.add_argument("--threads", type=int, default=1, help="CPU threads; small matrices are fastest on one.")
+        super().add_core_arguments_to_parser(parser)
         parser.set_defaults({"trainer.enable_checkpointing": False, "trainer.num_sanity_val_steps": 0})
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -213,10 +217,13 @@ def main(arguments: list[str] | None = None) -> CLI:
         save_config_callback=ConfigToLoggers,
         save_config_kwargs={"save_to_log_dir": False},
         auto_configure_optimizers=False,
-        parser_kwargs={"fit": {"default_config_files": []}},
+        parser_kwargs={"description": __doc__},
         args=arguments,
     )
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ebm.ConfigurationError, DataNotFoundError) as error:
+        sys.exit(f"error: {error}")
