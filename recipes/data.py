@@ -59,7 +59,7 @@ def _augmented(x: Tensor, padding: int = 4) -> Tensor:
     return padded[torch.arange(size).reshape(-1, 1, 1, 1), torch.arange(x.shape[1]).reshape(1, -1, 1, 1), rows, columns]
 
 
-def _whole(batch: Batch) -> Batch:
+def _whole(batch: Any) -> Any:
     return batch
 
 
@@ -105,8 +105,8 @@ class ArrayData(L.LightningDataModule):
         """Reads the arrays once."""
         if self.parts:
             return
-        split = Split(*(torch.from_numpy(np.array(part)) for part in self.load()))
-        train_x, train_y, test_x, test_y = (t.float() if t.is_floating_point() else t for t in split)
+        arrays = (torch.from_numpy(np.array(part)) for part in self.load())
+        train_x, train_y, test_x, test_y = (t.float() if t.is_floating_point() else t for t in arrays)
         train_y, test_y = train_y.long(), test_y.long()
         order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(0))
         held, kept = order[: self.validation], order[self.validation :].sort().values[: self.limit]

@@ -1,9 +1,9 @@
 """Fit any module on any data with any algorithm, from a YAML file and the command line.
 
-    python recipes/main.py fit --config recipes/configs/digits.yaml
-    python recipes/main.py fit --config recipes/configs/digits.yaml --algorithm pc-nudge --trainer.max_epochs 5
-    python recipes/main.py fit --config recipes/configs/mnist-mlp-pc.yaml --relaxer.max_steps 20 --wandb online
-    python recipes/main.py fit --config recipes/configs/digits.yaml --trainer.devices 4 --trainer.strategy ebm_ddp
+python recipes/main.py fit --config recipes/configs/digits.yaml
+python recipes/main.py fit --config recipes/configs/digits.yaml --algorithm pc-nudge --trainer.max_epochs 5
+python recipes/main.py fit --config recipes/configs/mnist-mlp-pc.yaml --relaxer.max_steps 20 --wandb online
+python recipes/main.py fit --config recipes/configs/digits.yaml --trainer.devices 4 --trainer.strategy ebm_ddp
 """
 
 import json
@@ -143,10 +143,10 @@ class Record(L.Callback):
         (folder / "result.json").write_text(json.dumps(result, indent=1))
         for logger in trainer.loggers:
             logger.log_metrics({f"{self.monitor}/best": best}, trainer.global_step)
-        unit = (lambda v: f"{v:.4f}") if "loss" in self.monitor else (lambda v: f"{100 * v:.2f} %")
+        shown = "{:.4f}" if "loss" in self.monitor else "{:.2%}"
         Console().print(
-            f"\n{self.monitor}: best {unit(best)} (epoch {result['best_epoch']}), last {unit(self.values[-1])},"
-            f" {result['minutes']} minutes; written to {folder / 'result.json'}",
+            f"\n{self.monitor}: best {shown.format(best)} (epoch {result['best_epoch']}),"
+            f" last {shown.format(self.values[-1])}, {result['minutes']} minutes; written to {folder / 'result.json'}",
             highlight=False,
             soft_wrap=True,
         )
@@ -177,7 +177,9 @@ class CLI(LightningCLI):
         )
         group.add_argument("--project", type=str, default="lightning-ebm", help="W&B project.")
         group.add_argument("--name", type=str | None, default=None, help="name of the run, and of its folder in runs/.")
-        group.add_argument("--monitor", type=str, default="val/accuracy", help="figure of which best and last are told.")
+        group.add_argument(
+            "--monitor", type=str, default="val/accuracy", help="figure of which best and last are told."
+        )
         group.add_argument("--threads", type=int, default=1, help="CPU threads; small matrices are fastest on one.")
         super().add_core_arguments_to_parser(parser)
         parser.set_defaults({"trainer.enable_checkpointing": False, "trainer.num_sanity_val_steps": 0})

@@ -1,7 +1,7 @@
 """MNIST-1D, built rather than downloaded: ten templates, padded, stretched, shifted, sheared and buried in noise.
 
-Source: Greydanus and Kobak, "Scaling down deep learning with MNIST-1D", ICML 2024 (arXiv 2011.14439). The order in which
-random numbers are drawn is that of the published generator, so that seed 42 gives the published 4000 + 1000 samples.
+Source: Greydanus and Kobak, "Scaling down deep learning with MNIST-1D", ICML 2024 (arXiv 2011.14439). Random numbers
+are drawn in the order of the published generator: seed 42 gives the published 4000 + 1000 samples, to the bit.
 """
 
 import numpy as np

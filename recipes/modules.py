@@ -4,7 +4,6 @@ import math
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,7 +47,7 @@ class Classifier(_Trained):
         net: ``(B, ...)`` to ``(B, classes)``.
         loss: "cross-entropy"; or "squared-error", 1/2 |output - one-hot label|^2, the mean over the batch.
         optimizer: of the weights.
-        schedule: of its learning rate: constant, or warm-up by a tenth for a tenth of the steps and a cosine to a tenth.
+        schedule: of its learning rate: constant, or up by a tenth for a tenth of the steps, then a cosine to a tenth.
         classes: how many.
     """
 
@@ -96,7 +95,7 @@ class Classifier(_Trained):
         self.log("test/accuracy", self.test_accuracy)
 
 
-class LanguageModel(_Trained):
+class NextToken(_Trained):
     """Predicts the next token; losses in nats a token.
 
     Args:

@@ -4,8 +4,8 @@
     python recipes/seed_paper.py --data_dir data/mnist --part curves
 
 Predictive coding on MNIST: inputs in [-1, 1], 784-128-64-10, ReLU, ReLU, linear, loss 1/2 |output - one-hot label|^2.
-Each curve stands twice: with the published settings, and with the relaxation run to convergence, as the published number of
-steps is short of equilibrium at small nudges and published float32 states are round-off at the smallest.
+Each curve stands twice: with the published settings, and with the relaxation run to convergence, as the published
+number of steps is short of equilibrium at small nudges and float32 states are round-off at the smallest.
 """
 
 import json
@@ -91,7 +91,8 @@ def curves(net: torch.nn.Module, x: Tensor, y: Tensor) -> Curves:
     target = F.one_hot(y, 10).to(x.dtype)
 
     def loss() -> Tensor:
-        return 0.5 * (net(x) - target).square().sum(1).mean()
+        value: Tensor = 0.5 * (net(x) - target).square().sum(1).mean()
+        return value
 
     true = ebm.reference.backprop(net, loss)
 
@@ -183,7 +184,7 @@ def draw(found: Curves, path: Path) -> None:
     energies = found["energies"]
     for name in ("internal", "loss"):
         a.plot(energies[name], label={"internal": "internal energy", "loss": "loss"}[name])
-    a.plot([i + l for i, l in zip(energies["internal"], energies["loss"], strict=True)], "k--", label="total")
+    a.plot([sum(pair) for pair in zip(energies["internal"], energies["loss"], strict=True)], "k--", label="total")
     a.set(title="(a) energies during inference, λ = 1", xlabel="inference step", ylabel="energy of the batch")
     nudges = found["nudges"]
     styles = {"published": ("o--", "η = .1, 50 steps, as published"), "converged": ("s-", "1000 steps, converged")}
@@ -193,15 +194,15 @@ def draw(found: Curves, path: Path) -> None:
         c.plot(nudges, error, style, ms=4, label=label)
         d.plot(moved, error, style, ms=4, label=label)
     c.axhline(found["true_norm2"], color="grey", lw=1, ls=":", label="|backprop's gradient|²")
-    b.set(title="(b) how far the states move", xlabel="nudge λ", ylabel="|x* − x̄|², per sample")
-    c.set(title="(c) how far the update is from backprop", xlabel="nudge λ", ylabel="|g/λ − g_BP|²")
-    d.set(title="(d) one against the other", xlabel="|x* − x̄|², per sample", ylabel="|g/λ − g_BP|²")
+    b.set(title="(b) how far the states move", xlabel="nudge λ", ylabel="|x* - x̄|², per sample")
+    c.set(title="(c) how far the update is from backprop", xlabel="nudge λ", ylabel="|g/λ - g_BP|²")
+    d.set(title="(d) one against the other", xlabel="|x* - x̄|², per sample", ylabel="|g/λ - g_BP|²")
     for panel in (b, c, d):
         panel.set(xscale="log", yscale="log")
     for nudge, values in found["during"].items():
         e.loglog(found["steps"], values, ".-", label=f"λ = {nudge}")
     e.axvline(50, color="grey", lw=1, ls=":", label="published number of steps")
-    e.set(title="(e) distance to backprop during inference", xlabel="inference steps, η = .1", ylabel="|g/λ − g_BP|²")
+    e.set(title="(e) distance to backprop during inference", xlabel="inference steps, η = .1", ylabel="|g/λ - g_BP|²")
     for name, run in found.get("runs", {}).items():
         epochs = range(1, len(run["loss"]) + 1)
         line = "k:" if name == "backprop" else "-"
@@ -211,7 +212,9 @@ def draw(found: Curves, path: Path) -> None:
             f.plot(steps, run["first_layer"], lw=0.7, ls=":", color=drawn.get_color(), label="  its first layer alone")
         g.plot(epochs, [100 * v for v in run["accuracy"]], line, marker=".", label=name)
         h.plot(epochs, run["loss"], line, marker=".", label=name)
-    f.set(title="(f) cosine with backprop, λ = 1e-4, float32", xlabel="training step", ylabel="cosine", ylim=(-0.05, 1.05))
+    f.set(
+        title="(f) cosine with backprop, λ = 1e-4, float32", xlabel="training step", ylabel="cosine", ylim=(-0.05, 1.05)
+    )
     g.set(title="(g) training accuracy, %", xlabel="epoch")
     h.set(title="(g) training loss", xlabel="epoch")
     for panel in axes.flat:
@@ -263,7 +266,9 @@ def main(
     (root / "curves.json").write_text(json.dumps(found, indent=1))
     draw(found, root / "seed_paper.png")
     for name in ("published", "converged"):
-        print(f"{name}: |g/λ - g_BP|² at λ = .01: {found[name]['gradient_distance'][0]:.3g}, of {found['true_norm2']:.3g}")
+        print(
+            f"{name}: |g/λ - g_BP|² at λ = .01: {found[name]['gradient_distance'][0]:.3g}, of {found['true_norm2']:.3g}"
+        )
     print(f"written to {root / 'seed_paper.png'}")
 
 

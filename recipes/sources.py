@@ -76,9 +76,9 @@ def fetch(title: str, files: Iterable[Remote], folder: Path, looked_for: str) ->
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
     """An array in MNIST's IDX format, gzipped or not."""
-    opened: Any = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    with opened as file:
-        raw = file.read()
+    raw = path.read_bytes()
+    if path.suffix == ".gz":
+        raw = gzip.decompress(raw)
     zero, kind, ndim = struct.unpack(">HBB", raw[:4])
     if zero != 0 or kind != 0x08:
         raise ValueError(f"{path}: not an IDX file of bytes; it starts with {raw[:4].hex()} instead of 000008.")
@@ -86,9 +86,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(shape)
 
 
-IDX_NAMES = tuple(
-    f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
-)
+IDX_NAMES = tuple(f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
 
 
 def find_idx(folder: Path) -> list[Path] | None:

@@ -1,10 +1,11 @@
 """Run a Weights & Biases sweep file here, one trial after another, where there is no server.
 
     python recipes/sweep.py recipes/sweeps/digits-relaxer.yaml
-    python recipes/sweep.py recipes/sweeps/digits-random.yaml --count 20
+    python recipes/sweep.py recipes/sweeps/mnist1d-random.yaml --count 20
 
-The same file on a server: ``wandb sweep FILE`` and then ``wandb agent ID``. Grid and random search, nested parameters and
-the distributions named in `draw` mean here what they mean there; Bayesian search and early termination are the server's.
+The same file on a server: ``wandb sweep FILE`` and then ``wandb agent ID``. Grid and random search, nested parameters
+and the distributions named in `draw` mean here what they mean there; Bayesian search and early termination are the
+server's.
 """
 
 import csv
@@ -26,6 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
+
+
+DISTRIBUTIONS = ("uniform", "int_uniform", "log_uniform_values", "q_uniform", "q_log_uniform_values")
 
 
 class SweepError(ValueError):
@@ -58,22 +62,15 @@ def draw(name: str, spec: dict[str, Any], generator: random.Random) -> Any:
     if kind == "normal":
         return generator.gauss(spec.get("mu", 0.0), spec.get("sigma", 1.0))
     low, high = float(spec["min"]), float(spec["max"])
-    drawn = {
-        "uniform": lambda: generator.uniform(low, high),
-        "int_uniform": lambda: generator.randint(int(low), int(high)),
-        "log_uniform_values": lambda: math.exp(generator.uniform(math.log(low), math.log(high))),
-        "q_uniform": lambda: _rounded(generator.uniform(low, high), spec.get("q", 1)),
-        "q_log_uniform_values": lambda: _rounded(
-            math.exp(generator.uniform(math.log(low), math.log(high))), spec.get("q", 1)
-        ),
-    }
-    if kind not in drawn:
-        raise SweepError(f"{name}: distribution {kind!r} is not drawn here; there are normal, {', '.join(drawn)}.")
-    return drawn[kind]()
-
-
-def _rounded(value: float, q: float) -> float:
-    return round(value / q) * q
+    if kind not in DISTRIBUTIONS:
+        raise SweepError(
+            f"{name}: distribution {kind!r} is not drawn here; there are normal, {', '.join(DISTRIBUTIONS)}."
+        )
+    if kind == "int_uniform":
+        return generator.randint(int(low), int(high))
+    logarithmic = "log" in kind
+    drawn = math.exp(generator.uniform(math.log(low), math.log(high))) if logarithmic else generator.uniform(low, high)
+    return round(drawn / spec.get("q", 1)) * spec.get("q", 1) if kind.startswith("q_") else drawn
 
 
 def trials(sweep: dict[str, Any], count: int | None, seed: int) -> Iterator[dict[str, Any]]:
