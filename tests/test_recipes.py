@@ -18,8 +18,7 @@ import yaml
 
 import lightning_ebm as ebm
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-sys.path.insert(0, str(RECIPES))
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import data
 import main
 import mnist_1d
@@ -28,6 +27,7 @@ import nets
 import sources
 import sweep
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 pytestmark = pytest.mark.filterwarnings("ignore")
 DIGITS = str(RECIPES / "configs" / "digits.yaml")
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
