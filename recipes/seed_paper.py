@@ -214,7 +214,11 @@ def draw(found: Curves, path: Path) -> None:
                 f.semilogy(steps, [max(1 - v, 6e-8) for v in values], style, lw=0.8, color=color, label=name + which)
         g.plot(epochs, [100 * v for v in run["accuracy"]], line, marker=".", label=name)
         h.plot(epochs, run["loss"], line, marker=".", label=name)
-    f.set(title="(f) 1 - cosine with backprop, λ = 1e-4, float32", xlabel="training step", ylabel="1 - cosine, at least float32's 6e-8")
+    f.set(
+        title="(f) 1 - cosine with backprop, λ = 1e-4, float32",
+        xlabel="training step",
+        ylabel="1 - cosine, at least float32's 6e-8",
+    )
     g.set(title="(g) training accuracy, %", xlabel="epoch")
     h.set(title="(g) training loss", xlabel="epoch")
     for panel in axes.flat:
