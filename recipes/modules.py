@@ -87,7 +87,7 @@ class Classifier(_Trained):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         output = self(batch[0])
         self.val_accuracy(output, batch[1])
-        self.log("val/loss", self._loss(output, batch[1]))
+        self.log("val/loss", self._loss(output, batch[1]), sync_dist=True)
         self.log("val/accuracy", self.val_accuracy, prog_bar=True)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -123,4 +123,6 @@ class NextToken(_Trained):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.log("val/loss", F.cross_entropy(self(batch[0]).flatten(0, 1), batch[1].flatten()), prog_bar=True)
+        self.log(
+            "val/loss", F.cross_entropy(self(batch[0]).flatten(0, 1), batch[1].flatten()), prog_bar=True, sync_dist=True
+        )
