@@ -1,0 +1,58 @@
+"""The documentation runs: every Python block of a page, in order, in one namespace; every file it names exists."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lightning_ebm as ebm
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}[^\n]*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+def test_every_python_block_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, object] = {"__name__": "docs"}
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), space)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_recipe_that_a_page_names_exists(page):
+    for name in re.findall(r"recipes/[\w/.-]+\.(?:py|yaml)", page.read_text()):
+        assert (ROOT / name).exists(), name
+
+
+def test_every_preset_that_the_decision_page_names_exists():
+    text = (ROOT / "docs" / "choose.md").read_text()
+    named = set(re.findall(r'`"([a-z-]+)"`', text)) | set(re.findall(r'ebm\.algorithm\("([a-z-]+)"', text))
+    assert named
+    assert named <= set(ebm.algorithms())
+
+
+def test_every_page_is_in_the_navigation():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    assert {next(iter(entry.values())) for entry in nav} == {page.name for page in PAGES}
+
+
+def test_the_site_builds_strictly_and_documents_every_public_name(tmp_path):
+    """A broken link, a missing page or an unknown name in the reference fails the build."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "NO_MKDOCS_2_WARNING": "true"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "site" / "api" / "index.html").read_text()
+    documented = {path.rsplit(".", 1)[1] for path in re.findall(r'id="(lightning_ebm\.[\w.]+)"', reference)}
+    modules = {"metrics", "reference", "testing"}
+    assert set(ebm.__all__) - modules <= documented
