@@ -79,6 +79,8 @@ class Step:
         self.network: Network | None = None
         self.phases: list[tuple[complex, complex, Relaxation]] = []
         """Strength, weight and end of each phase of the last relaxation."""
+        self.displaced: tuple[list[Tensor], list[Tensor]] | None = None
+        """The free state and the displacement from it, where the update is read from those."""
 
     @contextmanager
     def first_pass(self) -> Iterator[None]:
@@ -279,6 +281,7 @@ class Step:
                 if strength:
                     ends = zip(moved, network.held(found).point, start, strict=True)
                     moved = [m + weight.real * (x - x0) for m, x, x0 in ends]
+        self.displaced = list(start), moved
         return near.loss() + near.cross_derivative(moved)
 
     def _first_again(self, plan: Plan) -> Pass:

@@ -57,7 +57,7 @@ class Watched(ebm.Relaxer):
             def __getattr__(self, name: str) -> Any:
                 return getattr(landscape, name)
 
-            def forces(self, states: Sequence[Tensor], strength: float) -> Any:
+            def forces(self, states: Sequence[Tensor], strength: complex) -> Any:
                 found = landscape.forces(states, strength)
                 relaxer.internal.append(float(found.internal.sum()))
                 relaxer.loss.append(float(found.loss))

@@ -56,6 +56,8 @@ ALGORITHMS = {
     "pc-nudge": "pc-nudge",
     "zero-divergence": "zero-divergence",
     "contrastive": contrastive(),
+    "equilibrium-propagation": ebm.algorithm("equilibrium-propagation", relaxer=ebm.FixedPoint(200, tol=1e-6)),
+    "holomorphic-ep": ebm.algorithm("holomorphic-ep", relaxer=ebm.FixedPoint(200, tol=1e-6)),
 }
 # To the end, as where a relaxation stops within its tolerance depends a little on the other samples of the batch.
 CONVERGED = ebm.algorithm("predictive-coding", relaxer=ebm.ErrorCoordinates(max_steps=400, tol=1e-6))

@@ -49,3 +49,54 @@ def test_backprop_is_not_local():
     net = make()
     with pytest.raises(AssertionError, match=r"2\.weight.*drive of '1'"):
         ebm.testing.check_locality(net, lambda: F.cross_entropy(net(X), Y), "backprop")
+
+
+@pytest.mark.parametrize("name", [name for name in ebm.algorithms() if name != "backprop"])
+def test_what_is_offered_to_users_proves_every_preset(name):
+    figures = ebm.testing.check_algorithm(name)
+    exact = {"zero-divergence", "fixed-prediction", "infinitesimal", "recurrent-backprop"}
+    assert figures["relative_error"] < 1e-5 if name in exact else figures["cosine"] > 0.5
+
+
+class Doubled(ebm.Nudge):
+    """Forgets a half: every update is twice what it should be."""
+
+    def phases(self):
+        return ebm.Phase(0.1, 10.0), ebm.Phase(-0.1, -10.0)
+
+
+class Coupling(ebm.PredictiveCoding):
+    """Samples that see each other through their mean."""
+
+    def layer_energy(self, state, layer):
+        return super().layer_energy(state, layer) + 0.5 * (state.mean(0) - layer.prediction.mean(0)).square()
+
+
+class NoDivergence(ebm.PredictiveCoding):
+    """Says that its free equilibrium is the forward pass, where it has a force."""
+
+    def layer_energy(self, state, layer):
+        return super().layer_energy(state, layer) + 0.1 * state.square()
+
+
+class Uphill(ebm.Nudge):
+    """A table whose signs are swapped."""
+
+    def phases(self):
+        return ebm.Phase(0.1, -10.0), ebm.Phase(0.0, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        (ebm.algorithm("pc-nudge", nudge=Doubled()), "sum"),
+        (ebm.algorithm("pc-nudge", nudge=Uphill()), "sum"),
+        (ebm.Algorithm(Coupling(), ebm.OneSided(1.0), ebm.GradientDescent(0.1, 20)), "samples"),
+        (ebm.Algorithm(NoDivergence(), ebm.OneSided(1.0), ebm.GradientDescent(0.1, 20)), "divergence"),
+        ("backprop", "not present at its own layer"),
+    ],
+    ids=["twice", "uphill", "coupled samples", "no divergence", "not local"],
+)
+def test_what_is_offered_to_users_catches_what_is_wrong(algorithm, message):
+    with pytest.raises(AssertionError, match=message):
+        ebm.testing.check_algorithm(algorithm)
