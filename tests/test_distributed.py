@@ -14,13 +14,16 @@ import torch
 
 import lightning_ebm as ebm
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(450)]
 HERE = Path(__file__).parent
 UNEVEN = "fit/uneven/converged"
-FITS = [f"fit/{flags}/{name}" for flags, name in itertools.product(ranks.FLAGS, ranks.ALGORITHMS) if flags != "uneven"]
+EVERYWHERE = ("predictive-coding", "equilibrium-propagation", "holomorphic-ep")
+FITS = [f"fit/{flags}/{name}" for flags, name in itertools.product(ranks.FLAGS, EVERYWHERE) if flags != "uneven"]
+FITS += [f"fit/plain/{name}" for name in ranks.ALGORITHMS if name not in EVERYWHERE]
 FITS.append(UNEVEN)
 TWO = [*FITS, "collectives", "equals_stock", "alignment", "overflow", "errors"]
-FOUR = [f"fit/{flags}/{name}" for flags in ("plain", "accumulation", "unused") for name in ranks.ALGORITHMS]
+FOUR = [f"fit/{flags}/{name}" for flags, name in itertools.product(("plain", "accumulation"), EVERYWHERE)]
+FOUR += ["fit/unused/predictive-coding"]
 FOUR += [UNEVEN, "fit/sharded/predictive-coding", "errors"]
 
 
@@ -38,7 +41,7 @@ def launch(world, out, cases, accelerator="cpu"):
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world)),
         *("--master_port", str(free_port()), str(HERE / "ranks.py"), str(out), *cases),
     ]
-    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-5000:]
     names = {case: case.replace("/", ".") for case in cases}
     left = {case: [torch.load(out / f"{name}.{rank}.pt") for rank in range(world)] for case, name in names.items()}
