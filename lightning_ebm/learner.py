@@ -16,7 +16,7 @@ from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.purity import Snapshot
 from lightning_ebm.reference import named_gradients
 from lightning_ebm.report import PhaseReport, Report, report_of
-from lightning_ebm.step import Step
+from lightning_ebm.step import Observer, Step
 from lightning_ebm.wiring import Plan
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,8 @@ class Learner:
         self._finder: LayerFinder | None = None
         self._last: tuple[list[str], list[PhaseReport], Tensor] | None = None
         self._warned = False
+        self.observer: Observer | None = None
+        """Told of the network of every step before it relaxes, see `Step.observer`; None costs nothing."""
 
     @property
     def report(self) -> Report:
@@ -120,9 +122,11 @@ class Learner:
         if self.algorithm.read_as != "backprop":
             finder.look(closure, snapshot)
         remember, reduction = self._remember, self.loss_reduction
-        return Step(
+        step = Step(
             self.module, self.algorithm, finder, closure, self._quiet, remember, reduction, list(sizes), snapshot
         )
+        step.observer = self.observer
+        return step
 
     @property
     def written(self) -> frozenset[str] | None:

@@ -111,6 +111,13 @@ class Network:
         seen = self._run(at_states(dict(zip(self._plan.states, states, strict=True))))
         return self._energy_of(seen, held.point if held.coordinates == "arrival" else None, strength)
 
+    def errors_at(self, found: Relaxation) -> list[Tensor]:
+        """x_l - mu_l at the end of a phase, one tensor a layer."""
+        if found.coordinates != "states":
+            return [error.detach() for error in found.point]
+        layers = self._at_states(found.point).layers
+        return [(x - call.prediction).detach() for x, call in zip(found.point, layers, strict=True)]
+
     def _energy_of(self, seen: Pass, errors: Sequence[Tensor] | None, strength: float) -> Tensor:
         with torch.enable_grad():
             if errors is None:

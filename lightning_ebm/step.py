@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_ebm import reference as true
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure, checked_loss
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
@@ -20,6 +21,8 @@ from lightning_ebm.substitution import Pass, StateOf, at_prediction, batch_size_
 from lightning_ebm.wiring import Plan, reached_parameters
 
 Remember = Callable[[list[str], list[PhaseReport], Tensor], None]
+Observer = Callable[[Network], Network]
+Reference = Literal["backprop", "equilibrium"]
 
 
 class Step:
@@ -63,6 +66,8 @@ class Step:
         self.network: Network | None = None
         self.phases: list[tuple[float, float, Relaxation]] = []
         """Strength, weight and end of each phase of the last relaxation."""
+        self.observer: Observer | None = None
+        """Put in the network's place before anything relaxes on it, to watch."""
 
     @contextmanager
     def first_pass(self) -> Iterator[None]:
@@ -108,17 +113,52 @@ class Step:
         size = batch_size_among(self._leading_sizes or first.leading_sizes, shapes)
         loss_scale = size if self._loss_reduction == "mean" else 1
         network = Network(self._algorithm.energy, self._plan, first, self._run, size, loss_scale)
+        if self.observer is not None:
+            network = self.observer(network)
         self.network = network
         update = self._relaxed(network, first.loss.detach()) * (scale / loss_scale)
         self._check_coverage(update)
         # The value is the loss, for hooks and loggers that look at it; the gradient is the update's.
         return loss.detach() + (update - update.detach())
 
-    def true_gradients(self) -> dict[str, Tensor]:
-        """Backprop's gradient of this very step: same batch, same random draws, same buffers. No side effects."""
+    def true_gradients(self, reference: Reference = "backprop") -> dict[str, Tensor]:
+        """The true gradient of this very step: same batch, same random draws, same buffers. No side effects.
+
+        Args:
+            reference: "backprop", of the feed-forward network; "equilibrium", of the loss at the free equilibrium. For
+                a divergence energy that equilibrium is the forward pass, and the two are one.
+        """
         written = None if self._plan is None else self._plan.written
         with self._snapshot.replaying(written), self._quiet(), torch.enable_grad():
+            if reference == "equilibrium" and self._plan is not None and not self._algorithm.energy.divergence:
+                return _at_equilibrium()(self._module, self._closure, self._algorithm)
             return named_gradients(self._module, checked_loss(self._closure()))
+
+    def again(self, algorithm: Algorithm, observer: Observer | None = None) -> tuple[dict[str, Tensor], "Step"]:
+        """What another algorithm would make of this very step: its update, and the step, not yet released.
+
+        Same batch, same random draws, same buffers, same layers; no side effects, and no report.
+
+        Raises:
+            ConfigurationError: this step, or the other, is the control, which has no layers to relax.
+        """
+        if self._plan is None or algorithm.read_as == "backprop":
+            raise ConfigurationError(
+                'The algorithm "backprop" relaxes nothing, so there is no other way to take this step.'
+            )
+        other = Step(
+            self._module, algorithm, self._finder, self._closure, self._quiet, _forget, self._loss_reduction,
+            self._leading_sizes, self._snapshot,
+        )  # fmt: skip
+        other._plan = self._plan
+        other.observer = observer
+        other._first = other._run(at_prediction(frozenset(self._plan.states)))
+        return named_gradients(self._module, other.surrogate(other._first.loss)), other
+
+    @property
+    def plan(self) -> Plan | None:
+        """The layers of this step; None for the control."""
+        return self._plan
 
     def release(self) -> None:
         """Lets go of the graphs; `true_gradients` still works."""
@@ -186,3 +226,18 @@ class Step:
                 " layers=[...], or set requires_grad=False on what is meant to stay."
             )
         self._finder.covered = plan
+
+
+def _at_equilibrium() -> Callable[[nn.Module, Closure, Algorithm], dict[str, Tensor]]:
+    found: Callable[[nn.Module, Closure, Algorithm], dict[str, Tensor]] | None = getattr(true, "equilibrium", None)
+    if found is None:
+        raise ConfigurationError(
+            'reference="equilibrium": this version cannot differentiate the free equilibrium of an energy whose'
+            ' equilibrium is not the forward pass. Use reference="backprop", and read the figures as the distance to'
+            " the feed-forward network's gradient."
+        )
+    return found
+
+
+def _forget(names: list[str], phases: list[PhaseReport], loss: Tensor) -> None:
+    """A step of which no report is kept."""
