@@ -1,8 +1,8 @@
 """Energy-based learning for PyTorch Lightning: relax the states of a network, read a local update off its energy."""
 
-from lightning_ebm import metrics, reference, testing
+from lightning_ebm import metrics, reference, regime, testing
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.callbacks import GradientAlignment
+from lightning_ebm.callbacks import GradientAlignment, RelaxationMonitor
 from lightning_ebm.energies import Energy, LayerView, PredictiveCoding
 from lightning_ebm.errors import (
     ConfigurationError,
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Algorithm", "Centered", "ConfigurationError", "EBMError", "EBMStrategy", "Energy", "ErrorCoordinates",
     "GradientAlignment", "GradientDescent", "LayerDiscoveryError", "LayerView", "Learner", "Nudge", "OneSided",
-    "Phase", "PredictiveCoding", "Relaxation", "RelaxationDivergedError", "Relaxer", "StateOptimizer", "Summary",
-    "Sweep", "UnsupportedModuleError", "algorithm", "algorithms", "metrics", "reference", "summary", "testing",
+    "Phase", "PredictiveCoding", "Relaxation", "RelaxationDivergedError", "RelaxationMonitor", "Relaxer",
+    "StateOptimizer", "Summary", "Sweep", "UnsupportedModuleError", "algorithm", "algorithms", "metrics", "reference",
+    "regime", "summary", "testing",
 ]  # fmt: skip

@@ -133,3 +133,14 @@ class Alignment(Metric):
             if row[5] > 0:
                 found |= {f"{key}/{name.replace('.', '/')}": value for key, value in read(row).items()}
         return found
+
+    def dead(self) -> dict[str, str]:
+        """Parameters without a direction, and whose zero it is: "update", "reference" or "both".
+
+        Their cosine, ratio and error are conventions (see `alignment`), and nothing was measured there.
+        """
+        words = {(True, False): "update", (False, True): "reference", (True, True): "both"}
+        rows = self.total.detach().cpu() if "total" in self._defaults else torch.zeros(0, 6)
+        states = [(float(row[1]) == 0, float(row[2]) == 0) for row in rows]
+        named = zip(self.names, rows, states, strict=True)
+        return {name: words[state] for name, row, state in named if row[5] > 0 and state in words}

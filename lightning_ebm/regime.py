@@ -6,9 +6,9 @@ same rule, the same name, two different updates: this file says which of them a 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from lightning_ebm.layers import Layers, Output
 from lightning_ebm.learner import Learner
 from lightning_ebm.metrics import moments, read
 from lightning_ebm.purity import Snapshot
-from lightning_ebm.relaxers import ErrorCoordinates, GradientDescent, Relaxation, Relaxer
+from lightning_ebm.relaxers import GradientDescent, Landscape, Relaxation, Relaxer
+from lightning_ebm.relaxers.descent import descend
 from lightning_ebm.step import Step
 
 Reach = Literal["signal", "rounding", "none", "read-out"]
@@ -35,7 +36,7 @@ class LayerRegime:
     the layer's drive as one vector.
 
     Attributes:
-        name: of the state; "(loss)" for what lies between the last states and the loss.
+        name: of the state; "readout" for what lies between the last states and the loss.
         parameters: names of those in its drive.
         cosine_stop: of g and b.
         cosine_equilibrium: of g* and b.
@@ -79,14 +80,12 @@ class Regime:
         layers: one a layer, from the input up, the read-out last.
         steps: taken before stopping.
         settled: whether the relaxation that stands for equilibrium converged (or stalled at kinks).
-        residual: largest force left at that equilibrium, over the one at the start.
     """
 
     relaxed: float
     layers: tuple[LayerRegime, ...]
     steps: int
     settled: bool
-    residual: float
 
     @property
     def way(self) -> float:
@@ -154,7 +153,7 @@ def of(
         layers: as in `Learner`.
         output: as in `Learner`.
         loss_reduction: as in `Learner`.
-        equilibrium: what finds the equilibrium to compare with; None is a long relaxation by tolerance.
+        equilibrium: what finds the equilibrium to compare with; None goes on from where the algorithm stopped.
 
     Raises:
         ConfigurationError: the control, "backprop", which relaxes nothing.
@@ -181,10 +180,11 @@ def of_step(step: Step, algorithm: Algorithm, equilibrium: Relaxer | None = None
         )
     true = step.true_gradients()
     stopped, at_stop = step.again(algorithm)
-    settled, at_equilibrium = step.again(_relaxed_further(algorithm, equilibrium))
     assert at_stop.network is not None
+    ends = {strength: at_stop.network.errors_at(end) for strength, _, end in at_stop.phases if end.coordinates != "arrival"}
+    settled, at_equilibrium = step.again(_relaxed_further(algorithm, equilibrium, ends))
     assert at_equilibrium.network is not None
-    (_, _, found), (_, _, long) = _nudged(at_stop), _nudged(at_equilibrium)
+    found, long = _nudged(at_stop), _nudged(at_equilibrium)
     errors, errors_long = at_stop.network.errors_at(found), at_equilibrium.network.errors_at(long)
     layers = []
     for k, row in enumerate(plan.rows):
@@ -192,36 +192,57 @@ def of_step(step: Step, algorithm: Algorithm, equilibrium: Relaxer | None = None
         ratio = _ratio(errors[k], errors_long[k])
         layers.append(_layer(str(row.key), row.parameters, stopped, settled, true, ratio, reach))
     if plan.loss_parameters:
-        layers.append(_layer("(loss)", plan.loss_parameters, stopped, settled, true, math.nan, "read-out"))
+        layers.append(_layer("readout", plan.loss_parameters, stopped, settled, true, math.nan, "read-out"))
     regime = Regime(
         relaxed=_relaxed(found, long),
         layers=tuple(layers),
         steps=found.steps,
         settled=long.status in ("converged", "stalled"),
-        residual=float(long.residual.max()),
     )
     at_stop.release()
     at_equilibrium.release()
     return regime
 
 
-def _relaxed_further(algorithm: Algorithm, equilibrium: Relaxer | None) -> Algorithm:
+class Onward(Relaxer):
+    """Descent on the errors from where another relaxation stopped, until nothing moves.
+
+    From there and not from the start: at kinks and far from linear there are several equilibria, and the one to compare
+    with is the one that the relaxation was on its way to. The energy never rises, so no relaxed fraction exceeds 1.
+
+    Args:
+        ends: errors at the end of the phase of each strength; phases without start from zero.
+    """
+
+    needs_error_coordinates: ClassVar[bool] = True
+
+    def __init__(self, ends: Mapping[float, list[Tensor]]) -> None:
+        self.ends = ends
+
+    def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
+        errors = self.ends.get(strength, list(landscape.no_errors))
+        return descend(landscape, "errors", errors, strength, lr=0.1, max_steps=1000, tol=1e-4, longest=1.0)
+
+
+def _relaxed_further(
+    algorithm: Algorithm, equilibrium: Relaxer | None, ends: Mapping[float, list[Tensor]]
+) -> Algorithm:
     """The same energy and nudge, relaxed until nothing moves."""
     if equilibrium is None:
         quadratic = isinstance(algorithm.energy, QuadraticEnergy)
-        equilibrium = ErrorCoordinates(1000, tol=1e-5) if quadratic else GradientDescent(0.1, 5000, tol=1e-4)
+        equilibrium = Onward(ends) if quadratic else GradientDescent(0.1, 5000, tol=1e-4)
     initial = algorithm.initial_state
     return Algorithm(algorithm.energy, algorithm.nudge, equilibrium, algorithm.free_relaxer, initial_state=initial)
 
 
-def _nudged(step: Step) -> tuple[float, float, Relaxation]:
-    return next(phase for phase in step.phases if phase[0])
+def _nudged(step: Step) -> Relaxation:
+    return next(end for strength, _, end in step.phases if strength)
 
 
 def _relaxed(stopped: Relaxation, settled: Relaxation) -> float:
     if stopped.coordinates == "arrival":
         return math.nan  # it moved no state from the free point to a lower energy; it read a displacement
-    start, end, lowest = (float(e) for e in (settled.energies[0], stopped.energies[-1], settled.energies[-1]))
+    start, end, lowest = (float(e) for e in (stopped.energies[0], stopped.energies[-1], settled.energies[-1]))
     return (start - end) / (start - lowest) if start != lowest else math.nan
 
 

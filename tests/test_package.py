@@ -40,10 +40,13 @@ ORDER = [
     {"errors"},
     {"energies", "nudges"},
     {"relaxers"},
-    {"closure", "plain_state", "purity", "substitution", "wiring", "layers", "network"},
-    {"algorithm", "presets", "reference", "report", "step", "learner", "metrics", "summary", "testing"},
+    {"closure", "plain_state", "purity", "substitution", "wiring", "layers", "network", "recording"},
+    {"algorithm", "presets", "reference", "report", "step", "learner", "metrics", "summary", "testing", "regime"},
+    {"advice", "runs"},
+    {"plots", "html_report"},
     {"manual", "strategy"},
     {"callbacks"},
+    {"__main__"},
 ]
 
 

@@ -1,59 +1,110 @@
-"""How far each parameter's update is from the true gradient, while it trains."""
+"""How far each layer's update is from the true gradient, while it trains."""
 
+import logging
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
+from lightning_ebm import advice
+from lightning_ebm.callbacks import loggers
+from lightning_ebm.callbacks.run_file import RunFile
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.metrics import NAMES, Alignment
+from lightning_ebm.metrics import NAMES, Alignment, read
+from lightning_ebm.step import Reference
 from lightning_ebm.strategy import EBMStrategy
 from lightning_ebm.substitution import clean
 
+log = logging.getLogger(__name__)
+
 
 class GradientAlignment(Callback):
-    """Compares the update of a micro-batch with backprop's gradient on the same micro-batch, and logs five figures.
+    """Compares the update of a micro-batch with the true gradient on the same micro-batch, and logs five figures.
 
     The comparison is made where the update has just been added to ``.grad``: before accumulation over micro-batches,
-    clipping and unscaling change it. One extra forward and backward pass each time.
+    clipping and unscaling change it. With several devices both sides are the average over the devices, so that the
+    figures are those of one device with the joined batch. One extra forward and backward pass each time for "backprop".
 
     **Logged metrics** (through `LightningModule.log`, to any logger; `alignment/cosine` in the progress bar):
 
     - ``alignment/cosine``, ``alignment/angle_deg``, ``alignment/norm_ratio``, ``alignment/relative_error``,
       ``alignment/sign_agreement`` over all parameters, see `lightning_ebm.metrics.alignment`;
-    - the same per parameter, ``alignment/cosine/<name with dots as slashes>``.
+    - the same per parameter, ``alignment/cosine/<name with dots as slashes>``, and per layer (all parameters of its
+      drive as one vector), ``alignment/cosine/layer/<name>``;
+    - ``alignment/dead``, how many parameters have an update of exactly zero, or a true gradient of exactly zero: they
+      have no direction, and their figures are conventions.
 
-    With `WandbLogger` the minimum, maximum, mean and last value of each stand in the run's summary, and the algorithm
-    in its config under "ebm".
+    With both references, those of the second are logged under ``alignment_equilibrium/``.
+
+    With `WandbLogger` the minimum, maximum, mean and last value of each stand in the run's summary, the algorithm in
+    its config under "ebm", every comparison in the table ``alignment/table``, and the layer x step heatmap is logged
+    when the fit ends (to TensorBoard and MLflow too, if matplotlib is installed).
 
     Args:
-        every_n_steps: compare at the first optimizer step, and whenever this many more are complete.
-        reference: which gradient is called true; "backprop", of the feed-forward network.
+        every_n_steps: compare at the first optimizer step, and whenever this many more are complete; None: only at
+            `epochs`.
+        reference: which gradient is called true: "backprop", of the feed-forward network; "equilibrium", of the loss at
+            the free equilibrium (the same for energies whose free equilibrium is the forward pass); or both.
+        epochs: compare at every step of these epochs, too.
+        warn_below: cosine below which, for `patience` comparisons, a remedy is logged once; None never does.
+        patience: how many comparisons in a row.
 
     Attributes:
-        run: `Alignment` over every comparison of the fit so far.
+        run: `Alignment` over every comparison of the fit so far, with the first reference.
+        history: ``[(global step, {layer: cosine, or None where it is dead})]``.
+        cost: fraction of the fit's wall time spent here.
 
     Raises:
         ConfigurationError: the Trainer's strategy is not one of this library, so there is nothing to compare.
     """
 
-    def __init__(self, every_n_steps: int = 50, reference: Literal["backprop"] = "backprop") -> None:
-        if not isinstance(every_n_steps, int) or every_n_steps < 1:
+    def __init__(
+        self,
+        every_n_steps: int | None = 50,
+        reference: Reference | Sequence[Reference] = "backprop",
+        *,
+        epochs: Sequence[int] = (),
+        warn_below: float | None = 0.5,
+        patience: int = 10,
+    ) -> None:
+        if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
             raise ConfigurationError(f"GradientAlignment(every_n_steps={every_n_steps!r}): expected at least 1.")
-        if reference != "backprop":
-            raise ConfigurationError(f'GradientAlignment(reference={reference!r}): expected "backprop".')
+        references = (reference,) if isinstance(reference, str) else tuple(reference)
+        if not references or len(set(references)) < len(references) or set(references) - set(_PREFIXES):
+            raise ConfigurationError(
+                f'GradientAlignment(reference={reference!r}): expected "backprop", "equilibrium", or both in a list.'
+            )
+        if every_n_steps is None and not epochs:
+            raise ConfigurationError("GradientAlignment(every_n_steps=None) compares only at epochs=[...]: name some.")
         self.every_n_steps = every_n_steps
         self.reference = reference
-        self.run = Alignment()
-        self._step = Alignment()
+        self.epochs = frozenset(epochs)
+        self.warn_below = warn_below
+        self.patience = patience
+        self.history: list[tuple[int, dict[str, float | None]]] = []
+        self.cost = 0.0
+        self._references: tuple[Reference, ...] = references  # type: ignore[assignment]  # checked above
+        self._totals = [Alignment() for _ in references]
+        self._steps = [Alignment() for _ in references]
+        self._restored: list[dict[str, Any]] | None = None
         self._seen_step = -1
         self._before: dict[str, Tensor | None] | None = None
+        self._low = 0
+        self._warned = False
+        self._table = loggers.WandbTable("alignment/table", ["step", "layer", *NAMES, "dead"])
+        self._file = RunFile()
+        self._started = self._spent = 0.0
+
+    @property
+    def run(self) -> Alignment:
+        return self._totals[0]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a strategy that has no update of its own."""
-        if stage == "fit" and not isinstance(trainer.strategy, EBMStrategy):
+        if stage == "fit" and not hasattr(trainer.strategy, "true_gradients"):
             raise ConfigurationError(
                 f"GradientAlignment compares energy-based updates with backprop, and {type(trainer.strategy).__name__}"
                 " has only the latter. Use Trainer(strategy=ebm.EBMStrategy(...)); for a control run that stays"
@@ -63,52 +114,232 @@ class GradientAlignment(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the metrics; tells loggers of the algorithm."""
         names = [clean(name) for name, _ in pl_module.named_parameters()]
-        self.run, self._step = (Alignment(names).to(pl_module.device) for _ in range(2))
+        device = pl_module.device
+        # Every device holds the same sums already, see _compare: nothing to synchronise when they are read.
+        self._totals, self._steps = (
+            [Alignment(names, sync_on_compute=False).to(device) for _ in self._references] for _ in range(2)
+        )
+        if self._restored is not None:
+            for metric, held in zip(self._totals, self._restored, strict=True):
+                if list(held["names"]) == names:
+                    metric.total = held["total"].to(metric.total)
+            self._restored = None
         self._seen_step = -1
-        strategy = trainer.strategy
-        assert isinstance(strategy, EBMStrategy)
-        for logger in trainer.loggers:
-            logger.log_hyperparams({"ebm": strategy.describe()})
-            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-                for key in (f"alignment/{figure}{suffix}" for figure in NAMES for suffix in ("", *_suffixes(names))):
-                    logger.experiment.define_metric(key, step_metric="trainer/global_step", summary="min,max,mean,last")
+        self._started, self._spent = time.perf_counter(), 0.0
+        loggers.tell_settings(trainer, _strategy(trainer).describe())
+        self._file.open(trainer)
+        self._file.add({"settings": _strategy(trainer).describe()})
+        figures = [f"{figure}{suffix}" for figure in NAMES for suffix in ("", *_suffixes(names))]
+        for prefix in self._prefixes:
+            loggers.define(trainer, [f"{prefix}/{name}" for name in (*figures, "dead")], summary=_SUMMARY)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keeps what earlier micro-batches have accumulated."""
-        step = trainer.global_step
-        due = step == 0 or (step + 1) % self.every_n_steps == 0
         self._before = None
-        if due:
+        if self._due(trainer):
+            start = time.perf_counter()
             self._before = {
                 clean(name): None if p.grad is None else p.grad.clone() for name, p in pl_module.named_parameters()
             }
+            self._spent += time.perf_counter() - start
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compares what this micro-batch added with the true gradient of this micro-batch."""
         if (before := self._before) is None:
             return
+        start = time.perf_counter()
         self._before = None
-        strategy = trainer.strategy
-        assert isinstance(strategy, EBMStrategy)
-        update = {}
-        for name, parameter in pl_module.named_parameters():
-            if parameter.grad is not None:
-                held = before[clean(name)]
-                update[clean(name)] = parameter.grad if held is None else parameter.grad - held
-        true = strategy.true_gradients()
+        if trainer.global_step != self._seen_step:
+            for metric in self._steps:
+                metric.reset()
+            self._seen_step = trainer.global_step
+            layers_known = False
+        else:
+            layers_known = True
+        values: dict[str, Tensor] = {}
+        for index, reference in enumerate(self._references):
+            found = self._compare(trainer, pl_module, before, reference)
+            if found is None:
+                return  # a gradient overflowed: the scaler skips this step, and there is no direction to compare
+            self._totals[index].update(*found)
+            self._steps[index].update(*found)
+            values |= self._read(trainer, index)
+        self._keep(trainer, layers_known)
+        first = f"{self._prefixes[0]}/cosine"
+        pl_module.log(first, values.pop(first), prog_bar=True, on_step=True, on_epoch=False)
+        pl_module.log_dict(values, on_step=True, on_epoch=False)
+        self._advise(trainer, float(self._steps[0].compute()["cosine"]))
+        self._spent += time.perf_counter() - start
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The heatmap, and what all this cost."""
+        self._finish(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """What there is until here."""
+        self._file.add({"stopped": f"{type(exception).__name__}: {exception}", "step": trainer.global_step})
+        self._finish(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums behind `run`, and the history."""
+        return {
+            "totals": [
+                {"names": list(metric.names), "total": metric.total.detach().cpu()}
+                for metric in self._totals
+                if "total" in metric._defaults
+            ],
+            "history": [(step, dict(row)) for step, row in self.history],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues both."""
+        self._restored = state_dict["totals"] if len(state_dict["totals"]) == len(self._references) else None
+        self.history = [(int(step), dict(row)) for step, row in state_dict["history"]]
+
+    @property
+    def _prefixes(self) -> list[str]:
+        single = len(self._references) == 1
+        return ["alignment" if single else _PREFIXES[reference] for reference in self._references]
+
+    def _due(self, trainer: Trainer) -> bool:
+        step = trainer.global_step
+        regular = self.every_n_steps is not None and (step == 0 or (step + 1) % self.every_n_steps == 0)
+        return regular or trainer.current_epoch in self.epochs
+
+    def _compare(
+        self, trainer: Trainer, module: LightningModule, before: dict[str, Tensor | None], reference: Reference
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """The micro-batch's update and true gradient, averaged over devices; None if one of them is not finite."""
+        true = _strategy(trainer).true_gradients(reference)
+        parameters = {clean(name): p for name, p in module.named_parameters()}
+        if trainer.world_size > 1:
+            update, true = _over_devices(trainer, parameters, before, true)
+        else:
+            update = {}
+            for name, parameter in parameters.items():
+                if parameter.grad is not None:
+                    held = before[name]
+                    update[name] = parameter.grad if held is None else parameter.grad - held
         # A gradient of zero that stock would not have made, left by zero_grad(set_to_none=False), is no update.
         update = {name: g for name, g in update.items() if name in true or bool(g.any())}
-        if trainer.global_step != self._seen_step:
-            self._step.reset()
-            self._seen_step = trainer.global_step
-        self._step.update(update, true)
-        self.run.update(update, true)
-        values: dict[str, Any] = {
-            f"alignment/{key}": value.to(torch.float32) for key, value in self._step.compute().items()
-        }
-        pl_module.log("alignment/cosine", values.pop("alignment/cosine"), prog_bar=True, on_step=True, on_epoch=False)
-        pl_module.log_dict(values, on_step=True, on_epoch=False)
+        if not all(bool(torch.isfinite(g).all()) for g in (*update.values(), *true.values())):
+            return None
+        return update, true
+
+    def _read(self, trainer: Trainer, index: int) -> dict[str, Tensor]:
+        metric, prefix = self._steps[index], self._prefixes[index]
+        values = {f"{prefix}/{key}": value for key, value in metric.compute().items()}
+        for layer, total in _by_layer(metric, _layers(trainer, metric.names)).items():
+            values |= {f"{prefix}/{key}/layer/{layer}": value for key, value in read(total).items()}
+        values[f"{prefix}/dead"] = torch.tensor(float(len(metric.dead())))
+        return {key: value.to(torch.float32) for key, value in values.items()}
+
+    def _keep(self, trainer: Trainer, again: bool) -> None:
+        """Notes the step for the heatmap, the table and the run's file; a later micro-batch takes the row's place."""
+        metric = self._steps[0]
+        rows, table = {}, []
+        for layer, total in _by_layer(metric, _layers(trainer, metric.names)).items():
+            dead = bool((total[1] == 0) | (total[2] == 0))
+            figures = {key: float(value) for key, value in read(total).items()}
+            rows[layer] = None if dead else figures["cosine"]
+            table.append([trainer.global_step, layer, *figures.values(), dead])
+        if again and self.history and self.history[-1][0] == trainer.global_step:
+            self.history.pop()
+        self.history.append((trainer.global_step, rows))
+        if len(self.history) > _MOST_COLUMNS:
+            self.history = self.history[::2]
+        self._table.add(trainer, table)
+        overall = {key: float(value) for key, value in metric.compute().items() if "/" not in key}
+        self._file.add({"alignment": overall, "layers": rows, "dead": metric.dead(), "step": trainer.global_step})
+        finite = [cosine for cosine in rows.values() if cosine is not None]
+        if loggers.has_wandb(trainer) and finite:
+            loggers.log_wandb(trainer, {"alignment/histogram": loggers.histogram(finite)})
+
+    def _advise(self, trainer: Trainer, cosine: float) -> None:
+        self._low = self._low + 1 if self.warn_below is not None and cosine < self.warn_below else 0
+        if self._low >= self.patience and not self._warned and trainer.is_global_zero:
+            self._warned = True
+            text = advice.low_alignment(cosine, self._low, trainer.global_step)
+            log.warning(text)
+            self._file.add({"advice": text, "step": trainer.global_step})
+
+    def _finish(self, trainer: Trainer) -> None:
+        took = time.perf_counter() - self._started
+        self.cost = self._spent / took if took > 0 else 0.0
+        self._file.add({"cost": {"alignment": self.cost}})
+        log.info("Comparing updates with the true gradient took %.1f %% of the fit's time.", 100 * self.cost)
+        if self.history and trainer.loggers and loggers.has_matplotlib():
+            from lightning_ebm import plots
+
+            loggers.log_figure(trainer, "alignment/heatmap", plots.alignment_heatmap(self.history))
+
+
+_PREFIXES: dict[str, str] = {"backprop": "alignment", "equilibrium": "alignment_equilibrium"}
+_SUMMARY = "min,max,mean,last"
+_MOST_COLUMNS = 2000
+
+
+def _strategy(trainer: Trainer) -> EBMStrategy:
+    strategy: Any = trainer.strategy  # any of this library's, see setup
+    return strategy  # type: ignore[no-any-return]
 
 
 def _suffixes(names: list[str]) -> list[str]:
     return [f"/{name.replace('.', '/')}" for name in names]
+
+
+def _layers(trainer: Trainer, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The parameters of each layer; under the control, which has none, those of each module."""
+    plan = _strategy(trainer).learner.plan
+    if plan is not None:
+        layers = {str(row.key): row.parameters for row in plan.rows} | {"readout": plan.loss_parameters}
+        return {name: parameters for name, parameters in layers.items() if parameters}
+    owners: dict[str, list[str]] = {}
+    for name in names:
+        owners.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    return {owner: tuple(found) for owner, found in owners.items()}
+
+
+def _by_layer(metric: Alignment, layers: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+    """Moments of each layer that had a gradient, under its name with dots as slashes."""
+    index = {name: row for row, name in enumerate(metric.names)}
+    sums = {layer: metric.total[[index[name] for name in names]].sum(0) for layer, names in layers.items()}
+    return {layer.replace(".", "/"): total for layer, total in sums.items() if total[5] > 0}
+
+
+def _over_devices(
+    trainer: Trainer,
+    parameters: Mapping[str, torch.nn.Parameter],
+    before: Mapping[str, Tensor | None],
+    true: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Averages over devices, in one collective.
+
+    A micro-batch whose gradients DistributedDataParallel has just averaged holds mean_r(accumulated_r + new_r); its own
+    part is that minus the mean of what had accumulated. Otherwise, under no_sync, gradients are still each device's own.
+    """
+    synced = bool(getattr(trainer.strategy.model, "require_backward_grad_sync", True))
+    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+    pieces, present = [], []
+    for name, parameter in trainable.items():
+        zero, held = torch.zeros_like(parameter), before[name]
+        now = zero if parameter.grad is None else parameter.grad
+        accumulated = zero if held is None else held
+        pieces += [accumulated if synced else now - accumulated, true.get(name, zero)]
+        present += [float(parameter.grad is not None), float(name in true)]
+    dtype = torch.float64 if any(piece.dtype == torch.float64 for piece in pieces) else torch.float32
+    flags = torch.tensor(present, device=pieces[0].device, dtype=dtype)
+    flat = torch.cat([flags, *(piece.to(dtype).flatten() for piece in pieces)])
+    flat = trainer.strategy.reduce(flat, reduce_op="mean")
+    flags, rest = flat[: len(present)] > 0, flat[len(present) :]
+    update, reference = {}, {}
+    for k, (name, parameter) in enumerate(trainable.items()):
+        first, second = rest[: parameter.numel()], rest[parameter.numel() : 2 * parameter.numel()]
+        rest = rest[2 * parameter.numel() :]
+        if flags[2 * k]:
+            mean = first.view_as(parameter)
+            now = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            update[name] = now - mean if synced else mean
+        if flags[2 * k + 1]:
+            reference[name] = second.view_as(parameter)
+    return update, reference
