@@ -77,9 +77,9 @@ def before_training(algorithm: Algorithm, learning_rates: Sequence[float], dtype
     largest = max(learning_rates, default=0.0)
     if weakest <= 0.01 and largest >= 0.5:
         found.append(
-            f"The learning rate is {largest:g} at a nudge of {weakest:g}. The update is divided by the nudge already, so"
-            " that a learning rate tuned for backprop carries over; one that was scaled by 1 / nudge, as published code"
-            f" does, is too large by that factor. If it was, use {largest * weakest:g}."
+            f"The learning rate is {largest:g} at a nudge of {weakest:g}. The update is divided by the nudge already,"
+            " so that a learning rate tuned for backprop carries over; one that was scaled by 1 / nudge, as published"
+            f" code does, is too large by that factor. If it was, use {largest * weakest:g}."
         )
     return found
 
@@ -97,7 +97,34 @@ def findings(records: Sequence[Mapping[str, Any]]) -> list[str]:
         if record.get("dead"):
             found.append(dead(list(record["dead"]), record["step"]))
             break
-    return found + [text for text in dict.fromkeys(r["advice"] for r in records if "advice" in r)]
+    return found + list(dict.fromkeys(r["advice"] for r in records if "advice" in r))
+
+
+def verdict(records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """One word for a run, and the sentence behind it: "diverged", "dead", "cut off", "sound", or "unknown"."""
+    traces = [(r["step"], r["relaxation"]) for r in records if "relaxation" in r]
+    compared = [r for r in records if "alignment" in r]
+    for record in records:
+        if "stopped" in record:
+            return "diverged" if "Diverged" in record["stopped"] else "stopped", (
+                f"stopped at step {record['step']}: {record['stopped'].partition(':')[0]}"
+            )
+    grown = _grown(traces)
+    if grown:
+        return "diverged", f"the residual of {', '.join(grown)} grows"
+    names = next((list(r["dead"]) for r in reversed(compared[-1:]) if r["dead"]), [])
+    if names:
+        return "dead", f"{len(names)} parameters have a gradient of exactly zero: {', '.join(names[:4])}"
+    late = [r for _, r in traces if r["status"] == "max_steps" or (r["status"] == "fixed" and r["residual"] > 0.1)]
+    if traces and len(late) > len(traces) / 2:
+        last = late[-1]
+        return (
+            "cut off",
+            f"relaxations stop after {last['steps']} steps with {last['residual']:.0%} of their force left",
+        )
+    if not traces and not compared:
+        return "unknown", "nothing was recorded; train with ebm.RelaxationMonitor() and ebm.GradientAlignment()"
+    return "sound", "relaxations settle, and every layer learns" if traces else "every layer learns"
 
 
 def _grown(traces: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, int]:

@@ -181,7 +181,9 @@ def of_step(step: Step, algorithm: Algorithm, equilibrium: Relaxer | None = None
     true = step.true_gradients()
     stopped, at_stop = step.again(algorithm)
     assert at_stop.network is not None
-    ends = {strength: at_stop.network.errors_at(end) for strength, _, end in at_stop.phases if end.coordinates != "arrival"}
+    ends = {
+        strength: at_stop.network.errors_at(end) for strength, _, end in at_stop.phases if end.coordinates != "arrival"
+    }
     settled, at_equilibrium = step.again(_relaxed_further(algorithm, equilibrium, ends))
     assert at_equilibrium.network is not None
     found, long = _nudged(at_stop), _nudged(at_equilibrium)
@@ -221,7 +223,7 @@ class Onward(Relaxer):
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
         errors = self.ends.get(strength, list(landscape.no_errors))
-        return descend(landscape, "errors", errors, strength, lr=0.1, max_steps=1000, tol=1e-4, longest=1.0)
+        return descend(landscape, "errors", errors, strength, lr=0.1, max_steps=1000, tol=1e-6, longest=1.0)
 
 
 def _relaxed_further(

@@ -85,7 +85,7 @@ def read(path: str | Path) -> Run:
         return Run(directory, {}, records)
     raise ConfigurationError(
         f"{directory} holds no run: expected metrics.csv (CSVLogger), run-*.wandb (Weights & Biases) or {FILE_NAME}."
-        " Give the directory of one run, such as lightning_logs/version_0 or wandb/offline-run-20260101_120000-abcd1234."
+        " Give the directory of one run, such as lightning_logs/version_0 or wandb/offline-run-20260101_120000-abcd."
     )
 
 

@@ -1,14 +1,14 @@
-"""Predictive coding as it was published: networks, relaxations and weight optimizers, with where each number comes from.
+"""Predictive coding as it was published: networks, relaxations, weight optimizers, and where each number comes from.
 
 `checked` settings were read in the authors' code, in the file named. The others are written as we remember them.
-Everything is trained on the images given here, whatever the original was trained on; what else differs stands in `note`.
+Everything is trained on the images given here, whatever the original was trained on; what else differs is in `note`.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,9 @@ class Setting:
     normalise: tuple[float, float] = (0.0, 1.0)
 
 
-def mlp(*widths: int, act: Callable[[], nn.Module], first: bool = False, bias: bool = True) -> Callable[[int], nn.Module]:
+def mlp(
+    *widths: int, act: Callable[[], nn.Module], first: bool = False, bias: bool = True
+) -> Callable[[int], nn.Module]:
     """inputs-widths-10; `first` applies the activation to the images as well."""
 
     def make(inputs: int) -> nn.Module:
@@ -84,7 +86,7 @@ class Residual(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.scale * self.linear(torch.relu(x))
+        return x + self.scale * F.linear(torch.relu(x), self.linear.weight)
 
 
 class Scaled(nn.Module):
@@ -96,8 +98,7 @@ class Scaled(nn.Module):
         self.scale, self.rectified = scale, rectified
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.scale * self.linear(torch.relu(x) if self.rectified else x)
-        return y
+        return self.scale * F.linear(torch.relu(x) if self.rectified else x, self.linear.weight)
 
 
 def unit_normal(fan_in: int, fan_out: int) -> nn.Linear:
@@ -124,7 +125,7 @@ def small_cnn(inputs: int) -> nn.Module:
     side = math.isqrt(inputs)
     end = (side - 2) // 2 - 2
     return nn.Sequential(
-        nn.Sequential(nn.Unflatten(1, (1, side)), nn.Conv2d(1, 10, 3), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Sequential(nn.Unflatten(1, (1, side, side)), nn.Conv2d(1, 10, 3), nn.ReLU(), nn.MaxPool2d(2)),
         nn.Sequential(nn.Conv2d(10, 5, 3), nn.ReLU(), nn.Flatten()),
         nn.Sequential(nn.Linear(5 * end * end, 50), nn.ReLU()),
         nn.Sequential(nn.Linear(50, 30), nn.ReLU()),
@@ -169,7 +170,6 @@ def momentum(lr: float, steps: int, momentum: float) -> ebm.Relaxer:
     return ebm.StateOptimizer(torch.optim.SGD, max_steps=steps, lr=lr, momentum=momentum)
 
 
-Kind = Literal["rates", "drives"]
 euler = ebm.GradientDescent
 errors = ebm.ErrorCoordinates
 HALF, CANONICAL = (0.5, 0.5), (0.1307, 0.3081)
@@ -255,16 +255,16 @@ SETTINGS = [
     ),
     Setting(
         "prospective, T=64, .1",
-        xavier(mlp(32, 32, act=nn.Sigmoid, bias=False)), relaxed_by(euler(0.1, 64, tol=1e-9)), sgd(0.01), 32, squared,
+        xavier(mlp(32, 32, act=nn.Sigmoid, bias=False)), relaxed_by(euler(0.1, 64, tol=1e-9)), sgd(0.05), 32, squared,
         "Song et al. 2024, Prospective-Configuration, nature_none_batch_new_analysis/base-50-b32.yaml",
-        note="Fashion-MNIST there; one of their learning rates of the weights",
+        note="Fashion-MNIST there; the largest of their learning rates of the weights",
         layers=nn.Linear,
     ),
     Setting(
         "prospective, T=64, 1",
-        xavier(mlp(32, 32, act=nn.Sigmoid, bias=False)), relaxed_by(euler(1.0, 64, tol=1e-9)), sgd(0.01), 60, squared,
+        xavier(mlp(32, 32, act=nn.Sigmoid, bias=False)), relaxed_by(euler(1.0, 64, tol=1e-9)), sgd(0.1), 60, squared,
         "Song et al. 2024, Prospective-Configuration, nature_small-arch-small-data/bp-il.yaml",
-        note="Fashion-MNIST there; one of their learning rates of the weights",
+        note="Fashion-MNIST there; the largest of their learning rates of the weights",
         layers=nn.Linear,
     ),
     Setting(

@@ -3,14 +3,14 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_ebm import advice
-from lightning_ebm.callbacks import loggers
+from lightning_ebm.callbacks import console, loggers
 from lightning_ebm.callbacks.run_file import RunFile
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.metrics import NAMES, Alignment, read
@@ -86,7 +86,7 @@ class GradientAlignment(Callback):
         self.patience = patience
         self.history: list[tuple[int, dict[str, float | None]]] = []
         self.cost = 0.0
-        self._references: tuple[Reference, ...] = references  # type: ignore[assignment]  # checked above
+        self._references: tuple[Reference, ...] = references
         self._totals = [Alignment() for _ in references]
         self._steps = [Alignment() for _ in references]
         self._restored: list[dict[str, Any]] | None = None
@@ -172,8 +172,19 @@ class GradientAlignment(Callback):
         self._spent += time.perf_counter() - start
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The heatmap, and what all this cost."""
+        """The heatmap, what all this cost, and a table of it."""
         self._finish(trainer)
+        layers = list(dict.fromkeys(layer for _, row in self.history for layer in row))
+        rows = []
+        for layer in layers:
+            series = [row.get(layer) for _, row in self.history]
+            alive = [cosine for cosine in series if cosine is not None]
+            mean, lowest = (f"{sum(alive) / len(alive):.4f}", f"{min(alive):.4f}") if alive else ("", "")
+            last = "dead" if series[-1] is None else f"{series[-1]:.4f}"
+            rows.append((layer.replace("/", "."), mean, lowest, last))
+        if rows:
+            title = f"Cosine to the true gradient, {len(self.history)} comparisons, {self.cost:.1%} of the time"
+            console.show(trainer, title, ("layer", "mean", "lowest", "last"), rows)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """What there is until here."""
@@ -315,8 +326,8 @@ def _over_devices(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Averages over devices, in one collective.
 
-    A micro-batch whose gradients DistributedDataParallel has just averaged holds mean_r(accumulated_r + new_r); its own
-    part is that minus the mean of what had accumulated. Otherwise, under no_sync, gradients are still each device's own.
+    A micro-batch whose gradients DistributedDataParallel has just averaged holds mean_r(accumulated_r + new_r); its
+    own part is that minus the mean of what had accumulated. Under no_sync gradients are still each device's own.
     """
     synced = bool(getattr(trainer.strategy.model, "require_backward_grad_sync", True))
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}

@@ -68,7 +68,8 @@ class WandbTable:
     """
 
     def __init__(self, key: str, columns: Sequence[str]) -> None:
-        self.key, self.columns = key, list(columns)
+        self.key = key
+        self.columns: list[str | int] = list(columns)
         self._table: Any = None
 
     def add(self, trainer: Trainer, rows: Iterable[Sequence[Any]]) -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_ebm import advice
-from lightning_ebm.callbacks import loggers
+from lightning_ebm.callbacks import console, loggers
 from lightning_ebm.callbacks.run_file import RunFile
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.network import Network
@@ -140,8 +140,14 @@ class RelaxationMonitor(Callback):
         self._advise(trainer, values["ebm/residual"])
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lets go of the network."""
+        """Lets go of the network; says how relaxations went."""
         self._finish(trainer)
+        rows = [(status, str(count)) for status, count in self.statuses.most_common()]
+        if self.regime is not None:
+            rows.append(("regime at the last measurement", self.regime.verdict))
+            rows += [(f"  {layer.name}", layer.verdict) for layer in self.regime.layers]
+        if rows:
+            console.show(trainer, f"{sum(self.statuses.values())} relaxations monitored", ("how they ended", ""), rows)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keeps what a relaxation that ran away went through."""
