@@ -70,6 +70,21 @@ def read(total: Tensor) -> dict[str, Tensor]:
     }
 
 
+def dead(names: Sequence[str], total: Tensor) -> dict[str, str]:
+    """Parameters without a direction, and whose zero it is: "update", "reference" or "both".
+
+    Their cosine, ratio and error are conventions (see `alignment`): nothing was measured there.
+
+    Args:
+        names: of the parameters.
+        total: their summed `moments`, ``(len(names), 6)``.
+    """
+    words = {(True, False): "update", (False, True): "reference", (True, True): "both"}
+    rows = total.detach().cpu()
+    states = [(float(row[1]) == 0, float(row[2]) == 0) for row in rows]
+    return {n: words[s] for n, row, s in zip(names, rows, states, strict=True) if row[5] > 0 and s in words}
+
+
 class Alignment(Metric):
     """`alignment` over several batches and devices, overall and per parameter.
 
@@ -135,12 +150,5 @@ class Alignment(Metric):
         return found
 
     def dead(self) -> dict[str, str]:
-        """Parameters without a direction, and whose zero it is: "update", "reference" or "both".
-
-        Their cosine, ratio and error are conventions (see `alignment`), and nothing was measured there.
-        """
-        words = {(True, False): "update", (False, True): "reference", (True, True): "both"}
-        rows = self.total.detach().cpu() if "total" in self._defaults else torch.zeros(0, 6)
-        states = [(float(row[1]) == 0, float(row[2]) == 0) for row in rows]
-        named = zip(self.names, rows, states, strict=True)
-        return {name: words[state] for name, row, state in named if row[5] > 0 and state in words}
+        """Parameters without a direction, see `lightning_ebm.metrics.dead`."""
+        return dead(self.names, self.total) if "total" in self._defaults else {}

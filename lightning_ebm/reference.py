@@ -28,10 +28,10 @@ def backprop(module: nn.Module, closure: Closure) -> dict[str, Tensor]:
         return named_gradients(module, checked_loss(closure()))
 
 
-def named_gradients(module: nn.Module, scalar: Tensor) -> dict[str, Tensor]:
+def named_gradients(module: nn.Module, scalar: Tensor, retain_graph: bool = False) -> dict[str, Tensor]:
     """d scalar / d theta for every trainable parameter it reaches, by the name the user knows."""
     named = {clean(name): p for name, p in module.named_parameters() if p.requires_grad}
     if not named:
         raise ConfigurationError(f"{type(module).__name__} has no trainable parameter: nothing could be learned.")
-    found = torch.autograd.grad(scalar, list(named.values()), allow_unused=True)
+    found = torch.autograd.grad(scalar, list(named.values()), retain_graph=retain_graph, allow_unused=True)
     return {name: g.detach() for name, g in zip(named, found, strict=True) if g is not None}

@@ -91,7 +91,7 @@ def test_every_number_equals_a_simulation_with_explicit_states():
 def test_the_curvature_met_is_below_the_largest_and_near_it_where_steps_are_too_long():
     """Linear network: the Hessian of the energy is a constant matrix, and 2 / its largest eigenvalue the limit."""
     net = chain(depth=2, linear=True)
-    closure, x, y = problem(net)
+    closure, *_ = problem(net)
     w2, w3 = net[2].weight, net[4].weight
     top = torch.block_diag(torch.eye(5).double(), torch.eye(5).double() + w3.T @ w3)
     top[:5, :5] += w2.T @ w2

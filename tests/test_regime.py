@@ -127,9 +127,7 @@ def test_a_signal_below_the_rounding_of_the_states_is_called_noise():
     assert reach[-3:] == ["signal", "signal", "read-out"]
     assert "rounding" in reach
     assert reach[0] in ("none", "rounding")
-    double = regime.of(
-        net.double(), lambda: 0.5 * (net(x.double()) - y.double()).square().sum(1).mean(), algorithm
-    )
+    double = regime.of(net.double(), lambda: 0.5 * (net(x.double()) - y.double()).square().sum(1).mean(), algorithm)
     assert [layer.reach for layer in double.layers][4:] == ["signal"] * 4 + ["read-out"]
 
 

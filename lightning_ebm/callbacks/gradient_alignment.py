@@ -13,7 +13,8 @@ from lightning_ebm import advice
 from lightning_ebm.callbacks import console, loggers
 from lightning_ebm.callbacks.run_file import RunFile
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.metrics import NAMES, Alignment, read
+from lightning_ebm.metrics import NAMES, Alignment, dead, read
+from lightning_ebm.reference import named_gradients
 from lightning_ebm.step import Reference
 from lightning_ebm.strategy import EBMStrategy
 from lightning_ebm.substitution import clean
@@ -24,9 +25,10 @@ log = logging.getLogger(__name__)
 class GradientAlignment(Callback):
     """Compares the update of a micro-batch with the true gradient on the same micro-batch, and logs five figures.
 
-    The comparison is made where the update has just been added to ``.grad``: before accumulation over micro-batches,
-    clipping and unscaling change it. With several devices both sides are the average over the devices, so that the
-    figures are those of one device with the joined batch. One extra forward and backward pass each time for "backprop".
+    The comparison is of what the backward pass is about to add to ``.grad``: before accumulation over micro-batches,
+    averaging over devices, clipping and unscaling change it. One extra forward and two backward passes each time (with
+    "backprop"; what it costs is logged when the fit ends). On several devices each compares its own micro-batch, and
+    the figures are of all of them: those of the long vectors made by putting their gradients one after the other.
 
     **Logged metrics** (through `LightningModule.log`, to any logger; `alignment/cosine` in the progress bar):
 
@@ -53,7 +55,8 @@ class GradientAlignment(Callback):
         patience: how many comparisons in a row.
 
     Attributes:
-        run: `Alignment` over every comparison of the fit so far, with the first reference.
+        run: `Alignment` over every comparison of the fit so far, with the first reference; kept in checkpoints. On
+            several devices its `compute` is to be called on all of them.
         history: ``[(global step, {layer: cosine, or None where it is dead})]``.
         cost: fraction of the fit's wall time spent here.
 
@@ -91,7 +94,7 @@ class GradientAlignment(Callback):
         self._steps = [Alignment() for _ in references]
         self._restored: list[dict[str, Any]] | None = None
         self._seen_step = -1
-        self._before: dict[str, Tensor | None] | None = None
+        self._overall = 0.0
         self._low = 0
         self._warned = False
         self._table = loggers.WandbTable("alignment/table", ["step", "layer", *NAMES, "dead"])
@@ -115,15 +118,14 @@ class GradientAlignment(Callback):
         """Makes the metrics; tells loggers of the algorithm."""
         names = [clean(name) for name, _ in pl_module.named_parameters()]
         device = pl_module.device
-        # Every device holds the same sums already, see _compare: nothing to synchronise when they are read.
-        self._totals, self._steps = (
-            [Alignment(names, sync_on_compute=False).to(device) for _ in self._references] for _ in range(2)
-        )
-        if self._restored is not None:
+        self._totals, self._steps = ([Alignment(names).to(device) for _ in self._references] for _ in range(2))
+        if self._restored is not None and trainer.is_global_zero:  # the sums over all devices
             for metric, held in zip(self._totals, self._restored, strict=True):
                 if list(held["names"]) == names:
-                    metric.total = held["total"].to(metric.total)
-            self._restored = None
+                    metric.total += held["total"].to(metric.total)
+        if self._restored is None:
+            self.history = []
+        self._restored = None
         self._seen_step = -1
         self._started, self._spent = time.perf_counter(), 0.0
         loggers.tell_settings(trainer, _strategy(trainer).describe())
@@ -134,41 +136,32 @@ class GradientAlignment(Callback):
             loggers.define(trainer, [f"{prefix}/{name}" for name in (*figures, "dead")], summary=_SUMMARY)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Keeps what earlier micro-batches have accumulated."""
-        self._before = None
-        if self._due(trainer):
-            start = time.perf_counter()
-            self._before = {
-                clean(name): None if p.grad is None else p.grad.clone() for name, p in pl_module.named_parameters()
-            }
-            self._spent += time.perf_counter() - start
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compares what this micro-batch added with the true gradient of this micro-batch."""
-        if (before := self._before) is None:
+        """Compares what this micro-batch is about to add with the true gradient of this micro-batch."""
+        if not self._due(trainer):
             return
         start = time.perf_counter()
-        self._before = None
-        if trainer.global_step != self._seen_step:
+        again = trainer.global_step == self._seen_step
+        if not again:
             for metric in self._steps:
                 metric.reset()
             self._seen_step = trainer.global_step
-            layers_known = False
-        else:
-            layers_known = True
+        update = named_gradients(pl_module, loss, retain_graph=True)
         values: dict[str, Tensor] = {}
         for index, reference in enumerate(self._references):
-            found = self._compare(trainer, pl_module, before, reference)
-            if found is None:
-                return  # a gradient overflowed: the scaler skips this step, and there is no direction to compare
-            self._totals[index].update(*found)
-            self._steps[index].update(*found)
-            values |= self._read(trainer, index)
-        self._keep(trainer, layers_known)
-        first = f"{self._prefixes[0]}/cosine"
-        pl_module.log(first, values.pop(first), prog_bar=True, on_step=True, on_epoch=False)
-        pl_module.log_dict(values, on_step=True, on_epoch=False)
-        self._advise(trainer, float(self._steps[0].compute()["cosine"]))
+            true = _strategy(trainer).true_gradients(reference)
+            pair = _finite(update, true)
+            self._totals[index].update(*pair)
+            self._steps[index].update(*pair)
+            total = _synchronised(self._steps[index])
+            if bool(total.any()):  # else every gradient has overflowed
+                if index == 0:
+                    self._keep(trainer, total, again)
+                values |= self._read(trainer, index, total)
+        if values:
+            first = f"{self._prefixes[0]}/cosine"
+            pl_module.log(first, values.pop(first), prog_bar=True, on_step=True, on_epoch=False)
+            pl_module.log_dict(values, on_step=True, on_epoch=False)
+            self._advise(trainer, self.history[-1][0])
         self._spent += time.perf_counter() - start
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -195,7 +188,7 @@ class GradientAlignment(Callback):
         """The sums behind `run`, and the history."""
         return {
             "totals": [
-                {"names": list(metric.names), "total": metric.total.detach().cpu()}
+                {"names": list(metric.names), "total": _synchronised(metric).cpu()}
                 for metric in self._totals
                 if "total" in metric._defaults
             ],
@@ -217,62 +210,49 @@ class GradientAlignment(Callback):
         regular = self.every_n_steps is not None and (step == 0 or (step + 1) % self.every_n_steps == 0)
         return regular or trainer.current_epoch in self.epochs
 
-    def _compare(
-        self, trainer: Trainer, module: LightningModule, before: dict[str, Tensor | None], reference: Reference
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-        """The micro-batch's update and true gradient, averaged over devices; None if one of them is not finite."""
-        true = _strategy(trainer).true_gradients(reference)
-        parameters = {clean(name): p for name, p in module.named_parameters()}
-        if trainer.world_size > 1:
-            update, true = _over_devices(trainer, parameters, before, true)
-        else:
-            update = {}
-            for name, parameter in parameters.items():
-                if parameter.grad is not None:
-                    held = before[name]
-                    update[name] = parameter.grad if held is None else parameter.grad - held
-        # A gradient of zero that stock would not have made, left by zero_grad(set_to_none=False), is no update.
-        update = {name: g for name, g in update.items() if name in true or bool(g.any())}
-        if not all(bool(torch.isfinite(g).all()) for g in (*update.values(), *true.values())):
-            return None
-        return update, true
-
-    def _read(self, trainer: Trainer, index: int) -> dict[str, Tensor]:
-        metric, prefix = self._steps[index], self._prefixes[index]
-        values = {f"{prefix}/{key}": value for key, value in metric.compute().items()}
-        for layer, total in _by_layer(metric, _layers(trainer, metric.names)).items():
-            values |= {f"{prefix}/{key}/layer/{layer}": value for key, value in read(total).items()}
-        values[f"{prefix}/dead"] = torch.tensor(float(len(metric.dead())))
+    def _read(self, trainer: Trainer, index: int, total: Tensor) -> dict[str, Tensor]:
+        names, prefix = self._steps[index].names, self._prefixes[index]
+        values = {f"{prefix}/{key}": value for key, value in read(total.sum(0)).items()}
+        for name, row in zip(names, total, strict=True):
+            if row[5] > 0:
+                values |= {f"{prefix}/{key}/{name.replace('.', '/')}": value for key, value in read(row).items()}
+        for layer, row in _by_layer(names, total, _layers(trainer, names)).items():
+            values |= {f"{prefix}/{key}/layer/{layer}": value for key, value in read(row).items()}
+        values[f"{prefix}/dead"] = torch.tensor(float(len(dead(names, total))))
         return {key: value.to(torch.float32) for key, value in values.items()}
 
-    def _keep(self, trainer: Trainer, again: bool) -> None:
+    def _keep(self, trainer: Trainer, total: Tensor, again: bool) -> None:
         """Notes the step for the heatmap, the table and the run's file; a later micro-batch takes the row's place."""
-        metric = self._steps[0]
+        names = self._steps[0].names
         rows, table = {}, []
-        for layer, total in _by_layer(metric, _layers(trainer, metric.names)).items():
-            dead = bool((total[1] == 0) | (total[2] == 0))
-            figures = {key: float(value) for key, value in read(total).items()}
-            rows[layer] = None if dead else figures["cosine"]
-            table.append([trainer.global_step, layer, *figures.values(), dead])
+        for layer, row in _by_layer(names, total, _layers(trainer, names)).items():
+            is_dead = bool((row[1] == 0) | (row[2] == 0))
+            figures = {key: float(value) for key, value in read(row).items()}
+            rows[layer] = None if is_dead else figures["cosine"]
+            table.append([trainer.global_step, layer, *figures.values(), is_dead])
         if again and self.history and self.history[-1][0] == trainer.global_step:
             self.history.pop()
         self.history.append((trainer.global_step, rows))
         if len(self.history) > _MOST_COLUMNS:
             self.history = self.history[::2]
-        self._table.add(trainer, table)
-        overall = {key: float(value) for key, value in metric.compute().items() if "/" not in key}
-        self._file.add({"alignment": overall, "layers": rows, "dead": metric.dead(), "step": trainer.global_step})
-        finite = [cosine for cosine in rows.values() if cosine is not None]
-        if loggers.has_wandb(trainer) and finite:
-            loggers.log_wandb(trainer, {"alignment/histogram": loggers.histogram(finite)})
+        overall = {key: float(value) for key, value in read(total.sum(0)).items()}
+        self._overall = overall["cosine"]
+        self._file.add({"alignment": overall, "layers": rows, "dead": dead(names, total), "step": trainer.global_step})
+        if loggers.has_wandb(trainer):
+            row_of_figures = {self._table.key: self._table.with_rows(table)}
+            finite = [cosine for cosine in rows.values() if cosine is not None]
+            if (histogram := loggers.histogram(finite)) is not None:
+                row_of_figures["alignment/histogram"] = histogram
+            loggers.log_wandb(trainer, row_of_figures)
 
-    def _advise(self, trainer: Trainer, cosine: float) -> None:
+    def _advise(self, trainer: Trainer, step: int) -> None:
+        cosine = self._overall
         self._low = self._low + 1 if self.warn_below is not None and cosine < self.warn_below else 0
         if self._low >= self.patience and not self._warned and trainer.is_global_zero:
             self._warned = True
-            text = advice.low_alignment(cosine, self._low, trainer.global_step)
+            text = advice.low_alignment(cosine, self._low, step)
             log.warning(text)
-            self._file.add({"advice": text, "step": trainer.global_step})
+            self._file.add({"advice": text, "step": step})
 
     def _finish(self, trainer: Trainer) -> None:
         took = time.perf_counter() - self._started
@@ -311,46 +291,20 @@ def _layers(trainer: Trainer, names: Sequence[str]) -> dict[str, tuple[str, ...]
     return {owner: tuple(found) for owner, found in owners.items()}
 
 
-def _by_layer(metric: Alignment, layers: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+def _synchronised(metric: Alignment) -> Tensor:
+    """Its sums over all devices; to be called on all of them."""
+    with metric.sync_context():
+        return metric.total.detach().clone()
+
+
+def _by_layer(names: Sequence[str], total: Tensor, layers: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
     """Moments of each layer that had a gradient, under its name with dots as slashes."""
-    index = {name: row for row, name in enumerate(metric.names)}
-    sums = {layer: metric.total[[index[name] for name in names]].sum(0) for layer, names in layers.items()}
-    return {layer.replace(".", "/"): total for layer, total in sums.items() if total[5] > 0}
+    index = {name: row for row, name in enumerate(names)}
+    sums = {layer: total[[index[name] for name in found]].sum(0) for layer, found in layers.items()}
+    return {layer.replace(".", "/"): row for layer, row in sums.items() if row[5] > 0}
 
 
-def _over_devices(
-    trainer: Trainer,
-    parameters: Mapping[str, torch.nn.Parameter],
-    before: Mapping[str, Tensor | None],
-    true: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Averages over devices, in one collective.
-
-    A micro-batch whose gradients DistributedDataParallel has just averaged holds mean_r(accumulated_r + new_r); its
-    own part is that minus the mean of what had accumulated. Under no_sync gradients are still each device's own.
-    """
-    synced = bool(getattr(trainer.strategy.model, "require_backward_grad_sync", True))
-    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
-    pieces, present = [], []
-    for name, parameter in trainable.items():
-        zero, held = torch.zeros_like(parameter), before[name]
-        now = zero if parameter.grad is None else parameter.grad
-        accumulated = zero if held is None else held
-        pieces += [accumulated if synced else now - accumulated, true.get(name, zero)]
-        present += [float(parameter.grad is not None), float(name in true)]
-    dtype = torch.float64 if any(piece.dtype == torch.float64 for piece in pieces) else torch.float32
-    flags = torch.tensor(present, device=pieces[0].device, dtype=dtype)
-    flat = torch.cat([flags, *(piece.to(dtype).flatten() for piece in pieces)])
-    flat = trainer.strategy.reduce(flat, reduce_op="mean")
-    flags, rest = flat[: len(present)] > 0, flat[len(present) :]
-    update, reference = {}, {}
-    for k, (name, parameter) in enumerate(trainable.items()):
-        first, second = rest[: parameter.numel()], rest[parameter.numel() : 2 * parameter.numel()]
-        rest = rest[2 * parameter.numel() :]
-        if flags[2 * k]:
-            mean = first.view_as(parameter)
-            now = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            update[name] = now - mean if synced else mean
-        if flags[2 * k + 1]:
-            reference[name] = second.view_as(parameter)
-    return update, reference
+def _finite(update: dict[str, Tensor], true: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Nothing, where a gradient has overflowed: the scaler skips this step, and there is no direction to compare."""
+    finite = all(bool(torch.isfinite(g).all()) for g in (*update.values(), *true.values()))
+    return (update, true) if finite else ({}, {})

@@ -60,7 +60,7 @@ def _log_figure_by_name(logger: Logger, experiment: Any, key: str, figure: Any) 
 
 
 class WandbTable:
-    """A table that grows row by row in W&B, and is nothing where there is no W&B.
+    """A table of W&B that grows while a run lasts.
 
     Args:
         key: under which it is logged.
@@ -72,19 +72,15 @@ class WandbTable:
         self.columns: list[str | int] = list(columns)
         self._table: Any = None
 
-    def add(self, trainer: Trainer, rows: Iterable[Sequence[Any]]) -> None:
-        """Adds rows and logs them."""
-        runs = _wandb_runs(trainer)
-        if not runs:
-            return
+    def with_rows(self, rows: Iterable[Sequence[Any]]) -> Any:
+        """The table with these rows added, to be logged."""
         import wandb
 
         if self._table is None:
             self._table = wandb.Table(columns=self.columns, log_mode="INCREMENTAL")
         for row in rows:
             self._table.add_data(*row)
-        for run in runs:
-            run.log({self.key: self._table, GLOBAL_STEP: trainer.global_step})
+        return self._table
 
 
 def histogram(values: Sequence[float]) -> Any:
