@@ -16,7 +16,7 @@ from lightning_ebm.runs import Run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BACKPROP_BLUE, EQUILIBRIUM_ORANGE, DEAD_GREY = "#2b6cb0", "#c05621", "#b8b8b8"
+BACKPROP_BLUE, EQUILIBRIUM_ORANGE, DEAD_GREY, ASTRAY_RED = "#2b6cb0", "#c05621", "#b8b8b8", "#c53030"
 
 
 def alignment_heatmap(rows: Sequence[tuple[int, Mapping[str, float | None]]]) -> "Figure":
@@ -143,7 +143,10 @@ def regimes_map(regimes: Sequence[tuple[str, Mapping[str, Any]]]) -> "Figure":
     for place, (_, regime) in enumerate(regimes):
         alive = [layer for layer in regime["layers"] if layer["reach"] in ("signal", "read-out")]
         ways = [layer["way"] for layer in alive if layer["way"] is not None]
-        if ways:
+        if regime["verdict"].startswith("neither"):
+            axes.hlines(place, 0, 1, color=ASTRAY_RED, linewidth=2, linestyle=":")
+            axes.annotate("neither: a direction of its own", (0.5, place - 0.2), ha="center", va="bottom", fontsize=8)
+        elif ways:
             axes.plot(ways, [place] * len(ways), "o", color=BACKPROP_BLUE, alpha=0.45, markersize=7)
             axes.plot([regime["way"]], [place], "|", color="black", markersize=18, markeredgewidth=2.5)
         else:

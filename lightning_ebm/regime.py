@@ -28,6 +28,7 @@ from lightning_ebm.step import Step
 Reach = Literal["signal", "rounding", "none", "read-out"]
 
 BACKPROP, EQUILIBRIUM, BETWEEN, SAME = "backprop's direction", "equilibrium", "in between", "both: they coincide"
+NEITHER = "neither: a direction of its own"
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,12 @@ class LayerRegime:
         norm_ratio_equilibrium: |g*| / |b|.
         error_ratio: |e_l| / |e_l*|, how much of its equilibrium error the layer has built up; nan for the read-out.
         reach: "signal"; "none", the error is exactly zero, as nothing has arrived; "rounding", the state has moved by
-            no more than its own rounding (4 eps |x_l|), so that an optimizer that normalises its steps, as Adam, trains
-            this layer on noise; "read-out".
+            no more than its own rounding (4 eps |x_l|, over units that are not at 0), so that an optimizer that
+            normalises its steps, as Adam, trains this layer on noise; "read-out".
         way: from 0, backprop's direction, to 1, equilibrium's: angle(g, b) / (angle(g, b) + angle(g, g*)); nan where
             the two directions coincide within two degrees, or g is dead.
+        detour: angle(g, b) + angle(g, g*) - angle(b, g*), degrees: 0 where g lies on the arc from one to the other. It
+            need not: both ends may be backprop's (a tiny nudge), and what is read on the way be another direction.
     """
 
     name: str
@@ -59,15 +62,16 @@ class LayerRegime:
     error_ratio: float
     reach: Reach
     way: float
+    detour: float
 
     @property
     def verdict(self) -> str:
-        """`way` in words."""
+        """`reach`, `detour` and `way` in words."""
         if self.reach == "none":
             return "no signal"
         if self.reach == "rounding":
             return "rounding noise"
-        return in_words(self.way)
+        return NEITHER if self.detour > _DETOUR else in_words(self.way)
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,10 @@ class Regime:
 
     @property
     def verdict(self) -> str:
-        """`way` in words."""
-        return in_words(self.way)
+        """`way` in words, unless most layers are on none."""
+        alive = [layer for layer in self.layers if layer.reach in _ALIVE]
+        astray = sum(layer.verdict == NEITHER for layer in alive)
+        return NEITHER if astray > len(alive) / 2 else in_words(self.way)
 
     @property
     def unreached(self) -> tuple[str, ...]:
@@ -125,6 +131,7 @@ class Regime:
 
 
 _ALIVE = ("signal", "read-out")
+_DETOUR = 20.0
 
 
 def in_words(way: float) -> str:
@@ -252,8 +259,10 @@ def _reach(error: Tensor, found: Relaxation, layer: int, free: Tensor) -> Reach:
     if not bool(error.any()):
         return "none"
     if found.coordinates == "states":
-        moved = (found.point[layer] - free).double().norm()
-        if bool(moved <= 4 * torch.finfo(free.dtype).eps * free.double().norm()):
+        # Around 0 a float holds any error; what silent ReLU units hold there moves no weight, and is no signal.
+        active = free != 0
+        moved = (found.point[layer] - free)[active].double().norm()
+        if bool(moved <= 4 * torch.finfo(free.dtype).eps * free[active].double().norm()) and bool(active.any()):
             return "rounding"
     return "signal"
 
@@ -276,7 +285,7 @@ def _layer(
         {name: found[name] for name in parameters if name in found} for found in (stopped, settled, true)
     )
     if not (g or settled_g or b):
-        return LayerRegime(name, (), 1.0, 1.0, 1.0, 1.0, error_ratio, reach, math.nan)
+        return LayerRegime(name, (), 1.0, 1.0, 1.0, 1.0, error_ratio, reach, math.nan, 0.0)
     stop, at_equilibrium, between = (_angles(*pair) for pair in ((g, b), (settled_g, b), (g, settled_g)))
     dead = stop["norm_ratio"] == 0
     coincide = at_equilibrium["angle"] < 2 and stop["angle"] < 2
@@ -291,6 +300,7 @@ def _layer(
         error_ratio,
         reach,
         math.nan if dead or coincide or not whole else stop["angle"] / whole,
+        0.0 if dead else whole - at_equilibrium["angle"],
     )
 
 

@@ -8,7 +8,6 @@ writes regimes.md and a picture. Ten minutes on one CPU core with MNIST; without
 
 import argparse
 import logging
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,7 @@ A dot is a layer, the bar the mean: 0 where the update has backprop's direction,
 the relaxation was on its way to. *Relaxed* is the part of the energy's whole fall that was made. {summary}
 
 Measured by `python recipes/regimes.py` on {data}: each setting of `recipes/published_settings.py` trained for {updates}
-updates, the regime on the next batch; means over {seeds} seeds; float32, states as the setting has them. Everything was
+updates, the regime on the next batch; {seeds}; float32, states as the setting has them. Everything was
 run on the same images, so a setting tuned for others is here what its numbers do on these. "From memory" marks settings
 that we could not read in the authors' code.
 
@@ -121,7 +120,8 @@ def averaged(runs: list[dict[str, Any]]) -> dict[str, Any]:
         layers.append(layer | mean | {"reach": "none" if silent else "signal"})
     way = mean_of([r["way"] for r in regimes])
     unreached = [layer["name"] for layer in layers if layer["reach"] == "none"]
-    verdict = regime.in_words(math.nan if way is None else way)
+    verdicts = [r["verdict"] for r in regimes]
+    verdict = max(verdicts, key=verdicts.count)
     relaxed = mean_of([r["relaxed"] for r in regimes])
     return {"layers": layers, "way": way, "unreached": unreached, "verdict": verdict, "relaxed": relaxed}
 
@@ -200,7 +200,8 @@ def main() -> None:
     summary = "Of the settings here, " + ", ".join(f"{n} train in {word!r}" for word, n in counts.items()) + "."
     options.output.mkdir(parents=True, exist_ok=True)
     page = PAGE.format(
-        data="MNIST" if options.data_dir else "scikit-learn's digits", updates=options.updates, seeds=options.seeds,
+        data="MNIST" if options.data_dir else "scikit-learn's digits", updates=options.updates,
+        seeds="one seed" if options.seeds == 1 else f"means over {options.seeds} seeds",
         rows="\n".join(rows), sources="\n".join(sources), summary=summary,
     )  # fmt: skip
     (options.output / "regimes.md").write_text(page)

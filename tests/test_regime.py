@@ -158,3 +158,26 @@ def test_text_and_plain_numbers():
     assert plain["relaxed"] is None  # it read a displacement; no state went down the energy
     assert [layer["name"] for layer in plain["layers"]] == ["1", "readout"]
     assert "backprop's direction" in str(found)
+
+
+def test_what_is_read_on_the_way_may_be_neither():
+    """A tiny nudge: the first arrival is backprop's gradient, and so is the equilibrium; nine steps of .1 are not."""
+    torch.manual_seed(0)
+    layers = [module for _ in range(4) for module in (nn.Linear(6, 6), nn.Tanh())]
+    net = nn.Sequential(*layers, nn.Linear(6, 3)).double()
+    for p in net.parameters():
+        p.data *= 2.5
+    x, y = torch.randn(9, 6).double(), torch.randn(9, 3).double()
+
+    def found(steps):
+        euler = ebm.GradientDescent(0.1, steps)
+        algorithm = ebm.algorithm("pc-nudge", nudge=ebm.OneSided(1e-6), relaxer=euler)
+        return regime.of(net, lambda: 0.5 * (net(x) - y).square().sum(1).mean(), algorithm)
+
+    early, late = found(9), found(3000)
+    assert late.verdict == "both: they coincide"
+    assert all(layer.cosine_equilibrium > 1 - 1e-6 for layer in early.layers)
+    first = early.layers[0]
+    assert first.cosine_stop < 0.98
+    assert first.detour > 20
+    assert first.verdict == "neither: a direction of its own"

@@ -229,7 +229,8 @@ class RelaxationMonitor(Callback):
 
     def _finish(self, trainer: Trainer) -> None:
         self._recording = None
-        _strategy(trainer).learner.observer = None
+        if hasattr(trainer.strategy, "learner"):
+            _strategy(trainer).learner.observer = None
         if self._file.path is not None and loggers.has_matplotlib():
             from lightning_ebm import plots, runs
 
