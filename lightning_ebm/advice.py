@@ -89,14 +89,12 @@ def findings(records: Sequence[Mapping[str, Any]]) -> list[str]:
     found = [f"The run stopped at step {r['step']}: {r['stopped']}" for r in records if "stopped" in r][:1]
     traces = [(r["step"], r["relaxation"]) for r in records if "relaxation" in r]
     found += [stopped_relaxing(layer, step) for layer, step in _grown(traces).items()]
-    for record in records:
-        if record.get("regime", {}).get("unreached"):
-            found.append(unreached(record["regime"]["unreached"], record["step"]))
-            break
-    for record in records:
-        if record.get("dead"):
-            found.append(dead(list(record["dead"]), record["step"]))
-            break
+    silent = next((r for r in records if r.get("dead")), None)
+    silenced = next((r for r in records if r.get("regime", {}).get("unreached")), None)
+    if silent is not None:  # nothing reaches what is below a dead layer, and more steps are no remedy
+        found.append(dead(list(silent["dead"]), silent["step"]))
+    elif silenced is not None:
+        found.append(unreached(silenced["regime"]["unreached"], silenced["step"]))
     return found + list(dict.fromkeys(r["advice"] for r in records if "advice" in r))
 
 

@@ -63,7 +63,8 @@ def energy_curves(run: Run, most: int = 6) -> "Figure":
         for number, (step, relaxation) in enumerate(chosen):
             colour = _shade(number, len(chosen))
             for phase in (p for p in relaxation["phases"] if _is(kind, p)):
-                energies = [i + phase["nudge"] * x for i, x in zip(phase["internal"], phase["loss"], strict=True)]
+                trials = [i + phase["nudge"] * x for i, x in zip(phase["internal"], phase["loss"], strict=True)]
+                energies = phase.get("energies") or trials
                 scale = abs(energies[0]) or max(map(abs, energies)) or 1.0
                 shown = [_bounded(energy / scale) for energy in energies]
                 axes.plot(shown, color=colour, marker=".", label=f"step {step}")

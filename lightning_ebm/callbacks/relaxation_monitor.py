@@ -68,7 +68,7 @@ class RelaxationMonitor(Callback):
         self.regime: Regime | None = None
         self.statuses: Counter[str] = Counter()
         self._recording: Recording | None = None
-        self._warned = False
+        self._warned = self._told_of_silence = False
         self._file = RunFile()
         self._kept = 0
 
@@ -112,7 +112,10 @@ class RelaxationMonitor(Callback):
         strategy = _strategy(trainer)
         report = strategy.learner.report
         self.statuses[report["result"]] += 1
-        phases = [trace.read() for trace in recording.traces]
+        phases: list[dict[str, Any]] = [dict(trace.read()) for trace in recording.traces]
+        for phase, entry in zip(phases, report["phases"], strict=False):
+            if phase["nudge"] == entry["nudge"]:  # of accepted points, where the trace has every trial
+                phase["energies"] = entry["energies"]
         values = {
             "ebm/energy_free": report["energy_free"],
             "ebm/energy_nudged": report["energy_nudged"],
@@ -174,8 +177,9 @@ class RelaxationMonitor(Callback):
             self._say(trainer, f"The regime could not be measured, there is no equilibrium to compare with: {error}")
             return {}
         self._file.add({"regime": self.regime.as_dict(), "step": trainer.global_step})
-        if self.regime.unreached:
-            self._say(trainer, advice.unreached(self.regime.unreached, trainer.global_step))
+        if self.regime.unreached and not self._told_of_silence and trainer.is_global_zero:
+            self._told_of_silence = True  # the report finds it by itself, in the regime
+            log.warning(advice.unreached(self.regime.unreached, trainer.global_step))
         values = {"ebm/relaxed": self.regime.relaxed, "ebm/way": self.regime.way}
         return values | {f"ebm/way/layer/{layer.name.replace('.', '/')}": layer.way for layer in self.regime.layers}
 
@@ -195,7 +199,8 @@ class RelaxationMonitor(Callback):
                 phase
                 | {
                     key: [phase[key][0], phase[key][-1]]
-                    for key in ("internal", "loss", "residual", "residual_per_sample")
+                    for key in ("internal", "loss", "residual", "residual_per_sample", "energies")
+                    if phase.get(key)
                 }
                 | {"step_size": phase["step_size"][-1:], "curvature": [max(phase["curvature"], default=0.0)]}
                 for phase in record["phases"]
@@ -212,8 +217,7 @@ class RelaxationMonitor(Callback):
         for number, phase in enumerate(phases):
             key = f"ebm/curves/step_{trainer.global_step}/energy_{'nudged' if phase['nudge'] else 'free'}_{number}"
             loggers.define(trainer, [key], axis=_AXIS)
-            for step, (internal, loss) in enumerate(zip(phase["internal"], phase["loss"], strict=True)):
-                energy = internal + phase["nudge"] * loss
+            for step, energy in enumerate(phase.get("energies", [])):
                 loggers.log_wandb(trainer, {key: energy, _AXIS: step}, with_step=False)
 
     def _advise(self, trainer: Trainer, residual: float) -> None:
