@@ -227,14 +227,13 @@ SETTINGS = [
         "Torch2PC strict, T=20, .1",
         small_cnn, relaxed_by(euler(0.1, 20), 1 / 300), adam(2e-3), 300, cross_entropy,
         "Rosenbaum 2022, Torch2PC, Example1.ipynb",
-        note="the loss is a batch mean, so lambda = 1/300; layers move one after the other there, at once here",
+        note="the loss is a batch mean, so lambda = 1/300; weights read at the feed-forward activities there",
         layers=["0", "1", "2", "3"],
     ),
     Setting(
         "PC-Nudge, T=50, .3",
         mlp(128, 64, act=nn.ReLU), relaxed_by(euler(0.3, 50), 1e-4), sgd(1e-4, 0.9), 64, squared,
         "Millidge et al. 2023, infinitesimal_inference_limit, utils.py, train_network",
-        note="layers move one after the other there, at once here",
         normalise=HALF,
     ),
     Setting(
@@ -253,16 +252,16 @@ SETTINGS = [
     ),
     Setting(
         "prospective, T=64, .1",
-        xavier(mlp(32, 32, act=nn.Sigmoid, bias=False)), relaxed_by(euler(0.1, 64, tol=1e-9)), sgd(0.05), 32, squared,
+        xavier(mlp(32, 32, act=nn.Sigmoid, bias=False)), relaxed_by(euler(0.1, 64, tol=1e-9)), sgd(0.01), 32, squared,
         "Song et al. 2024, Prospective-Configuration, nature_none_batch_new_analysis/base-50-b32.yaml",
-        note="Fashion-MNIST there; the largest of their learning rates of the weights",
+        note="Fashion-MNIST there; the largest learning rate of their grid that trains here",
         layers=nn.Linear,
     ),
     Setting(
         "prospective, T=64, 1",
-        xavier(mlp(32, 32, act=nn.Sigmoid, bias=False)), relaxed_by(euler(1.0, 64, tol=1e-9)), sgd(0.1), 60, squared,
+        xavier(mlp(32, 32, act=nn.Sigmoid, bias=False)), relaxed_by(euler(1.0, 64, tol=1e-9)), sgd(0.0025), 60, squared,
         "Song et al. 2024, Prospective-Configuration, nature_small-arch-small-data/bp-il.yaml",
-        note="Fashion-MNIST there; the largest of their learning rates of the weights",
+        note="Fashion-MNIST there; the largest learning rate of their grid that trains here",
         layers=nn.Linear,
     ),
     Setting(

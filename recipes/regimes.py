@@ -89,12 +89,14 @@ activities it is computed from have moved. Published settings differ by what the
 ![Settings on the way from backprop to equilibrium](regimes.png)
 
 A dot is a layer, the bar the mean: 0 where the update has backprop's direction, 1 where it has that of the equilibrium
-the relaxation was on its way to. *Relaxed* is the part of the energy's whole fall that was made. {summary}
+the relaxation was on its way to. *Relaxed* is the part of the energy's whole fall that was made.
+
+{summary}
 
 Measured by `python recipes/regimes.py` on {data}: each setting of `recipes/published_settings.py` trained for {updates}
-updates, the regime on the next batch; {seeds}; float32, states as the setting has them. Everything was
-run on the same images, so a setting tuned for others is here what its numbers do on these. "From memory" marks settings
-that we could not read in the authors' code.
+updates, the regime on the next batch; {seeds}; float32; states sit where the authors put them. Everything was run on
+the same images, so a setting that was tuned for others is here what its numbers do on these. "From memory" marks what
+we could not read in the authors' code.
 
 | setting | network, B | relaxed | cosine at stop, by layer | cosine at equilibrium | norm ratio at stop | regime |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -126,6 +128,13 @@ def averaged(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {"layers": layers, "way": way, "unreached": unreached, "verdict": verdict, "relaxed": relaxed}
 
 
+WHERE = {
+    regime.BACKPROP: "train in backprop's direction",
+    regime.EQUILIBRIUM: "at equilibrium",
+    regime.BETWEEN: "in between",
+    regime.SAME: "where the two coincide",
+    regime.NEITHER: "in a direction of its own",
+}
 NUMBERS = ("cosine_stop", "cosine_equilibrium", "norm_ratio_stop", "norm_ratio_equilibrium", "error_ratio", "way")
 
 
@@ -197,7 +206,8 @@ def main() -> None:
     counts: dict[str, int] = {}
     for _, found in drawn:
         counts[found["verdict"]] = counts.get(found["verdict"], 0) + 1
-    summary = "Of the settings here, " + ", ".join(f"{n} train in {word!r}" for word, n in counts.items()) + "."
+    parts = [f"{count} {WHERE[verdict]}" for verdict, count in sorted(counts.items(), key=lambda pair: -pair[1])]
+    summary = f"Of {len(drawn)} settings, {', '.join(parts)}."
     options.output.mkdir(parents=True, exist_ok=True)
     page = PAGE.format(
         data="MNIST" if options.data_dir else "scikit-learn's digits", updates=options.updates,
