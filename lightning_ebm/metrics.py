@@ -54,8 +54,8 @@ def alignment(estimate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -
 
 
 def read(total: Tensor) -> dict[str, Tensor]:
-    """Alignment from summed moments ``(6,)``; scalars, as float64 tensors."""
-    dot, gg, rr, difference, same, count = total.unbind()
+    """Alignment from summed moments ``(..., 6)``; float64 tensors ``(...)``."""
+    dot, gg, rr, difference, same, count = total.unbind(-1)
     dead_g, dead_r = gg == 0, rr == 0
     one, zero, inf = torch.ones_like(dot), torch.zeros_like(dot), torch.full_like(dot, math.inf)
     safe_rr = torch.where(dead_r, one, rr)

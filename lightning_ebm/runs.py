@@ -58,7 +58,7 @@ class Run:
             if "alignment" in record:
                 rows[record["step"]] = record["layers"]
         if not rows:
-            prefix = "alignment/cosine/layer/"
+            prefix = "alignment/layer/cosine/"
             for name, series in self.metrics.items():
                 if name.startswith(prefix):
                     for step, value in series:

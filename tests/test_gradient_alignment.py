@@ -81,7 +81,7 @@ def test_logged_numbers_equal_a_comparison_by_hand(tmp_path, accumulate, precisi
         both = ebm.metrics.alignment(*({name: side[name] for name in layer} for side in (added, true)))
         for name in expected:
             assert logged[f"alignment/{name}/net/4/weight"] == pytest.approx(one[name], rel=2e-6, abs=1e-6)
-            assert logged[f"alignment/{name}/layer/net/5"] == pytest.approx(both[name], rel=2e-6, abs=1e-6)
+            assert logged[f"alignment/layer/{name}/net/5"] == pytest.approx(both[name], rel=2e-6, abs=1e-6)
         assert 0 < logged["alignment/cosine"] < 0.999  # predictive coding at lambda = 1 is another direction
 
 
@@ -285,9 +285,11 @@ def test_the_offline_run_holds_figures_definitions_and_settings(tmp_path):
     """Read back from the file itself, with W&B's own reader."""
     import wandb
 
+    wandb.run = None  # of an earlier test in this process, torn down
     logger = WandbLogger(project="test", save_dir=tmp_path, offline=True)
     run(tmp_path, [ebm.GradientAlignment(every_n_steps=1)], logger=logger)
     directory = Path(logger.experiment.dir).parent
+    wandb.finish()
     wandb.teardown()
     text = subprocess.run(
         [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(directory)],

@@ -136,10 +136,12 @@ def test_the_offline_run_holds_curves_on_an_axis_of_their_own(tmp_path):
     """Read back from the file itself, with W&B's own reader."""
     import wandb
 
+    wandb.run = None  # of an earlier test in this process, torn down
     logger = WandbLogger(project="test", save_dir=tmp_path, offline=True)
     callbacks = [ebm.RelaxationMonitor(1, regime_every_n_steps=4), ebm.GradientAlignment(every_n_steps=2)]
     fit(tmp_path, Regression(0.1), callbacks, logger=logger, max_epochs=2)
     directory = Path(logger.experiment.dir).parent
+    wandb.finish()
     wandb.teardown()
     command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(directory)]
     text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout

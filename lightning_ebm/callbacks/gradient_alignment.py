@@ -30,12 +30,12 @@ class GradientAlignment(Callback):
     "backprop"; what it costs is logged when the fit ends). On several devices each compares its own micro-batch, and
     the figures are of all of them: those of the long vectors made by putting their gradients one after the other.
 
-    **Logged metrics** (through `LightningModule.log`, to any logger; `alignment/cosine` in the progress bar):
+    **Logged metrics** (to any logger, at the steps compared; `alignment/cosine` in the progress bar):
 
     - ``alignment/cosine``, ``alignment/angle_deg``, ``alignment/norm_ratio``, ``alignment/relative_error``,
       ``alignment/sign_agreement`` over all parameters, see `lightning_ebm.metrics.alignment`;
     - the same per parameter, ``alignment/cosine/<name with dots as slashes>``, and per layer (all parameters of its
-      drive as one vector), ``alignment/cosine/layer/<name>``;
+      drive as one vector), ``alignment/layer/cosine/<name>``;
     - ``alignment/dead``, how many parameters have an update of exactly zero, or a true gradient of exactly zero: they
       have no direction, and their figures are conventions.
 
@@ -94,7 +94,6 @@ class GradientAlignment(Callback):
         self._steps = [Alignment() for _ in references]
         self._restored: list[dict[str, Any]] | None = None
         self._seen_step = -1
-        self._overall = 0.0
         self._low = 0
         self._warned = False
         self._table = loggers.WandbTable("alignment/table", ["step", "layer", *NAMES, "dead"])
@@ -146,7 +145,7 @@ class GradientAlignment(Callback):
                 metric.reset()
             self._seen_step = trainer.global_step
         update = named_gradients(pl_module, loss, retain_graph=True)
-        values: dict[str, Tensor] = {}
+        values: dict[str, float] = {}
         for index, reference in enumerate(self._references):
             true = _strategy(trainer).true_gradients(reference)
             pair = _finite(update, true)
@@ -154,14 +153,14 @@ class GradientAlignment(Callback):
             self._steps[index].update(*pair)
             total = _synchronised(self._steps[index])
             if bool(total.any()):  # else every gradient has overflowed
+                names = self._steps[index].names
+                values |= self._read(trainer, self._prefixes[index], names, total)
                 if index == 0:
-                    self._keep(trainer, total, again)
-                values |= self._read(trainer, index, total)
+                    self._keep(trainer, names, total, values, again)
         if values:
             first = f"{self._prefixes[0]}/cosine"
-            pl_module.log(first, values.pop(first), prog_bar=True, on_step=True, on_epoch=False)
-            pl_module.log_dict(values, on_step=True, on_epoch=False)
-            self._advise(trainer, self.history[-1][0])
+            loggers.log_scalars(trainer, pl_module, values, [first])
+            self._advise(trainer, values[first])
         self._spent += time.perf_counter() - start
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -210,33 +209,38 @@ class GradientAlignment(Callback):
         regular = self.every_n_steps is not None and (step == 0 or (step + 1) % self.every_n_steps == 0)
         return regular or trainer.current_epoch in self.epochs
 
-    def _read(self, trainer: Trainer, index: int, total: Tensor) -> dict[str, Tensor]:
-        names, prefix = self._steps[index].names, self._prefixes[index]
-        values = {f"{prefix}/{key}": value for key, value in read(total.sum(0)).items()}
-        for name, row in zip(names, total, strict=True):
-            if row[5] > 0:
-                values |= {f"{prefix}/{key}/{name.replace('.', '/')}": value for key, value in read(row).items()}
-        for layer, row in _by_layer(names, total, _layers(trainer, names)).items():
-            values |= {f"{prefix}/{key}/layer/{layer}": value for key, value in read(row).items()}
-        values[f"{prefix}/dead"] = torch.tensor(float(len(dead(names, total))))
-        return {key: value.to(torch.float32) for key, value in values.items()}
+    def _read(self, trainer: Trainer, prefix: str, names: Sequence[str], total: Tensor) -> dict[str, float]:
+        """Every figure to be logged, by its name; read off the device at once."""
+        layers = _by_layer(names, total, _layers(trainer, names))
+        rows = {"": total.sum(0)} | {
+            f"/{name.replace('.', '/')}": row for name, row in zip(names, total, strict=True) if row[5] > 0
+        }
+        keys = [f"{prefix}/{{}}{suffix}" for suffix in rows] + [f"{prefix}/layer/{{}}/{layer}" for layer in layers]
+        table = read(torch.stack([*rows.values(), *layers.values()]))
+        values = {
+            key.format(figure): value
+            for figure, column in table.items()
+            for key, value in zip(keys, column.tolist(), strict=True)
+        }
+        return values | {f"{prefix}/dead": float(len(dead(names, total)))}
 
-    def _keep(self, trainer: Trainer, total: Tensor, again: bool) -> None:
+    def _keep(
+        self, trainer: Trainer, names: Sequence[str], total: Tensor, values: Mapping[str, float], again: bool
+    ) -> None:
         """Notes the step for the heatmap, the table and the run's file; a later micro-batch takes the row's place."""
-        names = self._steps[0].names
-        rows, table = {}, []
+        rows: dict[str, float | None] = {}
+        table, prefix = [], self._prefixes[0]
         for layer, row in _by_layer(names, total, _layers(trainer, names)).items():
             is_dead = bool((row[1] == 0) | (row[2] == 0))
-            figures = {key: float(value) for key, value in read(row).items()}
-            rows[layer] = None if is_dead else figures["cosine"]
-            table.append([trainer.global_step, layer, *figures.values(), is_dead])
+            figures = [values[f"{prefix}/layer/{figure}/{layer}"] for figure in NAMES]
+            rows[layer] = None if is_dead else figures[0]
+            table.append([trainer.global_step, layer, *figures, is_dead])
         if again and self.history and self.history[-1][0] == trainer.global_step:
             self.history.pop()
         self.history.append((trainer.global_step, rows))
         if len(self.history) > _MOST_COLUMNS:
             self.history = self.history[::2]
-        overall = {key: float(value) for key, value in read(total.sum(0)).items()}
-        self._overall = overall["cosine"]
+        overall = {figure: values[f"{prefix}/{figure}"] for figure in NAMES}
         self._file.add({"alignment": overall, "layers": rows, "dead": dead(names, total), "step": trainer.global_step})
         if loggers.has_wandb(trainer):
             row_of_figures = {self._table.key: self._table.with_rows(table)}
@@ -245,8 +249,8 @@ class GradientAlignment(Callback):
                 row_of_figures["alignment/histogram"] = histogram
             loggers.log_wandb(trainer, row_of_figures)
 
-    def _advise(self, trainer: Trainer, step: int) -> None:
-        cosine = self._overall
+    def _advise(self, trainer: Trainer, cosine: float) -> None:
+        step = trainer.global_step
         self._low = self._low + 1 if self.warn_below is not None and cosine < self.warn_below else 0
         if self._low >= self.patience and not self._warned and trainer.is_global_zero:
             self._warned = True

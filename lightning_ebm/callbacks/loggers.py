@@ -1,7 +1,7 @@
-"""What each of a Trainer's loggers can be shown besides scalars.
+"""What each of a Trainer's loggers is told and shown.
 
-Scalars go through `LightningModule.log`, so any logger has them. Everything here is for rank 0 alone and never passes
-`step=` to W&B, which would drop rows that come late: the step is a column, as in WandbLogger's own rows.
+Everything is for rank 0 alone, and nothing passes `step=` to W&B's own run, which would drop rows that come late: the
+step is a column, as in WandbLogger's rows.
 """
 
 import math
@@ -10,10 +10,26 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 GLOBAL_STEP = "trainer/global_step"
+
+
+def log_scalars(
+    trainer: Trainer, module: LightningModule, values: Mapping[str, float], in_progress_bar: Sequence[str] = ()
+) -> None:
+    """To every logger, at the step where they were measured, and into `trainer.callback_metrics`.
+
+    Not by `module.log`: it goes through every key it has ever seen at every later step, and there are five a parameter.
+    """
+    for key in in_progress_bar:
+        module.log(key, values[key], prog_bar=True, logger=False, on_step=True, on_epoch=False)
+    known = {key: value for key, value in values.items() if not math.isnan(value)}
+    trainer.callback_metrics.update({key: torch.tensor(value, dtype=torch.float32) for key, value in known.items()})
+    for logger in trainer.loggers:
+        logger.log_metrics(known, step=trainer.global_step)
 
 
 def tell_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from lightning_ebm import advice
 from lightning_ebm.callbacks import console, loggers
@@ -24,7 +23,7 @@ log = logging.getLogger(__name__)
 class RelaxationMonitor(Callback):
     """Records relaxations from outside, whatever the relaxer, and logs how they went.
 
-    **Logged metrics** (to any logger; `ebm/energy_nudged` and `ebm/steps` in the progress bar):
+    **Logged metrics** (to any logger, at the steps recorded; `ebm/energy_nudged` and `ebm/steps` in the progress bar):
 
     - ``ebm/energy_free``, ``ebm/energy_nudged``: I + lambda L of the batch at the free equilibrium or forward pass, and
       at the end of the first nudged phase;
@@ -34,7 +33,9 @@ class RelaxationMonitor(Callback):
       estimate from below of the energy's largest: Euler steps above 2 / curvature run away;
     - ``ebm/relaxed``, ``ebm/way`` and per layer ``ebm/way/layer/<name>`` where the regime is measured, see
       `lightning_ebm.regime`: how much of the fall of the energy was made, and where between backprop (0) and
-      equilibrium (1) the update was read.
+      equilibrium (1) the update was read; not where there is no way, and of the first device's batch.
+
+    On several devices the others are means over the devices.
 
     With `WandbLogger` also the energy of each curve against the relaxation step, on an axis of its own, and a histogram
     of the residuals of the samples. Everything goes to the run's file for `python -m lightning_ebm report`.
@@ -135,10 +136,13 @@ class RelaxationMonitor(Callback):
             "status": report["result"], "steps": report["steps"], "layers": report["layers"],
             "residual": values["ebm/residual"], "loss": report["loss"], "phases": phases,
         }  # fmt: skip
+        if trainer.world_size > 1:  # the mean over devices, in one collective
+            mine = torch.tensor(list(values.values()), device=pl_module.device, dtype=torch.float32)
+            values = dict(zip(values, strategy.reduce(mine, reduce_op="mean").tolist(), strict=True))
         if self.regime_every_n_steps is not None and _due(trainer, self.regime_every_n_steps):
             values |= self._measured(trainer, strategy)
             self._curves(trainer, phases)
-        self._log(trainer, pl_module, values)
+        loggers.log_scalars(trainer, pl_module, values, _IN_PROGRESS_BAR)
         self._keep(trainer, record, report["residual"])
         self._advise(trainer, values["ebm/residual"])
 
@@ -182,15 +186,6 @@ class RelaxationMonitor(Callback):
             log.warning(advice.unreached(self.regime.unreached, trainer.global_step))
         values = {"ebm/relaxed": self.regime.relaxed, "ebm/way": self.regime.way}
         return values | {f"ebm/way/layer/{layer.name.replace('.', '/')}": layer.way for layer in self.regime.layers}
-
-    def _log(self, trainer: Trainer, module: LightningModule, values: dict[str, float]) -> None:
-        many = trainer.world_size > 1
-        tensors: dict[str, Tensor] = {
-            key: torch.tensor(value, device=module.device, dtype=torch.float32) for key, value in values.items()
-        }
-        for key in _IN_PROGRESS_BAR:
-            module.log(key, tensors.pop(key), prog_bar=True, on_step=True, on_epoch=False, sync_dist=many)
-        module.log_dict(tensors, on_step=True, on_epoch=False, sync_dist=many)
 
     def _keep(self, trainer: Trainer, record: dict[str, Any], residual: list[float]) -> None:
         self._kept += 1
