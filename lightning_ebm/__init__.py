@@ -3,7 +3,8 @@
 from lightning_ebm import metrics, reference, regime, testing
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.callbacks import GradientAlignment, RelaxationMonitor
-from lightning_ebm.energies import Energy, LayerView, PredictiveCoding
+from lightning_ebm.energies import Energy, FenchelYoung, Hopfield, LayerView, PredictiveCoding
+from lightning_ebm.equilibrium import Equilibrium
 from lightning_ebm.errors import (
     ConfigurationError,
     EBMError,
@@ -12,18 +13,41 @@ from lightning_ebm.errors import (
     UnsupportedModuleError,
 )
 from lightning_ebm.learner import Learner
-from lightning_ebm.nudges import Centered, Nudge, OneSided, Phase
+from lightning_ebm.nudges import (
+    Centered,
+    Clamped,
+    Coupled,
+    Holomorphic,
+    Infinitesimal,
+    Nudge,
+    OneSided,
+    Phase,
+    RandomSign,
+)
 from lightning_ebm.presets import algorithm, algorithms
-from lightning_ebm.relaxers import ErrorCoordinates, GradientDescent, Relaxation, Relaxer, StateOptimizer, Sweep
+from lightning_ebm.relaxers import (
+    Anderson,
+    AugmentedLagrangian,
+    Dyadic,
+    ErrorCoordinates,
+    FixedPoint,
+    FixedPrediction,
+    GradientDescent,
+    Relaxation,
+    Relaxer,
+    StateOptimizer,
+    Sweep,
+)
 from lightning_ebm.strategy import EBMStrategy
 from lightning_ebm.summary import Summary, summary
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Algorithm", "Centered", "ConfigurationError", "EBMError", "EBMStrategy", "Energy", "ErrorCoordinates",
-    "GradientAlignment", "GradientDescent", "LayerDiscoveryError", "LayerView", "Learner", "Nudge", "OneSided",
-    "Phase", "PredictiveCoding", "Relaxation", "RelaxationDivergedError", "RelaxationMonitor", "Relaxer",
-    "StateOptimizer", "Summary", "Sweep", "UnsupportedModuleError", "algorithm", "algorithms", "metrics", "reference",
-    "regime", "summary", "testing",
+    "Algorithm", "Anderson", "AugmentedLagrangian", "Centered", "Clamped", "ConfigurationError", "Coupled", "Dyadic",
+    "EBMError", "EBMStrategy", "Energy", "Equilibrium", "ErrorCoordinates", "FenchelYoung", "FixedPoint",
+    "FixedPrediction", "GradientAlignment", "GradientDescent", "Holomorphic", "Hopfield", "Infinitesimal",
+    "LayerDiscoveryError", "LayerView", "Learner", "Nudge", "OneSided", "Phase", "PredictiveCoding", "RandomSign",
+    "Relaxation", "RelaxationDivergedError", "RelaxationMonitor", "Relaxer", "StateOptimizer", "Summary", "Sweep",
+    "UnsupportedModuleError", "algorithm", "algorithms", "metrics", "reference", "regime", "summary", "testing",
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """What is off, in words, with the remedy."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,7 +66,8 @@ def before_training(algorithm: Algorithm, learning_rates: Sequence[float], dtype
     if algorithm.read_as == "backprop":
         return []
     found = []
-    strengths = [abs(phase.strength) for phase in algorithm.nudge.phases() if phase.strength]
+    phases = copy.deepcopy(algorithm.nudge).phases()  # one that draws its sign must not draw it here
+    strengths = [abs(phase.strength) for phase in phases if phase.strength and not phase.held]
     weakest = min(strengths, default=1.0)
     in_states = not algorithm.relaxer.needs_error_coordinates
     if weakest < 1e-3 and in_states and dtype != torch.float64:

@@ -1,16 +1,20 @@
 """An algorithm is a point in energy x nudge x relaxer x update."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from lightning_ebm.energies import Energy, PredictiveCoding
 from lightning_ebm.energies.base import QuadraticEnergy
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.nudges import Nudge, OneSided
+from lightning_ebm.nudges import Clamped, Coupled, Holomorphic, Infinitesimal, Nudge, OneSided
 from lightning_ebm.relaxers import ErrorCoordinates, Relaxer
 
-Update = Literal["auto", "contrast", "first-arrival", "backprop"]
-_UPDATES = ("auto", "contrast", "first-arrival", "backprop")
+Update = Literal[
+    "auto", "contrast", "cross-derivative", "first-arrival", "fixed-prediction", "multipliers", "dyadic", "incremental",
+    "backprop",
+]  # fmt: skip
+_UPDATES = get_args(Update)
+_DISPLACEMENTS = ("first-arrival", "fixed-prediction", "multipliers", "dyadic")
 
 
 @dataclass(frozen=True)
@@ -24,10 +28,12 @@ class Algorithm:
         nudge: the table of phases, {lambda_p: weight_p}.
         relaxer: finds x_p for each phase with lambda_p != 0, starting from the free state.
         free_relaxer: finds the free state of energies whose free equilibrium is not the forward pass; None: `relaxer`.
-        update: "contrast", sum_p weight_p dE/dtheta(x_p) with states held fixed; "first-arrival", the displacement with
-            which the signal reaches each layer, times the slope of its prediction at the free state; "backprop", the
-            loss passes through unchanged and the other parts are not used (the control of every experiment); "auto",
-            what the relaxer is made for.
+        update: what is read off. "contrast", sum_p weight_p dE/dtheta(x_p) with states held fixed; "cross-derivative",
+            dL/dtheta + d2I/dtheta dx (sum_p weight_p x_p) at the free state; "first-arrival", "fixed-prediction",
+            "multipliers", "dyadic", what relaxers of those kinds leave at each layer, times the slope of its prediction
+            or drive; "incremental", dE/dtheta after every single step of the relaxer, with an optimizer step each;
+            "backprop", the loss passes through unchanged and the other parts are not used (the control of every
+            experiment); "auto", what the nudge and the relaxer are made for.
         initial_state: where the search for the free state starts, the "forward" pass or "zeros".
 
     Raises:
@@ -61,20 +67,59 @@ class Algorithm:
                 f"{type(self.relaxer).__name__} moves prediction errors, which {type(self.energy).__name__} is not a"
                 " function of. Use ebm.PredictiveCoding(), or a relaxer of states such as ebm.GradientDescent(...)."
             )
-        if "first-arrival" in (self.update, self.relaxer.update) and self.read_as not in (
-            self.relaxer.update,
-            "backprop",
-        ):
+        self._check_fit()
+
+    def _check_fit(self) -> None:
+        made_for, read = self.relaxer.update, self.read_as
+        if read == "backprop":
+            return
+        needed = made_for if made_for in _DISPLACEMENTS else None
+        if (read in _DISPLACEMENTS or needed) and read != needed:
             raise ConfigurationError(
                 f"update={self.update!r} does not fit {type(self.relaxer).__name__}, whose result is to be read as"
-                f" {self.relaxer.update!r}: the displacement at first arrival is what ebm.Sweep() finds, an equilibrium"
-                ' what the other relaxers find. Leave update="auto".'
+                f' {made_for!r}: what it leaves at a layer means nothing read otherwise. Leave update="auto".'
             )
+        if needed and not self.energy.divergence:
+            raise ConfigurationError(
+                f"{type(self.relaxer).__name__} starts from the forward pass as the free equilibrium, which it is not"
+                f" for {type(self.energy).__name__}. Use ebm.PredictiveCoding() or ebm.FenchelYoung()."
+            )
+        if isinstance(self.nudge, Infinitesimal) and read != "cross-derivative":
+            raise ConfigurationError(
+                f'Infinitesimal() moves no state, so there is no {read!r} to read: leave update="auto", with a relaxer'
+                " of states for the free phase, such as ebm.FixedPoint(...) or ebm.GradientDescent(...)."
+            )
+        if isinstance(self.nudge, Coupled | Clamped) and self.relaxer.needs_error_coordinates:
+            raise ConfigurationError(
+                f"{type(self.nudge).__name__} holds the output, and {type(self.relaxer).__name__} moves errors, of"
+                " which the output is a function. Take ebm.FixedPoint(...) or ebm.GradientDescent(...)."
+            )
+        complex_phases = isinstance(self.nudge, Holomorphic) and self.nudge.points > 2
+        if complex_phases and not self.relaxer.complex_states:
+            raise ConfigurationError(
+                f"{type(self.relaxer).__name__} cannot follow the complex states of a holomorphic nudge. Take"
+                " ebm.FixedPoint(...), ebm.GradientDescent(lr, max_steps) or ebm.ErrorCoordinates(..., tol=0)."
+            )
+        if read == "incremental" and not (
+            self.energy.divergence and isinstance(self.nudge, OneSided) and self.increments
+        ):
+            raise ConfigurationError(
+                'update="incremental" moves parameters after every step of one nudged phase: it needs a divergence'
+                " energy such as ebm.PredictiveCoding(), an ebm.OneSided(...) nudge and a relaxer with a number of"
+                " steps, ebm.GradientDescent(lr, max_steps) or ebm.StateOptimizer(..., max_steps=...)."
+            )
+
+    @property
+    def increments(self) -> int:
+        """How many optimizer steps an incremental update takes for a batch."""
+        return int(getattr(self.relaxer, "max_steps", 0))
 
     @property
     def read_as(self) -> str:
         """The update with "auto" resolved."""
-        return self.relaxer.update if self.update == "auto" else self.update
+        if self.update != "auto":
+            return self.update
+        return "cross-derivative" if isinstance(self.nudge, Infinitesimal) else self.relaxer.update
 
     def describe(self) -> dict[str, str]:
         """Every part as text, for the configuration of a run."""

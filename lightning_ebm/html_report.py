@@ -91,7 +91,7 @@ def _relaxation(run: Run) -> Iterable[str]:
     words = ", ".join(f"{count} {status}" for status, count in counts.items())
     steps = [relaxation["steps"] for _, relaxation in run.relaxations]
     text = f"<p>{len(steps)} relaxations recorded: {words}; {min(steps)} to {max(steps)} steps.</p>"
-    if any(len(phase["loss"]) > 1 for _, relaxation in run.relaxations for phase in relaxation["phases"]):
+    if plots.has_curves(run):
         text += _image(plots.energy_curves(run), "energy against relaxation step")
         text += _image(plots.residual_curves(run), "residual of each layer against relaxation step")
     yield _section("Relaxation", text)

@@ -19,7 +19,7 @@ from lightning_ebm.closure import Closure, checked_loss
 from lightning_ebm.errors import ConfigurationError, LayerDiscoveryError, UnsupportedModuleError
 from lightning_ebm.purity import Snapshot
 from lightning_ebm.substitution import Pass, StateKey, at_prediction, clean, substituted
-from lightning_ebm.wiring import Plan, Wiring
+from lightning_ebm.wiring import Plan, Wiring, sum_of_ends
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +50,18 @@ class LayerFinder:
         layers: as in `Learner`.
         output: as in `Learner`.
         quiet: silences what only the caller knows how to silence, in the passes made here.
+        lossless: the closures return no loss, as at evaluation: the network ends in whatever nothing else consumes.
     """
 
     def __init__(
-        self, module: nn.Module, layers: Layers, output: Output, quiet: Callable[[], AbstractContextManager[Any]]
+        self,
+        module: nn.Module,
+        layers: Layers,
+        output: Output,
+        quiet: Callable[[], AbstractContextManager[Any]],
+        lossless: bool = False,
     ) -> None:
+        self.lossless = lossless
         self.plan: Plan | None = None
         self.covered: Plan | None = None
         """The plan for which every parameter is known to be reached by the energy."""
@@ -82,7 +89,8 @@ class LayerFinder:
             state_of = at_prediction(keep)
             with snapshot.replaying(None) as changed, self._quiet(), torch.enable_grad():
                 with substituted(self._module, candidates, state_of, lambda key: True, find_weighted=True) as observed:
-                    observed.loss = checked_loss(_probed(closure))
+                    returned = _probed(closure)
+                    observed.loss = sum_of_ends(observed) if self.lossless else checked_loss(returned)
                 written.update(changed())
             return observed
 

@@ -14,10 +14,9 @@ from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.layers import LayerFinder, Layers, Output
 from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.purity import Snapshot
-from lightning_ebm.reference import named_gradients
 from lightning_ebm.report import PhaseReport, Report, report_of
 from lightning_ebm.step import Observer, Step
-from lightning_ebm.wiring import Plan
+from lightning_ebm.wiring import Plan, named_gradients
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ class Learner:
         self.algorithm = preset(algorithm)
         self.loss_reduction = loss_reduction
         self._quiet = quiet
-        self._options: tuple[Layers, Output] = (layers, output)
+        self._options: tuple[Layers, Output] = (layers, output_for(self.algorithm, output))
         self._finders: dict[int, LayerFinder] = {}
         self._finder: LayerFinder | None = None
         self._last: tuple[list[str], list[PhaseReport], Tensor] | None = None
@@ -92,8 +91,9 @@ class Learner:
         step = self.begin(closure)
         with step.first_pass():
             loss = closure()
-        torch.autograd.backward(step.surrogate(loss))
-        return loss.detach()
+        surrogate = step.surrogate(loss)
+        torch.autograd.backward(surrogate)
+        return surrogate.detach()
 
     def gradients(self, closure: Closure) -> dict[str, Tensor]:
         """The update of one batch as ``{parameter name: tensor}``, without those that the loss does not reach.
@@ -106,8 +106,56 @@ class Learner:
                 loss = closure()
             return named_gradients(self.module, step.surrogate(loss))
 
+    def step(self, closure: Closure, optimizer: torch.optim.Optimizer) -> Tensor:
+        """One whole training step: zeroes the gradients, updates the parameters; returns the loss of the forward pass.
+
+        For an incremental algorithm the optimizer steps once for each step of the relaxer; for all others once.
+        """
+        step = self.begin(closure)
+        optimizer.zero_grad()
+        with step.first_pass():
+            loss = closure()
+        incremental = self.algorithm.read_as == "incremental"
+        for surrogate in step.increments(loss) if incremental else [step.surrogate(loss)]:
+            optimizer.zero_grad()
+            torch.autograd.backward(surrogate)
+            optimizer.step()
+        return loss.detach()
+
+    def free_phase(self, run: Callable[[], Any]) -> AbstractContextManager[None]:
+        """Within it the module computes at the free equilibrium of its energy, as it has to after training on it.
+
+        ``with learner.free_phase(lambda: module(x)): output = module(x)``. What `run` runs is run several times,
+        without side effects, and must be what the body runs. For divergence energies the equilibrium is the forward
+        pass, and nothing is done. Outside of inference mode only: states are found by gradients.
+        """
+        if self.algorithm.energy.divergence or self.algorithm.read_as == "backprop":
+            return nullcontext()
+        finder = self._finders.setdefault(-1, LayerFinder(self.module, *self._options, self._quiet, lossless=True))
+        finder.look(run)
+        return Step(
+            self.module, self.algorithm, finder, run, self._quiet, _unheard, self.loss_reduction, []
+        ).first_pass()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What parts of the algorithm carry from one step to the next, such as the stand of `RandomSign`."""
+        parts = {name: getattr(self.algorithm, name) for name in ("energy", "nudge", "relaxer")}
+        return {name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what `state_dict` gave."""
+        for name, held in state.items():
+            part = getattr(self.algorithm, name)
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(held)
+
     def begin(
-        self, closure: Closure, sizes: Sequence[int] = (), snapshot: Snapshot | None = None, key: int = 0
+        self,
+        closure: Closure,
+        sizes: Sequence[int] = (),
+        snapshot: Snapshot | None = None,
+        key: int = 0,
+        batch: Any = None,
     ) -> Step:
         """Opens a step by hand: run the first pass inside `Step.first_pass`, then call `Step.surrogate`.
 
@@ -116,6 +164,7 @@ class Learner:
             sizes: candidates for B, the batch's first dimensions; those of what the module is called with if empty.
             snapshot: what the pass starts from, if it has begun already.
             key: tells apart closures that are used in turn, each with layers of its own.
+            batch: for `Clamped(target=...)`; what the module is called with if None.
         """
         finder = self._finders.setdefault(key, LayerFinder(self.module, *self._options, self._quiet))
         self._finder = finder
@@ -123,7 +172,7 @@ class Learner:
             finder.look(closure, snapshot)
         remember, reduction = self._remember, self.loss_reduction
         step = Step(
-            self.module, self.algorithm, finder, closure, self._quiet, remember, reduction, list(sizes), snapshot
+            self.module, self.algorithm, finder, closure, self._quiet, remember, reduction, list(sizes), snapshot, batch
         )
         step.observer = self.observer
         return step
@@ -158,3 +207,19 @@ def check_options(output: str, loss_reduction: str) -> None:
             f'loss_reduction={loss_reduction!r}: expected "mean" or "sum", as your loss reduces over the batch; it'
             " decides by how much the nudge is multiplied, and a wrong one is a factor of the batch size."
         )
+
+
+def _unheard(names: list[str], phases: list[PhaseReport], loss: Tensor) -> None:
+    """Nobody asks how an evaluation went."""
+
+
+def output_for(algorithm: Algorithm, output: Output) -> Output:
+    """`output`, with "auto" resolved where the nudge holds the output and so needs it to be a state."""
+    if not algorithm.nudge.needs_output_state or algorithm.read_as == "backprop":
+        return output
+    if output == "readout":
+        raise ConfigurationError(
+            f'{algorithm.nudge!r} holds the output at a value, so the output must be a state: output="state", not'
+            ' "readout". Leave output="auto".'
+        )
+    return "state"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.energies import Energy
-from lightning_ebm.energies.base import QuadraticEnergy
-from lightning_ebm.errors import LayerDiscoveryError
+from lightning_ebm.energies.base import LayerView, QuadraticEnergy, is_bounded
+from lightning_ebm.errors import LayerDiscoveryError, UnsupportedModuleError
 from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.substitution import Pass, StateKey, StateOf, at_states
 from lightning_ebm.wiring import Plan
@@ -38,38 +38,93 @@ class Network:
     def __init__(self, energy: Energy, plan: Plan, first: Pass, run: Run, batch_size: int, loss_scale: float) -> None:
         self.batch_size = batch_size
         self.names: Sequence[str] = [str(key) for key in plan.states]
-        self._energy = energy
+        self.depths, self._above = plan.depths()
+        self.outputs = plan.loss_parents
+        self.energy = energy
         self._plan = plan
         self._run = run
-        self._loss_scale = loss_scale
+        self.loss_scale = loss_scale
+        self.first_loss = first.loss.detach()
         self.free: Sequence[Tensor] = [state.detach() for state in first.states]
         self.no_errors: Sequence[Tensor] = [torch.zeros_like(state) for state in self.free]
         self._layouts = [_layout(state.shape, batch_size) for state in self.free]
         self.rounding = first.rounding
         self._first = first
         self._latest: tuple[list[Tensor], Pass] | None = None
+        self._moved = False
+        self._known_analytic = False
+        energy.check_layers({key.name for key in plan.states})
 
     # The point of view of a relaxer
 
-    def forces(self, states: Sequence[Tensor], strength: float) -> Forces:
+    def forces(self, states: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.forces`."""
         with torch.enable_grad():
-            seen = self._at_states(states)
-            internal, loss = self._internal(seen), self._loss_scale * seen.loss
-            # Slopes of E / lambda, multiplied afterwards: within half-precision networks 1e-4 would underflow.
-            unit = strength or 1.0
-            total = internal.sum() / unit + loss if strength else internal.sum()
-            slopes = torch.autograd.grad(total, seen.states, retain_graph=True, allow_unused=True)
-        found = zip(slopes, self.free, strict=True)
-        gradients = [torch.zeros_like(state) if slope is None else unit * slope for slope, state in found]
+            seen = self.at_states(states)
+            internal, loss = self.internal(seen), self.loss(seen)
+            gradients = self._slopes(seen, internal, loss, strength, range(len(self.free)))
+        if is_bounded(self.energy):
+            found = zip(gradients, states, self.views(seen), strict=True)
+            gradients = [self.energy.tangent(gradient, state, view) for gradient, state, view in found]
         return Forces(internal.detach(), loss.detach(), gradients)
+
+    def responses(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int] | None = None) -> Forces:
+        """See `Landscape.responses`."""
+        chosen = range(len(self.free)) if layers is None else layers
+        with torch.enable_grad():
+            seen = self.at_states(states)
+            others, loss = self.internal(seen, own=False), self.loss(seen)
+            slopes = self._slopes(seen, others, loss, strength, chosen)
+        views = self.views(seen)
+        gradients = [torch.zeros_like(state) for state in states]
+        for k, slope in zip(chosen, slopes, strict=True):
+            gradients[k] = states[k] - self.energy.best_response(-slope, views[k]).detach()
+        return Forces(others.detach(), loss.detach(), gradients)
+
+    def hops(self, errors: Sequence[Tensor], strength: complex) -> Forces:
+        """See `Landscape.hops`."""
+        seen = self._first
+        with torch.enable_grad():
+            precisions = self._precisions(seen)
+            loss = self.loss(seen)
+            terms = zip(precisions, errors, seen.layers, strict=True)
+            sent = [-(p * e * call.prediction).sum() for p, e, call in terms]
+            slopes = self._slopes(seen, torch.stack(sent), loss, strength, range(len(errors)))
+        internal = self.per_sample([0.5 * p * e.square() for p, e in zip(precisions, errors, strict=True)])
+        gradients = [e + s / p for e, s, p in zip(errors, slopes, precisions, strict=True)]
+        return Forces(internal, loss.detach(), gradients)
+
+    def dyads(self, mean: Sequence[Tensor], strength: float) -> tuple[list[Tensor], list[Tensor], Forces]:
+        """See `Landscape.dyads`."""
+        with torch.enable_grad():
+            seen = self.at_states(mean)
+            loss = self.loss(seen)
+        views, ahead, behind = self.views(seen), list(self.free), list(self.free)
+
+        def answer(k: int, slope: Tensor) -> Tensor:
+            ahead[k] = self.energy.best_response(-0.5 * slope, views[k]).detach()
+            behind[k] = self.energy.best_response(0.5 * slope, views[k]).detach()
+            ends = (self.energy.layer_energy(x, views[k]).sum() for x in (ahead[k], behind[k]))
+            return next(ends) - next(ends)
+
+        with torch.enable_grad():
+            self._signals(seen, strength * loss, answer)
+        gradients = [m - 0.5 * (p + q) for m, p, q in zip(mean, ahead, behind, strict=True)]
+        return ahead, behind, Forces(self.internal(seen).detach(), loss.detach(), gradients)
+
+    def feasible(self, states: list[Tensor]) -> list[Tensor]:
+        """See `Landscape.feasible`."""
+        if not is_bounded(self.energy):
+            return states
+        found = zip(states, self.views(self._first), strict=True)
+        return [self.energy.feasible(state, view) for state, view in found]
 
     def error_forces(self, errors: Sequence[Tensor], strength: float) -> Forces:
         """See `Landscape.error_forces`."""
         with torch.enable_grad():
             seen = self._at_errors(errors)
-            loss = self._loss_scale * seen.loss
-            signals = [strength * signal for signal in self._signals(seen, loss)]
+            loss = self.loss(seen)
+            signals = [_holomorphic(strength * signal) for signal in self._signals(seen, loss)]
         precisions = self._precisions(seen)
         internal = self.per_sample([0.5 * p * e.square() for p, e in zip(precisions, errors, strict=True)])
         gradients = [e + s / p for e, s, p in zip(errors, signals, precisions, strict=True)]
@@ -80,57 +135,150 @@ class Network:
         rows = [_by_sample(t, layout, self.batch_size) for t, layout in zip(tensors, self._layouts, strict=True)]
         return rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
 
+    def metric(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+        """See `Landscape.metric`."""
+        precisions = self._precisions(self._first)
+        return self.per_sample([p * a * b for p, a, b in zip(precisions, left, right, strict=True)])
+
     def spread(self, values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         """See `Landscape.spread`."""
         return [_to_samples(values, t, layout) for t, layout in zip(like, self._layouts, strict=True)]
 
     # The point of view of an update
 
-    def energy_at(self, found: Relaxation, strength: float) -> Tensor:
+    def energy_at(self, found: Relaxation, strength: complex) -> Tensor:
         """E at the end of a phase as a function of the parameters, every state held fixed; its gradient is dE/dtheta.
 
         In error coordinates the value is not E but <-Pi e, mu(theta)> + strength * L: the gradient is the same, and
-        x - mu is never formed.
+        x - mu is never formed. For dyads it is E with their leading states less E with their trailing ones, all drives
+        coming from `point`.
         """
-        if found.coordinates == "states":
-            return self._energy_of(self._at_states(found.point), None, strength)
-        seen = self._first if found.coordinates == "arrival" else self._at_errors(found.point)
-        return self._energy_of(seen, found.point, strength)
+        seen = self._at_errors(found.point) if found.coordinates == "errors" else self.at_states(found.point)
+        return self._energy_of(seen, found, strength)
 
     def held(self, found: Relaxation) -> Relaxation:
         """The same end of a phase, written in states that stay what they are when parameters move."""
-        if found.coordinates != "errors":
+        if found.coordinates == "states":
             return found
         states = [state.detach() for state in self._at_errors(found.point).states]
         return dataclasses.replace(found, point=states, coordinates="states")
 
-    def energy_with(self, held: Relaxation, strength: float) -> Tensor:
+    def energy_with(self, held: Relaxation, strength: complex) -> Tensor:
         """`energy_at` for the parameters of now: a fresh pass, with the states of before."""
         self._latest = None
-        states = self.free if held.coordinates == "arrival" else held.point
-        seen = self._run(at_states(dict(zip(self._plan.states, states, strict=True))))
-        return self._energy_of(seen, held.point if held.coordinates == "arrival" else None, strength)
+        seen = self._run(at_states(dict(zip(self._plan.states, held.point, strict=True))))
+        return self._energy_of(seen, held, strength)
 
     def errors_at(self, found: Relaxation) -> list[Tensor]:
         """x_l - mu_l at the end of a phase, one tensor a layer."""
-        if found.coordinates != "states":
-            return [error.detach() for error in found.point]
-        layers = self._at_states(found.point).layers
+        errors = found.displacement if found.displacement is not None else found.point
+        if found.displacement is not None or found.coordinates == "errors":
+            return [error.detach() for error in errors]
+        layers = self.at_states(found.point).layers
         return [(x - call.prediction).detach() for x, call in zip(found.point, layers, strict=True)]
 
-    def _energy_of(self, seen: Pass, errors: Sequence[Tensor] | None, strength: float) -> Tensor:
+    def _energy_of(self, seen: Pass, found: Relaxation, strength: complex) -> Tensor:
+        errors = found.displacement
+        if errors is None and found.coordinates == "errors":
+            errors = found.point
         with torch.enable_grad():
-            if errors is None:
-                internal = self._internal(seen).sum()
+            if found.dyad is not None:
+                ahead, behind = found.dyad
+                internal = (self.internal(seen, at=ahead) - self.internal(seen, at=behind)).sum()
+            elif errors is None:
+                internal = self.internal(seen).sum()
             else:
                 terms = zip(self._precisions(seen), errors, seen.layers, strict=True)
                 internal = torch.stack([(-p * e * call.prediction).sum() for p, e, call in terms]).sum()
-            return internal + strength * self._loss_scale * seen.loss if strength else internal
+            return internal + strength * self.loss(seen) if strength else internal
+
+    def loss(self, seen: Pass) -> Tensor:
+        """L summed over the batch."""
+        loss: Tensor = self.loss_scale * seen.loss
+        return loss
+
+    def internal(self, seen: Pass, own: bool = True, at: Sequence[Tensor] | None = None) -> Tensor:
+        """I_b of a pass, ``(B,)``.
+
+        Args:
+            seen: the pass.
+            own: False to see each layer's state as a constant in the layer's own term: what is left of the slope is
+                the pull of the others.
+            at: other states, for the layers' own terms only.
+        """
+        states = seen.states if at is None else at
+        terms = []
+        for view, state, layout in zip(self.views(seen), states, self._layouts, strict=True):
+            energy = self.energy.layer_energy(state if own else state.detach(), view)
+            same_shape = energy.shape == state.shape
+            terms.append(_by_sample(energy, layout if same_shape else 0, self.batch_size))
+        return torch.stack(terms).sum(0)
+
+    def views(self, seen: Pass) -> list[LayerView]:
+        """What the energy may know of each layer."""
+        pairs = zip(seen.layers, self._above, strict=True)
+        return [dataclasses.replace(call.view, above=above) for call, above in pairs]
+
+    def loss_slopes(self, states: Sequence[Tensor]) -> list[Tensor]:
+        """dL/dx of what enters the loss directly, L per sample; 0 for the other layers."""
+        with torch.enable_grad():
+            seen = self.at_states(states)
+            loss = self.loss(seen)
+            return self._slopes(seen, torch.zeros_like(loss), loss, 1.0, range(len(states)))
+
+    def _slopes(
+        self, seen: Pass, internal: Tensor, loss: Tensor, strength: complex, layers: Sequence[int]
+    ) -> list[Tensor]:
+        """d(internal + strength * loss) / dx for the layers asked for."""
+        # Slopes of E / lambda, multiplied afterwards: within half-precision networks 1e-4 would underflow.
+        unit = strength or 1.0
+        total = internal.sum() / unit + loss if strength else internal.sum()
+        leaves = [seen.states[k] for k in layers]
+        one = torch.ones_like(total)
+        if not total.requires_grad:
+            return [torch.zeros_like(leaf) for leaf in leaves]
+        slopes = torch.autograd.grad(total, leaves, one, retain_graph=True, allow_unused=True)
+        if total.is_complex() and not self._known_analytic:
+            self._check_analytic(seen)
+        return [
+            torch.zeros_like(leaf) if slope is None else unit * _holomorphic(slope)
+            for slope, leaf in zip(slopes, leaves, strict=True)
+        ]
+
+    def _check_analytic(self, seen: Pass) -> None:
+        """Cauchy and Riemann: multiplied by i on one side, an analytic slope is multiplied by i on the other."""
+        self._known_analytic = True
+        tops = [(call.key.name, call.prediction) for call in seen.layers] + [("the loss", self.loss(seen))]
+        for name, top in tops:
+            if not top.is_complex() or not top.requires_grad:
+                continue
+            weight = torch.ones_like(top)
+            slopes = [
+                torch.autograd.grad(top, seen.states, factor * weight, retain_graph=True, allow_unused=True)
+                for factor in (1, 1j)
+            ]
+            for plain, turned in zip(*slopes, strict=True):
+                if plain is not None and turned is not None and not torch.allclose(turned, 1j * plain):
+                    raise UnsupportedModuleError(
+                        f"What is computed between the states below and {name!r} is not an analytic function of them"
+                        " (abs, a real part, a conjugate, a maximum): a holomorphic nudge would give a number that is"
+                        " no gradient. Take ebm.Centered(...), or tanh, sigmoid and linear maps throughout."
+                    )
 
     # Passes
 
-    def _at_states(self, states: Sequence[Tensor]) -> Pass:
-        if _same(states, self.free):
+    def adopt(self, point: Sequence[Tensor], seen: Pass) -> None:
+        """Takes a pass that somebody else has made at these states as its own."""
+        self._latest = (list(point), seen)
+        self.first_loss = seen.loss.detach()
+
+    def parameters_moved(self) -> None:
+        """Passes made so far belong to parameters that are no more."""
+        self._latest = None
+        self._moved = True
+
+    def at_states(self, states: Sequence[Tensor]) -> Pass:
+        if not self._moved and _same(states, self.free):
             return self._first
         return self._pass_at(states, at_states(dict(zip(self._plan.states, states, strict=True))))
 
@@ -161,20 +309,15 @@ class Network:
         self._latest = (list(point), seen)
         return seen
 
-    def _internal(self, seen: Pass) -> Tensor:
-        terms = []
-        for call, state, layout in zip(seen.layers, seen.states, self._layouts, strict=True):
-            energy = self._energy.layer_energy(state, call.view)
-            same_shape = energy.shape == state.shape
-            terms.append(_by_sample(energy, layout if same_shape else 0, self.batch_size))
-        return torch.stack(terms).sum(0)
+    def _precisions(self, seen: Pass) -> list[float | Tensor]:
+        assert isinstance(self.energy, QuadraticEnergy)
+        return [self.energy.layer_precision(view) for view in self.views(seen)]
 
-    def _precisions(self, seen: Pass) -> list[float]:
-        assert isinstance(self._energy, QuadraticEnergy)
-        return [self._energy.layer_precision(call.view) for call in seen.layers]
+    def _signals(self, seen: Pass, top: Tensor, answer: Callable[[int, Tensor], Tensor] | None = None) -> list[Tensor]:
+        """d top / d x_l through every layer above, x = mu + e: top down, one layer's own Jacobian at a time.
 
-    def _signals(self, seen: Pass, top: Tensor) -> list[Tensor]:
-        """d top / d x_l through every layer above, x = mu + e: top down, one layer's own Jacobian at a time."""
+        `answer` gives what layer k sends on, to be differentiated, once that slope has reached it; None: the slope.
+        """
         leaves = seen.states
         signals: list[Tensor | None] = [None] * len(leaves)
 
@@ -182,6 +325,7 @@ class Network:
             if not parents:
                 return
             into = [leaves[p] for p in parents]
+            weight = torch.ones_like(output) if weight is None else weight
             parts = torch.autograd.grad(output, into, weight, retain_graph=True, allow_unused=True)
             for p, part in zip(parents, parts, strict=True):
                 before = signals[p]
@@ -190,8 +334,18 @@ class Network:
         send(top, None, self._plan.loss_parents)
         for k in range(len(leaves) - 1, -1, -1):
             if (signal := signals[k]) is not None:
-                send(seen.layers[k].prediction, signal, self._plan.rows[k].parents)
-        return [torch.zeros_like(x) if s is None else s for s, x in zip(signals, self.free, strict=True)]
+                call = seen.layers[k]
+                parents = self._plan.rows[k].parents
+                if answer is None:
+                    send(call.prediction, signal, parents)
+                else:
+                    send(answer(k, signal), None, parents)
+        return [torch.zeros_like(x) if s is None else s for s, x in zip(signals, leaves, strict=True)]
+
+
+def _holomorphic(slope: Tensor) -> Tensor:
+    """autograd gives the conjugate of a holomorphic function's derivative."""
+    return slope.conj() if slope.is_complex() else slope
 
 
 def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

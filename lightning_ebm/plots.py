@@ -57,13 +57,14 @@ def energy_curves(run: Run, most: int = 6) -> "Figure":
     chosen = _spread(_complete(run), most)
     if not chosen:
         raise ConfigurationError("There is no relaxation to draw: train with callbacks=[ebm.RelaxationMonitor()].")
-    kinds = [k for k in ("free", "nudged") if any(_is(k, p) for _, r in chosen for p in r["phases"])]
+    kinds: list[str] = [k for k in ("free", "nudged") if any(_is(k, p) for _, r in chosen for p in r["phases"])]
     figure, panels = _figure(5.2 * len(kinds) + 1, 3.6, columns=len(kinds))
     for axes, kind in zip(panels if len(kinds) > 1 else [panels], kinds, strict=True):
         for number, (step, relaxation) in enumerate(chosen):
             colour = _shade(number, len(chosen))
             for phase in (p for p in relaxation["phases"] if _is(kind, p)):
-                trials = [i + phase["nudge"] * x for i, x in zip(phase["internal"], phase["loss"], strict=True)]
+                weight = 0.0 if phase.get("held") else phase["nudge"]
+                trials = [i + weight * x for i, x in zip(phase["internal"], phase["loss"], strict=True)]
                 energies = phase.get("energies") or trials
                 scale = abs(energies[0]) or max(map(abs, energies)) or 1.0
                 shown = [_bounded(energy / scale) for energy in energies]
@@ -81,14 +82,17 @@ def energy_curves(run: Run, most: int = 6) -> "Figure":
 
 
 def residual_curves(run: Run) -> "Figure":
-    """|dE/dx_l| of each layer against the relaxation step, first and last recorded nudged phase."""
-    complete = [(s, r) for s, r in _complete(run) if any(p["nudge"] for p in r["phases"])]
+    """|dE/dx_l| of each layer against the relaxation step, in the first and the last recorded relaxation.
+
+    Of a nudged phase, or of the free one where nothing else relaxes.
+    """
+    complete = [(s, r) for s, r in _complete(run) if r["phases"]]
     if not complete:
         raise ConfigurationError("There is no relaxation to draw: train with callbacks=[ebm.RelaxationMonitor()].")
     chosen = [complete[0]] if len(complete) == 1 else [complete[0], complete[-1]]
     figure, panels = _figure(5.2 * len(chosen) + 1, 3.6, columns=len(chosen), sharey=True)
     for axes, (step, relaxation) in zip(panels if len(chosen) > 1 else [panels], chosen, strict=True):
-        phase = next(p for p in relaxation["phases"] if p["nudge"])
+        phase = next((p for p in relaxation["phases"] if p["nudge"]), relaxation["phases"][-1])
         for number, layer in enumerate(relaxation["layers"]):
             forces = [_bounded(row[number]) for row in phase["residual"]]
             shown = [force if force > 0 else math.nan for force in forces]  # exactly zero has no place on a log axis
@@ -225,9 +229,18 @@ def _is(kind: str, phase: Mapping[str, Any]) -> bool:
     return bool(phase["nudge"]) == (kind == "nudged")
 
 
+def has_curves(run: Run) -> bool:
+    """Whether `energy_curves` and `residual_curves` have anything to draw."""
+    return any(relaxation["phases"] for _, relaxation in _complete(run))
+
+
 def _complete(run: Run) -> list[tuple[int, dict[str, Any]]]:
     """Relaxations with their whole curves; of those kept thin only the ends are known."""
-    return [(s, r) for s, r in run.relaxations if all(len(p["step_size"]) + 1 == len(p["loss"]) for p in r["phases"])]
+    return [
+        (s, r)
+        for s, r in run.relaxations
+        if r["phases"] and all(len(p["step_size"]) + 1 == len(p["loss"]) for p in r["phases"])
+    ]
 
 
 def _spread(items: Sequence[Any], most: int) -> list[Any]:

@@ -10,10 +10,18 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.energies import PredictiveCoding
+from lightning_ebm.energies import FenchelYoung, Hopfield, PredictiveCoding
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.nudges import OneSided
-from lightning_ebm.relaxers import ErrorCoordinates, Sweep
+from lightning_ebm.nudges import Centered, Clamped, Coupled, Holomorphic, Infinitesimal, OneSided
+from lightning_ebm.relaxers import (
+    AugmentedLagrangian,
+    Dyadic,
+    ErrorCoordinates,
+    FixedPoint,
+    FixedPrediction,
+    GradientDescent,
+    Sweep,
+)
 
 
 def backprop() -> Algorithm:
@@ -71,12 +79,163 @@ def error_pc() -> Algorithm:
     return Algorithm(PredictiveCoding(), OneSided(1.0), ErrorCoordinates(max_steps=5, lr=0.1, tol=0.0))
 
 
+def fixed_prediction() -> Algorithm:
+    """Predictive coding with predictions frozen at the forward pass. Backprop, exactly, at any nudge.
+
+    Energy: E = sum_l 1/2 |x_l - mu_l|^2 + lambda L, any lambda. Phase: e_l <- e_l - (e_l + lambda dL/dx_l
+    - sum_k J_k' e_k), all slopes at x_bar, until nothing changes: as many steps as there are layers.
+    Update: -1/lambda sum_l <e_l, dmu_l/dtheta(x_bar)>.
+
+    Source: Millidge, Tschantz, Buckley 2022 (arXiv 2006.04182); Rosenbaum 2022, whose step size 1 is used.
+    """
+    return Algorithm(PredictiveCoding(), OneSided(1.0), FixedPrediction())
+
+
+def incremental_pc() -> Algorithm:
+    """Incremental predictive coding (iPC): parameters move after every step of the states.
+
+    Energy: E = sum_l 1/2 |x_l - mu_l|^2 + L. Phase: 8 times, x <- x - .1 dE/dx, then theta <- optimizer(dE/dtheta).
+    Update: dE/dtheta at the states after each single step, so 8 optimizer steps a batch, all of which the Trainer
+    counts. Incremental expectation maximisation; no claim to be backprop's direction. `Learner.step` in plain loops;
+    `Learner.backward` leaves the parameters alone and so is that of predictive coding with as many steps.
+    Number of steps as in published benchmarks, step size this library's choice.
+
+    Source: Salvatori et al., ICLR 2024 (arXiv 2212.00720).
+    """
+    return Algorithm(PredictiveCoding(), OneSided(1.0), GradientDescent(lr=0.1, max_steps=8), update="incremental")
+
+
+def augmented_lagrangian_pc() -> Algorithm:
+    """Predictive coding with multipliers (PC-ALM): errors go to zero and leave backprop's deltas behind.
+
+    Energy: L_rho = lambda L + sum_l [mu_l' e_l + 1/2 |e_l|^2], e_l = x_l - rho(a_l), lambda = 1/rho = .1.
+    Phases: 8 times, x <- argmin L_rho, mu <- mu + e. Update: -1/lambda sum_l <mu_l, d rho(a_l)/dtheta>, which tends to
+    backprop's gradient at a linear rate in the outer steps, at finite lambda. Settings are this library's choice.
+
+    Source: arXiv 2605.31022 (2026).
+    """
+    return Algorithm(PredictiveCoding(), OneSided(0.1), AugmentedLagrangian(outer_steps=8))
+
+
+def equilibrium_propagation() -> Algorithm:
+    """Equilibrium propagation (EP), centred.
+
+    Energy: E = sum_l [G(x_l) - <x_l, a_l>] + beta L, G' = rho^-1. Phases: free from the forward pass, then +-beta from
+    the free state, beta = .25, x_l <- rho(a_l + W_{l+1}' x_{l+1} - beta dL/dx_l), odd layers first, then even.
+    Update: [dE/dtheta(x_+) - dE/dtheta(x_-)] / 2 beta = d L(x_bar)/dtheta + O(beta^2), the gradient at the free
+    *equilibrium*, which the trained network needs at evaluation as well. Both phases until settled to 1e-4 of what
+    started them: published numbers of sweeps (20 free, 10 nudged) leave deep nets short of it.
+
+    Source: Scellier and Bengio 2017; Laborieux et al. 2021 (centred); Scellier et al. 2023 for beta and the map.
+    """
+    settled = FixedPoint(max_steps=100, tol=1e-4)
+    return Algorithm(Hopfield(), Centered(0.25), settled)
+
+
+def equilibrium_propagation_one_sided() -> Algorithm:
+    """Equilibrium propagation as first published: one nudged phase against the free one.
+
+    Energy: E = sum_l [G(x_l) - <x_l, a_l>] + beta L. Phases: free, then beta = .1 from the free state.
+    Update: [dE/dtheta(x_beta) - dE/dtheta(x_bar)] / beta = dL(x_bar)/dtheta + O(beta). Centred is cheaper for the
+    same accuracy; this one suits hardware that cannot push away from a target. beta is this library's choice.
+
+    Source: Scellier and Bengio 2017.
+    """
+    return dataclasses.replace(equilibrium_propagation(), nudge=OneSided(0.1))
+
+
+def holomorphic_ep() -> Algorithm:
+    """Holomorphic equilibrium propagation: nudges around a circle in the complex plane.
+
+    Energy: E = sum_l [G(x_l) - <x_l, a_l>] + beta L, continued to complex states. Phases: free, then
+    beta_k = .2 e^(2 pi i k/4), k = 0..3, two of them conjugate. Update: Re sum_k dE/dtheta(x_k) / (4 beta_k)
+    = dL(x_bar)/dtheta + O(beta^4). Needs analytic activations. Radius and points are this library's choice.
+
+    Source: Laborieux and Zenke, NeurIPS 2022.
+    """
+    return dataclasses.replace(equilibrium_propagation(), nudge=Holomorphic(0.2, points=4))
+
+
+def infinitesimal() -> Algorithm:
+    """The limit itself: the gradient theorem without a finite nudge.
+
+    Energy: E = sum_l 1/2 |x_l - mu_l|^2 + lambda L, or any other. Phase: free only; dx/dlambda = -H^-1 dL/dx there.
+    Update: dL/dtheta + <dx/dlambda, d2I/dx dtheta>. For a divergence energy that is backprop's gradient, for others the
+    gradient at the free equilibrium.
+
+    Source: the limit in Millidge et al., ICLR 2023 (arXiv 2206.02629), taken by linear response.
+    """
+    return Algorithm(PredictiveCoding(), Infinitesimal(), FixedPoint(max_steps=1000, tol=1e-6))
+
+
+def recurrent_backprop() -> Algorithm:
+    """Recurrent backpropagation: errors relax on the linearised network, then weights move.
+
+    Energy: I = sum_l [G(x_l) - <x_l, a_l>]. Phases: free, then H p = dL/dx for p.
+    Update: dL/dtheta - (d2I/dtheta dx) p, the gradient at the free equilibrium, without a nudge.
+
+    Source: Almeida 1987; Pineda 1987.
+    """
+    return Algorithm(Hopfield(), Infinitesimal(), FixedPoint(max_steps=1000, tol=1e-6))
+
+
+def contrastive_hebbian() -> Algorithm:
+    """Contrastive Hebbian learning with weak feedback.
+
+    Energy: I = sum_l gamma^(l-L) [G(x_l) - <x_l, a_l>], gamma = .05. Phases: free; clamped, with the output held at
+    o - dL/do, the target of a squared error. Update: dI/dtheta(clamped) - dI/dtheta(free), that is
+    gamma^(l-L) [x x' (free) - x x' (clamped)] for a layer's weights: backprop's direction + O(gamma), with a fully
+    clamped output. The output is a state. At ``energy=Hopfield(1.0)`` it is Movellan's, which descends
+    I(clamped) - I(free) and not the loss.
+
+    Source: Movellan 1991; Xie and Seung 2003.
+    """
+    return Algorithm(Hopfield(feedback=0.05), Clamped(), FixedPoint(max_steps=100, tol=1e-6))
+
+
+def coupled_learning() -> Algorithm:
+    """Coupled learning: the output is nudged towards the target and held there.
+
+    Energy: I = sum_l [G(x_l) - <x_l, a_l>]. Phases: output held at o - eta dL/do and o + eta dL/do, eta = .1.
+    Update: [dI/dtheta(x_+) - dI/dtheta(x_-)] / 2 eta. It does *not* tend to the gradient of the loss, but to that of
+    the loss weighted by the stiffness of the output, see `Coupled`. The output is a state. Settings as compared with
+    equilibrium propagation by Scellier et al.; eta is this library's choice.
+
+    Source: Stern et al. 2021; Scellier et al. 2023.
+    """
+    return Algorithm(Hopfield(), Coupled(0.1), FixedPoint(max_steps=100, tol=1e-5))
+
+
+def dual_propagation() -> Algorithm:
+    """Dual propagation: both nudged phases at once, in pairs of states.
+
+    Energy: E = sum_l [G(z_l) + G*(a_l) - <z_l, a_l>] + beta L with drives from the means of the pairs, beta = .1.
+    Phase: z_l^+- = rho(a_l +- 1/2 W_{l+1}' (z^+ - z^-)_{l+1}), the output pulled by +-beta/2.
+    Update: -1/beta sum_l <z_l^+ - z_l^-, da_l/dtheta> = backprop's gradient + O(beta^2), and exactly that where rho is
+    linear between the pair, as for ReLU away from its kink. beta is this library's choice.
+
+    Source: Hoier, Staudt, Zach, ICML 2023; Hoier and Zach, ICML 2024 (arXiv 2402.08573).
+    """
+    return Algorithm(FenchelYoung(), OneSided(0.1), Dyadic())
+
+
 PRESETS: dict[str, Callable[[], Algorithm]] = {
     "backprop": backprop,
     "predictive-coding": predictive_coding,
     "pc-nudge": pc_nudge,
     "zero-divergence": zero_divergence,
+    "fixed-prediction": fixed_prediction,
+    "incremental-pc": incremental_pc,
     "error-pc": error_pc,
+    "augmented-lagrangian-pc": augmented_lagrangian_pc,
+    "equilibrium-propagation": equilibrium_propagation,
+    "equilibrium-propagation-one-sided": equilibrium_propagation_one_sided,
+    "holomorphic-ep": holomorphic_ep,
+    "infinitesimal": infinitesimal,
+    "contrastive-hebbian": contrastive_hebbian,
+    "coupled-learning": coupled_learning,
+    "dual-propagation": dual_propagation,
+    "recurrent-backprop": recurrent_backprop,
 }
 
 

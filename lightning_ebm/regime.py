@@ -5,6 +5,7 @@ first arrival is exact at any nudge). One that has ended has moved the activitie
 same rule, the same name, two different updates: this file says which of them a setting trains with.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,8 +21,10 @@ from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.layers import Layers, Output
 from lightning_ebm.learner import Learner
 from lightning_ebm.metrics import moments, read
+from lightning_ebm.nudges import Clamped, Coupled, Holomorphic, Infinitesimal, OneSided, RandomSign
 from lightning_ebm.purity import Snapshot
-from lightning_ebm.relaxers import GradientDescent, Landscape, Relaxation, Relaxer
+from lightning_ebm.reference import Settled
+from lightning_ebm.relaxers import Landscape, Relaxation, Relaxer
 from lightning_ebm.relaxers.descent import descend
 from lightning_ebm.step import Step
 
@@ -132,6 +135,7 @@ class Regime:
 
 _ALIVE = ("signal", "read-out")
 _DETOUR = 20.0
+_UNKNOWN: Reach = "signal"
 
 
 def in_words(way: float) -> str:
@@ -163,7 +167,7 @@ def of(
         equilibrium: what finds the equilibrium to compare with; None goes on from where the algorithm stopped.
 
     Raises:
-        ConfigurationError: the control, "backprop", which relaxes nothing.
+        ConfigurationError: the control, "backprop", which relaxes nothing; incremental updates and holomorphic nudges.
         RelaxationDivergedError: there is no equilibrium to be found from here.
 
     Example:
@@ -185,32 +189,46 @@ def of_step(step: Step, algorithm: Algorithm, equilibrium: Relaxer | None = None
             'The algorithm "backprop" relaxes nothing: its regime is backprop. Measure the algorithm you mean to train'
             " with."
         )
+    if not _measurable(algorithm):
+        raise ConfigurationError(
+            f"The regime of update={algorithm.read_as!r} under {algorithm.nudge!r} is not defined: its parameters move"
+            " with the states, or its states are complex. Measure the same energy and relaxer with ebm.OneSided(...)"
+            ' and update="auto".'
+        )
+    if isinstance(algorithm.nudge, RandomSign):  # looking on must not draw the training's next sign
+        algorithm = dataclasses.replace(algorithm, nudge=OneSided(algorithm.nudge.strength))
     true = step.true_gradients()
     stopped, at_stop = step.again(algorithm)
     assert at_stop.network is not None
     ends = {
-        strength: at_stop.network.errors_at(end) for strength, _, end in at_stop.phases if end.coordinates != "arrival"
+        strength.real: at_stop.network.errors_at(end) for strength, _, end in at_stop.phases if end.displacement is None
     }
     settled, at_equilibrium = step.again(_relaxed_further(algorithm, equilibrium, ends))
     assert at_equilibrium.network is not None
     found, long = _nudged(at_stop), _nudged(at_equilibrium)
-    errors, errors_long = at_stop.network.errors_at(found), at_equilibrium.network.errors_at(long)
     layers = []
     for k, row in enumerate(plan.rows):
-        reach = _reach(errors[k], found, k, at_stop.network.free[k])
-        ratio = _ratio(errors[k], errors_long[k])
+        ratio, reach = math.nan, _UNKNOWN
+        if found is not None and long is not None:
+            error = at_stop.network.errors_at(found)[k]
+            ratio = _ratio(error, at_equilibrium.network.errors_at(long)[k])
+            reach = _reach(error, found, k, at_stop.network.free[k])
         layers.append(_layer(str(row.key), row.parameters, stopped, settled, true, ratio, reach))
     if plan.loss_parameters:
         layers.append(_layer("readout", plan.loss_parameters, stopped, settled, true, math.nan, "read-out"))
     regime = Regime(
-        relaxed=_relaxed(found, long),
+        relaxed=math.nan if found is None or long is None else _relaxed(found, long),
         layers=tuple(layers),
-        steps=found.steps,
-        settled=long.status in ("converged", "stalled"),
+        steps=0 if found is None else found.steps,
+        settled=long is None or long.status in ("converged", "stalled"),
     )
     at_stop.release()
     at_equilibrium.release()
     return regime
+
+
+def _measurable(algorithm: Algorithm) -> bool:
+    return algorithm.read_as != "incremental" and not isinstance(algorithm.nudge, Holomorphic)
 
 
 class Onward(Relaxer):
@@ -237,21 +255,24 @@ def _relaxed_further(
     algorithm: Algorithm, equilibrium: Relaxer | None, ends: Mapping[float, list[Tensor]]
 ) -> Algorithm:
     """The same energy and nudge, relaxed until nothing moves."""
+    settled = Settled(algorithm.energy)
     if equilibrium is None:
-        quadratic = isinstance(algorithm.energy, QuadraticEnergy)
-        equilibrium = Onward(ends) if quadratic else GradientDescent(0.1, 5000, tol=1e-4)
-    initial = algorithm.initial_state
-    return Algorithm(algorithm.energy, algorithm.nudge, equilibrium, algorithm.free_relaxer, initial_state=initial)
+        free = isinstance(algorithm.energy, QuadraticEnergy) and not isinstance(
+            algorithm.nudge, Coupled | Clamped | Infinitesimal
+        )
+        equilibrium = Onward(ends) if free else settled
+    return Algorithm(algorithm.energy, algorithm.nudge, equilibrium, settled, initial_state=algorithm.initial_state)
 
 
-def _nudged(step: Step) -> Relaxation:
-    return next(end for strength, _, end in step.phases if strength)
+def _nudged(step: Step) -> Relaxation | None:
+    """The end of the first phase but the free one; None where the nudge is infinitesimal and moves nothing."""
+    return next((end for _, weight, end in step.phases if weight.real > 0), None)
 
 
 def _relaxed(stopped: Relaxation, settled: Relaxation) -> float:
-    if stopped.coordinates == "arrival":
-        return math.nan  # it moved no state from the free point to a lower energy; it read a displacement
-    start, end, lowest = (float(e) for e in (stopped.energies[0], stopped.energies[-1], settled.energies[-1]))
+    if stopped.displacement is not None or stopped.dyad is not None:
+        return math.nan  # what is read is no state on its way down the energy
+    start, end, lowest = (float(e.real) for e in (stopped.energies[0], stopped.energies[-1], settled.energies[-1]))
     return (start - end) / (start - lowest) if start != lowest else math.nan
 
 

@@ -1,28 +1,32 @@
 """One batch: its first pass, its relaxations, and the scalar whose gradient is the update."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_ebm import reference as true
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure, checked_loss
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
+from lightning_ebm.holding import Holding
 from lightning_ebm.layers import LayerFinder
+from lightning_ebm.linearization import Linearization
 from lightning_ebm.network import Network
+from lightning_ebm.nudges import Holomorphic, Infinitesimal, Phase
+from lightning_ebm.promotion import Promoted
 from lightning_ebm.purity import Snapshot
-from lightning_ebm.reference import named_gradients
+from lightning_ebm.recording import Recording
 from lightning_ebm.relaxers import Relaxation
+from lightning_ebm.relaxers.base import force_norm, total_energy
 from lightning_ebm.report import PhaseReport
-from lightning_ebm.substitution import Pass, StateOf, at_prediction, batch_size_among, substituted
-from lightning_ebm.wiring import Plan, reached_parameters
+from lightning_ebm.substitution import Pass, StateOf, at_prediction, at_states, batch_size_among, substituted
+from lightning_ebm.wiring import Plan, named_gradients, reached_parameters
 
 Remember = Callable[[list[str], list[PhaseReport], Tensor], None]
 Observer = Callable[[Network], Network]
-Reference = Literal["backprop", "equilibrium"]
 
 
 class Step:
@@ -38,6 +42,7 @@ class Step:
         loss_reduction: "mean" or "sum".
         leading_sizes: candidates for B, see `batch_size_among`; those of what the module is called with if empty.
         snapshot: what the pass starts from, if it has begun already; None is now.
+        batch: what the module is trained on, for nudges that look at it; what it is called with if None.
     """
 
     def __init__(
@@ -51,8 +56,10 @@ class Step:
         loss_reduction: Literal["mean", "sum"],
         leading_sizes: list[int],
         snapshot: Snapshot | None = None,
+        batch: Any = None,
     ) -> None:
         self._module = module
+        self._batch = batch
         self._algorithm = algorithm
         self._finder = finder
         self._closure = closure
@@ -63,25 +70,39 @@ class Step:
         self._plan: Plan | None = None if algorithm.read_as == "backprop" else finder.plan
         self._snapshot = snapshot or Snapshot(module, frozenset() if self._plan is None else self._plan.written)
         self._first: Pass | None = None
+        self._free: Relaxation | None = None
         self.network: Network | None = None
-        self.phases: list[tuple[float, float, Relaxation]] = []
+        self.phases: list[tuple[complex, complex, Relaxation]] = []
         """Strength, weight and end of each phase of the last relaxation."""
         self.observer: Observer | None = None
         """Put in the network's place before anything relaxes on it, to watch."""
 
     @contextmanager
     def first_pass(self) -> Iterator[None]:
-        """The user's own pass, side effects and all, with every state at its prediction."""
+        """The user's own pass, side effects and all, with every state at its free equilibrium.
+
+        For a divergence energy that is each prediction, at no cost; for others quiet passes relax to it before.
+        """
         if self._plan is None:  # the control: nothing is substituted, but the pass can be replayed for comparison
             with self._snapshot.recording():
                 yield
             return
-        with (
-            self._snapshot.recording(),
-            self._substituted(self._plan, at_prediction(frozenset(self._plan.states))) as first,
-        ):
+        if self._algorithm.energy.divergence:
+            state_of = at_prediction(frozenset(self._plan.states))
+        else:
+            self._settle()
+            assert self._free is not None
+            state_of = at_states(dict(zip(self._plan.states, self._free.point, strict=True)))
+        with self._snapshot.recording(), self._substituted(self._plan, state_of) as first:
             yield
         self._first = first
+
+    def _settle(self) -> Network:
+        """The network, relaxed to the free equilibrium of the energy."""
+        assert self._plan is not None
+        self.network = self._network_from(self._run(at_prediction(frozenset(self._plan.states))))
+        self._free = free_equilibrium(self.network, self._algorithm)
+        return self.network
 
     def surrogate(self, loss: Tensor, scale: float = 1.0) -> Tensor:
         """A scalar with the value of `loss` whose gradient with respect to the parameters is the update.
@@ -95,6 +116,48 @@ class Step:
         if self._plan is None:
             self._remember([], [], loss.detach() / scale)
             return loss
+        network = self._opened(loss, scale)
+        update = self._relaxed(network, network.first_loss) * (scale / network.loss_scale)
+        self._check_coverage(update)
+        # The value is the loss, for hooks and loggers that look at it; the gradient is the update's.
+        return network.first_loss * scale + (update - update.detach())
+
+    def increments(self, loss: Tensor, scale: float = 1.0) -> Iterator[Tensor]:
+        """The surrogate after each single step of the relaxer; the parameters may move between one and the next.
+
+        Args:
+            loss: as for `surrogate`.
+            scale: as for `surrogate`.
+        """
+        network = self._opened(checked_loss(loss), scale)
+        relaxer = self._algorithm.relaxer
+        strength, weight, _ = self._algorithm.nudge.phases()[0]
+        strength = strength.real
+        point, move = list(network.free), relaxer.stepper(network.free)
+        energies, norms = [], []
+        for taken in range(1, self._algorithm.increments + 1):
+            with torch.no_grad():
+                forces = network.forces(point, strength)
+                point = network.feasible(move(point, forces.gradients))
+            energies.append(total_energy(forces, strength))
+            norms.append(force_norm(network, forces.gradients))
+            if not bool(torch.isfinite(norms[-1]).all()) or bool(norms[-1].norm() > 1e3 * norms[0].norm()):
+                raise RelaxationDivergedError(
+                    f"{relaxer!r} ran away at step {taken} of an incremental update: the force grew to"
+                    f" {float(norms[-1].norm() / norms[0].norm()):.3g} times its start. States and weights move at once"
+                    " here; take a smaller step for either."
+                )
+            residual = norms[-1] / norms[0].clamp_min(torch.finfo(norms[0].dtype).tiny)
+            found = Relaxation(point, "states", "fixed", taken, residual, energies)
+            update = weight.real * network.energy_at(found, strength) * (scale / network.loss_scale)
+            self._remember(list(network.names), [PhaseReport.of(strength, found)], network.first_loss)
+            self._check_coverage(update)
+            yield loss.detach() + (update - update.detach())
+            network.parameters_moved()
+
+    def _opened(self, loss: Tensor, scale: float) -> Network:
+        """The network of this step, after checking what only now is known."""
+        assert self._plan is not None
         if not bool(torch.isfinite(loss)):
             raise RelaxationDivergedError(
                 f"The loss of the forward pass is {float(loss)}: there is nothing finite to relax towards. The weights"
@@ -102,36 +165,37 @@ class Step:
                 " training, lower the learning rate of the parameters, or clip."
             )
         first = self._first
-        if first is None:  # the pass is not over, as under manual optimization: it is rehearsed up to here
-            first = self._run(at_prediction(frozenset(self._plan.states)))
-        else:
-            first.loss = loss / scale if scale != 1.0 else loss
+        if self._algorithm.energy.divergence:
+            if first is None:  # the pass is not over, as under manual optimization: it is rehearsed up to here
+                first = self._run(at_prediction(frozenset(self._plan.states)))
+            else:
+                first.loss = loss / scale if scale != 1.0 else loss
+            return self._network_from(first)
+        if first is None or self.network is None or self._free is None:
+            return self._settle()
+        first.loss = loss / scale if scale != 1.0 else loss
+        self.network.adopt(self._free.point, first)
+        return self.network
+
+    def _network_from(self, first: Pass) -> Network:
+        """The network of a pass at the predictions."""
+        assert self._plan is not None
         if first.keys != self._plan.calls:  # the control flow took another way
             self._plan = self._finder.search(self._closure, self._snapshot)
             first = self._run(at_prediction(frozenset(self._plan.states)))
+        if self._batch is None:
+            self._batch = first.arguments
         shapes = [state.shape for state in first.states]
         size = batch_size_among(self._leading_sizes or first.leading_sizes, shapes)
         loss_scale = size if self._loss_reduction == "mean" else 1
         network = Network(self._algorithm.energy, self._plan, first, self._run, size, loss_scale)
-        if self.observer is not None:
-            network = self.observer(network)
-        self.network = network
-        update = self._relaxed(network, first.loss.detach()) * (scale / loss_scale)
-        self._check_coverage(update)
-        # The value is the loss, for hooks and loggers that look at it; the gradient is the update's.
-        return loss.detach() + (update - update.detach())
+        self.network = network if self.observer is None else self.observer(network)
+        return self.network
 
-    def true_gradients(self, reference: Reference = "backprop") -> dict[str, Tensor]:
-        """The true gradient of this very step: same batch, same random draws, same buffers. No side effects.
-
-        Args:
-            reference: "backprop", of the feed-forward network; "equilibrium", of the loss at the free equilibrium. For
-                a divergence energy that equilibrium is the forward pass, and the two are one.
-        """
+    def true_gradients(self) -> dict[str, Tensor]:
+        """Backprop's gradient of this very step: same batch, same random draws, same buffers. No side effects."""
         written = None if self._plan is None else self._plan.written
         with self._snapshot.replaying(written), self._quiet(), torch.enable_grad():
-            if reference == "equilibrium" and self._plan is not None and not self._algorithm.energy.divergence:
-                return _at_equilibrium()(self._module, self._closure, self._algorithm)
             return named_gradients(self._module, checked_loss(self._closure()))
 
     def again(self, algorithm: Algorithm, observer: Observer | None = None) -> tuple[dict[str, Tensor], "Step"]:
@@ -148,12 +212,16 @@ class Step:
             )
         other = Step(
             self._module, algorithm, self._finder, self._closure, self._quiet, _forget, self._loss_reduction,
-            self._leading_sizes, self._snapshot,
+            self._leading_sizes, self._snapshot, self._batch,
         )  # fmt: skip
         other._plan = self._plan
         other.observer = observer
-        other._first = other._run(at_prediction(frozenset(self._plan.states)))
-        return named_gradients(self._module, other.surrogate(other._first.loss)), other
+        if algorithm.energy.divergence:
+            network = other._network_from(other._run(at_prediction(frozenset(self._plan.states))))
+        else:
+            network = other._settle()
+        update = other._relaxed(network, network.first_loss) / network.loss_scale
+        return named_gradients(self._module, update), other
 
     @property
     def plan(self) -> Plan | None:
@@ -162,40 +230,65 @@ class Step:
 
     def release(self) -> None:
         """Lets go of the graphs; `true_gradients` still works."""
-        self._first = self.network = None
+        self._first = self._free = self.network = None
         self.phases = []
 
     def _relaxed(self, network: Network, loss: Tensor) -> Tensor:
-        """sum_p weight_p E(x_p, theta), states held fixed."""
+        """sum_p weight_p E(x_p, theta), states held fixed; or what the algorithm reads instead."""
         algorithm = self._algorithm
         phases, terms = [], []
         self.phases = []
-        start, free = self._free_phase(network)
+        free = self._free
+        start = network.free if free is None else free.point
         if free is not None:
             phases.append(PhaseReport.of(0.0, free))
-        for strength, weight in algorithm.nudge.phases():
+        table = algorithm.nudge.phases()
+        if algorithm.read_as == "dyadic":  # both ends of the table at once
+            span = max(p.strength.real for p in table) - min(p.strength.real for p in table)
+            table = (Phase(span, 1 / span),)
+        for phase in table:
+            strength, weight = phase.strength, phase.weight
             if strength:
+                _announce(network, strength, phase.held)
                 with torch.no_grad():
-                    found = algorithm.relaxer.relax(network, start, strength)
+                    found = self._nudged(network, start, phase)
                 phases.append(PhaseReport.of(strength, found))
             elif free is None:
                 continue  # dI/dtheta is exactly 0 at the forward pass of a divergence energy
             else:
                 found = free
-            self.phases.append((strength, weight, found))
-            terms.append(weight * network.energy_at(found, strength))
+            self.phases.append((0.0 if phase.held else strength, weight, found))
         self._remember(list(network.names), phases, loss)
+        if algorithm.read_as == "cross-derivative":
+            return self._cross_derivative(network, start)
+        for strength, weight, found in self.phases:
+            term = weight * network.energy_at(found, strength)
+            terms.append(term.real if term.is_complex() else term)
         return torch.stack(terms).sum()
 
-    def _free_phase(self, network: Network) -> tuple[Sequence[Tensor], Relaxation | None]:
-        """The state that nudged phases start from; None where it is the forward pass and nothing had to be done."""
-        algorithm = self._algorithm
-        if algorithm.energy.divergence:
-            return network.free, None
-        start = network.free if algorithm.initial_state == "forward" else [torch.zeros_like(x) for x in network.free]
-        with torch.no_grad():
-            found = (algorithm.free_relaxer or algorithm.relaxer).relax(network, start, 0.0)
-        return found.point, found
+    def _nudged(self, network: Network, start: Sequence[Tensor], phase: Phase) -> Relaxation:
+        relaxer = self._algorithm.relaxer
+        if not phase.held:
+            return relaxer.relax(network, start, phase.strength)  # type: ignore[arg-type]  # complex where it can be
+        slopes = network.loss_slopes(start)
+        point = list(start)
+        for k in network.outputs:
+            eta = phase.strength.real
+            point[k] = self._algorithm.nudge.held_output(start[k], slopes[k], eta, self._batch)
+        return relaxer.relax(Holding(network, network.outputs), point, 0.0)  # type: ignore[arg-type]  # by delegation
+
+    def _cross_derivative(self, network: Network, start: Sequence[Tensor]) -> Tensor:
+        """dL/dtheta + <d2I/dtheta dx, dx>, dx the (weighted) displacement of the states from the free equilibrium."""
+        near = Linearization(network, start)
+        if isinstance(self._algorithm.nudge, Infinitesimal):
+            moved = near.response()
+        else:
+            moved = [torch.zeros_like(x) for x in start]
+            for strength, weight, found in self.phases:
+                if strength:
+                    ends = zip(moved, network.held(found).point, start, strict=True)
+                    moved = [m + weight.real * (x - x0) for m, x, x0 in ends]
+        return near.loss() + near.cross_derivative(moved)
 
     def _run(self, state_of: StateOf) -> Pass:
         assert self._plan is not None
@@ -204,9 +297,19 @@ class Step:
             self._quiet(),
             torch.enable_grad(),
             self._substituted(self._plan, state_of) as seen,
+            self._arithmetic(),
         ):
-            seen.loss = checked_loss(self._closure())
+            returned = self._closure()
+            seen.loss = torch.zeros(()) if self._finder.lossless else checked_loss(returned)
         return seen
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        """What passes need beyond the user's code: complex numbers, or second derivatives."""
+        if isinstance(self._algorithm.nudge, Holomorphic):
+            return Promoted()
+        if self._algorithm.read_as == "cross-derivative":
+            return sdpa_kernel(SDPBackend.MATH)
+        return nullcontext()
 
     def _substituted(self, plan: Plan, state_of: StateOf) -> AbstractContextManager[Pass]:
         return substituted(self._module, plan.candidates, state_of, plan.copies.__contains__)
@@ -228,15 +331,18 @@ class Step:
         self._finder.covered = plan
 
 
-def _at_equilibrium() -> Callable[[nn.Module, Closure, Algorithm], dict[str, Tensor]]:
-    found: Callable[[nn.Module, Closure, Algorithm], dict[str, Tensor]] | None = getattr(true, "equilibrium", None)
-    if found is None:
-        raise ConfigurationError(
-            'reference="equilibrium": this version cannot differentiate the free equilibrium of an energy whose'
-            ' equilibrium is not the forward pass. Use reference="backprop", and read the figures as the distance to'
-            " the feed-forward network's gradient."
-        )
-    return found
+def free_equilibrium(network: Network, algorithm: Algorithm) -> Relaxation:
+    """argmin_x I, as far as the algorithm's relaxer for the free phase goes."""
+    _announce(network, 0.0)
+    start = network.free if algorithm.initial_state == "forward" else [torch.zeros_like(x) for x in network.free]
+    with torch.no_grad():
+        return (algorithm.free_relaxer or algorithm.relaxer).relax(network, network.feasible(list(start)), 0.0)
+
+
+def _announce(network: object, strength: complex, held: bool = False) -> None:
+    """Tells whoever records that a phase begins."""
+    if isinstance(network, Recording):
+        network.begin(strength, held)
 
 
 def _forget(names: list[str], phases: list[PhaseReport], loss: Tensor) -> None:

@@ -1,6 +1,6 @@
 """The adapter between the engine and Lightning's training loop: the only place that knows that loop."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -21,15 +21,17 @@ from torch.optim import Optimizer
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import NoLossError
+from lightning_ebm.equilibrium import ordinary
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.layers import Layers, Output
 from lightning_ebm.learner import Learner, check_options
 from lightning_ebm.manual import ManualStep
 from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.purity import Snapshot, shadowed
+from lightning_ebm.reference import Reference, exactly
 from lightning_ebm.regime import Regime, of_step as regime_of_step
 from lightning_ebm.relaxers import Relaxer
-from lightning_ebm.step import Reference, Step
+from lightning_ebm.step import Step
 from lightning_ebm.substitution import leading_sizes
 from lightning_ebm.summary import of_plan
 
@@ -176,6 +178,28 @@ class EBMStrategy(SingleDeviceStrategy):
         self._step.release()
         return loss
 
+    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """The user's own step, with every state at the free equilibrium."""
+        return self._evaluated(super().validation_step, args, kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """The user's own step, with every state at the free equilibrium."""
+        return self._evaluated(super().test_step, args, kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """The user's own step, with every state at the free equilibrium."""
+        return self._evaluated(super().predict_step, args, kwargs)
+
+    def _evaluated(
+        self, step: Callable[..., STEP_OUTPUT], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> STEP_OUTPUT:
+        if self.algorithm.energy.divergence or self.algorithm.read_as == "backprop":
+            return step(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            args, kwargs = ordinary((args, kwargs))
+            with self.learner.free_phase(lambda: step(*args, **kwargs)):
+                return step(*args, **kwargs)
+
     def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Lightning's own; under manual optimization notes the values that rehearsals may have to go back to."""
         if self._manual is not None and self.algorithm.read_as != "backprop":
@@ -188,11 +212,17 @@ class EBMStrategy(SingleDeviceStrategy):
         Call it between `training_step` and the optimizer's step, as `on_after_backward` does. No side effects.
 
         Args:
-            reference: "backprop", of the feed-forward network, or "equilibrium", see `Step.true_gradients`.
+            reference: "backprop", of the feed-forward network; "equilibrium", of the loss at the free equilibrium, as
+                `reference.equilibrium`. For a divergence energy that equilibrium is the forward pass: the two are one.
         """
         if self._step is None:
             raise ConfigurationError("There is no training step yet whose gradient could be computed.")
-        found = self._step.true_gradients(reference)
+        relaxes = self.algorithm.read_as != "backprop"
+        if reference == "equilibrium" and relaxes and not self.algorithm.energy.divergence:
+            found, other = self._step.again(exactly(self.algorithm))
+            other.release()
+        else:
+            found = self._step.true_gradients()
         scaler = self._scaler()
         scale = (float(scaler.get_scale()) if scaler is not None else 1.0) / self._accumulated()
         return {name: gradient * scale for name, gradient in found.items()} if scale != 1.0 else found

@@ -83,6 +83,7 @@ class Pass:
         calls: every call of a candidate, in the order in which they returned.
         loss: what the run returned, a scalar; set by whoever ran it.
         leading_sizes: first dimensions of what the module was called with, if it was.
+        arguments: what it was called with first: the one positional argument, or all of them.
         weighted: outputs of all modules with parameters, when asked for.
         rounding: relative, of the arithmetic that the layers computed in, autocast or not.
     """
@@ -90,6 +91,7 @@ class Pass:
     calls: list[Call] = field(default_factory=list)
     loss: Any = None
     leading_sizes: list[int] = field(default_factory=list)
+    arguments: Any = None
     weighted: list[WeightedOutput] = field(default_factory=list)
     rounding: float = 0.0
 
@@ -154,7 +156,7 @@ def substituted(
         inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         drive = untouched_drive.pop(module, inputs[0] if inputs and is_activation(module) else None)
         leaves, rebuild = _flattened(output)
-        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and _is_continuous(leaf)]
         for part, i in enumerate(tensors):
             key = StateKey(candidates[module], number, part)
             original = leaves[i]
@@ -165,7 +167,8 @@ def substituted(
             state = state_of(key, prediction)
             if state is not None:
                 call.state = state
-                call.handed_out = state.to(original.dtype) if state.dtype != original.dtype else state
+                narrower = state.dtype != original.dtype and not state.is_complex()
+                call.handed_out = state.to(original.dtype) if narrower else state
                 if call.handed_out is state and copies(key):
                     call.handed_out = state.clone()
                 leaves[i] = call.handed_out
@@ -173,6 +176,8 @@ def substituted(
 
     def note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         observed.leading_sizes = observed.leading_sizes or leading_sizes((args, kwargs))
+        if observed.arguments is None:
+            observed.arguments = args[0] if len(args) == 1 and not kwargs else (args, kwargs)
 
     with ExitStack() as stack:
         add = stack.callback
@@ -236,6 +241,10 @@ def is_activation(module: nn.Module) -> bool:
 def clean(name: str) -> str:
     """A parameter's or module's name as the user wrote the model, without what torch.compile puts before it."""
     return name.replace("_orig_mod.", "")
+
+
+def _is_continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _rounding(tensor: Tensor) -> float:

@@ -12,8 +12,9 @@ from lightning_ebm.closure import Closure
 from lightning_ebm.layers import Layers, Output
 from lightning_ebm.learner import Learner
 from lightning_ebm.presets import algorithm as preset
-from lightning_ebm.reference import backprop, named_gradients
+from lightning_ebm.reference import backprop
 from lightning_ebm.substitution import clean
+from lightning_ebm.wiring import named_gradients
 
 
 def check_locality(

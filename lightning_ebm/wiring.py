@@ -4,8 +4,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.substitution import Pass, StateKey, WeightedOutput, clean, is_activation
 
 
@@ -56,6 +58,17 @@ class Plan:
     around: tuple[str, ...]
     reached: frozenset[str]
     written: frozenset[str] = frozenset()
+
+    def depths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of each state, how many lie on the longest way to it from the input (itself included), and above it."""
+        below: list[int] = []
+        above = [0] * len(self.rows)
+        for row in self.rows:  # in the order of the calls: parents come first
+            below.append(1 + max((below[p] for p in row.parents), default=0))
+        for k in range(len(self.rows) - 1, -1, -1):
+            for p in self.rows[k].parents:
+                above[p] = max(above[p], above[k] + 1)
+        return tuple(below), tuple(above)
 
 
 class Wiring:
@@ -181,7 +194,37 @@ class Region:
                 queue.extend(n for n, _ in node.next_functions if n is not None)
 
 
+def sum_of_ends(observed: Pass) -> Tensor:
+    """The sum of all that the pass computed and used for nothing further: in place of a loss, to find the wiring by."""
+    stated = {call.key for call in observed.calls if call.state is not None}
+    tensors = [output.tensor for output in observed.weighted if output.key not in stated]
+    tensors += [call.prediction for call in observed.calls if call.state is None]
+    states = [call.state for call in observed.calls if call.state is not None]
+    regions = [Region([t]) for t in tensors] + [Region([c.prediction]) for c in observed.calls if c.state is not None]
+    used = {leaf for region in regions for leaf in region.leaves}
+    ends = [state for state in states if id(state) not in used]
+    for tensor in tensors:
+        others = (r for r in regions if tensor.grad_fn is not None and tensor.grad_fn in r.nodes)
+        if tensor.requires_grad and sum(1 for _ in others) == 1:  # its own region alone
+            ends.append(tensor)
+    if not ends:
+        raise ConfigurationError(
+            "Nothing that was computed here depends on trainable parameters or states: there is no free equilibrium to"
+            " evaluate at."
+        )
+    return torch.stack([end.sum() for end in ends]).sum()
+
+
 def reached_parameters(module: nn.Module, scalar: Tensor) -> frozenset[str]:
     """Names of the trainable parameters that a gradient of `scalar` would reach."""
     leaves = Region([scalar]).leaves
     return frozenset(clean(name) for name, p in module.named_parameters() if id(p) in leaves)
+
+
+def named_gradients(module: nn.Module, scalar: Tensor, retain_graph: bool = False) -> dict[str, Tensor]:
+    """d scalar / d theta for every trainable parameter it reaches, by the name the user knows."""
+    named = {clean(name): p for name, p in module.named_parameters() if p.requires_grad}
+    if not named:
+        raise ConfigurationError(f"{type(module).__name__} has no trainable parameter: nothing could be learned.")
+    found = torch.autograd.grad(scalar, list(named.values()), retain_graph=retain_graph, allow_unused=True)
+    return {name: g.detach() for name, g in zip(named, found, strict=True) if g is not None}

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_ebm as ebm
 from lightning_ebm import runs
+from lightning_ebm.__main__ import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -113,6 +114,36 @@ def test_only_monitored_steps_are_recorded_and_training_is_the_same(tmp_path):
     assert sum(monitor.statuses.values()) == 3  # steps 0, 4 and 9
     for (name, a), b in zip(plain.state_dict().items(), watched.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+class Bounded(Regression):
+    """Small weights and bounded units, which every energy of the family can settle."""
+
+    def __init__(self):
+        super().__init__(0.05, depth=2)
+        for p in self.parameters():
+            p.data *= 0.7
+
+
+@pytest.mark.parametrize("preset", [name for name in ebm.algorithms() if name != "backprop"])
+def test_every_preset_is_seen_and_trains_as_if_nobody_looked(tmp_path, preset):
+    plain, watched = Bounded(), Bounded()
+    fit(tmp_path, plain, [], preset)
+    logger = CSVLogger(tmp_path, name="", version=0)
+    monitor = ebm.RelaxationMonitor(every_n_steps=2, regime_every_n_steps=2)
+    alignment = ebm.GradientAlignment(every_n_steps=2, warn_below=None)
+    fit(tmp_path, watched, [monitor, alignment], preset, logger=logger)
+    for (name, a), b in zip(plain.state_dict().items(), watched.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    run = runs.read(tmp_path / "version_0")
+    assert run.relaxations
+    for _, relaxation in run.relaxations:
+        for phase in relaxation["phases"]:
+            assert all(row[0] is not None for row in phase["residual"])
+    if preset not in ("incremental-pc", "holomorphic-ep"):
+        assert monitor.regime.settled
+        assert len(monitor.regime.layers) >= 2
+    assert main(["report", str(tmp_path / "version_0")]) == 0
 
 
 def test_a_csv_run_can_be_read_back(tmp_path):

@@ -41,6 +41,9 @@ class Quadratic:
     def per_sample(self, tensors) -> Tensor:
         return torch.stack([t.flatten(1).sum(1) for t in tensors]).sum(0)
 
+    def feasible(self, states):
+        return states
+
     def spread(self, values, like):
         return [values[:, None] for _ in like]
 

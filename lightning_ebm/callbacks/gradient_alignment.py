@@ -14,10 +14,10 @@ from lightning_ebm.callbacks import console, loggers
 from lightning_ebm.callbacks.run_file import RunFile
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.metrics import NAMES, Alignment, dead, read
-from lightning_ebm.reference import named_gradients
-from lightning_ebm.step import Reference
+from lightning_ebm.reference import Reference
 from lightning_ebm.strategy import EBMStrategy
 from lightning_ebm.substitution import clean
+from lightning_ebm.wiring import named_gradients
 
 log = logging.getLogger(__name__)
 

@@ -101,9 +101,10 @@ class RelaxationMonitor(Callback):
         learner.observer = self._observe if _due(trainer, self.every_n_steps) else None
 
     def _observe(self, network: Network) -> Network:
-        self._recording = Recording(network)
-        watched: Any = self._recording
-        return watched  # type: ignore[no-any-return]
+        watched: Any = network
+        recording: Any = Recording(watched)
+        self._recording = recording
+        return recording  # type: ignore[no-any-return]  # by delegation
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reads the recording of the relaxation that has just been used."""
@@ -115,7 +116,7 @@ class RelaxationMonitor(Callback):
         self.statuses[report["result"]] += 1
         phases: list[dict[str, Any]] = [dict(trace.read()) for trace in recording.traces]
         for phase, entry in zip(phases, report["phases"], strict=False):
-            if phase["nudge"] == entry["nudge"]:  # of accepted points, where the trace has every trial
+            if phase["nudge"] == entry["nudge"].real:  # of accepted points, where the trace has every trial
                 phase["energies"] = entry["energies"]
         values = {
             "ebm/energy_free": report["energy_free"],
@@ -177,6 +178,10 @@ class RelaxationMonitor(Callback):
     def _measured(self, trainer: Trainer, strategy: EBMStrategy) -> dict[str, float]:
         try:
             self.regime = strategy.regime(self.equilibrium)
+        except ConfigurationError as error:  # no such thing for this algorithm: said once, and not asked again
+            self._say(trainer, str(error))
+            self.regime_every_n_steps = None
+            return {}
         except RelaxationDivergedError as error:
             self._say(trainer, f"The regime could not be measured, there is no equilibrium to compare with: {error}")
             return {}
@@ -234,7 +239,7 @@ class RelaxationMonitor(Callback):
             from lightning_ebm import plots, runs
 
             run = runs.read(self._file.path.parent)
-            if run.relaxations:
+            if plots.has_curves(run):
                 loggers.log_figure(trainer, "ebm/energy_curves", plots.energy_curves(run))
 
 

@@ -1,6 +1,9 @@
 """Internal energies: what a layer pays for holding a state that is not its prediction. One energy a file."""
 
 from lightning_ebm.energies.base import Energy, LayerView
+from lightning_ebm.energies.conjugates import CONJUGATES, Conjugate
+from lightning_ebm.energies.fenchel_young import FenchelYoung
+from lightning_ebm.energies.hopfield import Hopfield
 from lightning_ebm.energies.predictive_coding import PredictiveCoding
 
-__all__ = ["Energy", "LayerView", "PredictiveCoding"]
+__all__ = ["CONJUGATES", "Conjugate", "Energy", "FenchelYoung", "Hopfield", "LayerView", "PredictiveCoding"]

@@ -1,10 +1,13 @@
-"""The one method an internal energy consists of."""
+"""The one method an internal energy consists of, and what it may say besides."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
+
+from lightning_ebm.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,7 @@ class LayerView:
         drive: a_l, what arrived at the layer, ``(B, ...)``; a function of the parents' states and of the parameters.
         prediction: mu_l = rho(a_l), what the layer would emit in a plain forward pass; the shape of the state.
         activation: the module rho itself, or None where the layer is a whole block (then drive is prediction).
+        above: how many layers lie on the longest way from this one to the loss, 0 for the last: L - l in a chain.
     """
 
     name: str
@@ -24,13 +28,15 @@ class LayerView:
     drive: Tensor
     prediction: Tensor
     activation: nn.Module | None
+    above: int = 0
 
 
 class Energy(ABC):
     """Internal energy I(x, theta) = sum_l sum_b e(x_l, a_l, rho_l).
 
     A subclass writes ``layer_energy``. Everything else (which layers, which parents, batching, gradients) is the
-    network's affair, so an energy never sees a module it would have to call.
+    network's affair, so an energy never sees a module it would have to call. With ``best_response`` as well, relaxers
+    of the fixed-point kind can use it.
     """
 
     divergence: ClassVar[bool] = False
@@ -40,6 +46,40 @@ class Energy(ABC):
     @abstractmethod
     def layer_energy(self, state: Tensor, layer: LayerView) -> Tensor:
         """e(x_l, a_l, rho_l), batch first. Any trailing shape: it is summed over all but the batch dimension."""
+
+    def best_response(self, pull: Tensor, layer: LayerView) -> Tensor:
+        """argmin_x e(x, a_l) - <pull, x>: where the layer goes if everything around it stays.
+
+        The pull is the slope of all the other terms, -d/dx_l [sum_{k != l} e_k + lambda L], in the shape of the state.
+
+        Raises:
+            ConfigurationError: this energy has no closed form for it.
+        """
+        raise ConfigurationError(
+            f"{type(self).__name__} does not say where a layer goes under a given pull (Energy.best_response), which"
+            " fixed-point relaxers iterate. Write that method, or relax by ebm.GradientDescent(...)."
+        )
+
+    def check_layers(self, names: Collection[str]) -> None:  # noqa: B027  # noqa: B027
+        """Told the names of the layers that carry states, once they are known; refuses settings for others."""
+
+    def feasible(self, state: Tensor, layer: LayerView) -> Tensor:
+        """The nearest state at which e is finite; the state itself unless e has a bounded domain."""
+        return state
+
+    def tangent(self, gradient: Tensor, state: Tensor, layer: LayerView) -> Tensor:
+        """The gradient without what descent along it would leave the domain by; all of it unless e is bounded."""
+        return gradient
+
+
+def has_best_response(energy: Energy) -> bool:
+    """Whether the energy's class says where layers go."""
+    return type(energy).best_response is not Energy.best_response
+
+
+def is_bounded(energy: Energy) -> bool:
+    """Whether the energy's class restricts states to a domain."""
+    return type(energy).feasible is not Energy.feasible
 
 
 class QuadraticEnergy(Energy):
@@ -52,8 +92,11 @@ class QuadraticEnergy(Energy):
     divergence: ClassVar[bool] = True
 
     @abstractmethod
-    def layer_precision(self, layer: LayerView) -> float:
-        """Pi_l > 0."""
+    def layer_precision(self, layer: LayerView) -> float | Tensor:
+        """Pi_l > 0, a number or a tensor that broadcasts over the batch."""
 
     def layer_energy(self, state: Tensor, layer: LayerView) -> Tensor:
         return 0.5 * self.layer_precision(layer) * (state - layer.prediction).square()
+
+    def best_response(self, pull: Tensor, layer: LayerView) -> Tensor:
+        return layer.prediction + pull / self.layer_precision(layer)

@@ -2,6 +2,20 @@
 
 from lightning_ebm.nudges.base import Nudge, Phase
 from lightning_ebm.nudges.centered import Centered
+from lightning_ebm.nudges.coupled import Clamped, Coupled
+from lightning_ebm.nudges.holomorphic import Holomorphic
+from lightning_ebm.nudges.infinitesimal import Infinitesimal
 from lightning_ebm.nudges.one_sided import OneSided
+from lightning_ebm.nudges.random_sign import RandomSign
 
-__all__ = ["Centered", "Nudge", "OneSided", "Phase"]
+__all__ = [
+    "Centered",
+    "Clamped",
+    "Coupled",
+    "Holomorphic",
+    "Infinitesimal",
+    "Nudge",
+    "OneSided",
+    "Phase",
+    "RandomSign",
+]

@@ -35,20 +35,44 @@ class Landscape(Protocol):
     """All a relaxer may know of the network."""
 
     names: Sequence[str]
+    depths: Sequence[int]
+    """Of each layer, how many lie on the longest way to it from the input, itself included: 1, 2, ... in a chain."""
     batch_size: int
     rounding: float
     """Relative rounding of the network's arithmetic, coarser than that of the states under mixed precision."""
     no_errors: Sequence[Tensor]
     """e = 0, where descent on errors starts; the network knows these very tensors and runs no pass for them."""
 
-    def forces(self, states: Sequence[Tensor], strength: float) -> Forces:
-        """E and dE/dx at the given states, loss weighted by `strength`."""
+    def forces(self, states: Sequence[Tensor], strength: complex) -> Forces:
+        """E and dE/dx at the given states, loss weighted by `strength`; complex states where that is complex."""
 
-    def error_forces(self, errors: Sequence[Tensor], strength: float) -> Forces:
+    def error_forces(self, errors: Sequence[Tensor], strength: complex) -> Forces:
         """The same at x_l = rho(a_l) + e_l, as a function of the errors e."""
+
+    def responses(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int] | None = None) -> Forces:
+        """E and, as gradients, x_l - argmin_x [e_l(x) - <pull_l, x>], whose unit step is each layer's best response.
+
+        With `layers`, only theirs; the other entries are 0.
+        """
+
+    def hops(self, errors: Sequence[Tensor], strength: complex) -> Forces:
+        """e_l + 1/Pi_l (lambda dL/dx_l - sum_k J_k' Pi_k e_k), all slopes and Jacobians taken at the forward pass."""
+
+    def dyads(self, mean: Sequence[Tensor], strength: float) -> tuple[list[Tensor], list[Tensor], Forces]:
+        """Pairs of states around `mean` that answer half the pull from above, and half its opposite, top down.
+
+        z_l^+- = argmin_x [e_l(x, a_l) -+ <pull_l, x> / 2], pull_l = -d/dx_l [sum_k e_k(z_k^+) - e_k(z_k^-) + lambda L],
+        with every drive and Jacobian taken at the mean. As gradients: mean - (z^+ + z^-) / 2.
+        """
+
+    def feasible(self, states: list[Tensor]) -> list[Tensor]:
+        """The nearest states at which the energy is finite."""
 
     def per_sample(self, tensors: Sequence[Tensor]) -> Tensor:
         """Sums each tensor over all but the batch, then over the list: ``(B,)``."""
+
+    def metric(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+        """sum_l Pi_l <left_l, right_l> of each sample, ``(B,)``: the scalar product of errors."""
 
     def spread(self, values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         """One number a sample ``(B,)`` shaped to multiply each tensor of the list."""
@@ -60,8 +84,7 @@ class Relaxation:
 
     Attributes:
         point: states x_l, or errors e_l, one tensor a layer.
-        coordinates: which of the two `point` holds; "arrival" for the displacement with which the signal first arrives
-            at each layer, to be read with everything else still at the free equilibrium.
+        coordinates: which of the two `point` holds.
         status: "converged" (every sample within tolerance), "stalled" (the energy falls no further though forces
             remain, as at the kinks of ReLU), "max_steps" (still moving when the count was up) or "fixed" (a number of
             steps was asked for and taken).
@@ -69,28 +92,54 @@ class Relaxation:
         residual: |force| at the end over |force| at the start, per sample, ``(B,)``; 0 where nothing pulled.
         energies: total energy I + lambda L of the batch, a list of scalars: at the start and after each step. Where
             only some samples took a step, the value before it, which bounds theirs.
+        displacement: what is to be read against each layer's prediction instead of its error at `point`: the error as
+            it first arrives, with everything else still at the forward pass, or a multiplier over the precision.
+        dyad: two more lists of states, whose energies, with the drives of `point`, are to be contrasted.
     """
 
     point: list[Tensor]
-    coordinates: Literal["states", "errors", "arrival"]
+    coordinates: Literal["states", "errors"]
     status: Status
     steps: int
     residual: Tensor
     energies: list[Tensor] = field(default_factory=list)
+    displacement: list[Tensor] | None = None
+    dyad: tuple[list[Tensor], list[Tensor]] | None = None
 
 
 class Relaxer(ABC):
     """Moves states from the free point `start` towards equilibrium of I + strength * loss."""
 
-    update: ClassVar[Literal["contrast", "first-arrival"]] = "contrast"
+    update: ClassVar[Literal["contrast", "first-arrival", "fixed-prediction", "multipliers", "dyadic"]] = "contrast"
     """How its result is meant to be read; see `Algorithm.update`."""
+
+    complex_states: ClassVar[bool] = False
+    """Whether it can follow a complex nudge."""
 
     needs_error_coordinates: ClassVar[bool] = False
     """Whether the energy must be a quadratic of errors, see `QuadraticEnergy`."""
 
     @abstractmethod
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
-        """Relaxes. Must raise `RelaxationDivergedError` rather than return states that ran away."""
+        """Relaxes. Must raise `RelaxationDivergedError` rather than return states that ran away.
+
+        Where `complex_states` is set, `strength` may be complex; the states then have to be.
+        """
+
+    def stepper(self, start: Sequence[Tensor]) -> "Stepper":
+        """One move at a time from `start`, for updates that change parameters between moves.
+
+        Raises:
+            ConfigurationError: this relaxer chooses its moves by looking at several of them.
+        """
+        raise ConfigurationError(
+            f"{type(self).__name__} does not move one step at a time, as an incremental update needs. Take"
+            " ebm.GradientDescent(lr, max_steps) or ebm.StateOptimizer(torch.optim.SGD, max_steps=..., lr=...)."
+        )
+
+
+Stepper = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
+"""The next states from those of now and the gradient there."""
 
 
 def checked_steps(owner: object, max_steps: int, tol: float) -> None:
@@ -107,7 +156,13 @@ def checked_steps(owner: object, max_steps: int, tol: float) -> None:
 
 def force_norm(landscape: Landscape, gradients: Sequence[Tensor]) -> Tensor:
     """|dE/dx| of each sample, ``(B,)``."""
-    return landscape.per_sample([gradient.square() for gradient in gradients]).sqrt()
+    return landscape.per_sample([gradient.abs().square() for gradient in gradients]).sqrt()
+
+
+def total_energy(forces: Forces, strength: complex) -> Tensor:
+    """I + lambda L of the batch, its real part where the nudge is complex."""
+    total = (forces.internal.sum() + strength * forces.loss).detach()
+    return total.real if total.is_complex() else total
 
 
 def fixed_steps(
@@ -116,9 +171,9 @@ def fixed_steps(
     coordinates: Literal["states", "errors"],
     move: Callable[[list[Tensor], list[Tensor]], list[Tensor]],
     start: Sequence[Tensor],
-    strength: float,
+    strength: complex,
     max_steps: int,
-    descends: bool = True,
+    descends: float = 0.0,
 ) -> Relaxation:
     """Exactly `max_steps` moves, and a refusal to return a runaway.
 
@@ -133,19 +188,21 @@ def fixed_steps(
         start: where to begin.
         strength: lambda.
         max_steps: how many moves.
-        descends: whether each move follows the force, so that at a positive nudge a rise of the energy proves that a
-            step was too large. Adaptive optimizers may climb without that: a rise is said, only growing forces raise.
+        descends: step size, where each move follows the force: then at a positive nudge a rise of the energy proves
+            that a step was too large, and so does a force that grows along a curvature above 2 / step size. 0 is for
+            adaptive optimizers, which may climb without that: a rise is said, only growing forces raise.
     """
     evaluate = landscape.forces if coordinates == "states" else landscape.error_forces
-    point, previous, energies, norms = list(start), None, [], []
+    point, energies, norms = as_complex(start, strength), [], []
+    recent: list[tuple[list[Tensor], list[Tensor]]] = []
     for step in range(max_steps + 1):
         forces = evaluate(point, strength)
-        energies.append((forces.internal.sum() + strength * forces.loss).detach())
+        energies.append(total_energy(forces, strength))
         norms.append(force_norm(landscape, forces.gradients))
+        recent = [*recent[-2:], (point, forces.gradients)]
         if step < max_steps:
-            previous = (point, forces.gradients)
             point = move(point, forces.gradients)
-    assert previous is not None
+            point = landscape.feasible(point) if coordinates == "states" else point
     first, last = norms[0], norms[-1]
     trace = torch.stack(energies)
     tiny = torch.finfo(first.dtype).tiny
@@ -153,12 +210,37 @@ def fixed_steps(
     growth = last.norm() / first.norm().clamp_min(tiny)
     # At a negative nudge the energy may fall without bound, and only the growing force tells.
     room = max(1e-4, 16 * landscape.rounding) * trace[0].abs()
-    rose = strength > 0 and bool(trace[-1] > trace[0] + room)
+    rose = not isinstance(strength, complex) and strength >= 0 and bool(trace[-1] > trace[0] + room)
     finite = bool(torch.isfinite(trace).all()) and bool(torch.isfinite(last).all())
-    if not finite or (rose and descends) or bool(growth > 10):
-        raise diverged(landscape, owner, previous, (point, forces.gradients), strength, trace, float(growth))
+    moving = bool(growth > landscape.rounding**0.5)  # below, forces are rounding
+    unstable = bool(descends) and moving and _unstable([float(norm.norm()) for norm in norms], recent, descends)
+    if not finite or (rose and descends) or unstable or bool(growth > 10):
+        raise diverged(landscape, owner, recent[-2], recent[-1], strength, trace, float(growth))
     status: Status = "max_steps" if rose else "fixed"
     return Relaxation(point, coordinates, status, max_steps, last / first.clamp_min(tiny), energies)
+
+
+def as_complex(states: Sequence[Tensor], strength: complex) -> list[Tensor]:
+    """The states, complex where the nudge is."""
+    return [state + 0j for state in states] if isinstance(strength, complex) else list(states)
+
+
+def _unstable(norms: list[float], recent: list[tuple[list[Tensor], list[Tensor]]], lr: float) -> bool:
+    """Whether a fixed step is past 2 / curvature, seen from the last three forces.
+
+    With g' = (1 - lr H) g the change v = g' - g lies along the stiffest directions, and <v, Hv> / |v|^2 is never above
+    the largest curvature: beyond 2 / lr it proves divergence. At a kink it may be met without any, so the force must
+    have grown in three steps on end as well.
+    """
+    if len(norms) < 5 or not norms[-1] > norms[-2] > norms[-3] > norms[-4]:
+        return False
+    (_, a), (_, b), (_, c) = recent
+    change, turned = 0.0, 0.0
+    for first, second, third in zip(a, b, c, strict=True):
+        v = second - first
+        change += float(v.abs().square().sum())
+        turned += float((v.conj() * (third - second - v)).sum().real)
+    return change > 0 and -turned / change > 2.0  # lr times the curvature
 
 
 def diverged(
@@ -166,7 +248,7 @@ def diverged(
     owner: Relaxer,
     before: tuple[list[Tensor], list[Tensor]],
     after: tuple[list[Tensor], list[Tensor]],
-    strength: float,
+    strength: complex,
     energies: Tensor,
     growth: float,
 ) -> RelaxationDivergedError:
@@ -174,9 +256,10 @@ def diverged(
     (point_0, gradient_0), (point_1, gradient_1) = before, after
     norms = [float(gradient.norm()) for gradient in gradient_1]
     worst = max(range(len(norms)), key=lambda k: norms[k] if norms[k] == norms[k] else float("inf"))
-    moved = sum(float((b - a).square().sum()) for a, b in zip(point_0, point_1, strict=True))
+    moved = sum(float((b - a).abs().square().sum()) for a, b in zip(point_0, point_1, strict=True))
     turned = sum(
-        float(((h - g) * (b - a)).sum()) for a, b, g, h in zip(point_0, point_1, gradient_0, gradient_1, strict=True)
+        float(((h - g) * (b - a).conj()).sum().real)
+        for a, b, g, h in zip(point_0, point_1, gradient_0, gradient_1, strict=True)
     )
     curvature = turned / moved if moved else 0.0
     hint = (

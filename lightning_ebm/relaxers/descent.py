@@ -62,6 +62,9 @@ def descend(
         reach = torch.where(active, step_size, 0)
         step = [-s * g for s, g in zip(landscape.spread(reach, gradients), gradients, strict=True)]
         trial = [x + d for x, d in zip(point, step, strict=True)]
+        if coordinates == "states":
+            trial = landscape.feasible(trial)
+            step = [y - x for x, y in zip(point, trial, strict=True)]
         forces = evaluate(trial, strength)
         reached = total(forces)
 

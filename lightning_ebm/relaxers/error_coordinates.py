@@ -37,6 +37,7 @@ class ErrorCoordinates(Relaxer):
     """
 
     needs_error_coordinates: ClassVar[bool] = True
+    complex_states: ClassVar[bool] = True
 
     max_steps: int = 64
     lr: float = 1.0
@@ -47,13 +48,13 @@ class ErrorCoordinates(Relaxer):
         if not self.lr > 0:
             raise ConfigurationError(f"ErrorCoordinates(lr={self.lr!r}): expected a positive step size, such as 1.0.")
 
-    def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
+    def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
         errors = list(landscape.no_errors)
-        if self.tol:
+        if self.tol and not isinstance(strength, complex):
             longest = max(1.0, self.lr)  # the curvature 1 + lambda J' d2L J is at least 1 where the loss is convex
             return descend(landscape, "errors", errors, strength, self.lr, self.max_steps, self.tol, longest)
 
         def step(point: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
             return [error - self.lr * gradient for error, gradient in zip(point, gradients, strict=True)]
 
-        return fixed_steps(self, landscape, "errors", step, errors, strength, self.max_steps)
+        return fixed_steps(self, landscape, "errors", step, errors, strength, self.max_steps, self.lr)

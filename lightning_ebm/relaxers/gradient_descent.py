@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, checked_steps, fixed_steps
+from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Stepper, checked_steps, fixed_steps
 from lightning_ebm.relaxers.descent import descend
 
 
@@ -33,6 +34,8 @@ class GradientDescent(Relaxer):
         Whittington and Bogacz 2017; simultaneous steps as in Song et al. 2020.
     """
 
+    complex_states: ClassVar[bool] = True
+
     lr: float = 0.1
     max_steps: int = 20
     tol: float = 0.0
@@ -42,11 +45,14 @@ class GradientDescent(Relaxer):
         if not self.lr > 0:
             raise ConfigurationError(f"GradientDescent(lr={self.lr!r}): expected a positive step size, such as 0.1.")
 
-    def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
-        if self.tol:
+    def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
+        if self.tol and not isinstance(strength, complex):
             return descend(landscape, "states", start, strength, self.lr, self.max_steps, self.tol, longest=self.lr)
 
-        def euler(states: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-            return [state - self.lr * gradient for state, gradient in zip(states, gradients, strict=True)]
+        return fixed_steps(self, landscape, "states", self._euler, start, strength, self.max_steps, self.lr)
 
-        return fixed_steps(self, landscape, "states", euler, start, strength, self.max_steps)
+    def stepper(self, start: Sequence[Tensor]) -> Stepper:
+        return self._euler
+
+    def _euler(self, states: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        return [state.sub(gradient, alpha=self.lr) for state, gradient in zip(states, gradients, strict=True)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, checked_steps, fixed_steps
+from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Stepper, checked_steps, fixed_steps
 
 
 class StateOptimizer(Relaxer):
@@ -51,14 +51,19 @@ class StateOptimizer(Relaxer):
         return f"StateOptimizer({name}, max_steps={self.max_steps}{options})"
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
+        return fixed_steps(self, landscape, "states", self.stepper(start), start, strength, self.max_steps)
+
+    def stepper(self, start: Sequence[Tensor]) -> Stepper:
         variables = [state.clone().requires_grad_() for state in start]
         optimizer = self._made(variables)
 
-        def step(_: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-            for variable, gradient in zip(variables, gradients, strict=True):
-                variable.grad = gradient
+        def step(states: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+            with torch.no_grad():
+                for variable, state, gradient in zip(variables, states, gradients, strict=True):
+                    variable.copy_(state)
+                    variable.grad = gradient
             optimizer.step()
             # A copy: the optimizer works in place, and the caller compares a point with the one before.
             return [variable.detach().clone() for variable in variables]
 
-        return fixed_steps(self, landscape, "states", step, start, strength, self.max_steps, descends=False)
+        return step

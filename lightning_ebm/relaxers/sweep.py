@@ -30,4 +30,6 @@ class Sweep(Relaxer):
         forces = landscape.error_forces(landscape.no_errors, strength)
         displacement = [-gradient for gradient in forces.gradients]
         settled = torch.zeros_like(forces.internal)
-        return Relaxation(displacement, "arrival", "converged", 1, settled, [strength * forces.loss.detach()])
+        energies = [strength * forces.loss.detach()]
+        no_errors = list(landscape.no_errors)
+        return Relaxation(no_errors, "errors", "converged", 1, settled, energies, displacement=displacement)

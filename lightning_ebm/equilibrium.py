@@ -1,0 +1,66 @@
+"""A network that is evaluated at the equilibrium it was trained on, as a plain module."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.layers import Layers, Output
+from lightning_ebm.learner import Learner
+
+
+class Equilibrium(nn.Module):
+    """forward(...) returns what `module` computes with its states at the free equilibrium, argmin_x I(x, theta).
+
+    A network trained on a Hopfield-type energy is that equilibrium, not its forward pass; this is what to deploy, as
+    what validation and test of the strategies use. Saved, loaded and moved like any module; the parameters are those of
+    `module`, under ``module.``. Outputs carry no gradient: see `lightning_ebm.reference.equilibrium` for one. For
+    divergence energies, such as predictive coding, it is `module` itself.
+
+    Args:
+        module: the network.
+        algorithm: whose energy, free phase and initial state.
+        layers: as in `Learner`; as in training.
+        output: as in `Learner`; as in training.
+
+    Raises:
+        LayerDiscoveryError: (in forward) no layer found.
+        RelaxationDivergedError: (in forward) states ran away.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Hardtanh(0, 1), nn.Linear(8, 2))
+        >>> Equilibrium(net, "equilibrium-propagation")(torch.ones(3, 4)).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(
+        self, module: nn.Module, algorithm: str | Algorithm, *, layers: Layers = None, output: Output = "auto"
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self._settings: dict[str, Any] = {"algorithm": algorithm, "layers": layers, "output": output}
+        self._learner: Learner | None = None
+        self._learned().algorithm  # noqa: B018  # refuses settings that cannot work where they are written
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The free-phase output for these inputs."""
+        with torch.inference_mode(False), torch.no_grad():
+            args, kwargs = ordinary((args, kwargs))
+            with self._learned().free_phase(lambda: self.module(*args, **kwargs)):
+                return self.module(*args, **kwargs)
+
+    def _learned(self) -> Learner:
+        if self._learner is None:
+            self._learner = Learner(self.module, **self._settings)
+        return self._learner
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what can be found again."""
+        return {**self.__dict__, "_learner": None}
+
+
+def ordinary(batch: Any) -> Any:
+    """The batch with tensors that autograd may save, which those made in inference mode are not."""
+    return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x.is_inference() else x, batch)

@@ -1,0 +1,80 @@
+"""Errors driven to zero by multipliers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.relaxers.base import Forces, Landscape, Relaxation, Relaxer, checked_steps
+from lightning_ebm.relaxers.error_coordinates import ErrorCoordinates
+
+
+@dataclass(frozen=True)
+class AugmentedLagrangian(Relaxer):
+    """x <- argmin_x [lambda L + sum_l mu_l' e_l + 1/2 Pi_l |e_l|^2], mu_l <- mu_l + Pi_l e_l, `outer_steps` times.
+
+    The constraint e = x - rho(a) = 0 is what makes a network out of layers; its multipliers are backprop's deltas. The
+    first outer step is predictive coding; each further one brings errors closer to 0 and -mu closer to lambda delta, at
+    a linear rate, at any precision and without a small nudge. The update reads the multipliers: -<mu_l, d rho(a_l)>.
+
+    Args:
+        outer_steps: how many updates of the multipliers.
+        inner: relaxes the states for given multipliers, in error coordinates; warm-started from the last outer step.
+
+    Raises:
+        ConfigurationError: an argument out of range.
+
+    Source:
+        The augmented Lagrangian view of predictive coding, arXiv 2605.31022 (2026); the method is Hestenes's and
+        Powell's, 1969.
+    """
+
+    update: ClassVar[Literal["multipliers"]] = "multipliers"
+    needs_error_coordinates: ClassVar[bool] = True
+
+    outer_steps: int = 4
+    inner: ErrorCoordinates = field(default_factory=lambda: ErrorCoordinates(max_steps=64, tol=1e-3))
+
+    def __post_init__(self) -> None:
+        checked_steps(self, self.outer_steps, 0.0)
+        if not isinstance(self.inner, ErrorCoordinates):
+            raise ConfigurationError(f"AugmentedLagrangian(inner={self.inner!r}): expected ebm.ErrorCoordinates(...).")
+
+    def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
+        multipliers = [torch.zeros_like(error) for error in landscape.no_errors]
+        point = list(landscape.no_errors)
+        energies: list[Tensor] = []
+        steps, statuses = 0, []
+        for _ in range(self.outer_steps):
+            shifted = _WithMultipliers(landscape, point, multipliers)
+            found = self.inner.relax(shifted, start, strength)
+            point = [base + error for base, error in zip(point, found.point, strict=True)] if steps else found.point
+            multipliers = [m + error for m, error in zip(multipliers, point, strict=True)]
+            steps += found.steps
+            statuses.append(found.status)
+            energies += found.energies
+        worst = next(s for s in ("max_steps", "fixed", "stalled", "converged") if s in statuses)
+        return Relaxation(point, "errors", worst, steps, found.residual, energies, displacement=multipliers)
+
+
+class _WithMultipliers:
+    """The landscape with mu added, mu in units of the precision, seen from the errors reached so far."""
+
+    def __init__(self, landscape: Landscape, base: list[Tensor], multipliers: list[Tensor]) -> None:
+        self._landscape = landscape
+        self._base = base
+        self._multipliers = multipliers
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._landscape, name)
+
+    def error_forces(self, errors: Sequence[Tensor], strength: complex) -> Forces:
+        at_base = all(error is none for error, none in zip(errors, self._landscape.no_errors, strict=True))
+        here = self._base if at_base else [b + e for b, e in zip(self._base, errors, strict=True)]
+        forces = self._landscape.error_forces(here, strength)
+        gradients = [g + m for g, m in zip(forces.gradients, self._multipliers, strict=True)]
+        linear = self._landscape.metric(self._multipliers, here)
+        return Forces(forces.internal + linear, forces.loss, gradients)

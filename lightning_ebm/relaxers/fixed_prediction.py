@@ -1,0 +1,66 @@
+"""Errors relaxed while predictions stay at the forward pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Status, checked_steps, force_norm, total_energy
+
+
+@dataclass(frozen=True)
+class FixedPrediction(Relaxer):
+    """e_l <- e_l - lr (e_l + 1/Pi_l [lambda dL/dx_l - sum_k J_k' Pi_k e_k]), everything at x_bar, from e = 0.
+
+    The dynamics of predictive coding with predictions, Jacobians and presynaptic activities frozen at the forward pass.
+    Linear, local, one hop a step; its fixed point is Pi e = -lambda delta at any lambda, so that the update is
+    backprop's exactly. With ``lr=1`` it is there after as many steps as there are layers.
+
+    Args:
+        max_steps: how many steps, or how many at most.
+        lr: step size, in (0, 2).
+        tol: relative residual at which to stop; 0 takes exactly `max_steps`.
+
+    Raises:
+        ConfigurationError: an argument out of range.
+
+    Source:
+        Millidge, Tschantz, Buckley 2022 (arXiv 2006.04182); Rosenbaum 2022.
+    """
+
+    update: ClassVar[Literal["fixed-prediction"]] = "fixed-prediction"
+    needs_error_coordinates: ClassVar[bool] = True
+
+    max_steps: int = 100
+    lr: float = 1.0
+    tol: float = 1e-6
+
+    def __post_init__(self) -> None:
+        checked_steps(self, self.max_steps, self.tol)
+        if not 0 < self.lr < 2:
+            raise ConfigurationError(
+                f"FixedPrediction(lr={self.lr!r}): expected a step size between 0 and 2; the map has curvature 1, and"
+                " from 2 on it diverges."
+            )
+
+    def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
+        errors = [error.clone() for error in landscape.no_errors]
+        energies, norms, steps = [], [], 0
+        while True:
+            forces = landscape.hops(errors, strength)
+            energies.append(total_energy(forces, strength))
+            norms.append(force_norm(landscape, forces.gradients))
+            size = landscape.per_sample([error.square() for error in errors]).sqrt()
+            # Not against the first force: it may be the smallest, and grow on its way down.
+            settled = norms[-1] <= max(self.tol, 4 * landscape.rounding) * size.maximum(norms[0])
+            if steps == self.max_steps or (self.tol and bool(settled.all())):
+                break
+            steps += 1
+            errors = [e.sub(g, alpha=self.lr) for e, g in zip(errors, forces.gradients, strict=True)]
+        residual = norms[-1] / norms[0].clamp_min(torch.finfo(norms[0].dtype).tiny)
+        status: Status = "fixed" if not self.tol else "converged" if bool(settled.all()) else "max_steps"
+        point = list(landscape.no_errors)
+        return Relaxation(point, "errors", status, steps, residual, energies, displacement=errors)
