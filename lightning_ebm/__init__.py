@@ -1,8 +1,8 @@
 """Energy-based learning for PyTorch Lightning: relax the states of a network, read a local update off its energy."""
 
-from lightning_ebm import metrics, reference, testing
+from lightning_ebm import metrics, reference, regime, testing
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.callbacks import GradientAlignment
+from lightning_ebm.callbacks import GradientAlignment, RelaxationMonitor
 from lightning_ebm.distributed import EBMDDPStrategy, EBMFSDP2Strategy
 from lightning_ebm.energies import Energy, FenchelYoung, Hopfield, LayerView, PredictiveCoding
 from lightning_ebm.equilibrium import Equilibrium
@@ -47,9 +47,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Algorithm", "Anderson", "AugmentedLagrangian", "Centered", "Clamped", "ConfigurationError", "Coupled", "Dyadic",
     "EBMDDPStrategy", "EBMError", "EBMFSDP2Strategy", "EBMStrategy", "Energy", "Equilibrium", "ErrorCoordinates",
-    "FenchelYoung", "FixedPoint", "FixedPrediction",
-    "GradientAlignment", "GradientDescent", "Holomorphic", "Hopfield", "Infinitesimal", "LayerDiscoveryError",
-    "LayerView", "Learner", "Nudge", "OneSided", "Phase", "PredictiveCoding", "RandomSign", "Relaxation",
-    "RelaxationDivergedError", "Relaxer", "StateOptimizer", "Summary", "Sweep", "UnsupportedModuleError", "algorithm",
-    "algorithms", "metrics", "reference", "summary", "testing",
+    "FenchelYoung", "FixedPoint", "FixedPrediction", "GradientAlignment", "GradientDescent", "Holomorphic", "Hopfield",
+    "Infinitesimal", "LayerDiscoveryError", "LayerView", "Learner", "Nudge", "OneSided", "Phase", "PredictiveCoding",
+    "RandomSign", "Relaxation", "RelaxationDivergedError", "RelaxationMonitor", "Relaxer", "StateOptimizer", "Summary",
+    "Sweep", "UnsupportedModuleError", "algorithm", "algorithms", "metrics", "reference", "regime", "summary",
+    "testing",
 ]  # fmt: skip

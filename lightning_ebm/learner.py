@@ -16,7 +16,7 @@ from lightning_ebm.layers import LayerFinder, Layers, Output
 from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.purity import Snapshot
 from lightning_ebm.report import PhaseReport, Report, report_of
-from lightning_ebm.step import Step
+from lightning_ebm.step import Observer, Step
 from lightning_ebm.wiring import Plan, named_gradients
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,8 @@ class Learner:
         self._finder: LayerFinder | None = None
         self._last: tuple[list[str], list[PhaseReport], Tensor] | None = None
         self._warned = False
+        self.observer: Observer | None = None
+        """Told of the network of every step before it relaxes, see `Step.observer`; None costs nothing."""
 
     @property
     def report(self) -> Report:
@@ -183,7 +185,9 @@ class Learner:
         remember, reduction = self._remember, self.loss_reduction
         captures = self._captures.setdefault(key, Captures(self.compile)) if self.capture else None
         parts = self.module, self.algorithm, finder, closure, self._quiet, remember, reduction, list(sizes)
-        return Step(*parts, snapshot, batch, captures)
+        step = Step(*parts, snapshot, batch, captures)
+        step.observer = self.observer
+        return step
 
     @property
     def written(self) -> frozenset[str] | None:

@@ -54,8 +54,8 @@ def alignment(estimate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -
 
 
 def read(total: Tensor) -> dict[str, Tensor]:
-    """Alignment from summed moments ``(6,)``; scalars, as float64 tensors."""
-    dot, gg, rr, difference, same, count = total.unbind()
+    """Alignment from summed moments ``(..., 6)``; float64 tensors ``(...)``."""
+    dot, gg, rr, difference, same, count = total.unbind(-1)
     dead_g, dead_r = gg == 0, rr == 0
     one, zero, inf = torch.ones_like(dot), torch.zeros_like(dot), torch.full_like(dot, math.inf)
     safe_rr = torch.where(dead_r, one, rr)
@@ -68,6 +68,21 @@ def read(total: Tensor) -> dict[str, Tensor]:
         "relative_error": torch.where(both, zero, torch.where(dead_r, inf, (difference / safe_rr).sqrt())),
         "sign_agreement": same / count,
     }
+
+
+def dead(names: Sequence[str], total: Tensor) -> dict[str, str]:
+    """Parameters without a direction, and whose zero it is: "update", "reference" or "both".
+
+    Their cosine, ratio and error are conventions (see `alignment`): nothing was measured there.
+
+    Args:
+        names: of the parameters.
+        total: their summed `moments`, ``(len(names), 6)``.
+    """
+    words = {(True, False): "update", (False, True): "reference", (True, True): "both"}
+    rows = total.detach().cpu()
+    states = [(float(row[1]) == 0, float(row[2]) == 0) for row in rows]
+    return {n: words[s] for n, row, s in zip(names, rows, states, strict=True) if row[5] > 0 and s in words}
 
 
 class Alignment(Metric):
@@ -133,3 +148,7 @@ class Alignment(Metric):
             if row[5] > 0:
                 found |= {f"{key}/{name.replace('.', '/')}": value for key, value in read(row).items()}
         return found
+
+    def dead(self) -> dict[str, str]:
+        """Parameters without a direction, see `lightning_ebm.metrics.dead`."""
+        return dead(self.names, self.total) if "total" in self._defaults else {}

@@ -175,6 +175,14 @@ class Network:
         seen = self._run(at_states(dict(zip(self._plan.states, held.point, strict=True))))
         return self._energy_of(seen, held, strength)
 
+    def errors_at(self, found: Relaxation) -> list[Tensor]:
+        """x_l - mu_l at the end of a phase, one tensor a layer."""
+        errors = found.displacement if found.displacement is not None else found.point
+        if found.displacement is not None or found.coordinates == "errors":
+            return [error.detach() for error in errors]
+        layers = self.at_states(found.point).layers
+        return [(x - call.prediction).detach() for x, call in zip(found.point, layers, strict=True)]
+
     def _energy_of(self, seen: Pass, found: Relaxation, strength: complex) -> Tensor:
         errors = found.displacement
         if errors is None and found.coordinates == "errors":

@@ -19,6 +19,9 @@ from lightning_ebm.purity import Snapshot
 from lightning_ebm.relaxers import Anderson, FixedPoint, GradientDescent, Landscape, Relaxation, Relaxer
 from lightning_ebm.wiring import named_gradients
 
+Reference = Literal["backprop", "equilibrium"]
+"""Which gradient is called true."""
+
 
 def backprop(module: nn.Module, closure: Closure) -> dict[str, Tensor]:
     """dL/dtheta of the feed-forward network, as ``loss.backward()`` would put it into ``.grad``.

@@ -24,9 +24,11 @@ from lightning_ebm.relaxers.base import force_norm, total_energy
 from lightning_ebm.report import PhaseReport
 from lightning_ebm.substitution import Pass, StateOf, at_prediction, at_states, batch_size_among, substituted
 from lightning_ebm.tape import Tape
+from lightning_ebm.watching import Recording
 from lightning_ebm.wiring import Plan, named_gradients, reached_parameters
 
 Remember = Callable[[list[str], list[PhaseReport], Tensor], None]
+Observer = Callable[[Network], Network]
 
 
 class Step:
@@ -81,6 +83,8 @@ class Step:
         """Strength, weight and end of each phase of the last relaxation."""
         self.displaced: tuple[list[Tensor], list[Tensor]] | None = None
         """The free state and the displacement from it, where the update is read from those."""
+        self.observer: Observer | None = None
+        """Put in the network's place before anything relaxes on it, to watch."""
 
     @contextmanager
     def first_pass(self) -> Iterator[None]:
@@ -207,8 +211,8 @@ class Step:
         parts = self._algorithm.energy, self._plan, first, self._run, size, loss_scale
         captures = self._captures
         network = Network(*parts) if captures is None else CapturedNetwork(*parts, captures=captures, tape=self._tape)
-        self.network = network
-        return network
+        self.network = network if self.observer is None else self.observer(network)
+        return self.network
 
     def true_gradients(self) -> dict[str, Tensor]:
         """Backprop's gradient of this very step: same batch, same random draws, same buffers. No side effects."""
@@ -221,6 +225,36 @@ class Step:
         written = None if self._plan is None else self._plan.written
         with self._snapshot.replaying(written), self._quiet(), torch.enable_grad():
             return checked_loss(self._closure())
+
+    def again(self, algorithm: Algorithm, observer: Observer | None = None) -> tuple[dict[str, Tensor], "Step"]:
+        """What another algorithm would make of this very step: its update, and the step, not yet released.
+
+        Same batch, same random draws, same buffers, same layers; no side effects, and no report.
+
+        Raises:
+            ConfigurationError: this step, or the other, is the control, which has no layers to relax.
+        """
+        if self._plan is None or algorithm.read_as == "backprop":
+            raise ConfigurationError(
+                'The algorithm "backprop" relaxes nothing, so there is no other way to take this step.'
+            )
+        other = Step(
+            self._module, algorithm, self._finder, self._closure, self._quiet, _forget, self._loss_reduction,
+            self._leading_sizes, self._snapshot, self._batch,
+        )  # fmt: skip
+        other._plan = self._plan
+        other.observer = observer
+        if algorithm.energy.divergence:
+            network = other._network_from(other._run(at_prediction(frozenset(self._plan.states))))
+        else:
+            network = other._settle()
+        update = other._relaxed(network, network.first_loss) / network.loss_scale
+        return named_gradients(self._module, update), other
+
+    @property
+    def plan(self) -> Plan | None:
+        """The layers of this step; None for the control."""
+        return self._plan
 
     def release(self) -> None:
         """Lets go of the graphs; `true_gradients` still works."""
@@ -243,6 +277,7 @@ class Step:
         for phase in table:
             strength, weight = phase.strength, phase.weight
             if strength:
+                _announce(network, strength, phase.held)
                 with torch.no_grad():
                     found = self._nudged(network, start, phase)
                 phases.append(PhaseReport.of(strength, found))
@@ -335,6 +370,17 @@ class Step:
 
 def free_equilibrium(network: Network, algorithm: Algorithm) -> Relaxation:
     """argmin_x I, as far as the algorithm's relaxer for the free phase goes."""
+    _announce(network, 0.0)
     start = network.free if algorithm.initial_state == "forward" else [torch.zeros_like(x) for x in network.free]
     with torch.no_grad():
         return (algorithm.free_relaxer or algorithm.relaxer).relax(network, network.feasible(list(start)), 0.0)
+
+
+def _announce(network: object, strength: complex, held: bool = False) -> None:
+    """Tells whoever records that a phase begins."""
+    if isinstance(network, Recording):
+        network.begin(strength, held)
+
+
+def _forget(names: list[str], phases: list[PhaseReport], loss: Tensor) -> None:
+    """A step of which no report is kept."""

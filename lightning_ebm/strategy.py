@@ -29,6 +29,9 @@ from lightning_ebm.learner import Learner, check_options
 from lightning_ebm.manual import ManualStep
 from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.purity import Snapshot, shadowed
+from lightning_ebm.reference import Reference, exactly
+from lightning_ebm.regime import Regime, of_step as regime_of_step
+from lightning_ebm.relaxers import Relaxer
 from lightning_ebm.step import Step
 from lightning_ebm.substitution import leading_sizes
 from lightning_ebm.summary import of_plan
@@ -233,17 +236,35 @@ class EnergyStrategy(Strategy):
         """What every rank has, in the order of the ranks; on all of them."""
         return [value]
 
-    def true_gradients(self) -> dict[str, Tensor]:
-        """Backprop's gradient on the micro-batch of the last step, scaled as Lightning scales that step's update.
+    def true_gradients(self, reference: Reference = "backprop") -> dict[str, Tensor]:
+        """The true gradient on the micro-batch of the last step, scaled as Lightning scales that step's update.
 
         Call it between `training_step` and the optimizer's step, as `on_after_backward` does. No side effects.
+
+        Args:
+            reference: "backprop", of the feed-forward network; "equilibrium", of the loss at the free equilibrium, as
+                `reference.equilibrium`. For a divergence energy that equilibrium is the forward pass: the two are one.
         """
         if self._step is None:
             raise ConfigurationError("There is no training step yet whose gradient could be computed.")
-        found = self._step.true_gradients()
+        relaxes = self.algorithm.read_as != "backprop"
+        if reference == "equilibrium" and relaxes and not self.algorithm.energy.divergence:
+            found, other = self._step.again(exactly(self.algorithm))
+            other.release()
+        else:
+            found = self._step.true_gradients()
         scaler = self._scaler()
         scale = (float(scaler.get_scale()) if scaler is not None else 1.0) / self._accumulated()
         return {name: gradient * scale for name, gradient in found.items()} if scale != 1.0 else found
+
+    def regime(self, equilibrium: Relaxer | None = None) -> Regime:
+        """Where between backprop and equilibrium the last step's update was read, see `lightning_ebm.regime`.
+
+        Call it as `true_gradients`. It relaxes twice more, once to equilibrium. No side effects.
+        """
+        if self._step is None:
+            raise ConfigurationError("There is no training step yet whose regime could be measured.")
+        return regime_of_step(self._step, self.algorithm, equilibrium)
 
     def teardown(self) -> None:
         """Lightning's own; drops the last batch and its graph."""

@@ -41,15 +41,19 @@ ORDER = [
     {"energies", "nudges"},
     {"relaxers"},
     {"algorithm", "closure", "plain_state", "promotion", "purity", "substitution", "wiring", "layers", "network"},
-    {"holding", "linearization"},
+    {"holding", "linearization", "watching"},
     {"tape"},
     {"program"},
     {"packing"},
     {"recording"},
     {"capture"},
     {"presets", "report", "step", "learner", "equilibrium", "reference", "metrics", "summary", "testing"},
+    {"regime"},
+    {"advice", "runs"},
+    {"plots", "html_report"},
     {"manual", "companion", "strategy", "distributed"},
     {"callbacks"},
+    {"__main__"},
 ]
 
 

@@ -1,0 +1,132 @@
+"""What each of a Trainer's loggers is told and shown.
+
+Everything is for rank 0 alone, and nothing passes `step=` to W&B's own run, which would drop rows that come late: the
+step is a column, as in WandbLogger's rows.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+
+GLOBAL_STEP = "trainer/global_step"
+
+
+def log_scalars(
+    trainer: Trainer, module: LightningModule, values: Mapping[str, float], in_progress_bar: Sequence[str] = ()
+) -> None:
+    """To every logger, at the step where they were measured, and into `trainer.callback_metrics`.
+
+    Not by `module.log`: it goes through every key it has ever seen at every later step, and there are five a parameter.
+    """
+    for key in in_progress_bar:
+        module.log(key, values[key], prog_bar=True, logger=False, on_step=True, on_epoch=False)
+    known = {key: value for key, value in values.items() if not math.isnan(value)}
+    trainer.callback_metrics.update({key: torch.tensor(value, dtype=torch.float32) for key, value in known.items()})
+    for logger in trainer.loggers:
+        logger.log_metrics(known, step=trainer.global_step)
+
+
+def tell_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:
+    """Puts the strategy's settings into the configuration of every logger, under "ebm"."""
+    for logger in trainer.loggers:
+        logger.log_hyperparams({"ebm": dict(settings)})
+
+
+def define(trainer: Trainer, keys: Iterable[str], axis: str = GLOBAL_STEP, summary: str | None = None) -> None:
+    """Tells W&B the axis of exact keys, and which figures of them belong in the run's summary."""
+    for run in _wandb_runs(trainer):
+        for key in keys:
+            run.define_metric(key, step_metric=axis, summary=summary)
+
+
+def log_wandb(trainer: Trainer, values: Mapping[str, Any], with_step: bool = True) -> None:
+    """A row that only W&B can show."""
+    for run in _wandb_runs(trainer):
+        run.log({**values, GLOBAL_STEP: trainer.global_step} if with_step else dict(values))
+
+
+def log_figure(trainer: Trainer, key: str, figure: Any) -> None:
+    """A matplotlib figure, to every logger that has a call for one."""
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        experiment = getattr(logger, "experiment", None)
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            logger.experiment.log({key: wandb.Image(figure), GLOBAL_STEP: trainer.global_step})
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(key, figure, trainer.global_step)
+        elif hasattr(experiment, "log_figure"):  # MLflow's client, Comet's experiment
+            _log_figure_by_name(logger, experiment, key, figure)
+
+
+def _log_figure_by_name(logger: Logger, experiment: Any, key: str, figure: Any) -> None:
+    run_id = getattr(logger, "run_id", None)
+    if run_id is not None:
+        experiment.log_figure(run_id, figure, f"{key}.png")
+    else:
+        experiment.log_figure(figure_name=key, figure=figure)
+
+
+class WandbTable:
+    """A table of W&B that grows while a run lasts.
+
+    Args:
+        key: under which it is logged.
+        columns: their names.
+    """
+
+    def __init__(self, key: str, columns: Sequence[str]) -> None:
+        self.key = key
+        self.columns: list[str | int] = list(columns)
+        self._table: Any = None
+
+    def with_rows(self, rows: Iterable[Sequence[Any]]) -> Any:
+        """The table with these rows added, to be logged."""
+        import wandb
+
+        if self._table is None:
+            self._table = wandb.Table(columns=self.columns, log_mode="INCREMENTAL")
+        for row in rows:
+            self._table.add_data(*row)
+        return self._table
+
+
+def histogram(values: Sequence[float]) -> Any:
+    """W&B's, of the finite ones among the values; None where there are none."""
+    import wandb
+
+    finite = [value for value in values if math.isfinite(value)]
+    return wandb.Histogram(finite) if finite else None
+
+
+def has_matplotlib() -> bool:
+    """Whether figures can be drawn."""
+    return find_spec("matplotlib") is not None
+
+
+def has_wandb(trainer: Trainer) -> bool:
+    """Whether this process writes a W&B run."""
+    return bool(_wandb_runs(trainer))
+
+
+def run_directory(trainer: Trainer) -> Path | None:
+    """Where files that belong to this run lie: W&B's files, or the log directory; None without any logger."""
+    for run in _wandb_runs(trainer):
+        return Path(run.dir)
+    if not trainer.loggers or trainer.log_dir is None:
+        return None
+    return Path(trainer.log_dir)
+
+
+def _wandb_runs(trainer: Trainer) -> list[Any]:
+    if not trainer.is_global_zero:
+        return []
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)]

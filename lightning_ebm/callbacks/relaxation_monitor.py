@@ -1,0 +1,261 @@
+"""How the states relax, while the parameters train."""
+
+import logging
+from collections import Counter
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_ebm import advice
+from lightning_ebm.callbacks import console, loggers
+from lightning_ebm.callbacks.run_file import RunFile
+from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
+from lightning_ebm.network import Network
+from lightning_ebm.regime import Regime
+from lightning_ebm.relaxers import Relaxer
+from lightning_ebm.strategy import EnergyStrategy
+from lightning_ebm.watching import Recording
+
+log = logging.getLogger(__name__)
+
+
+class RelaxationMonitor(Callback):
+    """Records relaxations from outside, whatever the relaxer, and logs how they went.
+
+    **Logged metrics** (to any logger, at the steps recorded; `ebm/energy_nudged` and `ebm/steps` in the progress bar):
+
+    - ``ebm/energy_free``, ``ebm/energy_nudged``: I + lambda L of the batch at the free equilibrium or forward pass, and
+      at the end of the first nudged phase;
+    - ``ebm/residual``, ``ebm/residual_max``: force left over force at the start, mean and largest over the samples;
+    - ``ebm/residual/layer/<name>``: |dE/dx_l| at the end over the largest |dE/dx| of any layer at the start;
+    - ``ebm/steps``; ``ebm/step_size``, |x' - x| / |dE/dx| of the last step; ``ebm/curvature``, the largest met, an
+      estimate from below of the energy's largest: Euler steps above 2 / curvature run away;
+    - ``ebm/relaxed``, ``ebm/way`` and per layer ``ebm/way/layer/<name>`` where the regime is measured, see
+      `lightning_ebm.regime`: how much of the fall of the energy was made, and where between backprop (0) and
+      equilibrium (1) the update was read; not where there is no way, and of the first device's batch.
+
+    On several devices the others are means over the devices.
+
+    With `WandbLogger` also the energy of each curve against the relaxation step, on an axis of its own, and a histogram
+    of the residuals of the samples. Everything goes to the run's file for `python -m lightning_ebm report`.
+
+    Args:
+        every_n_steps: record at the first optimizer step, and whenever this many more are complete.
+        regime_every_n_steps: the same for the regime, which relaxes twice more, once to equilibrium; None never.
+        equilibrium: what finds that equilibrium, see `regime.of`.
+
+    Attributes:
+        regime: the last one measured, None before.
+        statuses: how many of the monitored relaxations "converged", "stalled", ...
+
+    Raises:
+        ConfigurationError: the Trainer's strategy is not one of this library, so nothing relaxes.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        *,
+        regime_every_n_steps: int | None = 500,
+        equilibrium: Relaxer | None = None,
+    ) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("regime_every_n_steps", regime_every_n_steps)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigurationError(f"RelaxationMonitor({name}={value!r}): expected at least 1.")
+        self.every_n_steps = every_n_steps
+        self.regime_every_n_steps = regime_every_n_steps
+        self.equilibrium = equilibrium
+        self.regime: Regime | None = None
+        self.statuses: Counter[str] = Counter()
+        self._recording: Recording | None = None
+        self._warned = self._told_of_silence = False
+        self._file = RunFile()
+        self._kept = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses a strategy under which nothing relaxes."""
+        if stage == "fit" and not hasattr(trainer.strategy, "learner"):
+            raise ConfigurationError(
+                f"RelaxationMonitor watches states relax, and under {type(trainer.strategy).__name__} none do. Use"
+                " Trainer(strategy=ebm.EBMStrategy(...))."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tells loggers of the algorithm, and everybody what the settings alone give away."""
+        strategy = _strategy(trainer)
+        self._recording = None
+        loggers.tell_settings(trainer, strategy.describe())
+        self._file.open(trainer)
+        self._file.add({"settings": strategy.describe()})
+        loggers.define(trainer, _SCALARS, summary="min,max,mean,last")
+        loggers.define(trainer, [_AXIS])
+        rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        dtype = next((p.dtype for p in pl_module.parameters()), torch.float32)
+        for text in advice.before_training(strategy.algorithm, [float(rate) for rate in rates], dtype):
+            self._say(trainer, text)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Puts a recording in front of the network where one is due."""
+        learner = _strategy(trainer).learner
+        learner.observer = self._observe if _due(trainer, self.every_n_steps) else None
+
+    def _observe(self, network: Network) -> Network:
+        watched: Any = network
+        recording: Any = Recording(watched)
+        self._recording = recording
+        return recording  # type: ignore[no-any-return]  # by delegation
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reads the recording of the relaxation that has just been used."""
+        recording, self._recording = self._recording, None
+        if recording is None:
+            return
+        strategy = _strategy(trainer)
+        report = strategy.learner.report
+        self.statuses[report["result"]] += 1
+        phases: list[dict[str, Any]] = [dict(trace.read()) for trace in recording.traces]
+        for phase, entry in zip(phases, report["phases"], strict=False):
+            if phase["nudge"] == complex(entry["nudge"]).real:  # of accepted points, where the trace has every trial
+                phase["energies"] = entry["energies"]
+        values = {
+            "ebm/energy_free": report["energy_free"],
+            "ebm/energy_nudged": report["energy_nudged"],
+            "ebm/residual": sum(report["residual"]) / max(len(report["residual"]), 1),
+            "ebm/residual_max": max(report["residual"], default=0.0),
+            "ebm/steps": float(report["steps"]),
+        }
+        nudged = next((phase for phase in phases if phase["nudge"]), None)
+        if nudged is not None:
+            start = max(nudged["residual"][0]) or 1.0
+            ends = zip(report["layers"], nudged["residual"][-1], strict=True)
+            values |= {f"ebm/residual/layer/{name.replace('.', '/')}": end / start for name, end in ends}
+            if nudged["step_size"]:
+                values["ebm/step_size"] = nudged["step_size"][-1]
+                values["ebm/curvature"] = max(nudged["curvature"])
+        record: dict[str, Any] = {
+            "status": report["result"], "steps": report["steps"], "layers": report["layers"],
+            "residual": values["ebm/residual"], "loss": report["loss"], "phases": phases,
+        }  # fmt: skip
+        if trainer.world_size > 1:  # the mean over devices, in one collective
+            mine = torch.tensor(list(values.values()), device=pl_module.device, dtype=torch.float32)
+            values = dict(zip(values, strategy.reduce(mine, reduce_op="mean").tolist(), strict=True))
+        if self.regime_every_n_steps is not None and _due(trainer, self.regime_every_n_steps):
+            values |= self._measured(trainer, strategy)
+            self._curves(trainer, phases)
+        loggers.log_scalars(trainer, pl_module, values, _IN_PROGRESS_BAR)
+        self._keep(trainer, record, report["residual"])
+        self._advise(trainer, values["ebm/residual"])
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets go of the network; says how relaxations went."""
+        self._finish(trainer)
+        rows = [(status, str(count)) for status, count in self.statuses.most_common()]
+        if self.regime is not None:
+            rows.append(("regime at the last measurement", self.regime.verdict))
+            rows += [(f"  {layer.name}", layer.verdict) for layer in self.regime.layers]
+        if rows:
+            console.show(trainer, f"{sum(self.statuses.values())} relaxations monitored", ("how they ended", ""), rows)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keeps what a relaxation that ran away went through."""
+        if self._recording is not None and self._recording.traces:
+            phases = [trace.read() for trace in self._recording.traces]
+            names = list(self._recording.names)
+            diverged = {"status": "diverged", "steps": sum(len(p["loss"]) - 1 for p in phases), "layers": names}
+            self._file.add({"relaxation": diverged | {"phases": phases}, "step": trainer.global_step})
+        self._file.add({"stopped": f"{type(exception).__name__}: {exception}", "step": trainer.global_step})
+        self._finish(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts."""
+        return {"statuses": dict(self.statuses)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues them."""
+        self.statuses = Counter(state_dict["statuses"])
+
+    def _measured(self, trainer: Trainer, strategy: EnergyStrategy) -> dict[str, float]:
+        try:
+            self.regime = strategy.regime(self.equilibrium)
+        except ConfigurationError as error:  # no such thing for this algorithm: said once, and not asked again
+            self._say(trainer, str(error))
+            self.regime_every_n_steps = None
+            return {}
+        except RelaxationDivergedError as error:
+            self._say(trainer, f"The regime could not be measured, there is no equilibrium to compare with: {error}")
+            return {}
+        self._file.add({"regime": self.regime.as_dict(), "step": trainer.global_step})
+        if self.regime.unreached and not self._told_of_silence and trainer.is_global_zero:
+            self._told_of_silence = True  # the report finds it by itself, in the regime
+            log.warning(advice.unreached(self.regime.unreached, trainer.global_step))
+        values = {"ebm/relaxed": self.regime.relaxed, "ebm/way": self.regime.way}
+        return values | {f"ebm/way/layer/{layer.name.replace('.', '/')}": layer.way for layer in self.regime.layers}
+
+    def _keep(self, trainer: Trainer, record: dict[str, Any], residual: list[float]) -> None:
+        self._kept += 1
+        if self._kept > _MOST_CURVES:  # the first and the last point say whether it settled
+            thin = [
+                phase
+                | {
+                    key: [phase[key][0], phase[key][-1]]
+                    for key in ("internal", "loss", "residual", "residual_per_sample", "energies")
+                    if phase.get(key)
+                }
+                | {"step_size": phase["step_size"][-1:], "curvature": [max(phase["curvature"], default=0.0)]}
+                for phase in record["phases"]
+            ]
+            record = record | {"phases": thin}
+        self._file.add({"relaxation": record, "step": trainer.global_step})
+        if loggers.has_wandb(trainer):
+            loggers.log_wandb(trainer, {"ebm/residual_histogram": loggers.histogram(residual)})
+
+    def _curves(self, trainer: Trainer, phases: list[Any]) -> None:
+        """To W&B, against the relaxation step."""
+        if not loggers.has_wandb(trainer):
+            return
+        for number, phase in enumerate(phases):
+            key = f"ebm/curves/step_{trainer.global_step}/energy_{'nudged' if phase['nudge'] else 'free'}_{number}"
+            loggers.define(trainer, [key], axis=_AXIS)
+            for step, energy in enumerate(phase.get("energies", [])):
+                loggers.log_wandb(trainer, {key: energy, _AXIS: step}, with_step=False)
+
+    def _advise(self, trainer: Trainer, residual: float) -> None:
+        monitored = sum(self.statuses.values())
+        if not self._warned and monitored >= 10 and self.statuses["max_steps"] > monitored / 2:
+            self._warned = True
+            self._say(trainer, advice.unsettled(self.statuses["max_steps"], monitored, residual))
+
+    def _say(self, trainer: Trainer, text: str) -> None:
+        if trainer.is_global_zero:
+            log.warning(text)
+            self._file.add({"advice": text, "step": trainer.global_step})
+
+    def _finish(self, trainer: Trainer) -> None:
+        self._recording = None
+        if hasattr(trainer.strategy, "learner"):
+            _strategy(trainer).learner.observer = None
+        if self._file.path is not None and loggers.has_matplotlib():
+            from lightning_ebm import plots, runs
+
+            run = runs.read(self._file.path.parent)
+            if plots.has_curves(run):
+                loggers.log_figure(trainer, "ebm/energy_curves", plots.energy_curves(run))
+
+
+_AXIS = "ebm/curves/relaxation_step"
+_IN_PROGRESS_BAR = ("ebm/energy_nudged", "ebm/steps")
+_SCALARS = (
+    "ebm/energy_free", "ebm/energy_nudged", "ebm/residual", "ebm/residual_max", "ebm/steps", "ebm/step_size",
+    "ebm/curvature", "ebm/relaxed", "ebm/way",
+)  # fmt: skip
+_MOST_CURVES = 200
+
+
+def _strategy(trainer: Trainer) -> EnergyStrategy:
+    strategy: Any = trainer.strategy  # any of this library's, see setup
+    return strategy  # type: ignore[no-any-return]
+
+
+def _due(trainer: Trainer, every: int) -> bool:
+    return trainer.global_step == 0 or (trainer.global_step + 1) % every == 0

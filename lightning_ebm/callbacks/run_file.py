@@ -1,0 +1,43 @@
+"""One file a run, beside what its logger writes: what a table of scalars cannot hold, for reports and plots."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from lightning_ebm.callbacks.loggers import run_directory
+from lightning_ebm.runs import FILE_NAME
+
+
+class RunFile:
+    """Appends records to ``ebm.jsonl`` in the run's directory; on rank 0, and only where a logger makes one."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+
+    def open(self, trainer: Trainer) -> None:
+        """Finds the directory; nothing is written yet."""
+        directory = run_directory(trainer) if trainer.is_global_zero else None
+        self.path = None if directory is None else directory / FILE_NAME
+
+    def add(self, record: dict[str, Any]) -> None:
+        """One line of JSON, whole: a run that is killed leaves a file that can be read."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps(_plain(record)) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """Six significant digits; nan and infinities, which JSON does not know, as None and words."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        return float(f"{value:.6g}") if math.isfinite(value) else math.copysign(1e308, value)
+    return value

@@ -1,0 +1,154 @@
+"""What a run left behind, read from its directory: of CSVLogger, or of Weights & Biases (offline or not)."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_ebm.errors import ConfigurationError
+
+FILE_NAME = "ebm.jsonl"
+"""Written by this library's callbacks, beside the logger's own files."""
+
+Series = list[tuple[int, float]]
+
+
+@dataclass
+class Run:
+    """One training run.
+
+    Attributes:
+        path: its directory.
+        metrics: every logged scalar, ``{name: [(global step, value), ...]}``, in the order of the steps.
+        records: of the run's file, in the order of writing; empty where no callback of this library wrote one.
+    """
+
+    path: Path
+    metrics: dict[str, Series] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Of the algorithm, as `EBMStrategy.describe` gives them."""
+        found: dict[str, str] = {}
+        for record in self.records:
+            found |= record.get("settings", {})
+        return found
+
+    @property
+    def relaxations(self) -> list[tuple[int, dict[str, Any]]]:
+        """Recorded relaxations by global step: status, steps, layers, and a `TraceEntry` a phase."""
+        return [(record["step"], record["relaxation"]) for record in self.records if "relaxation" in record]
+
+    @property
+    def regimes(self) -> list[tuple[int, dict[str, Any]]]:
+        """Measured regimes by global step, see `Regime.as_dict`."""
+        return [(record["step"], record["regime"]) for record in self.records if "regime" in record]
+
+    @property
+    def alignment_by_layer(self) -> list[tuple[int, dict[str, float | None]]]:
+        """Cosine of each layer by global step, None where it is dead; from the logged scalars if there is no file."""
+        rows: dict[int, dict[str, float | None]] = {}
+        for record in self.records:
+            if "alignment" in record:
+                rows[record["step"]] = record["layers"]
+        if not rows:
+            prefix = "alignment/layer/cosine/"
+            for name, series in self.metrics.items():
+                if name.startswith(prefix):
+                    for step, value in series:
+                        rows.setdefault(step, {})[name.removeprefix(prefix)] = value
+        return sorted(rows.items())
+
+
+def read(path: str | Path) -> Run:
+    """Reads the directory of a run: the one with metrics.csv, or a W&B one such as ``wandb/offline-run-...``.
+
+    Raises:
+        ConfigurationError: the directory holds no run, or a W&B run and no `wandb` to read it with.
+    """
+    directory = Path(path)
+    inside = directory / "files"
+    home = inside if (inside / FILE_NAME).exists() else directory
+    records = _records(home / FILE_NAME)
+    written = sorted([*directory.glob("run-*.wandb"), *directory.parent.glob("run-*.wandb")])
+    if (table := home / "metrics.csv").exists():
+        return Run(directory, _by_step(_rows_of_csv(table)), records)
+    if written:
+        return Run(directory, _by_step(_rows_of_wandb(written[0].parent)), records)
+    if records:
+        return Run(directory, {}, records)
+    raise ConfigurationError(
+        f"{directory} holds no run: expected metrics.csv (CSVLogger), run-*.wandb (Weights & Biases) or {FILE_NAME}."
+        " Give the directory of one run, such as lightning_logs/version_0 or wandb/offline-run-20260101_120000-abcd."
+    )
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # the last line of a run that was killed while writing it
+    return found
+
+
+def _rows_of_csv(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            if row.get("step"):
+                yield int(float(row["step"])), {key: value for key, value in row.items() if value and key != "step"}
+
+
+def _rows_of_wandb(directory: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
+    """By W&B's own reader, as the format is its own affair."""
+    command = Path(sys.executable).with_name("wandb")
+    if not command.exists():
+        raise ConfigurationError(f"{directory} is a run of Weights & Biases: pip install wandb to read it.")
+    done = subprocess.run(
+        [str(command), "leet", "inspect", "--json", str(directory)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise ConfigurationError(f"wandb cannot read {directory}: {done.stderr.strip()}")
+    for line in done.stdout.splitlines():
+        record = json.loads(line) if line.strip() else {}
+        if record.get("type") == "history":
+            row = _history(record)
+            step = row.get("trainer/global_step")
+            if isinstance(step, int | float):
+                yield int(step), row
+
+
+def _history(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys and values of one row, however this version of W&B writes them."""
+    body = record.get("history", record.get("data", record))
+    items = body.get("item", body.get("items", body)) if isinstance(body, Mapping) else body
+    if isinstance(items, Mapping):
+        return dict(items)
+    found = {}
+    for item in items:
+        key = item.get("key") or "/".join(item.get("nested_key", []))
+        value = item.get("value_json", item.get("value"))
+        found[key] = json.loads(value) if isinstance(value, str) else value
+    return found
+
+
+def _by_step(rows: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, Series]:
+    found: dict[str, Series] = {}
+    for step, row in rows:
+        for name, value in row.items():
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                continue
+            if not math.isnan(number):
+                found.setdefault(name, []).append((step, number))
+    return {name: sorted(series, key=lambda pair: pair[0]) for name, series in found.items()}

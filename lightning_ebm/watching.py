@@ -1,0 +1,167 @@
+"""What a relaxation went through, seen from outside: a landscape that notes every point it is asked about.
+
+No relaxer knows of it. Whoever asks for forces asks here, and the question is passed on; so relaxers written later are
+recorded as those of today, and nothing is paid where nobody records.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict
+
+import torch
+from torch import Tensor
+
+from lightning_ebm.relaxers import Forces, Landscape
+
+Coordinates = Literal["states", "errors"]
+
+
+class TraceEntry(TypedDict):
+    """One relaxation in plain numbers; T evaluations of the forces (the start is one), L layers.
+
+    nudge: lambda, its real part where it is complex. held: whether the output was held instead, and the loss is no part
+    of the energy. coordinates: what moved, "states" or "errors". internal, loss: I
+    and the loss, each summed over the batch, ``(T,)``; the energy is internal + nudge * loss. residual: |dE/dx_l| over
+    the batch, ``(T, L)``. residual_per_sample: quantiles (0, .1, .5, .9, 1) of |dE/dx| over the samples, ``(T, 5)``.
+    step_size: |x' - x| over |dE/dx| of consecutive evaluations, ``(T - 1,)``. curvature: <g' - g, x' - x> over
+    |x' - x|^2, ``(T - 1,)``; the largest is an estimate, from below, of the energy's largest curvature. arrived: first
+    evaluation at which a layer had moved, ``(L,)``; -1 is never. For relaxers that ask for responses instead of forces,
+    x - response stands for dE/dx.
+    """
+
+    nudge: float
+    held: bool
+    coordinates: str
+    internal: list[float]
+    loss: list[float]
+    residual: list[list[float]]
+    residual_per_sample: list[list[float]]
+    step_size: list[float]
+    curvature: list[float]
+    arrived: list[int]
+
+
+@dataclass
+class Trace:
+    """One relaxation, as tensors that are still on their device; `read` brings them over at once."""
+
+    nudge: complex
+    held: bool
+    coordinates: Coordinates
+    start: list[Tensor]
+    internal: list[Tensor] = field(default_factory=list)
+    loss: list[Tensor] = field(default_factory=list)
+    residual: list[Tensor] = field(default_factory=list)
+    per_sample: list[Tensor] = field(default_factory=list)
+    moved: list[Tensor] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)
+    """<g, g>, <d, d> and <g' - g, d> of each step d."""
+
+    def read(self) -> TraceEntry:
+        """The numbers."""
+        quantiles = torch.tensor([0, 0.1, 0.5, 0.9, 1], dtype=torch.float64)
+        per_sample = torch.stack(self.per_sample).double().cpu().nan_to_num(torch.inf)
+        moved = torch.stack(self.moved).cpu()
+        steps = torch.stack(self.steps).double().cpu() if self.steps else torch.zeros(0, 3, dtype=torch.float64)
+        forces, lengths, turned = steps.unbind(1)
+        still = lengths == 0
+        arrived = torch.where(moved.any(0), moved.int().argmax(0), -1)
+        return {
+            "nudge": self.nudge.real,
+            "held": self.held,
+            "coordinates": self.coordinates,
+            "internal": torch.stack(self.internal).tolist(),
+            "loss": torch.stack(self.loss).tolist(),
+            "residual": torch.stack(self.residual).tolist(),
+            "residual_per_sample": torch.quantile(per_sample, quantiles, dim=1, interpolation="nearest").T.tolist(),
+            "step_size": torch.where(forces > 0, lengths / forces.clamp_min(1e-300), 0).sqrt().tolist(),
+            "curvature": torch.where(still, 0, turned / lengths.masked_fill(still, 1)).tolist(),
+            "arrived": arrived.tolist(),
+        }
+
+
+class Recording:
+    """A `Landscape` that passes every question on to another and notes what it saw.
+
+    A new `Trace` begins where `begin` says so, and whenever the strength or the coordinates change.
+
+    Args:
+        landscape: the one that knows the answers.
+
+    Attributes:
+        traces: one a phase, in order.
+    """
+
+    def __init__(self, landscape: Landscape) -> None:
+        self._landscape = landscape
+        self._before: tuple[list[Tensor], list[Tensor]] | None = None
+        self._announced: tuple[complex, bool] | None = None
+        self.traces: list[Trace] = []
+
+    def begin(self, nudge: complex, held: bool = False) -> None:
+        """The next question belongs to a new phase; a held one asks at strength 0."""
+        self._announced = nudge, held
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._landscape, name)
+
+    def forces(self, states: Sequence[Tensor], strength: complex) -> Forces:
+        """See `Landscape.forces`."""
+        found = self._landscape.forces(states, strength)
+        self._note("states", states, strength, found)
+        return found
+
+    def error_forces(self, errors: Sequence[Tensor], strength: complex) -> Forces:
+        """See `Landscape.error_forces`."""
+        found = self._landscape.error_forces(errors, strength)
+        self._note("errors", errors, strength, found)
+        return found
+
+    def responses(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int] | None = None) -> Forces:
+        """See `Landscape.responses`. Of a sweep in two halves the first is noted: it knows all layers."""
+        found = self._landscape.responses(states, strength, layers)
+        if layers is None:
+            self._note("states", states, strength, found)
+        return found
+
+    def hops(self, errors: Sequence[Tensor], strength: complex) -> Forces:
+        """See `Landscape.hops`."""
+        found = self._landscape.hops(errors, strength)
+        self._note("errors", errors, strength, found)
+        return found
+
+    def dyads(self, mean: Sequence[Tensor], strength: float) -> tuple[list[Tensor], list[Tensor], Forces]:
+        """See `Landscape.dyads`."""
+        ahead, behind, found = self._landscape.dyads(mean, strength)
+        self._note("states", mean, strength, found)
+        return ahead, behind, found
+
+    @torch.no_grad()
+    def _note(self, coordinates: Coordinates, point: Sequence[Tensor], strength: complex, found: Forces) -> None:
+        last = self.traces[-1] if self.traces else None
+        asked = last is not None and (0 if last.held else last.nudge) == strength
+        if last is None or self._announced is not None or not asked or last.coordinates != coordinates:
+            nudge, held = self._announced or (strength, False)
+            self._before = self._announced = None
+            last = Trace(nudge, held, coordinates, [x.detach().clone() for x in point])
+            self.traces.append(last)
+        # Copies: a relaxer may move its states, or reuse its gradients, in place.
+        here = [x.detach().clone() for x in point]
+        gradients = [g.detach().clone() for g in found.gradients]
+        if self._before is not None:
+            steps = [b - a for a, b in zip(self._before[0], here, strict=True)]
+            turns = [h - g for g, h in zip(self._before[1], gradients, strict=True)]
+            force = _total([g.abs().double().square().sum() for g in self._before[1]])
+            length = _total([d.abs().double().square().sum() for d in steps])
+            turned = _total([(t * d.conj()).sum().real.double() for t, d in zip(turns, steps, strict=True)])
+            last.steps.append(torch.stack([force, length, turned]))
+        self._before = here, gradients
+        last.internal.append(found.internal.detach().sum().real.double())
+        last.loss.append(found.loss.detach().real.double())
+        last.residual.append(torch.stack([g.abs().double().norm() for g in gradients]))
+        last.per_sample.append(self._landscape.per_sample([g.abs().square() for g in gradients]).sqrt())
+        last.moved.append(torch.stack([(a != b).any() for a, b in zip(last.start, here, strict=True)]))
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts).sum()
