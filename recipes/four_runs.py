@@ -25,7 +25,7 @@ from lightning_ebm.__main__ import main as command
 
 def too_long_a_step() -> ebm.Algorithm:
     """Fixed Euler steps that suit the first weights, and not those that have grown."""
-    return ebm.algorithm("predictive-coding", relaxer=ebm.GradientDescent(lr=0.65, max_steps=20))
+    return ebm.algorithm("predictive-coding", relaxer=ebm.GradientDescent(lr=0.5, max_steps=20))
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def train(case: Case, root: Path, epochs: int) -> Path:
     logger = CSVLogger(root, name="", version=case.name)
     trainer = L.Trainer(
         strategy=ebm.EBMStrategy(case.algorithm), max_epochs=epochs, accelerator="cpu", devices=1, logger=logger,
-        callbacks=[ebm.GradientAlignment(every_n_steps=10), ebm.RelaxationMonitor(10, regime_every_n_steps=50)],
+        callbacks=[ebm.GradientAlignment(every_n_steps=5), ebm.RelaxationMonitor(1, regime_every_n_steps=50)],
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, log_every_n_steps=5,
     )  # fmt: skip
     try:

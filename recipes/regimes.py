@@ -8,6 +8,7 @@ writes regimes.md and a picture. Ten minutes on one CPU core with MNIST; without
 
 import argparse
 import logging
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -207,7 +208,7 @@ def main() -> None:
     for _, found in drawn:
         counts[found["verdict"]] = counts.get(found["verdict"], 0) + 1
     parts = [f"{count} {WHERE[verdict]}" for verdict, count in sorted(counts.items(), key=lambda pair: -pair[1])]
-    summary = f"Of {len(drawn)} settings, {', '.join(parts)}."
+    summary = textwrap.fill(f"Of {len(drawn)} settings, {', '.join(parts)}.", 120)
     options.output.mkdir(parents=True, exist_ok=True)
     page = PAGE.format(
         data="MNIST" if options.data_dir else "scikit-learn's digits", updates=options.updates,

@@ -30,7 +30,7 @@ def directories(tmp_path_factory):
     [
         ("sound", "sound", ()),
         ("five_steps", "cut off", ()),
-        ("diverging", "diverged", ("RelaxationDivergedError", "has stopped relaxing at step")),
+        ("diverging", "diverged", ("RelaxationDivergedError",)),
         ("dead_layer", "dead", ("net.2.weight",)),
     ],
 )
