@@ -23,7 +23,7 @@ from torch import Tensor
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.energies import Energy, PredictiveCoding
 from lightning_ebm.energies.base import is_bounded
-from lightning_ebm.network import Run, _same
+from lightning_ebm.network import Run, Stamps, stamps
 from lightning_ebm.nudges import Holomorphic
 from lightning_ebm.program import NotRepeatable, Program
 from lightning_ebm.recording import Compiler, Coordinates, Mode, RecordingNetwork
@@ -217,7 +217,7 @@ class CapturedNetwork(RecordingNetwork):
         if self._found is None or isinstance(strength, complex) or any(x.is_complex() for x in point):
             return None
         latest, mode = self._latest_run, (coordinates, strength != 0)
-        if latest is not None and latest.mode == mode and latest.strength == strength and _same(latest.point, point):
+        if latest is not None and latest.mode == mode and latest.strength == strength and latest.point == stamps(point):
             return latest
         self._latest_run = latest = None
         try:
@@ -253,7 +253,7 @@ class CapturedNetwork(RecordingNetwork):
         else:
             (internal, loss, *gradients), kept = program.point(once, phase, point)
         forces = Forces(internal, loss, gradients)
-        return _Run(mode, strength, point, forces, partial(program.update, once, phase, kept))
+        return _Run(mode, strength, stamps(point), forces, partial(program.update, once, phase, kept))
 
     # Capturing
 
@@ -289,7 +289,7 @@ class _Run:
 
     mode: Mode
     strength: float
-    point: Sequence[Tensor]
+    point: Stamps
     forces: Forces
     update: Callable[[tuple[Tensor]], tuple[Tensor, ...]]
 

@@ -51,7 +51,7 @@ class Network:
         self._layouts = [_layout(state.shape, batch_size) for state in self.free]
         self.rounding = first.rounding
         self._first = first
-        self._latest: tuple[list[Tensor], Pass] | None = None
+        self._latest: tuple[Stamps, Pass] | None = None
         self._moved = False
         self._known_analytic = False
         energy.check_layers({key.name for key in plan.states})
@@ -275,7 +275,7 @@ class Network:
 
     def adopt(self, point: Sequence[Tensor], seen: Pass) -> None:
         """Takes a pass that somebody else has made at these states as its own."""
-        self._latest = (list(point), seen)
+        self._latest = (stamps(point), seen)
         self.first_loss = seen.loss.detach()
 
     def parameters_moved(self) -> None:
@@ -301,7 +301,7 @@ class Network:
     def _pass_at(self, point: Sequence[Tensor], state_of: StateOf) -> Pass:
         """The pass at a point, kept until another is asked for: the update reads the one the last forces came from."""
         if self._latest is not None:
-            if _same(self._latest[0], point):
+            if self._latest[0] == stamps(point):
                 return self._latest[1]
             self._latest = None  # before the next one is made, so that two graphs are never held at once
         seen = self._run(state_of)
@@ -312,7 +312,7 @@ class Network:
                 f" First pass: {[str(key) for key in self._plan.calls]}; now: {[str(key) for key in seen.keys]}."
                 " Make the flow depend on the inputs alone, or take whole blocks as layers, layers=[...]."
             )
-        self._latest = (list(point), seen)
+        self._latest = (stamps(point), seen)
         return seen
 
     def _precisions(self, seen: Pass) -> list[float | Tensor]:
@@ -352,6 +352,27 @@ class Network:
 def _holomorphic(slope: Tensor) -> Tensor:
     """autograd gives the conjugate of a holomorphic function's derivative."""
     return slope.conj() if slope.is_complex() else slope
+
+
+class Stamp:
+    """A tensor as it is now: equal to another stamp of the same tensor as long as nobody has written to it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._version = tensor._version
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stamp) and self._tensor is other._tensor and self._version == other._version
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+Stamps = list[Stamp]
+
+
+def stamps(point: Sequence[Tensor]) -> Stamps:
+    """What a point is recognised by: a relaxer may move its states in place."""
+    return [Stamp(tensor) for tensor in point]
 
 
 def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

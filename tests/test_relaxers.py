@@ -165,3 +165,29 @@ def test_an_optimizer_that_climbs_is_told_apart_from_one_that_runs_away():
     assert found.energies[-1] > found.energies[0]
     gentle = ebm.StateOptimizer(torch.optim.Adam, max_steps=1, lr=1e-5).relax(problem, problem.no_errors, 1.0)
     assert gentle.status == "fixed"
+
+
+class InPlace(ebm.Relaxer):
+    """A user's own, which moves its states where they lie."""
+
+    def relax(self, landscape, start, strength):
+        states = [state.clone() for state in start]
+        for _ in range(30):
+            for state, force in zip(states, landscape.forces(states, strength).gradients, strict=True):
+                state.sub_(force, alpha=0.1)
+        forces = landscape.forces(states, strength)
+        return ebm.Relaxation(states, "states", "fixed", 30, forces.internal)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_a_relaxer_that_moves_states_in_place_sees_the_forces_of_now(capture):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)).double()
+    x, y = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    found = [
+        ebm.Learner(net, ebm.algorithm("predictive-coding", relaxer=relaxer), capture=capture).gradients(
+            lambda: 0.5 * (net(x) - y).square().sum(1).mean()
+        )
+        for relaxer in (InPlace(), ebm.GradientDescent(lr=0.1, max_steps=30))
+    ]
+    assert ebm.metrics.alignment(*found)["relative_error"] < 1e-12
