@@ -58,7 +58,8 @@ def main(out, resume, harm, strategy):
     logger = WandbLogger(project="p", save_dir=out, offline=True) if strategy != "ebm_ddp" else False
     alignment = ebm.GradientAlignment(every_n_steps=1)
     trainer = L.Trainer(
-        strategy=strategy,
+        # Captured steps call no module in a relaxation, where this one is to be harmed.
+        strategy=ebm.EBMDDPStrategy(capture=False) if strategy == "ebm_ddp" else strategy,
         accelerator="cpu",
         devices=2,
         max_epochs=3,
