@@ -38,7 +38,7 @@ ADVICE = {
     "pc-nudge": "Backprop's direction from an equilibrium; the default where that is wanted.",
     "zero-divergence": "Backprop exactly, at the least cost; no equilibrium is involved.",
     "fixed-prediction": "Backprop exactly, by local steps; as many as there are layers.",
-    "incremental-pc": "Eight optimizer steps a batch: lower the learning rate. The cosine is of the first of them.",
+    "incremental-pc": "Eight optimizer steps a batch; the cosine is of eight with the parameters left alone.",
     "error-pc": "Five steps, not an equilibrium; raise `max_steps` in deep nets.",
     "augmented-lagrangian-pc": "Backprop at a finite nudge, bought with outer steps.",
     "equilibrium-propagation": "Evaluate at the free equilibrium; several hidden layers want weak feedback, see below.",
@@ -48,7 +48,7 @@ ADVICE = {
     "contrastive-hebbian": "Full clamp, weak feedback: close to backprop, at a price in sweeps.",
     "coupled-learning": "Descends another cost than the loss: the cosine stays below 1 at any eta.",
     "dual-propagation": "One phase, no free relaxation, backprop's direction.",
-    WEAK: "The setting for depth, and thirty times cheaper.",
+    WEAK: "The setting for several hidden layers: a few sweeps settle it.",
     "recurrent-backprop": "EP without a nudge: the true gradient at the free equilibrium.",
 }
 
