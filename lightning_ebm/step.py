@@ -176,8 +176,8 @@ class Step:
         if not bool(torch.isfinite(loss)):
             raise RelaxationDivergedError(
                 f"The loss of the forward pass is {float(loss.detach())}: there is nothing finite to relax towards."
-                " The weights or the batch hold nan or inf already; look for it with Trainer(detect_anomaly=True) under stock"
-                " training, lower the learning rate of the parameters, or clip."
+                " The weights or the batch hold nan or inf already; look for it with Trainer(detect_anomaly=True) under"
+                " stock training, lower the learning rate of the parameters, or clip."
             )
         first = self._first
         if self._algorithm.energy.divergence:
