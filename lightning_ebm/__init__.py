@@ -4,7 +4,7 @@ from lightning_ebm import metrics, reference, regime, testing
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.callbacks import GradientAlignment, RelaxationMonitor
 from lightning_ebm.distributed import EBMDDPStrategy, EBMFSDP2Strategy
-from lightning_ebm.energies import Energy, FenchelYoung, Hopfield, LayerView, PredictiveCoding
+from lightning_ebm.energies import Energy, FenchelYoung, Hopfield, LayerView, LearnedPrecision, PredictiveCoding
 from lightning_ebm.equilibrium import Equilibrium
 from lightning_ebm.errors import (
     ConfigurationError,
@@ -48,7 +48,8 @@ __all__ = [
     "Algorithm", "Anderson", "AugmentedLagrangian", "Centered", "Clamped", "ConfigurationError", "Coupled", "Dyadic",
     "EBMDDPStrategy", "EBMError", "EBMFSDP2Strategy", "EBMStrategy", "Energy", "Equilibrium", "ErrorCoordinates",
     "FenchelYoung", "FixedPoint", "FixedPrediction", "GradientAlignment", "GradientDescent", "Holomorphic", "Hopfield",
-    "Infinitesimal", "LayerDiscoveryError", "LayerView", "Learner", "Nudge", "OneSided", "Phase", "PredictiveCoding",
+    "Infinitesimal", "LayerDiscoveryError", "LayerView", "LearnedPrecision",
+    "Learner", "Nudge", "OneSided", "Phase", "PredictiveCoding",
     "RandomSign", "Relaxation", "RelaxationDivergedError", "RelaxationMonitor", "Relaxer", "StateOptimizer", "Summary",
     "Sweep", "UnsupportedModuleError", "algorithm", "algorithms", "metrics", "reference", "regime", "summary",
     "testing",

@@ -34,7 +34,8 @@ class Algorithm:
             or drive; "incremental", dE/dtheta after every single step of the relaxer, with an optimizer step each;
             "backprop", the loss passes through unchanged and the other parts are not used (the control of every
             experiment); "auto", what the nudge and the relaxer are made for.
-        initial_state: where the search for the free state starts, the "forward" pass or "zeros".
+        initial_state: where the search for the free state starts: the "forward" pass, "zeros", or "last-visit",
+            where the same sample was left when it was last trained on (see `StateMemory`), else the forward pass.
 
     Raises:
         ConfigurationError: parts of the wrong kind, or parts that do not fit each other.
@@ -45,7 +46,7 @@ class Algorithm:
     relaxer: Relaxer = ErrorCoordinates()
     free_relaxer: Relaxer | None = None
     update: Update = "auto"
-    initial_state: Literal["forward", "zeros"] = "forward"
+    initial_state: Literal["forward", "zeros", "last-visit"] = "forward"
 
     def __post_init__(self) -> None:
         kinds = {"energy": Energy, "nudge": Nudge, "relaxer": Relaxer}
@@ -60,8 +61,10 @@ class Algorithm:
             raise ConfigurationError(f"Algorithm(free_relaxer={self.free_relaxer!r}): expected an ebm.Relaxer or None.")
         if self.update not in _UPDATES:
             raise ConfigurationError(f"Algorithm(update={self.update!r}): expected one of {', '.join(_UPDATES)}.")
-        if self.initial_state not in ("forward", "zeros"):
-            raise ConfigurationError(f'Algorithm(initial_state={self.initial_state!r}): expected "forward" or "zeros".')
+        if self.initial_state not in ("forward", "zeros", "last-visit"):
+            raise ConfigurationError(
+                f'Algorithm(initial_state={self.initial_state!r}): expected "forward", "zeros" or "last-visit".'
+            )
         if self.relaxer.needs_error_coordinates and not isinstance(self.energy, QuadraticEnergy):
             raise ConfigurationError(
                 f"{type(self.relaxer).__name__} moves prediction errors, which {type(self.energy).__name__} is not a"

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.energies import LearnedPrecision
 from lightning_ebm.errors import ConfigurationError, EBMError, RelaxationDivergedError
 from lightning_ebm.layers import Layers, Output
 from lightning_ebm.purity import shadowed
@@ -45,6 +46,12 @@ class JointStrategy(EnergyStrategy, ParallelStrategy):
                 "sync_batchnorm makes every pass through the network wait for all ranks, and a relaxation makes as many"
                 " passes as its own batch needs: the ranks would wait for each other for ever. Normalise over each"
                 " rank's batch, sync_batchnorm=False, or over groups or layers instead of batches."
+            )
+        if fits and isinstance(getattr(self.algorithm.energy, "precision", None), LearnedPrecision):
+            raise ConfigurationError(
+                "A LearnedPrecision follows the errors of one process, and every rank sees others: the ranks would"
+                " relax on different energies, and agree on none. Give fixed precisions here, such as those learned on"
+                " one device."
             )
         self._failed = False
         super().setup(trainer)

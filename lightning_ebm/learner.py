@@ -16,6 +16,7 @@ from lightning_ebm.layers import LayerFinder, Layers, Output
 from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.purity import Snapshot
 from lightning_ebm.report import PhaseReport, Report, report_of
+from lightning_ebm.state_memory import StateMemory
 from lightning_ebm.step import Observer, Step
 from lightning_ebm.wiring import Plan, named_gradients
 
@@ -74,6 +75,7 @@ class Learner:
         self._options: tuple[Layers, Output] = (layers, output_for(self.algorithm, output))
         self._finders: dict[int, LayerFinder] = {}
         self._captures: dict[int, Captures] = {}
+        self._memory = StateMemory()
         self._finder: LayerFinder | None = None
         self._last: tuple[list[str], list[PhaseReport], Tensor] | None = None
         self._warned = False
@@ -111,7 +113,7 @@ class Learner:
         Leaves no trace: `.grad`, buffers, metrics and random generators are afterwards as they were.
         """
         with Snapshot(self.module).replaying(), self._quiet(), torch.enable_grad():
-            step = self.begin(closure)
+            step = self.begin(closure, teaches=False)
             with step.first_pass():
                 loss = closure()
             found = named_gradients(self.module, step.surrogate(loss))
@@ -152,10 +154,13 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """What parts of the algorithm carry from one step to the next, such as the stand of `RandomSign`."""
         parts = {name: getattr(self.algorithm, name) for name in ("energy", "nudge", "relaxer")}
-        return {name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")}
+        held = {name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")}
+        return {**held, "states": self._memory.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave."""
+        state = dict(state)
+        self._memory.load_state_dict(state.pop("states", {}))
         for name, held in state.items():
             part = getattr(self.algorithm, name)
             if hasattr(part, "load_state_dict"):
@@ -168,6 +173,7 @@ class Learner:
         snapshot: Snapshot | None = None,
         key: int = 0,
         batch: Any = None,
+        teaches: bool = True,
     ) -> Step:
         """Opens a step by hand: run the first pass inside `Step.first_pass`, then call `Step.surrogate`.
 
@@ -176,6 +182,7 @@ class Learner:
             sizes: candidates for B, the batch's first dimensions; those of what the module is called with if empty.
             snapshot: what the pass starts from, if it has begun already.
             key: tells apart closures that are used in turn, each with layers of its own.
+            teaches: whether the step is taken, so that what learns beside the parameters may learn from it.
             batch: for `Clamped(target=...)`; what the module is called with if None.
         """
         finder = self._finders.setdefault(key, LayerFinder(self.module, *self._options, self._quiet))
@@ -185,7 +192,7 @@ class Learner:
         remember, reduction = self._remember, self.loss_reduction
         captures = self._captures.setdefault(key, Captures(self.compile)) if self.capture else None
         parts = self.module, self.algorithm, finder, closure, self._quiet, remember, reduction, list(sizes)
-        step = Step(*parts, snapshot, batch, captures)
+        step = Step(*parts, snapshot, batch, captures, self._memory, teaches)
         step.observer = self.observer
         return step
 

@@ -22,6 +22,7 @@ from lightning_ebm.purity import Snapshot
 from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.relaxers.base import force_norm, total_energy
 from lightning_ebm.report import PhaseReport
+from lightning_ebm.state_memory import StateMemory
 from lightning_ebm.substitution import Pass, StateOf, at_prediction, at_states, batch_size_among, substituted
 from lightning_ebm.tape import Tape
 from lightning_ebm.watching import Recording
@@ -45,6 +46,8 @@ class Step:
         leading_sizes: candidates for B, see `batch_size_among`; those of what the module is called with if empty.
         snapshot: what the pass starts from, if it has begun already; None is now.
         batch: what the module is trained on, for nudges that look at it; what it is called with if None.
+        memory: of the states that samples were left in; None starts all from the forward pass.
+        teaches: whether the energy may learn from this step, and the memory note it: it is taken, not only looked at.
         captures: the steps captured so far; None runs every pass in plain Python.
     """
 
@@ -61,9 +64,13 @@ class Step:
         snapshot: Snapshot | None = None,
         batch: Any = None,
         captures: Captures | None = None,
+        memory: StateMemory | None = None,
+        teaches: bool = True,
     ) -> None:
         self._module = module
         self._batch = batch
+        self._memory = memory if algorithm.initial_state == "last-visit" else None
+        self._teaches = teaches
         self._algorithm = algorithm
         self._finder = finder
         self._closure = closure
@@ -115,7 +122,13 @@ class Step:
         """The network, relaxed to the free equilibrium of the energy."""
         assert self._plan is not None
         self.network = self._network_from(self._first_again(self._plan))
-        self._free = free_equilibrium(self.network, self._algorithm)
+        start = None
+        if self._memory is not None:
+            names = self._memory.names(self._batch, self.network.batch_size)
+            start = self._memory.recall(names, self.network.free)
+        self._free = free_equilibrium(self.network, self._algorithm, start)
+        if self._memory is not None and self._teaches:
+            self._memory.keep(names, self._free.point)
         return self.network
 
     def surrogate(self, loss: Tensor, scale: float = 1.0) -> Tensor:
@@ -287,6 +300,9 @@ class Step:
                 found = free
             self.phases.append((0.0 if phase.held else strength, weight, found))
         self._remember(list(network.names), phases, loss)
+        taken = next((found for strength, _, found in self.phases if strength), None)
+        if self._teaches and taken is not None and algorithm.energy.divergence and taken.dyad is None:
+            algorithm.energy.observe(dict(zip(network.names, network.errors_at(taken), strict=True)))
         if algorithm.read_as == "cross-derivative":
             return self._cross_derivative(network, start)
         for strength, weight, found in self.phases:
@@ -368,10 +384,11 @@ class Step:
         self._finder.covered = plan
 
 
-def free_equilibrium(network: Network, algorithm: Algorithm) -> Relaxation:
-    """argmin_x I, as far as the algorithm's relaxer for the free phase goes."""
+def free_equilibrium(network: Network, algorithm: Algorithm, start: Sequence[Tensor] | None = None) -> Relaxation:
+    """argmin_x I, as far as the algorithm's relaxer goes; from the algorithm's initial state if `start` is None."""
     _announce(network, 0.0)
-    start = network.free if algorithm.initial_state == "forward" else [torch.zeros_like(x) for x in network.free]
+    if start is None:
+        start = [torch.zeros_like(x) for x in network.free] if algorithm.initial_state == "zeros" else network.free
     with torch.no_grad():
         return (algorithm.free_relaxer or algorithm.relaxer).relax(network, network.feasible(list(start)), 0.0)
 

@@ -205,3 +205,105 @@ def test_a_clamp_at_given_targets_is_the_clamp_at_the_gradient_step_for_a_square
         ebm.Learner(net, ebm.algorithm("contrastive-hebbian", nudge=ebm.Clamped(target=lambda batch: y[:2]))).gradients(
             closure
         )
+
+
+def test_a_sample_met_again_goes_on_from_where_it_was_left(tmp_path):
+    """The equilibrium is the same, found in fewer sweeps; other samples of the batch are not mistaken for it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    relaxer = ebm.FixedPoint(300, tol=1e-8)
+    algorithm = ebm.algorithm("equilibrium-propagation", relaxer=relaxer, initial_state="last-visit")
+    learner = ebm.Learner(net, algorithm)
+
+    def visit(learner, rows):
+        x, y = X.double()[rows], Y.double()[rows]
+        net.zero_grad()
+        learner.backward(lambda: 0.5 * (net(x) - y).square().sum(1).mean())
+        return learner.report["phases"][0]["energies"][0], [p.grad.clone() for p in net.parameters()]
+
+    first, expected = visit(learner, [0, 1, 2, 3])
+    again, found = visit(learner, [3, 2, 1, 0])  # in another order
+    assert again < first  # starts lower on the energy than the forward pass does: where it had ended
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+    settled = visit(learner, [0, 1, 2, 3])[0]
+    other = ebm.Learner(net, algorithm)
+    other.load_state_dict(learner.state_dict())
+    assert visit(other, [0, 1, 2, 3])[0] == pytest.approx(settled, rel=1e-9)
+    fresh = ebm.Learner(net, algorithm)
+    assert visit(fresh, [0, 1, 2, 3])[0] == pytest.approx(first, rel=1e-12)
+
+
+def test_a_learned_precision_becomes_the_inverse_variance_of_the_errors():
+    """The rule settles at Pi = 1 / <e^2>; a gradient that is only looked at teaches nothing."""
+    precision = ebm.LearnedPrecision(rate=0.5, per="unit", highest=1e6)
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([0.3, 1.0, 2.0], dtype=torch.float64)
+    errors = torch.randn(4000, 3, generator=generator, dtype=torch.float64) * scale
+    for _ in range(200):
+        precision.observe("1", errors)
+    torch.testing.assert_close(precision.of("1", errors), 1 / errors.square().mean(0), rtol=1e-6, atol=0)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    energy = ebm.PredictiveCoding(ebm.LearnedPrecision(rate=0.1))
+    learner = ebm.Learner(net, ebm.algorithm("predictive-coding", energy=energy))
+    closure = lambda: 0.5 * (net(X.double()) - Y.double()).square().sum(1).mean()  # noqa: E731
+    learner.gradients(closure)
+    assert learner.state_dict()["energy"] == {}
+    at_one = learner.gradients(closure)
+    learner.backward(closure)
+    learned = learner.state_dict()["energy"]["1"]
+    # one step by hand, from the errors of the closed form: e = (1 + W'W)^-1 W' r at lambda = 1
+    weight, r = net[2].weight.detach(), (Y.double() - net(X.double())).detach()
+    e = r @ weight @ torch.linalg.inv(torch.eye(8).double() + weight.T @ weight)
+    torch.testing.assert_close(learned, torch.exp(0.05 * (1 - e.square().mean())), rtol=1e-5, atol=0)
+    changed = learner.gradients(closure)
+    assert ebm.metrics.alignment(changed, at_one)["relative_error"] > 1e-3  # and is used
+
+
+def test_the_cross_derivative_reads_the_same_slope_as_the_contrast_to_first_order():
+    """(1/l) (d2I/dtheta dx)(x_l - x_bar) and [dI/dtheta(x_l) - dI/dtheta(x_bar)] / l tend to one gradient, as O(l)."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    closure = lambda: 0.5 * (net(X.double()) - Y.double()).square().sum(1).mean()  # noqa: E731
+    true = ebm.reference.equilibrium(net, closure, "equilibrium-propagation")
+
+    def error(strength):
+        algorithm = ebm.algorithm(
+            "equilibrium-propagation-one-sided", nudge=ebm.OneSided(strength), update="cross-derivative",
+            relaxer=ebm.FixedPoint(400, tol=1e-13),
+        )  # fmt: skip
+        return ebm.metrics.alignment(ebm.Learner(net, algorithm).gradients(closure), true)["relative_error"]
+
+    assert error(1e-2) / error(1e-3) == pytest.approx(10, rel=0.05)
+
+
+def test_anderson_reaches_the_equilibrium_of_plain_sweeps_in_fewer_passes():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    closure = lambda: 0.5 * (net(X.double()) - Y.double()).square().sum(1).mean()  # noqa: E731
+    found, steps = [], []
+    for relaxer in (ebm.Anderson(300, tol=1e-11), ebm.FixedPoint(900, order="synchronous", tol=1e-11)):
+        learner = ebm.Learner(net, ebm.algorithm("equilibrium-propagation", relaxer=relaxer))
+        found.append(learner.gradients(closure))
+        steps.append(learner.report["steps"])
+        assert learner.report["result"] == "converged"
+    assert ebm.metrics.alignment(*found)["relative_error"] < 1e-8
+    assert steps[0] < steps[1]
+
+
+def test_a_step_just_beyond_two_over_the_curvature_is_refused_and_one_just_below_is_not():
+    """One linear hidden layer: the energy's largest curvature is 1 + |W|^2, in closed form."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3)).double()
+    largest = 1 + float(torch.linalg.matrix_norm(net[1].weight, 2)) ** 2
+    closure = lambda: 0.5 * (net(X.double()) - Y.double()).square().sum(1).mean()  # noqa: E731
+
+    def learn(factor):
+        relaxer = ebm.GradientDescent(lr=factor * 2 / largest, max_steps=60)
+        ebm.Learner(net, ebm.algorithm("predictive-coding", relaxer=relaxer), layers=["0"]).gradients(closure)
+
+    learn(0.98)
+    with pytest.raises(ebm.RelaxationDivergedError, match="curvature"):
+        learn(1.02)

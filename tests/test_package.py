@@ -41,7 +41,7 @@ ORDER = [
     {"energies", "nudges"},
     {"relaxers"},
     {"algorithm", "closure", "plain_state", "promotion", "purity", "substitution", "wiring", "layers", "network"},
-    {"holding", "linearization", "watching"},
+    {"holding", "linearization", "state_memory", "watching"},
     {"tape"},
     {"program"},
     {"packing"},

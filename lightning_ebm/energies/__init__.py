@@ -4,6 +4,16 @@ from lightning_ebm.energies.base import Energy, LayerView
 from lightning_ebm.energies.conjugates import CONJUGATES, Conjugate
 from lightning_ebm.energies.fenchel_young import FenchelYoung
 from lightning_ebm.energies.hopfield import Hopfield
+from lightning_ebm.energies.learned_precision import LearnedPrecision
 from lightning_ebm.energies.predictive_coding import PredictiveCoding
 
-__all__ = ["CONJUGATES", "Conjugate", "Energy", "FenchelYoung", "Hopfield", "LayerView", "PredictiveCoding"]
+__all__ = [
+    "CONJUGATES",
+    "Conjugate",
+    "Energy",
+    "FenchelYoung",
+    "Hopfield",
+    "LayerView",
+    "LearnedPrecision",
+    "PredictiveCoding",
+]

@@ -3,11 +3,13 @@
 import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_ebm.energies.base import LayerView, QuadraticEnergy
+from lightning_ebm.energies.learned_precision import LearnedPrecision
 from lightning_ebm.errors import ConfigurationError
 
 Precision = float | Tensor
@@ -22,8 +24,7 @@ class PredictiveCoding(QuadraticEnergy):
 
     Args:
         precision: Pi > 0, the inverse variance: one number for every layer; a tensor that broadcasts against the units
-            of every layer; or ``{layer name: number or tensor}``, layers not named having 1. A tensor of precisions may
-            be learned: it is read anew at every step.
+            of every layer; or ``{layer name: number or tensor}``, layers not named having 1; or a `LearnedPrecision`.
 
     Raises:
         ConfigurationError: a precision is not positive and finite, or names a layer that there is not.
@@ -32,9 +33,11 @@ class PredictiveCoding(QuadraticEnergy):
         Rao and Ballard 1999; Whittington and Bogacz 2017; Millidge et al. 2023 (arXiv 2206.02629).
     """
 
-    precision: Precision | Mapping[str, Precision] = 1.0
+    precision: Precision | Mapping[str, Precision] | LearnedPrecision = 1.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.precision, LearnedPrecision):
+            return
         given = self.precision.values() if isinstance(self.precision, Mapping) else [self.precision]
         for value in given:
             tensor = torch.as_tensor(value)
@@ -45,6 +48,8 @@ class PredictiveCoding(QuadraticEnergy):
                 )
 
     def layer_precision(self, layer: LayerView) -> Precision:
+        if isinstance(self.precision, LearnedPrecision):
+            return self.precision.of(layer.name, layer.prediction)
         value = self.precision.get(layer.name, 1.0) if isinstance(self.precision, Mapping) else self.precision
         return value.detach().to(layer.prediction) if isinstance(value, Tensor) else value
 
@@ -58,3 +63,17 @@ class PredictiveCoding(QuadraticEnergy):
                     f"PredictiveCoding(precision={{{name!r}: ...}}): no layer of that name carries a state, so this"
                     f" precision would be used nowhere. Nearest: {close}; ebm.summary lists the layers."
                 )
+
+    def observe(self, errors: Mapping[str, Tensor]) -> None:
+        if isinstance(self.precision, LearnedPrecision):
+            for name, error in errors.items():
+                self.precision.observe(name, error)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is learned beside the parameters: the precisions."""
+        return self.precision.state_dict() if isinstance(self.precision, LearnedPrecision) else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there."""
+        if isinstance(self.precision, LearnedPrecision):
+            self.precision.load_state_dict(state)

@@ -1,0 +1,68 @@
+"""Precisions that follow the errors they weigh."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_ebm.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class LearnedPrecision:
+    """log Pi_l <- log Pi_l + rate / 2 (1 - Pi_l <e_l^2>) after each step: descent of <1/2 Pi e^2 - 1/2 log Pi>.
+
+    <.> is the mean over the batch, and over the units of the layer with ``per="layer"``; e_l are the errors at the end
+    of the first nudged phase. Settles where Pi_l = 1 / <e_l^2>, the inverse variance. Starts from 1. Only updates that are
+    meant to be taken teach it: `Learner.backward`, `Learner.step` and the strategies, not `Learner.gradients`.
+
+    The trap: errors shrink with the nudge, and precisions then grow towards `highest`. Learn them at lambda near 1.
+
+    Args:
+        rate: of the descent, in (0, 1].
+        per: "layer", one number each; "unit", one for each unit.
+        lowest: bound from below.
+        highest: bound from above.
+
+    Raises:
+        ConfigurationError: an argument out of range.
+
+    Source:
+        Friston 2005; Bogacz 2017 for the rule.
+    """
+
+    rate: float = 0.01
+    per: Literal["layer", "unit"] = "layer"
+    lowest: float = 1e-2
+    highest: float = 1e2
+    _values: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate <= 1 or not 0 < self.lowest <= 1 <= self.highest:
+            raise ConfigurationError(
+                f"{self!r}: expected a rate in (0, 1] and 0 < lowest <= 1 <= highest, as precisions start from 1."
+            )
+        if self.per not in ("layer", "unit"):
+            raise ConfigurationError(f'LearnedPrecision(per={self.per!r}): expected "layer" or "unit".')
+
+    def of(self, name: str, like: Tensor) -> Tensor:
+        """Pi of a layer, as it is now."""
+        return self._values.get(name, torch.ones(())).to(like)
+
+    def observe(self, name: str, errors: Tensor) -> None:
+        """One step of the descent, from errors ``(B, ...)``."""
+        squares = errors.square().mean(0)
+        squares = squares.mean() if self.per == "layer" else squares
+        before = self.of(name, squares)
+        after = before * torch.exp(0.5 * self.rate * (1 - before * squares).clamp(-10, 10))
+        self._values[name] = after.clamp(self.lowest, self.highest)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The precisions, by layer."""
+        return {name: value.cpu() for name, value in self._values.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self._values.clear()
+        self._values.update(state)
