@@ -201,24 +201,29 @@ class EnergyStrategy(Strategy):
 
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """The user's own step, with every state at the free equilibrium."""
-        return self._evaluated(super().validation_step, args, kwargs)
+        return self._evaluated("validation_step", super().validation_step, args, kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """The user's own step, with every state at the free equilibrium."""
-        return self._evaluated(super().test_step, args, kwargs)
+        return self._evaluated("test_step", super().test_step, args, kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """The user's own step, with every state at the free equilibrium."""
-        return self._evaluated(super().predict_step, args, kwargs)
+        return self._evaluated("predict_step", super().predict_step, args, kwargs)
 
     def _evaluated(
-        self, step: Callable[..., STEP_OUTPUT], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, name: str, step: Callable[..., STEP_OUTPUT], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> STEP_OUTPUT:
+        def again() -> STEP_OUTPUT:
+            # Past any wrapper: passes are local, and devices need different numbers of them.
+            with self.precision_plugin.forward_context():
+                return getattr(self._module, name)(*args, **kwargs)  # type: ignore[no-any-return]
+
         if self.algorithm.energy.divergence or not self._relaxes:
             return step(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad():
             args, kwargs = ordinary((args, kwargs))
-            with self.learner.free_phase(lambda: step(*args, **kwargs)):
+            with self.learner.free_phase(again):
                 return step(*args, **kwargs)
 
     def process_dataloader(self, dataloader: object) -> object:

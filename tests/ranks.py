@@ -242,6 +242,25 @@ def alignment(world, rank):
     return found
 
 
+def evaluation(world, rank):
+    """Validated at the free equilibrium between training steps: ranks need different numbers of sweeps."""
+
+    class Evaluated(Net):
+        def validation_step(self, batch, batch_idx):
+            x, y = batch
+            self.log("valid", F.cross_entropy(self.net(x[:, :6]) * x[:, 6:], y), sync_dist=True)
+
+        def val_dataloader(self):
+            return self.train_dataloader()
+
+    module = Evaluated(world, rank)
+    kind = ebm.EBMDDPStrategy if world > 1 else ebm.EBMStrategy
+    strategy = kind(ALGORITHMS["equilibrium-propagation"])
+    trainer = L.Trainer(strategy=strategy, devices=world, max_epochs=2, **QUIET)
+    trainer.fit(module)
+    return {"valid": float(trainer.callback_metrics["valid"]), "weights": module.state_dict()}
+
+
 def overflow(world, rank):
     """fp16 with a scaler; the loss of rank 1 is infinite at its second batch."""
 

@@ -21,7 +21,7 @@ EVERYWHERE = ("predictive-coding", "equilibrium-propagation", "holomorphic-ep")
 FITS = [f"fit/{flags}/{name}" for flags, name in itertools.product(ranks.FLAGS, EVERYWHERE) if flags != "uneven"]
 FITS += [f"fit/plain/{name}" for name in ranks.ALGORITHMS if name not in EVERYWHERE]
 FITS.append(UNEVEN)
-TWO = [*FITS, "collectives", "equals_stock", "alignment", "overflow", "errors"]
+TWO = [*FITS, "collectives", "equals_stock", "alignment", "evaluation", "overflow", "errors"]
 FOUR = [f"fit/{flags}/{name}" for flags, name in itertools.product(("plain", "accumulation"), EVERYWHERE)]
 FOUR += ["fit/unused/predictive-coding"]
 FOUR += [UNEVEN, "fit/sharded/predictive-coding", "errors"]
@@ -129,6 +129,13 @@ def test_equals_stock_ddp_on_shuffled_padded_batches_with_metrics_and_buffers(tw
         for ours in (control, exact, nudged):
             assert ours["metrics"] == pytest.approx(stock["metrics"], abs=1e-3)
             assert ours["steps"] == stock["steps"]
+
+
+def test_validation_at_the_free_equilibrium_is_that_of_one_process(two):
+    one = ranks.evaluation(1, 0)
+    for left in two[0]["evaluation"]:
+        assert left["valid"] == pytest.approx(one["valid"], abs=1e-5)
+        assert difference(left["weights"], one["weights"]) < 1e-5
 
 
 def test_alignment_is_of_all_ranks_micro_batches(two):
