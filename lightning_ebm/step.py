@@ -302,7 +302,7 @@ class Step:
         self._remember(list(network.names), phases, loss)
         taken = next((found for strength, _, found in self.phases if strength), None)
         if self._teaches and taken is not None and algorithm.energy.divergence and taken.dyad is None:
-            algorithm.energy.observe(dict(zip(network.names, network.errors_at(taken), strict=True)))
+            algorithm.energy.observe(lambda: dict(zip(network.names, network.errors_at(taken), strict=True)))
         if algorithm.read_as == "cross-derivative":
             return self._cross_derivative(network, start)
         for strength, weight, found in self.phases:

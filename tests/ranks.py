@@ -382,6 +382,10 @@ def main(out, *cases):
         torch.save(globals()[name](*arguments, world, rank), Path(out) / f"{case.replace('/', '.')}.{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    # All is saved. A worker thread of gloo that outlives the group may want the interpreter while it is torn down, and
+    # aborts the process ("terminate called without an active exception").
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

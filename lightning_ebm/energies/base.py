@@ -1,7 +1,7 @@
 """The one method an internal energy consists of, and what it may say besides."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -60,11 +60,14 @@ class Energy(ABC):
             " fixed-point relaxers iterate. Write that method, or relax by ebm.GradientDescent(...)."
         )
 
-    def check_layers(self, names: Collection[str]) -> None:  # noqa: B027  # noqa: B027
+    def check_layers(self, names: Collection[str]) -> None:  # noqa: B027
         """Told the names of the layers that carry states, once they are known; refuses settings for others."""
 
-    def observe(self, errors: Mapping[str, Tensor]) -> None:  # noqa: B027
-        """Told x_l - rho(a_l) of each layer at the end of the first nudged phase of a step that is taken."""
+    def observe(self, errors: Callable[[], Mapping[str, Tensor]]) -> None:  # noqa: B027
+        """Offered x_l - rho(a_l) of each layer at the end of the first nudged phase of a step that is taken.
+
+        Calling `errors` may cost an evaluation, so that only an energy that learns from them should.
+        """
 
     def feasible(self, state: Tensor, layer: LayerView) -> Tensor:
         """The nearest state at which e is finite; the state itself unless e has a bounded domain."""

@@ -1,7 +1,7 @@
 """The squared prediction error of predictive coding."""
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,9 +64,9 @@ class PredictiveCoding(QuadraticEnergy):
                     f" precision would be used nowhere. Nearest: {close}; ebm.summary lists the layers."
                 )
 
-    def observe(self, errors: Mapping[str, Tensor]) -> None:
+    def observe(self, errors: Callable[[], Mapping[str, Tensor]]) -> None:
         if isinstance(self.precision, LearnedPrecision):
-            for name, error in errors.items():
+            for name, error in errors().items():
                 self.precision.observe(name, error)
 
     def state_dict(self) -> dict[str, Any]:
