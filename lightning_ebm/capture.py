@@ -34,9 +34,6 @@ from lightning_ebm.wiring import Plan
 
 log = logging.getLogger(__name__)
 
-_PATIENCE = 1
-"""After how many points it is worth preparing for more of them."""
-
 _KEPT = 8
 """Captured steps kept for one network: full and last batches, training modes, branches."""
 
@@ -188,7 +185,6 @@ class CapturedNetwork(RecordingNetwork):
             needed = {bound.get(v, v) for program in captured.programs.values() for v in program.bound}
             tape.contents = {v: t for v, t in tape.contents.items() if v in needed}
         self._fixed: dict[Any, tuple[Tensor, ...]] = {}
-        self._points: dict[Mode, int] = {}
         self._latest_run: _Run | None = None
 
     def forces(self, states: Sequence[Tensor], strength: complex) -> Forces:
@@ -229,12 +225,11 @@ class CapturedNetwork(RecordingNetwork):
             return None
         if program is None:
             return None
-        self._points[mode] = count = self._points.get(mode, 0) + 1
-        self._latest_run = self._run_of(program, mode, point, strength, fast=count > _PATIENCE)
+        self._latest_run = self._run_of(program, mode, point, strength)
         return self._latest_run
 
     @torch.no_grad()
-    def _run_of(self, program: Program, mode: Mode, point: Sequence[Tensor], strength: float, fast: bool) -> "_Run":
+    def _run_of(self, program: Program, mode: Mode, point: Sequence[Tensor], strength: float) -> "_Run":
         assert self._found is not None
         bound = self._found[1]
         if mode not in self._fixed:
@@ -246,13 +241,8 @@ class CapturedNetwork(RecordingNetwork):
         if (mode, strength) not in self._fixed:
             self._fixed[mode, strength] = program.phase(once, (self.scalar(strength),))
         phase = self._fixed[mode, strength]
-        if program.prepare is not None and fast:
-            if (mode, None) not in self._fixed:
-                self._fixed[mode, None] = program.prepare(once)
-            (internal, loss, *gradients), kept = program.fast(once, phase, point, self._fixed[mode, None])
-        else:
-            (internal, loss, *gradients), kept = program.point(once, phase, point)
-        forces = Forces(internal, loss, gradients)
+        (loss, *gradients), kept, parts = program.point(once, phase, point)
+        forces = Forces(lambda: program.energy(parts)[0], loss, gradients)
         return _Run(mode, strength, stamps(point), forces, partial(program.update, once, phase, kept))
 
     # Capturing
@@ -272,13 +262,12 @@ class CapturedNetwork(RecordingNetwork):
             for value in node.results:
                 self._tape.contents.pop(value, None)  # type: ignore[arg-type]  # None is in no dictionary of values
         point, expected, slopes = self.plainly(mode, strength)
-        for fast in (False, True):
-            run = self._run_of(program, mode, point, strength, fast)
-            self.must_equal(expected, [run.forces.internal, run.forces.loss, *run.forces.gradients])
-            got = {id(self._tape.outside[v]): s for v, s in zip(targets, run.update((self.scalar(1.0),)), strict=True)}
-            if missing := slopes.keys() - got.keys():
-                raise NotRepeatable(f"has {len(missing)} parameters whose place in the record is not known")
-            self.must_equal([slopes.get(t, torch.zeros_like(s)) for t, s in got.items()], list(got.values()))
+        run = self._run_of(program, mode, point, strength)
+        self.must_equal(expected, [run.forces.internal, run.forces.loss, *run.forces.gradients])
+        got = {id(self._tape.outside[v]): s for v, s in zip(targets, run.update((self.scalar(1.0),)), strict=True)}
+        if missing := slopes.keys() - got.keys():
+            raise NotRepeatable(f"has {len(missing)} parameters whose place in the record is not known")
+        self.must_equal([slopes.get(t, torch.zeros_like(s)) for t, s in got.items()], list(got.values()))
         captured.programs[mode], captured.targets[mode] = program, targets
         return program
 
@@ -318,8 +307,7 @@ def _compiler(device: torch.device) -> Compiler:
 
         def run(*args: Any) -> Any:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            outputs, kept = fast(*args)
-            return tuple(t.clone() for t in outputs), tuple(t.clone() for t in kept)
+            return tuple(tuple(t.clone() for t in tensors) for tensors in fast(*args))
 
         return run
 

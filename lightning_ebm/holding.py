@@ -39,4 +39,4 @@ class Holding:
 
     def _still(self, forces: Forces) -> Forces:
         gradients = [torch.zeros_like(g) if k in self._layers else g for k, g in enumerate(forces.gradients)]
-        return forces._replace(gradients=gradients)
+        return forces.with_gradients(gradients)

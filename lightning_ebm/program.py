@@ -1,8 +1,8 @@
 """Part of a record as straight-line code: what depends on the batch alone is computed once, the rest at every point.
 
-Four stages, by what a value depends on: `once` a batch (transposed weights; whatever the first pass has computed
-already is taken from there), once a `phase` (multiples of the nudge), at every `point` the relaxer asks for, and in
-the `update`, which is the only one to compute gradients of parameters.
+Stages, by what a value depends on: `once` a batch (transposed weights; whatever the first pass has computed already is
+taken from there), once a `phase` (multiples of the nudge), at every `point` the relaxer asks for, and in the `update`,
+which is the only one to compute gradients of parameters. The last sums of the `energy` wait until somebody asks.
 """
 
 import itertools
@@ -18,6 +18,8 @@ from lightning_ebm.tape import BATCH_NORMS, CONSTANT, PHASE, SEED, STATE, Node, 
 
 _aten = torch.ops.aten
 _ALIASES = frozenset({"detach", "alias"})
+_ENERGY = SEED + 1
+"""The stage that finishes the energy."""
 _SAVED = _ALIASES | {"clone"}
 """How autograd saves tensors: what it puts aside depends on nothing but the operations it was put aside for."""
 
@@ -42,8 +44,8 @@ class Op:
         return set(_values_in((self.args, tuple(self.kwargs.values()))))
 
 
-Rewrite = Callable[[Sequence[Op], Iterable[Value]], tuple[list[Op], list[Op]]]
-"""From operations, and the values that must still be computed, to preparations and faster operations; empty if none."""
+Rewrite = Callable[[Sequence[Op], Iterable[Value]], list[Op]]
+"""From the operations of a stage, and the values that must still be computed, to faster operations."""
 
 
 @dataclass
@@ -54,9 +56,8 @@ class Program:
         bound: the values to be taken from the first pass.
         once: from the bound values to the rest of what a batch fixes.
         phase: from these and the nudge to what a phase fixes.
-        point: from these and the point to the outputs, and to what the update wants kept.
-        prepare: from what a batch fixes to what `fast` needs besides; None if there is no faster code.
-        fast: `point`, for those who ask for more than a few points.
+        point: from these and the point to the outputs, what the update wants kept, and what the energy is made of.
+        energy: from that to the energy of each sample, for the points that are asked for it.
         update: from all of these and a scale to the gradients of the parameters.
         fixed: bound values that do not come from the pass: tensors of the energy itself.
     """
@@ -64,9 +65,8 @@ class Program:
     bound: list[Value]
     once: Callable[..., tuple[Any, ...]]
     phase: Callable[..., tuple[Any, ...]]
-    point: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]
-    prepare: Callable[..., tuple[Any, ...]] | None
-    fast: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]
+    point: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]]
+    energy: Callable[..., tuple[Any, ...]]
     update: Callable[..., tuple[Any, ...]]
     fixed: dict[Value, Tensor]
     sources: dict[str, str] = field(default_factory=dict)
@@ -76,6 +76,7 @@ def compiled_program(
     point: Sequence[Value],
     strength: Value,
     scale: Value,
+    energy: Value,
     outputs: Sequence[Value],
     slopes: Sequence[Value],
     tape: Tape,
@@ -91,73 +92,69 @@ def compiled_program(
         point: the inputs that move: states, or errors.
         strength: the nudge, an input.
         scale: what the gradients of parameters are multiplied by, an input.
-        outputs: what every evaluation gives.
+        energy: of each sample.
+        outputs: what every evaluation gives besides.
         slopes: what the update gives.
         tape: the record.
         known: the values that the comparison with another first pass covers.
         first_pass: how many of the recorded operations belong to the first pass.
         defined: inputs that are the sum of two other values: states, in error coordinates.
-        rewrite: makes faster operations of those of a point.
+        rewrite: makes faster operations of those of a stage.
         compiler: makes faster code of the code of a point.
 
     Raises:
         NotRepeatable: an operation cannot be repeated at other states.
     """
     lines = _Lines(tape, known, first_pass, defined)
-    ops = lines.of([*outputs, *slopes])
-    outputs, slopes = [lines.plain(v) for v in outputs], [lines.plain(v) for v in slopes]
-    outputs = _owned(ops, outputs)
-    inner = _needed(ops, set(outputs))
-    stages: dict[int, list[Op]] = {CONSTANT: [], PHASE: [], STATE: [], SEED: []}
+    ops = lines.of([energy, *outputs, *slopes])
+    slopes = [lines.plain(v) for v in slopes]
+    energy, *outputs = _owned(ops, [lines.plain(v) for v in (energy, *outputs)])
+    at_points, at_all = _needed(ops, {energy, *outputs}), _needed(ops, {*outputs, *slopes})
+    stages: list[list[Op]] = [[] for _ in range(5)]
+    late: set[Value] = set()  # from here on the energy is cheaper to finish than it is to hold
     for op in ops:
-        stages[SEED if op.level >= STATE and id(op) not in inner else op.level].append(op)
-    inputs: list[list[Value]] = [lines.bound, [strength], list(point), [scale]]
-    made = [{v for op in stages[level] for v in op.results if v is not None} | {*inputs[level]} for level in range(4)]
-    used = [set().union(*(op.reads() for op in stages[level])) for level in range(4)]
+        held = [v for v in op.reads() if v not in late]
+        if op.level < STATE or id(op) not in at_points:
+            stages[op.level if op.level < STATE else SEED].append(op)
+        elif id(op) not in at_all and all(math.prod(v.shape) <= math.prod(energy.shape) for v in held):
+            stages[_ENERGY].append(op)
+            late |= {v for v in op.results if v is not None}
+        else:
+            stages[STATE].append(op)
+    inputs: list[list[Value]] = [lines.bound, [strength], list(point), [scale], []]
+    used = [set().union(*(op.reads() for op in stage)) for stage in stages]
     used[STATE] |= set(outputs)
     used[SEED] |= set(slopes)
+    used[_ENERGY].add(energy)
 
-    def handed(level: int) -> list[Value]:
+    def handed(level: int, *later: int) -> list[Value]:
         """What a stage makes and later ones use, in the order in which it is made."""
-        later = set().union(*(used[k] for k in range(level + 1, 4)))
+        wanted = set().union(*(used[k] for k in later))
         order = [*inputs[level], *(v for op in stages[level] for v in op.results if v is not None)]
-        return [v for v in order if v in made[level] & later]
+        return [v for v in order if v in wanted]
 
-    once, phase, kept = handed(CONSTANT), handed(PHASE), handed(STATE)
+    parts = [v for level in (CONSTANT, PHASE, STATE) for v in handed(level, _ENERGY)]
+    used[STATE] |= set(parts)
+    once, phase, kept = handed(CONSTANT, PHASE, STATE, SEED), handed(PHASE, STATE, SEED), handed(STATE, SEED)
     names = _Names()
     sources: dict[str, str] = {}
 
     def code(name: str, level: int, arguments: list[list[Value]], results: list[list[Value]]) -> Callable[..., Any]:
-        sources[name] = _source(name, stages[level], arguments, results, names)
+        stage = stages[level] if rewrite is None else rewrite(stages[level], {v for r in results for v in r})
+        sources[name] = _source(name, stage, arguments, results, names)
         space = dict(names.constants)
         exec(compile(sources[name], f"<lightning_ebm {name}>", "exec"), space)
         function: Callable[..., Any] = space[name]
         return function
 
-    first = code("once", CONSTANT, [lines.bound], [once])
-    second = code("phase", PHASE, [once, [strength]], [phase])
-    third = code("point", STATE, [once, phase, list(point)], [outputs, kept])
-    last = code("update", SEED, [once, phase, kept, [scale]], [slopes])
-    ready: list[Op] = []
-    if rewrite is not None:
-        ready, faster = rewrite([*stages[CONSTANT], *stages[PHASE], *stages[STATE]], {*outputs, *kept})
-        if ready:
-            stages[STATE] = [op for op in faster if op.level == STATE]
-    prepare, fast = None, third
-    if ready or compiler is not None:
-        prepared = [v for op in ready for v in op.results if v is not None]
-        stages[CONSTANT] = ready
-        prepare = code("prepare", CONSTANT, [once], [prepared])
-        fast = code("fast", STATE, [once, phase, list(point), prepared], [outputs, kept])
-        fast = fast if compiler is None else compiler(fast)
+    evaluate = code("point", STATE, [once, phase, list(point)], [outputs, kept, parts])
     return Program(
         bound=lines.bound,
-        once=first,
-        phase=second,
-        point=third,
-        update=last,
-        prepare=prepare,
-        fast=fast,
+        once=code("once", CONSTANT, [lines.bound], [once]),
+        phase=code("phase", PHASE, [once, [strength]], [phase]),
+        point=evaluate if compiler is None else compiler(evaluate),
+        energy=code("energy", _ENERGY, [parts], [[energy]]),
+        update=code("update", SEED, [once, phase, kept, [scale]], [slopes]),
         fixed=lines.fixed,
         sources=sources,
     )
@@ -186,7 +183,7 @@ class _Lines:
         self._collect(outputs)
         done: dict[Any, Op] = {}
         ops: list[Op] = []
-        self._instead.update({state: Value(None, STATE) for state in self._defined})
+        self._instead.update({state: _like(state) for state in self._defined})
         pending = dict(self._defined)
         for node in sorted(self.nodes, key=lambda n: n.index):
             for state in [s for s in node.values() if s in pending]:
@@ -334,13 +331,20 @@ def _first(node: Node) -> Value:
     return value
 
 
+def _like(value: Value) -> Value:
+    """Another one, of the states, for a tensor of the same shape."""
+    other = Value(None, STATE)
+    other.shape = value.shape
+    return other
+
+
 def _owned(ops: list[Op], outputs: Sequence[Value]) -> list[Value]:
     """Outputs that whoever asked for them may write to: not shared between points, or with each other."""
     made = {v for op in ops if op.level >= STATE for v in op.results}
     owned: list[Value] = []
     for value in outputs:
         if value not in made or value in owned:
-            copy = Value(None, STATE)
+            copy = _like(value)
             ops.append(Op(torch.clone, (value,), {}, [copy], True, STATE))
             value = copy
         owned.append(value)

@@ -17,7 +17,7 @@ from torch.autograd.function import BackwardCFunction
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import QuadraticEnergy
 from lightning_ebm.network import Network
-from lightning_ebm.packing import packed
+from lightning_ebm.products import faster_products
 from lightning_ebm.program import NotRepeatable, Program, compiled_program
 from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.substitution import Pass, StateOf
@@ -66,13 +66,13 @@ class RecordingNetwork(Network):
         with tape, torch.enable_grad():
             if mode[0] == "states":
                 point = [tape.value(state) for state in first.states]
-                outputs, seeds = self._in_states(first, strength if mode[1] else None)
+                energy, outputs, seeds = self._in_states(first, strength if mode[1] else None)
             else:
                 errors = [torch.zeros_like(state) for state in self.free]
                 point = [tape.input(error, STATE) for error in errors]
                 for call, state, error in zip(first.layers, first.states, point, strict=True):
                     defined[tape.value(state)] = tape.value(call.prediction), error
-                outputs, seeds = self._in_errors(first, errors, strength)
+                energy, outputs, seeds = self._in_errors(first, errors, strength)
             tops = [(top, seed * scale) for top, seed in seeds]
             slopes = _gradients(tops, [tensor for _, tensor in outside])
         if tape.problem is not None:
@@ -81,19 +81,20 @@ class RecordingNetwork(Network):
         program = compiled_program(
             point,
             *inputs,
+            tape.value(energy),
             [tape.value(output) for output in outputs],
             [tape.value(slope) for _, slope in reached],
             tape,
             known,
             first_pass,
             defined,
-            partial(packed, tape, compiler is not None),
+            partial(faster_products, tape, compiler is not None),
             compiler,
         )
         return program, [value for value, _ in reached]
 
-    def _in_states(self, first: Pass, strength: Tensor | None) -> tuple[list[Tensor], list[Seed]]:
-        """Energies and dE/dx; and what to differentiate, with which weight, for dE/dtheta."""
+    def _in_states(self, first: Pass, strength: Tensor | None) -> tuple[Tensor, list[Tensor], list[Seed]]:
+        """I_b; loss and dE/dx; and what to differentiate, with which weight, for dE/dtheta."""
         loss = self.loss_scale * first.loss.detach()
         nudge = None if strength is None else (first.loss, self.loss_scale * strength)
         half = self.rounding > max(torch.finfo(x.dtype).eps for x in self.free)
@@ -121,9 +122,11 @@ class RecordingNetwork(Network):
             gradients = [-o if s is None else s - o for s, o in zip(slopes, own, strict=True)]
         else:
             gradients = [torch.zeros_like(x) if s is None else s for s, x in zip(slopes, self.free, strict=True)]
-        return [internal.detach(), loss, *gradients], seeds if nudge is None else [*seeds, nudge]
+        return internal.detach(), [loss, *gradients], seeds if nudge is None else [*seeds, nudge]
 
-    def _in_errors(self, first: Pass, errors: Sequence[Tensor], strength: Tensor) -> tuple[list[Tensor], list[Seed]]:
+    def _in_errors(
+        self, first: Pass, errors: Sequence[Tensor], strength: Tensor
+    ) -> tuple[Tensor, list[Tensor], list[Seed]]:
         loss = self.loss_scale * first.loss
         signals = self._signals(first, loss)
         precisions = self._precisions(first)
@@ -134,7 +137,7 @@ class RecordingNetwork(Network):
         pulls = [strength * s if p == 1 else strength * s / p for s, p in zip(signals, precisions, strict=True)]
         gradients = [e + pull for e, pull in zip(errors, pulls, strict=True)]
         seeds = [(call.prediction, -w) for call, w in zip(first.layers, weighted, strict=True)]
-        return [internal, loss.detach(), *gradients], [*seeds, (first.loss, self.loss_scale * strength)]
+        return internal, [loss.detach(), *gradients], [*seeds, (first.loss, self.loss_scale * strength)]
 
     def _refuse_hidden_gradients(self, first: Pass) -> None:
         """Backward code of the user's own is not part of what the records of two first passes are compared by."""

@@ -54,7 +54,7 @@ class PhaseReport:
     status: str
     steps: int
     residual: Tensor
-    energies: list[Tensor]
+    energies: Sequence[Tensor]
 
     @classmethod
     def of(cls, nudge: complex, found: Relaxation) -> "PhaseReport":
@@ -72,7 +72,7 @@ def report_of(algorithm: Algorithm, names: Sequence[str], phases: Sequence[Phase
             "nudge": str(phase.nudge) if isinstance(phase.nudge, complex) else phase.nudge,
             "status": phase.status,
             "steps": phase.steps,
-            "energies": torch.stack(phase.energies).tolist() if phase.energies else [],
+            "energies": torch.stack(list(phase.energies)).tolist() if phase.energies else [],
             "residual": phase.residual.tolist(),
         }
         for phase in phases

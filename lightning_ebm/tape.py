@@ -27,16 +27,18 @@ class Value:
         node: what computed it; None for an input and for a tensor that came from outside.
         level: what it depends on.
         meta: what makes two tensors from outside interchangeable; None for all others.
+        shape: of the tensor.
         read: whether an operation has used it.
         stale: whether its memory was written to under another name.
     """
 
-    __slots__ = ("level", "meta", "node", "read", "stale")
+    __slots__ = ("level", "meta", "node", "read", "shape", "stale")
 
     def __init__(self, node: "Node | None", level: int, outside: Tensor | None = None) -> None:
         self.node = node
         self.level = level
         self.meta = None if outside is None else _meta(outside)
+        self.shape: tuple[int, ...] = ()
         self.read = self.stale = False
 
 
@@ -283,6 +285,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return value
 
     def _put(self, tensor: Tensor, value: Value) -> Value:
+        value.shape = tensor.shape
         self._known[id(tensor)] = weakref.ref(tensor), value
         return value
 

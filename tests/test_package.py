@@ -44,7 +44,7 @@ ORDER = [
     {"holding", "linearization", "state_memory", "watching"},
     {"tape"},
     {"program"},
-    {"packing"},
+    {"products"},
     {"recording"},
     {"capture"},
     {"presets", "report", "step", "learner", "equilibrium", "reference", "metrics", "summary", "testing"},

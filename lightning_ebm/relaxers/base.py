@@ -5,8 +5,8 @@ Letters: ``B`` samples; a list over layers holds one tensor a state, each ``(B, 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -16,19 +16,58 @@ from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 Status = Literal["converged", "stalled", "max_steps", "fixed"]
 
 
-class Forces(NamedTuple):
+class Forces:
     """The energies of a point and their slope.
 
-    Attributes:
-        internal: I_b, energy of each sample, ``(B,)``.
+    Args:
+        internal: I_b, energy of each sample, ``(B,)``; or what computes it, when somebody asks.
         loss: L summed over the batch, a scalar (a user's loss comes as one number, not per sample).
         gradients: dE/dx_l with E = sum_b I_b + lambda L, one tensor a layer. In error coordinates the gradient in the
             metric of the precision, e_l + 1/Pi_l * lambda dL/de_l, whose unit step is the fixed-point map.
     """
 
-    internal: Tensor
-    loss: Tensor
-    gradients: list[Tensor]
+    __slots__ = ("_internal", "gradients", "loss")
+
+    def __init__(self, internal: Tensor | Callable[[], Tensor], loss: Tensor, gradients: list[Tensor]) -> None:
+        self._internal = internal
+        self.loss = loss
+        self.gradients = gradients
+
+    @property
+    def internal(self) -> Tensor:
+        """I_b, ``(B,)``."""
+        if not isinstance(self._internal, Tensor):
+            self._internal = self._internal()
+        return self._internal
+
+    def with_gradients(self, gradients: list[Tensor]) -> "Forces":
+        """The same energies, with another slope, or with none."""
+        return Forces(self._internal, self.loss, gradients)
+
+
+class Energies(Sequence[Tensor]):
+    """I + lambda L of the batch along a relaxation, computed when it is looked at.
+
+    Args:
+        points: of the relaxation, in order.
+        strength: lambda.
+    """
+
+    def __init__(self, points: Sequence[Forces], strength: complex) -> None:
+        self._points = points
+        self._strength = strength
+
+    def __len__(self) -> int:
+        return len(self._points)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [total_energy(point, self._strength) for point in self._points[index]]
+        return total_energy(self._points[index], self._strength)
 
 
 class Landscape(Protocol):
@@ -93,7 +132,7 @@ class Relaxation:
             steps was asked for and taken).
         steps: steps taken by the slowest sample.
         residual: |force| at the end over |force| at the start, per sample, ``(B,)``; 0 where nothing pulled.
-        energies: total energy I + lambda L of the batch, a list of scalars: at the start and after each step. Where
+        energies: total energy I + lambda L of the batch, scalars: at the start and after each step. Where
             only some samples took a step, the value before it, which bounds theirs.
         displacement: what is to be read against each layer's prediction instead of its error at `point`: the error as
             it first arrives, with everything else still at the forward pass, or a multiplier over the precision.
@@ -105,7 +144,7 @@ class Relaxation:
     status: Status
     steps: int
     residual: Tensor
-    energies: list[Tensor] = field(default_factory=list)
+    energies: Sequence[Tensor] = ()
     displacement: list[Tensor] | None = None
     dyad: tuple[list[Tensor], list[Tensor]] | None = None
 
@@ -196,16 +235,15 @@ def fixed_steps(
             adaptive optimizers, which may climb without that: a rise is said, only growing forces raise.
     """
     evaluate = landscape.forces if coordinates == "states" else landscape.error_forces
-    point, energies = as_complex(start, strength), torch.empty(0)
+    point = as_complex(start, strength)
+    passed: list[Forces] = []
     recent: list[tuple[list[Tensor], list[Tensor]]] = []
     norms: list[Tensor] = []
     for step in range(max_steps + 1):
         forces = evaluate(point, strength)
-        energy = total_energy(forces, strength)
+        passed.append(forces.with_gradients([]))
         if step == 0:
             first = force_norm(landscape, forces.gradients)
-            energies = energy.new_empty(max_steps + 1)  # at once: many small tensors would scatter the large ones
-        energies[step] = energy
         if descends and step > max_steps - 4:
             norms.append(force_norm(landscape, forces.gradients))
         recent = [*recent[-2:], (point, forces.gradients)]
@@ -213,19 +251,21 @@ def fixed_steps(
             point = move(point, forces.gradients)
             point = landscape.feasible(point) if coordinates == "states" else point
     last = force_norm(landscape, forces.gradients)
+    energies = Energies(passed, strength)
+    ends = torch.stack([energies[0], energies[-1]])
     tiny = torch.finfo(first.dtype).tiny
     # Force of the whole batch, so that one sample at rest from the start does not divide by nothing.
     growth = last.norm() / first.norm().clamp_min(tiny)
     # At a negative nudge the energy may fall without bound, and only the growing force tells.
-    room = max(1e-4, 16 * landscape.rounding) * energies[0].abs()
-    rose = not isinstance(strength, complex) and strength >= 0 and bool(energies[-1] > energies[0] + room)
-    finite = bool(torch.isfinite(energies).all()) and bool(torch.isfinite(last).all())
+    room = max(1e-4, 16 * landscape.rounding) * ends[0].abs()
+    rose = not isinstance(strength, complex) and strength >= 0 and bool(ends[1] > ends[0] + room)
+    finite = bool(torch.isfinite(ends).all()) and bool(torch.isfinite(last).all())
     moving = bool(growth > landscape.rounding**0.5)  # below, forces are rounding
     unstable = bool(descends) and moving and _unstable([float(norm.norm()) for norm in norms], recent, descends)
     if not finite or (rose and descends) or unstable or bool(growth > 10):
-        raise diverged(landscape, owner, recent[-2], recent[-1], strength, energies, float(growth))
+        raise diverged(landscape, owner, recent[-2], recent[-1], strength, ends, float(growth))
     status: Status = "max_steps" if rose else "fixed"
-    return Relaxation(point, coordinates, status, max_steps, last / first.clamp_min(tiny), list(energies))
+    return Relaxation(point, coordinates, status, max_steps, last / first.clamp_min(tiny), energies)
 
 
 def as_complex(states: Sequence[Tensor], strength: complex) -> list[Tensor]:
