@@ -242,7 +242,7 @@ class CapturedNetwork(RecordingNetwork):
             self._fixed[mode, strength] = program.phase(once, (self.scalar(strength),))
         phase = self._fixed[mode, strength]
         (loss, *gradients), kept, parts = program.point(once, phase, point)
-        forces = Forces(lambda: program.energy(parts)[0], loss, gradients)
+        forces = Forces(parts, loss, gradients, program.finish)
         return _Run(mode, strength, stamps(point), forces, partial(program.update, once, phase, kept))
 
     # Capturing

@@ -5,6 +5,7 @@ This is the plain version, one Python pass an evaluation; it stays as the oracle
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -47,7 +48,6 @@ class Network:
         self.loss_scale = loss_scale
         self.first_loss = first.loss.detach()
         self.free: Sequence[Tensor] = [state.detach() for state in first.states]
-        self.no_errors: Sequence[Tensor] = [torch.zeros_like(state) for state in self.free]
         self._layouts = [_layout(state.shape, batch_size) for state in self.free]
         self.rounding = first.rounding
         self._first = first
@@ -57,6 +57,11 @@ class Network:
         energy.check_layers({key.name for key in plan.states})
 
     # The point of view of a relaxer
+
+    @cached_property
+    def no_errors(self) -> Sequence[Tensor]:
+        """See `Landscape.no_errors`."""
+        return [torch.zeros_like(state) for state in self.free]
 
     def forces(self, states: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.forces`."""

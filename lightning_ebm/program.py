@@ -71,6 +71,11 @@ class Program:
     fixed: dict[Value, Tensor]
     sources: dict[str, str] = field(default_factory=dict)
 
+    def finish(self, parts: Sequence[Tensor]) -> Tensor:
+        """`energy`, for `Forces`."""
+        (found,) = self.energy(parts)
+        return found  # type: ignore[no-any-return]
+
 
 def compiled_program(
     point: Sequence[Value],

@@ -20,7 +20,8 @@ from lightning_ebm.nudges import Holomorphic, Infinitesimal, Phase
 from lightning_ebm.promotion import Promoted
 from lightning_ebm.purity import Snapshot
 from lightning_ebm.relaxers import Relaxation
-from lightning_ebm.relaxers.base import force_norm, total_energy
+from lightning_ebm.relaxers.base import force_norm
+from lightning_ebm.relaxers.forces import total_energy
 from lightning_ebm.report import PhaseReport
 from lightning_ebm.state_memory import StateMemory
 from lightning_ebm.substitution import Pass, StateOf, at_prediction, at_states, batch_size_among, substituted

@@ -6,68 +6,15 @@ Letters: ``B`` samples; a list over layers holds one tensor a state, each ``(B, 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, overload
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
+from lightning_ebm.relaxers.forces import Energies, Forces
 
 Status = Literal["converged", "stalled", "max_steps", "fixed"]
-
-
-class Forces:
-    """The energies of a point and their slope.
-
-    Args:
-        internal: I_b, energy of each sample, ``(B,)``; or what computes it, when somebody asks.
-        loss: L summed over the batch, a scalar (a user's loss comes as one number, not per sample).
-        gradients: dE/dx_l with E = sum_b I_b + lambda L, one tensor a layer. In error coordinates the gradient in the
-            metric of the precision, e_l + 1/Pi_l * lambda dL/de_l, whose unit step is the fixed-point map.
-    """
-
-    __slots__ = ("_internal", "gradients", "loss")
-
-    def __init__(self, internal: Tensor | Callable[[], Tensor], loss: Tensor, gradients: list[Tensor]) -> None:
-        self._internal = internal
-        self.loss = loss
-        self.gradients = gradients
-
-    @property
-    def internal(self) -> Tensor:
-        """I_b, ``(B,)``."""
-        if not isinstance(self._internal, Tensor):
-            self._internal = self._internal()
-        return self._internal
-
-    def with_gradients(self, gradients: list[Tensor]) -> "Forces":
-        """The same energies, with another slope, or with none."""
-        return Forces(self._internal, self.loss, gradients)
-
-
-class Energies(Sequence[Tensor]):
-    """I + lambda L of the batch along a relaxation, computed when it is looked at.
-
-    Args:
-        points: of the relaxation, in order.
-        strength: lambda.
-    """
-
-    def __init__(self, points: Sequence[Forces], strength: complex) -> None:
-        self._points = points
-        self._strength = strength
-
-    def __len__(self) -> int:
-        return len(self._points)
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        if isinstance(index, slice):
-            return [total_energy(point, self._strength) for point in self._points[index]]
-        return total_energy(self._points[index], self._strength)
 
 
 class Landscape(Protocol):
@@ -79,8 +26,10 @@ class Landscape(Protocol):
     batch_size: int
     rounding: float
     """Relative rounding of the network's arithmetic, coarser than that of the states under mixed precision."""
-    no_errors: Sequence[Tensor]
-    """e = 0, where descent on errors starts; the network knows these very tensors and runs no pass for them."""
+
+    @property
+    def no_errors(self) -> Sequence[Tensor]:
+        """e = 0, where descent on errors starts; the network knows these very tensors and runs no pass for them."""
 
     def forces(self, states: Sequence[Tensor], strength: complex) -> Forces:
         """E and dE/dx at the given states, loss weighted by `strength`; complex states where that is complex."""
@@ -201,12 +150,6 @@ def force_norm(landscape: Landscape, gradients: Sequence[Tensor]) -> Tensor:
     return landscape.squares(gradients).sqrt()
 
 
-def total_energy(forces: Forces, strength: complex) -> Tensor:
-    """I + lambda L of the batch, its real part where the nudge is complex."""
-    total = (forces.internal.sum() + strength * forces.loss).detach()
-    return total.real if total.is_complex() else total
-
-
 def fixed_steps(
     owner: Relaxer,
     landscape: Landscape,
@@ -235,23 +178,33 @@ def fixed_steps(
             adaptive optimizers, which may climb without that: a rise is said, only growing forces raise.
     """
     evaluate = landscape.forces if coordinates == "states" else landscape.error_forces
+
+    def next_point(point: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        moved = move(point, gradients)
+        return landscape.feasible(moved) if coordinates == "states" else moved
+
+    def onwards(count: int) -> list[tuple[list[Tensor], list[Tensor]]]:
+        """Points and gradients from the last point on: only a suspect relaxation is looked at that closely."""
+        found = [(point, forces.gradients)]
+        while len(found) <= count:
+            here = next_point(*found[-1])
+            found.append((here, evaluate(here, strength).gradients))
+        return found
+
     point = as_complex(start, strength)
-    passed: list[Forces] = []
-    recent: list[tuple[list[Tensor], list[Tensor]]] = []
+    energies = Energies(max_steps + 1, strength)
     norms: list[Tensor] = []
     for step in range(max_steps + 1):
         forces = evaluate(point, strength)
-        passed.append(forces.with_gradients([]))
+        energies.add(forces)
         if step == 0:
             first = force_norm(landscape, forces.gradients)
         if descends and step > max_steps - 4:
             norms.append(force_norm(landscape, forces.gradients))
-        recent = [*recent[-2:], (point, forces.gradients)]
         if step < max_steps:
-            point = move(point, forces.gradients)
-            point = landscape.feasible(point) if coordinates == "states" else point
+            point = next_point(point, forces.gradients)
+            del forces  # as large as the states: not held through the next evaluation
     last = force_norm(landscape, forces.gradients)
-    energies = Energies(passed, strength)
     ends = torch.stack([energies[0], energies[-1]])
     tiny = torch.finfo(first.dtype).tiny
     # Force of the whole batch, so that one sample at rest from the start does not divide by nothing.
@@ -261,9 +214,11 @@ def fixed_steps(
     rose = not isinstance(strength, complex) and strength >= 0 and bool(ends[1] > ends[0] + room)
     finite = bool(torch.isfinite(ends).all()) and bool(torch.isfinite(last).all())
     moving = bool(growth > landscape.rounding**0.5)  # below, forces are rounding
-    unstable = bool(descends) and moving and _unstable([float(norm.norm()) for norm in norms], recent, descends)
+    growing = len(norms) == 4 and bool((torch.stack(norms).norm(dim=1).diff() > 0).all())
+    unstable = growing and moving and _unstable([gradients for _, gradients in onwards(2)], descends)
     if not finite or (rose and descends) or unstable or bool(growth > 10):
-        raise diverged(landscape, owner, recent[-2], recent[-1], strength, ends, float(growth))
+        before, after = onwards(1) if finite else [(point, forces.gradients)] * 2
+        raise diverged(landscape, owner, before, after, strength, ends, float(growth))
     status: Status = "max_steps" if rose else "fixed"
     return Relaxation(point, coordinates, status, max_steps, last / first.clamp_min(tiny), energies)
 
@@ -273,18 +228,15 @@ def as_complex(states: Sequence[Tensor], strength: complex) -> list[Tensor]:
     return [state + 0j for state in states] if isinstance(strength, complex) else list(states)
 
 
-def _unstable(norms: list[float], recent: list[tuple[list[Tensor], list[Tensor]]], lr: float) -> bool:
-    """Whether a fixed step is past 2 / curvature, seen from the last three forces.
+def _unstable(gradients: list[list[Tensor]], lr: float) -> bool:
+    """Whether a fixed step is past 2 / curvature, seen from three forces in a row.
 
     With g' = (1 - lr H) g the change v = g' - g lies along the stiffest directions, and <v, Hv> / |v|^2 is never above
     the largest curvature: beyond 2 / lr it proves divergence. At a kink it may be met without any, so the force must
-    have grown in three steps on end as well.
+    have grown in three steps on end before.
     """
-    if len(norms) < 4 or not norms[-1] > norms[-2] > norms[-3] > norms[-4]:
-        return False
-    (_, a), (_, b), (_, c) = recent
     change, turned = 0.0, 0.0
-    for first, second, third in zip(a, b, c, strict=True):
+    for first, second, third in zip(*gradients, strict=True):
         v = second - first
         change += float(v.abs().square().sum())
         turned += float((v.conj() * (third - second - v)).sum().real)

@@ -8,16 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
-from lightning_ebm.relaxers.base import (
-    Landscape,
-    Relaxation,
-    Relaxer,
-    Status,
-    as_complex,
-    checked_steps,
-    force_norm,
-    total_energy,
-)
+from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Status, as_complex, checked_steps, force_norm
+from lightning_ebm.relaxers.forces import total_energy
 
 
 @dataclass(frozen=True)
