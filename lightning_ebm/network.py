@@ -81,7 +81,9 @@ class Network:
         """See `Landscape.answers`."""
         return self._answered(states, strength, layers)[1]
 
-    def _answered(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]) -> tuple[Pass, list[Tensor]]:
+    def _answered(
+        self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]
+    ) -> tuple[Pass, list[Tensor]]:
         with torch.enable_grad():
             seen = self.at_states(states)
             slopes = self._slopes(seen, self.internal(seen, own=False), self.loss(seen), strength, layers)
@@ -175,6 +177,15 @@ class Network:
         """
         seen = self._at_errors(found.point) if found.coordinates == "errors" else self.at_states(found.point)
         return self._energy_of(seen, found, strength)
+
+    def contrast(self, phases: Sequence[tuple[complex, complex, Relaxation]]) -> Tensor:
+        """A scalar whose gradient is that of Re sum_p weight_p E(x_p, theta), see `energy_at`.
+
+        Args:
+            phases: strength, weight and end of each.
+        """
+        terms = [weight * self.energy_at(found, strength) for strength, weight, found in phases]
+        return torch.stack([term.real if term.is_complex() else term for term in terms]).sum()
 
     def held(self, found: Relaxation) -> Relaxation:
         """The same end of a phase, written in states that stay what they are when parameters move."""

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ebm.program import Op
 from lightning_ebm.tape import CONSTANT, STATE, Tape, Value
+from lightning_ebm.writing import Op
 
 _aten = torch.ops.aten
 _FUSED = {_aten.tanh.default: "tanh", _aten.relu.default: "relu", _aten.sigmoid.default: "sigmoid"}
@@ -23,11 +23,32 @@ _PAID_BACK = 8
 """Within how many points the saving must exceed what the layout costs."""
 
 
-def packed(tape: Tape, opaque: bool, ops: Sequence[Op], wanted: Iterable[Value]) -> tuple[list[Op], list[Op]]:
+class Shelf:
+    """Weights as laid out in the present step: every kind of evaluation uses the same ones."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[Any, ...], Tensor] = {}
+
+    def clear(self) -> None:
+        """Forgets them: a new step has begun, and weights have moved."""
+        self._held = {}
+
+    def laid_out(self, weight: Tensor, rows: int) -> Tensor:
+        """For `_product`: x @ weight, x with that many rows."""
+        key = weight.data_ptr(), weight.shape, weight.stride(), rows
+        if key not in self._held:
+            self._held[key] = _laid_out(weight, rows)
+        return self._held[key]
+
+
+def packed(
+    tape: Tape, shelf: Shelf, opaque: bool, ops: Sequence[Op], wanted: Iterable[Value]
+) -> tuple[list[Op], list[Op]]:
     """Rewrites products of something that moves with a weight that does not.
 
     Args:
         tape: the record, while its tensors are at hand: their shapes decide.
+        shelf: keeps what is laid out for the other programs of the step.
         opaque: products are calls of one registered operator that finds the weights by number: compilers cannot take
             tensors of such a layout as inputs.
         ops: the operations of one point, with those before them.
@@ -60,20 +81,26 @@ def packed(tape: Tape, opaque: bool, ops: Sequence[Op], wanted: Iterable[Value])
         matrix, product = tensor(weight), tensor(op.results[0])
         if matrix is None or product is None or made_level(made, weight) != CONSTANT or not _worth_it(matrix, product):
             continue
-        if bias is not None and (tensor(bias) is None or made_level(made, bias) != CONSTANT):
+        result = op.results[0]
+        assert result is not None
+        whole = bias is not None and bias.shape == result.shape  # not a bias: something else to be added
+        if bias is not None and not whole and (tensor(bias) is None or made_level(made, bias) != CONSTANT):
+            continue
+        if whole and opaque:
             continue
         if weight not in layouts:
-            lay_out = partial(_stored, next(_numbers)) if opaque else _laid_out
+            lay_out = partial(_stored, next(_numbers)) if opaque else shelf.laid_out
             layouts[weight] = Op(lay_out, (weight, product.shape[0]), {}, [Value(None, CONSTANT)], True, CONSTANT)
-        layout, result = layouts[weight].results[0], op.results[0]
-        assert result is not None
+        layout = layouts[weight].results[0]
         after = readers.get(result, [])
         activation = "none"
-        if result not in kept and len(after) == 1 and after[0].func in _FUSED and after[0].level == STATE:
+        if not whole and result not in kept and len(after) == 1 and after[0].func in _FUSED and after[0].level == STATE:
             activation, result = _FUSED[after[0].func], after[0].results[0]
             rewritten.remove(after[0])
         func: Callable[..., Any] = _product
         args: tuple[Any, ...] = (x, layout, bias, activation)
+        if whole:
+            func, args = _sum, (x, bias, layout)
         if opaque:
             number = layouts[weight].func.args[0]  # type: ignore[attr-defined]
             func, args = _opaque_product(), (x, bias, number, product.shape[1], activation)
@@ -94,6 +121,10 @@ def _laid_out(weight: Tensor, rows: int) -> Tensor:
 
 def _product(x: Tensor, layout: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, layout, bias, activation, [], "")  # type: ignore[no-any-return]
+
+
+def _sum(x: Tensor, term: Tensor, layout: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.binary(x, term, layout, None, "add")  # type: ignore[no-any-return]
 
 
 _numbers = itertools.count()

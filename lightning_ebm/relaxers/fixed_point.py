@@ -32,8 +32,8 @@ class FixedPoint(Relaxer):
     two passes. In a chain each half then lowers the energy exactly, and nothing oscillates between neighbours.
 
     A step's residual is how far it moved each sample, |x' - x| / (1 - damping), all layers together. With ``tol=0``
-    exactly `max_steps` steps; with ``tol > 0`` until every sample's residual is below `tol` of that of the first step, or
-    below rounding. A step count that ends with a residual larger than the first is reported as "max_steps": what was
+    exactly `max_steps` steps; with ``tol > 0`` until every sample's residual is below `tol` of that of the first step,
+    or below rounding. A step count that ends with a residual larger than the first is reported as "max_steps": what was
     found is no equilibrium. Energies are evaluated at the start and the end of a phase: no step needs them.
 
     Args:
@@ -71,7 +71,7 @@ class FixedPoint(Relaxer):
         energies = [landscape.energy_of(point, strength)]
         halves = self._halves(landscape.depths)
         first = norm = settled_at = energies[0].new_empty(0)
-        for steps in range(1, self.max_steps + 1):  # noqa: B007  # read after the loop
+        for steps in range(1, self.max_steps + 1):  # read after the loop
             before = point
             for layers in halves:
                 point = self._moved(point, landscape.answers(point, strength, layers), layers)
