@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ebm.program import Op
-from lightning_ebm.tape import Tape, Value
+from lightning_ebm.tape import Value
+from lightning_ebm.writing import Op
 
 _aten = torch.ops.aten
 _FUSED = {_aten.tanh.default: "tanh", _aten.relu.default: "relu", _aten.sigmoid.default: "sigmoid"}
@@ -22,11 +22,10 @@ _WORTH_IT = 1e6
 """Multiplications below which calling the other library costs more than it saves."""
 
 
-def faster_products(tape: Tape, opaque: bool, ops: Sequence[Op], wanted: Iterable[Value]) -> list[Op]:
+def faster_products(opaque: bool, ops: Sequence[Op], wanted: Iterable[Value]) -> list[Op]:
     """The same operations, products by the faster library and fused with their activation.
 
     Args:
-        tape: the record, while its tensors are at hand: their shapes decide.
         opaque: products are calls of an operator that compilers leave alone.
         ops: the operations of one stage, in order.
         wanted: values that must still be computed.
@@ -42,16 +41,18 @@ def faster_products(tape: Tape, opaque: bool, ops: Sequence[Op], wanted: Iterabl
             continue
         bias, x, matrix = op.args if len(op.args) == 3 else (None, *op.args)
         result = op.results[0]
-        if result is None or not _worth_it(x.shape[1], tape.contents.get(result)):
+        assert result is not None
+        if not _worth_it(x, matrix, result):
             continue
-        if bias is not None and len(bias.shape) != 1:
+        term = bias if bias is not None and bias.shape == result.shape else None  # no bias: something else to be added
+        if bias is not None and term is None and (bias.shape is None or len(bias.shape) != 1):
             continue
         after, place, activation = readers.get(result, []), rewritten.index(op), "none"
-        if result not in kept and len(after) == 1 and after[0].func in _FUSED:
+        if term is None and result not in kept and len(after) == 1 and after[0].func in _FUSED:
             activation, result = _FUSED[after[0].func], after[0].results[0]
             rewritten.remove(after[0])
-        function = _opaque_product() if opaque else product
-        rewritten[place] = Op(function, (x, matrix, bias, activation), {}, [result], True, op.level)
+        function, args = (product, (x, matrix, bias, activation)) if term is None else (product_and, (x, matrix, term))
+        rewritten[place] = Op(_opaque(function) if opaque else function, args, {}, [result], True, op.level)
     return rewritten
 
 
@@ -60,28 +61,44 @@ def product(x: Tensor, matrix: Tensor, bias: Tensor | None, activation: str) -> 
     return torch.ops.mkldnn._linear_pointwise(x, matrix.t(), bias, activation, [], "")  # type: ignore[no-any-return]
 
 
-@functools.cache
-def _opaque_product() -> Callable[..., Any]:
-    """`product` as an operator that torch.compile leaves alone."""
-    library = torch.library.Library("lightning_ebm", "FRAGMENT")  # type: ignore[no-untyped-call]
-    library.define("product(Tensor x, Tensor matrix, Tensor? bias, str activation) -> Tensor")  # type: ignore[no-untyped-call]
+def product_and(x: Tensor, matrix: Tensor, term: Tensor) -> Tensor:
+    """x @ matrix + term, ``(M, N)`` from ``(M, K)``, ``(K, N)`` and ``(M, N)``."""
+    return torch.ops.mkldnn._linear_pointwise.binary(x, term, matrix.t(), None, "add")  # type: ignore[no-any-return]
 
-    def of_shape(x: Tensor, matrix: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+
+_SCHEMAS = {
+    "product": "(Tensor x, Tensor matrix, Tensor? bias, str activation) -> Tensor",
+    "product_and": "(Tensor x, Tensor matrix, Tensor term) -> Tensor",
+}
+
+
+@functools.cache
+def _opaque(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    """One of the above as an operator that torch.compile leaves alone."""
+    name = function.__name__
+    library = torch.library.Library("lightning_ebm", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library.define(name + _SCHEMAS[name])  # type: ignore[no-untyped-call]
+
+    def of_shape(x: Tensor, matrix: Tensor, *_: Any) -> Tensor:
         return x.new_empty((x.shape[0], matrix.shape[1]))
 
-    library.impl("product", product, "CPU")  # type: ignore[no-untyped-call]
-    torch.library.register_fake("lightning_ebm::product", of_shape, lib=library)
+    library.impl(name, function, "CPU")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"lightning_ebm::{name}", of_shape, lib=library)
     _libraries.append(library)  # an operator lives as long as its library
-    return torch.ops.lightning_ebm.product.default
+    return getattr(torch.ops.lightning_ebm, name).default  # type: ignore[no-any-return]
 
 
 _libraries: list[Any] = []
 
 
-def _worth_it(inner: int, result: Tensor | None) -> bool:
-    if result is None or result.dtype != torch.float32 or result.device.type != "cpu":
+def _worth_it(x: Value, matrix: Value, result: Value) -> bool:
+    if result.shape is None or result.dtype != torch.float32:
         return False
-    return inner * result.numel() > _WORTH_IT and available()
+    shape = x.shape or matrix.shape
+    if shape is None:
+        return False
+    inner = shape[1] if x.shape else shape[0]
+    return inner * result.shape.numel() > _WORTH_IT and available()
 
 
 @functools.cache

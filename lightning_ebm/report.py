@@ -14,7 +14,8 @@ from lightning_ebm.relaxers import Relaxation
 class PhaseEntry(TypedDict):
     """One relaxation: nudge (as text where it is complex), status, steps of the slowest sample, residual per sample.
 
-    energies: I + lambda L of the batch before each step, its real part where the nudge is complex.
+    energies: I + lambda L of the batch at the start and after each step, its real part where the nudge is complex; of
+    relaxers that need no energy to move (`FixedPoint`), at the start and the end only. residual: see `Relaxation`.
     """
 
     nudge: float | str

@@ -37,11 +37,14 @@ class Landscape(Protocol):
     def error_forces(self, errors: Sequence[Tensor], strength: complex) -> Forces:
         """The same at x_l = rho(a_l) + e_l, as a function of the errors e."""
 
-    def responses(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int] | None = None) -> Forces:
-        """E and, as gradients, x_l - argmin_x [e_l(x) - <pull_l, x>], whose unit step is each layer's best response.
+    def responses(self, states: Sequence[Tensor], strength: complex) -> Forces:
+        """E and, as gradients, x_l - argmin_x [e_l(x) - <pull_l, x>], whose unit step is each layer's best response."""
 
-        With `layers`, only theirs; the other entries are 0.
-        """
+    def answers(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]) -> list[Tensor]:
+        """argmin_x [e_l(x) - <pull_l, x>] of these layers, and nothing else: no energy, no other layer."""
+
+    def energy_of(self, states: Sequence[Tensor], strength: complex) -> Tensor:
+        """I + lambda L of the batch, a scalar, its real part where the nudge is complex."""
 
     def hops(self, errors: Sequence[Tensor], strength: complex) -> Forces:
         """e_l + 1/Pi_l (lambda dL/dx_l - sum_k J_k' Pi_k e_k), all slopes and Jacobians taken at the forward pass."""
@@ -82,7 +85,8 @@ class Relaxation:
         steps: steps taken by the slowest sample.
         residual: |force| at the end over |force| at the start, per sample, ``(B,)``; 0 where nothing pulled.
         energies: total energy I + lambda L of the batch, scalars: at the start and after each step. Where
-            only some samples took a step, the value before it, which bounds theirs.
+            only some samples took a step, the value before it, which bounds theirs. Of relaxers that need no energy
+            to move (`FixedPoint`), at the start and at the end only.
         displacement: what is to be read against each layer's prediction instead of its error at `point`: the error as
             it first arrives, with everything else still at the forward pass, or a multiplier over the precision.
         dyad: two more lists of states, whose energies, with the drives of `point`, are to be contrasted.
