@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
-from lightning_ebm.relaxers.forces import Energies, Forces
+from lightning_ebm.relaxers.forces import Energies, Forces, total_energy
 
 Status = Literal["converged", "stalled", "max_steps", "fixed"]
 
@@ -201,15 +201,15 @@ def fixed_steps(
     for step in range(max_steps + 1):
         forces = evaluate(point, strength)
         energies.add(forces)
-        if step == 0:
-            first = force_norm(landscape, forces.gradients)
-        if descends and step > max_steps - 4:
+        if step in (0, max_steps) or (descends and step > max_steps - 4):
             norms.append(force_norm(landscape, forces.gradients))
+        if step == 0:
+            start_energy = total_energy(forces, strength)
         if step < max_steps:
             point = next_point(point, forces.gradients)
             del forces  # as large as the states: not held through the next evaluation
-    last = force_norm(landscape, forces.gradients)
-    ends = torch.stack([energies[0], energies[-1]])
+    first, last = norms[0], norms[-1]
+    ends = torch.stack([start_energy, total_energy(forces, strength)])
     tiny = torch.finfo(first.dtype).tiny
     # Force of the whole batch, so that one sample at rest from the start does not divide by nothing.
     growth = last.norm() / first.norm().clamp_min(tiny)
@@ -218,8 +218,8 @@ def fixed_steps(
     rose = not isinstance(strength, complex) and strength >= 0 and bool(ends[1] > ends[0] + room)
     finite = bool(torch.isfinite(ends).all()) and bool(torch.isfinite(last).all())
     moving = bool(growth > landscape.rounding**0.5)  # below, forces are rounding
-    growing = len(norms) == 4 and bool((torch.stack(norms).norm(dim=1).diff() > 0).all())
-    unstable = growing and moving and _unstable([gradients for _, gradients in onwards(2)], descends)
+    growing = descends and max_steps > 2 and bool((torch.stack(norms[-4:]).norm(dim=1).diff() > 0).all())
+    unstable = bool(growing) and moving and _unstable([gradients for _, gradients in onwards(2)], descends)
     if not finite or (rose and descends) or unstable or bool(growth > 10):
         before, after = onwards(1) if finite else [(point, forces.gradients)] * 2
         raise diverged(landscape, owner, before, after, strength, ends, float(growth))

@@ -1,5 +1,6 @@
 """What an evaluation of the network gives: energies and their slope."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import overload
 
@@ -76,7 +77,8 @@ class Energies(Sequence[Tensor]):
             self._shapes = [tensor.shape for tensor in tensors]
             self._finish = forces.finish
             size = sum(tensor.numel() for tensor in tensors)
-            self._kept = torch.cat([tensor.flatten()[:0] for tensor in tensors]).new_empty(self._length, size)
+            dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
+            self._kept = tensors[0].new_empty((self._length, size), dtype=dtype)
         assert [tensor.shape for tensor in tensors] == self._shapes
         flat = [tensor if tensor.ndim == 1 else tensor.reshape(-1) for tensor in tensors]
         torch.cat(flat, out=self._kept[self._count])
