@@ -17,9 +17,9 @@ from torch.autograd.function import BackwardCFunction
 from lightning_ebm.comparison import known_by
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import QuadraticEnergy, is_bounded
+from lightning_ebm.kernels import faster
 from lightning_ebm.lowering import NotRepeatable
 from lightning_ebm.network import Network, Run
-from lightning_ebm.products import faster_products
 from lightning_ebm.program import Program, Record, compiled_program
 from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.substitution import Pass, StateOf
@@ -136,7 +136,7 @@ class RecordingNetwork(Network):
             phases=mode.phases,
         )
         on_cpu = self.free[0].device.type == "cpu"
-        rewrite = partial(faster_products, compiler is not None) if on_cpu else None
+        rewrite = partial(faster, compiler is not None) if on_cpu else None
         program = compiled_program(record, rewrite, compiler)
         return program, [value for value, _ in reached]
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_ebm as ebm
-from lightning_ebm import products
+from lightning_ebm import kernels
 from lightning_ebm.capture import Captures
 from lightning_ebm.program import Program
 
@@ -539,7 +539,7 @@ def test_products_by_the_faster_library_are_as_near_to_float64_as_the_others(mon
     assert not fused(learner)
     results = {}
     for faster in (False, True):
-        monkeypatch.setattr(products, "available", lambda faster=faster: faster)
+        monkeypatch.setattr(kernels, "available", lambda faster=faster: faster)
         results[faster], learner = wide_gradients(torch.float32)
         assert fused(learner) == faster
     for name, value in exact.items():
@@ -551,13 +551,62 @@ def test_products_by_the_faster_library_are_as_near_to_float64_as_the_others(mon
 
 
 def test_the_activation_behind_a_product_is_part_of_it(monkeypatch) -> None:
-    monkeypatch.setattr(products, "available", lambda: True)
+    monkeypatch.setattr(kernels, "available", lambda: True)
     _, learner = wide_gradients(torch.float32)
     (program,) = programs(learner)
     point = program.sources["point"]
     assert "'relu'" in point
     assert "'sigmoid'" in point
     assert "'tanh'" not in point  # the drive of the first layer is the input's
+
+
+def test_the_faster_ways_give_what_they_stand_for() -> None:
+    """In float64, where rounding hides nothing, except for the library that knows float32 alone."""
+    x, matrix, term = torch.randn(9, 17), torch.randn(17, 5), torch.randn(9, 5)
+    exact = x.double() @ matrix.double()
+    assert torch.allclose(kernels.product(x, matrix, None, "none").double(), exact, atol=1e-5)
+    assert torch.allclose(kernels.product(x, matrix, term[0], "tanh").double(), (exact + term[0]).tanh(), atol=1e-5)
+    assert torch.allclose(kernels.product_and(x, matrix, term).double(), exact + term, atol=1e-5)
+    image, weight, bias = torch.randn(2, 4, 9, 7), torch.randn(6, 2, 3, 3), torch.randn(6)
+    sizes = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), "groups": 2}
+    slow = F.conv2d(image.double(), weight.double(), bias.double(), **sizes).sigmoid()
+    assert torch.allclose(
+        kernels.convolution(image, weight, bias, *sizes.values(), "sigmoid").double(), slow, atol=1e-5
+    )
+    even = torch.randn(2, 3, 6, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(kernels.mean_of_four(even), F.avg_pool2d(even, 2))
+    (slope,) = torch.autograd.grad(F.avg_pool2d(even, 2), even, gradient := torch.randn(2, 3, 3, 4).double())
+    assert torch.equal(kernels.quarter_to_four(gradient), slope)
+
+
+@pytest.mark.parametrize(
+    ("pool", "known"),
+    [
+        (nn.AvgPool2d(2), True),
+        (nn.AvgPool2d((2, 2), stride=2), True),
+        (nn.AvgPool2d(2, stride=1), False),
+        (nn.AvgPool2d(2, padding=1), False),
+        (nn.AvgPool2d(3, ceil_mode=True), False),
+        (nn.AvgPool2d(2, divisor_override=3), False),
+    ],
+    ids=str,
+)
+def test_windows_of_two_by_two_and_no_others_are_four_views(pool: nn.Module, known: bool) -> None:
+    def images() -> nn.Sequential:
+        return nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Upsample(scale_factor=2), nn.Conv2d(1, 2, 3, padding=1),
+                             nn.Tanh(), pool, nn.Flatten(), nn.LazyLinear(3))  # fmt: skip
+
+    torch.manual_seed(0)
+    net = images().double()
+    x, y = torch.randn(7, 6, dtype=torch.float64), torch.arange(7) % 3
+    net(x)
+    found = {}
+    for capture in (False, True):
+        learner = ebm.Learner(net, pc(), capture=capture)
+        for _ in range(2):
+            found[capture] = learner.gradients(lambda: F.cross_entropy(net(x), y))
+    assert max(float((found[True][n] - g).abs().max()) for n, g in found[False].items()) < 1e-12
+    assert any(kernels.mean_of_four in program.point.__globals__.values() for program in programs(learner)) == known
 
 
 @pytest.mark.filterwarnings("ignore")

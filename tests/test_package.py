@@ -46,7 +46,7 @@ ORDER = [
     {"tape"},
     {"comparison", "writing"},
     {"contrast", "lowering", "simplify"},
-    {"products"},
+    {"kernels"},
     {"program"},
     {"recording"},
     {"capture"},
