@@ -129,9 +129,9 @@ BACKPROP, BETWEEN, EQUILIBRIUM = "#1b7837", "#a6611a", "#762a83"  # the three re
 LEAST = 1e-10  # of 1 - cosine that is drawn
 
 
+@mpl.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
 def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     """A column for each theory; above against what makes it small, below against the steps."""
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(2, len(found), figsize=(15, 9.5), layout="constrained", sharey=True)
     for column, (theory, entry) in enumerate(zip(THEORIES, found.values(), strict=True)):
         _against_knob(axes[0, column], theory, entry)

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import logging
 import pickle
 import re
 import struct
@@ -37,9 +38,11 @@ QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summa
 @pytest.fixture(autouse=True)
 def somewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
+    threads, log = torch.get_num_threads(), logging.getLogger("lightning_ebm")
+    level = log.level
     yield
     torch.set_num_threads(threads)
+    log.setLevel(level)
 
 
 def run(*arguments):
