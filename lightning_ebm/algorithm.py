@@ -24,14 +24,15 @@ class Algorithm:
     E(x, theta) = sum_b I_b(x, theta) + lambda * L(x, theta)
 
     Args:
-        energy: I.
-        nudge: the table of phases, {lambda_p: weight_p}.
-        relaxer: finds x_p for each phase with lambda_p != 0, starting from the free state.
+        energy: I; `PredictiveCoding()` if not given.
+        nudge: the table of phases, {lambda_p: weight_p}; `OneSided()` if not given.
+        relaxer: finds x_p for each phase with lambda_p != 0, starting from the free state; `ErrorCoordinates()` if not
+            given.
         free_relaxer: finds the free state of energies whose free equilibrium is not the forward pass; None: `relaxer`.
         update: what is read off. "contrast", sum_p weight_p dE/dtheta(x_p) with states held fixed; "cross-derivative",
             dL/dtheta + d2I/dtheta dx (sum_p weight_p x_p) at the free state; "first-arrival", "fixed-prediction",
             "multipliers", "dyadic", what relaxers of those kinds leave at each layer, times the slope of its prediction
-            or drive; "incremental", dE/dtheta after every single step of the relaxer, with an optimizer step each;
+            or drive; "incremental", dE/dtheta before every single step of the relaxer, an optimizer step with each;
             "backprop", the loss passes through unchanged and the other parts are not used (the control of every
             experiment); "auto", what the nudge and the relaxer are made for.
         initial_state: where the search for the free state starts: the "forward" pass, "zeros", or "last-visit",
@@ -41,14 +42,19 @@ class Algorithm:
         ConfigurationError: parts of the wrong kind, or parts that do not fit each other.
     """
 
-    energy: Energy = PredictiveCoding()
-    nudge: Nudge = OneSided()
-    relaxer: Relaxer = ErrorCoordinates()
+    # None stands for the default until the object is made: of an instance as default, parsers of command lines and YAML
+    # carry the settings over to the class that replaces it, Centered(strength=1.0) where Centered() was written.
+    energy: Energy = None  # type: ignore[assignment]
+    nudge: Nudge = None  # type: ignore[assignment]
+    relaxer: Relaxer = None  # type: ignore[assignment]
     free_relaxer: Relaxer | None = None
     update: Update = "auto"
     initial_state: Literal["forward", "zeros", "last-visit"] = "forward"
 
     def __post_init__(self) -> None:
+        for part, default in (("energy", PredictiveCoding), ("nudge", OneSided), ("relaxer", ErrorCoordinates)):
+            if getattr(self, part) is None:
+                object.__setattr__(self, part, default())
         kinds = {"energy": Energy, "nudge": Nudge, "relaxer": Relaxer}
         for part, kind in kinds.items():
             value = getattr(self, part)
@@ -108,7 +114,7 @@ class Algorithm:
             self.energy.divergence and isinstance(self.nudge, OneSided) and self.increments
         ):
             raise ConfigurationError(
-                'update="incremental" moves parameters after every step of one nudged phase: it needs a divergence'
+                'update="incremental" moves parameters with every step of one nudged phase: it needs a divergence'
                 " energy such as ebm.PredictiveCoding(), an ebm.OneSided(...) nudge and a relaxer with a number of"
                 " steps, ebm.GradientDescent(lr, max_steps) or ebm.StateOptimizer(..., max_steps=...)."
             )

@@ -94,9 +94,10 @@ def fixed_prediction() -> Algorithm:
 def incremental_pc() -> Algorithm:
     """Incremental predictive coding (iPC): parameters move after every step of the states.
 
-    Energy: E = sum_l 1/2 |x_l - mu_l|^2 + L. Phase: 8 times, x <- x - .1 dE/dx, then theta <- optimizer(dE/dtheta).
-    Update: dE/dtheta at the states after each single step, so 8 optimizer steps a batch, all of which the Trainer
-    counts. Incremental expectation maximisation; no claim to be backprop's direction. `Learner.step` in plain loops;
+    Energy: E = sum_l 1/2 |x_l - mu_l|^2 + L. Phase: 8 times x <- x - .1 dE/dx and, at once,
+    theta <- optimizer(dE/dtheta), both of one gradient. Update: dE/dtheta at the states before each single step, so 8
+    optimizer steps a batch, all of which the Trainer counts: the first trains the last layer alone, as states start at
+    x_bar. Incremental expectation maximisation; no claim to be backprop's direction. `Learner.step` in plain loops;
     `Learner.backward` leaves the parameters alone and so is that of predictive coding with as many steps.
     Number of steps as in published benchmarks, step size this library's choice.
 

@@ -153,7 +153,7 @@ class Step:
         return surrogate
 
     def increments(self, loss: Tensor, scale: float = 1.0) -> Iterator[Tensor]:
-        """The surrogate after each single step of the relaxer; the parameters may move between one and the next.
+        """The surrogate before each single step of the relaxer: states and parameters move at once, from one gradient.
 
         Args:
             loss: as for `surrogate`.
@@ -165,15 +165,15 @@ class Step:
         strength = strength.real
         point, move = list(network.free), relaxer.stepper(network.free)
         energies, norms = [], []
-        for taken in range(1, self._algorithm.increments + 1):
+        for taken in range(self._algorithm.increments):
             with torch.no_grad():
                 forces = network.forces(point, strength)
-                point = network.feasible(move(point, forces.gradients))
+                following = network.feasible(move(point, forces.gradients))
             energies.append(total_energy(forces, strength))
             norms.append(force_norm(network, forces.gradients))
             if not bool(torch.isfinite(norms[-1]).all()) or bool(norms[-1].norm() > 1e3 * norms[0].norm()):
                 raise RelaxationDivergedError(
-                    f"{relaxer!r} ran away at step {taken} of an incremental update: the force grew to"
+                    f"{relaxer!r} ran away at step {taken + 1} of an incremental update: the force grew to"
                     f" {float(norms[-1].norm() / norms[0].norm()):.3g} times its start. States and weights move at once"
                     " here; take a smaller step for either."
                 )
@@ -184,6 +184,7 @@ class Step:
             self._check_coverage(update)
             yield loss.detach() + (update - update.detach())
             network.parameters_moved()
+            point = following
 
     def _opened(self, loss: Tensor, scale: float) -> Network:
         """The network of this step, after checking what only now is known."""

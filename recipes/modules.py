@@ -1,6 +1,7 @@
 """LightningModules of the recipes, as anyone would write them. Nothing here knows how their weights will be trained."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning as L
@@ -12,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
 Batch = tuple[Tensor, Tensor]
-Schedule = Literal["constant", "warmup-cosine"]
+Schedule = Literal["constant", "cosine", "warmup-cosine"]
 
 
 def warmup_cosine(step: int, total: int, peak: float = 1.1, warmup: float = 0.1, end: float = 0.1) -> float:
@@ -24,20 +25,39 @@ def warmup_cosine(step: int, total: int, peak: float = 1.1, warmup: float = 0.1,
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * fraction))
 
 
-class _Trained(L.LightningModule):
-    """What both modules share: an optimizer from outside, and a schedule by optimizer steps."""
+def cosine(step: int, total: int) -> float:
+    """Factor on the learning rate: half a cosine from 1 down to 0."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
 
-    def __init__(self, optimizer: OptimizerCallable, schedule: Schedule) -> None:
+
+SCHEDULES: dict[str, Callable[[int, int], float]] = {"cosine": cosine, "warmup-cosine": warmup_cosine}
+
+
+class _Trained(L.LightningModule):
+    """What both modules share: an optimizer from outside, and a schedule by batches."""
+
+    def __init__(
+        self, optimizer: OptimizerCallable, schedule: Schedule, layer_rates: tuple[float, ...] | None = None
+    ) -> None:
         super().__init__()
-        self.optimizer, self.schedule = optimizer, schedule
+        self.optimizer, self.schedule, self.layer_rates = optimizer, schedule, layer_rates
 
     def configure_optimizers(self) -> Any:
-        optimizer: Optimizer = self.optimizer(self.parameters())
+        optimizer: Optimizer = self.optimizer(self.parameters() if self.layer_rates is None else self._groups())
         if self.schedule == "constant":
             return optimizer
-        total = int(self.trainer.estimated_stepping_batches)
-        scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, total))
+        total, factor = int(self.trainer.estimated_stepping_batches), SCHEDULES[self.schedule]
+        scheduler = LambdaLR(optimizer, lambda step: factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """A group of parameters for each module that has some of its own, in the order of the network."""
+        rates = self.layer_rates or ()
+        own = [list(module.parameters(recurse=False)) for module in self.modules()]
+        layers = [parameters for parameters in own if parameters]
+        if len(layers) != len(rates):
+            raise ValueError(f"layer_rates has {len(rates)} entries, and {len(layers)} modules have parameters.")
+        return [{"params": parameters, "lr": rate} for parameters, rate in zip(layers, rates, strict=True)]
 
 
 class Classifier(_Trained):
@@ -47,8 +67,10 @@ class Classifier(_Trained):
         net: ``(B, ...)`` to ``(B, classes)``.
         loss: "cross-entropy"; or "squared-error", 1/2 |output - one-hot label|^2, the mean over the batch.
         optimizer: of the weights.
-        schedule: of its learning rate: constant, or up by a tenth for a tenth of the steps, then a cosine to a tenth.
+        schedule: of its learning rate: constant; "cosine", to 0; "warmup-cosine", up by a tenth for a tenth of the
+            batches, then a cosine to a tenth.
         classes: how many.
+        layer_rates: a learning rate for each layer with weights, from the input up, instead of one for all.
     """
 
     def __init__(
@@ -58,8 +80,9 @@ class Classifier(_Trained):
         optimizer: OptimizerCallable = lambda p: Adam(p, lr=1e-3),
         schedule: Schedule = "constant",
         classes: int = 10,
+        layer_rates: tuple[float, ...] | None = None,
     ) -> None:
-        super().__init__(optimizer, schedule)
+        super().__init__(optimizer, schedule, layer_rates)
         self.net, self.loss, self.classes = net, loss, classes
         self.train_accuracy = MulticlassAccuracy(classes, average="micro")
         self.val_accuracy = MulticlassAccuracy(classes, average="micro")

@@ -90,6 +90,25 @@ class VGG5(nn.Sequential):
         super().__init__(*blocks, nn.Flatten(), nn.Linear(channels[-1] * 2 * 2, 10))
 
 
+class HopfieldConv(nn.Sequential):
+    """Four blocks of convolution, pooling and hard sigmoid, and a linear read-out, for 32 x 32 colour images.
+
+    Pooling comes before the activation, so that a state sits behind both, as in the convolutional Hopfield networks of
+    equilibrium propagation: the energy's term of a block is G(x_l) - <x_l, pool(w * x_{l-1})>. The last convolution has
+    no padding, so that one pixel is left to read out.
+
+    Args:
+        channels: of the four blocks.
+    """
+
+    def __init__(self, channels: tuple[int, ...] = (128, 256, 512, 512)) -> None:
+        layers: list[nn.Module] = []
+        for index, (c, d) in enumerate(pairwise((3, *channels))):
+            padding = 1 if index < len(channels) - 1 else 0
+            layers += [nn.Conv2d(c, d, 3, padding=padding), nn.MaxPool2d(2), _activation("clip")]
+        super().__init__(*layers, nn.Flatten(), nn.Linear(channels[-1], 10))
+
+
 class BasicBlock(nn.Module):
     """Two convolutions and a shortcut."""
 

@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import yaml
+from lightning_modules import Template
 
 import lightning_ebm as ebm
 
@@ -38,6 +40,30 @@ def test_every_preset_that_the_decision_page_names_exists():
     named = set(re.findall(r'`"([a-z-]+)"`', text)) | set(re.findall(r'ebm\.algorithm\("([a-z-]+)"', text))
     assert named
     assert named <= set(ebm.algorithms())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_panels_on_the_page_are_those_that_are_logged():
+    """Every scalar that a fit logs is named on the page, and every scalar named there is logged."""
+    callbacks = [
+        ebm.GradientAlignment(1, reference=["backprop", "equilibrium"]),
+        ebm.RelaxationMonitor(1, regime_every_n_steps=1),
+    ]
+    trainer = L.Trainer(
+        strategy=ebm.EBMStrategy("predictive-coding"), callbacks=callbacks, max_epochs=1, accelerator="cpu", devices=1,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Template(batch_norm=False, dropout=0.0))
+    logged = {name for name in trainer.callback_metrics if name.startswith(("alignment", "ebm/"))}
+    text = (ROOT / "docs" / "panels.md").read_text().partition("## In Weights & Biases alone")[0]
+    named = set(re.findall(r"`((?:alignment|ebm)/[\w/.]+)`", text))
+    overall = {name for name in logged if len(name.split("/")) == 2}
+    assert {name.replace("alignment_equilibrium/", "alignment/") for name in overall} == {
+        name for name in named if len(name.split("/")) == 2
+    }
+    for kind in ("ebm/residual/layer/", "ebm/way/layer/", "alignment/layer/cosine/", "alignment/cosine/net/"):
+        assert kind in text
+        assert any(name.startswith(kind) for name in logged), sorted(logged)
 
 
 def test_every_page_is_in_the_navigation():

@@ -114,7 +114,11 @@ def test_an_incremental_update_steps_the_optimizer_once_for_every_relaxation_ste
 
 
 def test_an_incremental_update_is_the_one_written_by_hand():
-    """x <- x - lr dE/dx at theta, then theta <- theta - lr dE/dtheta at the new x, over explicit states."""
+    """x <- x - lr dE/dx and theta <- theta - lr dE/dtheta at once, from one gradient of E, over explicit states.
+
+    Simultaneous, as published and as in the authors' code: taken one after the other the published step of the states,
+    .85, does not train (36 % on MNIST after an epoch, where this gives 96 %).
+    """
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     x, y = X.double(), Y.double()
@@ -134,12 +138,11 @@ def test_an_incremental_update_is_the_one_written_by_hand():
             return 0.5 * error.square().sum() + 0.5 * (copy[2](state) - y).square().sum()
 
         energies.append(float(energy()))
-        (force,) = torch.autograd.grad(energy(), state)
+        force, *grads = torch.autograd.grad(energy(), [state, *copy.parameters()])
         state = (state - 0.2 * force).detach()
-        grads = torch.autograd.grad(energy(state) / len(x), list(copy.parameters()))
         with torch.no_grad():
             for parameter, grad in zip(copy.parameters(), grads, strict=True):
-                parameter -= 0.3 * grad
+                parameter -= 0.3 * grad / len(x)
     for found, expected in zip(net.parameters(), copy.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert energies == sorted(energies, reverse=True)  # E falls in states and parameters alike

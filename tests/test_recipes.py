@@ -3,11 +3,13 @@
 import gzip
 import itertools
 import json
+import logging
 import pickle
 import re
 import struct
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -24,6 +26,7 @@ import main
 import mnist_1d
 import modules
 import nets
+import one_theory
 import sources
 import sweep
 
@@ -36,9 +39,11 @@ QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summa
 @pytest.fixture(autouse=True)
 def somewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
+    threads, log = torch.get_num_threads(), logging.getLogger("lightning_ebm")
+    level = log.level
     yield
     torch.set_num_threads(threads)
+    log.setLevel(level)
 
 
 def run(*arguments):
@@ -81,17 +86,25 @@ def test_parts_by_short_name_and_strategies_by_class_path_are_the_algorithm_they
                 "init_args": {
                     "energy": {"class_path": "lightning_ebm.PredictiveCoding"},
                     "nudge": {"class_path": "lightning_ebm.Centered", "init_args": {"strength": 0.1}},
-                    "relaxer": {
-                        "class_path": "lightning_ebm.GradientDescent",
-                        # All of them: the parser keeps the default relaxer's value of a setting that both classes have.
-                        "init_args": {"lr": 0.1, "max_steps": 7, "tol": 0.0},
-                    },
+                    "relaxer": {"class_path": "lightning_ebm.GradientDescent", "init_args": {"max_steps": 7}},
                 },
             }
         },
     }
     Path("strategy.yaml").write_text(yaml.safe_dump({"trainer": {"strategy": written}, "algorithm": None}))
     assert run("--config", "strategy.yaml", *once).trainer.strategy.algorithm == wanted
+
+
+def test_a_part_named_by_class_path_alone_has_its_own_defaults():
+    """Not those of `Algorithm`'s default part: a parser carries settings of that name over from a default instance."""
+    parts = {"energy": "Hopfield", "nudge": "Centered", "relaxer": "FixedPoint"}
+    init_args = {part: {"class_path": f"lightning_ebm.{name}"} for part, name in parts.items()}
+    algorithm = {"class_path": "lightning_ebm.Algorithm", "init_args": init_args}
+    strategy = {"class_path": "lightning_ebm.EBMStrategy", "init_args": {"algorithm": algorithm}}
+    Path("strategy.yaml").write_text(yaml.safe_dump({"trainer": {"strategy": strategy}, "algorithm": None}))
+    made = run("--config", "strategy.yaml", "--trainer.fast_dev_run", "true", "--model.net.activation", "tanh")
+    assert made.trainer.strategy.algorithm == ebm.Algorithm(ebm.Hopfield(), ebm.Centered(), ebm.FixedPoint())
+    assert ebm.Algorithm() == ebm.Algorithm(ebm.PredictiveCoding(), ebm.OneSided(), ebm.ErrorCoordinates())
 
 
 def test_without_an_algorithm_it_is_stock_lightning():
@@ -176,8 +189,10 @@ def test_every_recipe_takes_a_step(path, folder):
     small = ["--trainer.fast_dev_run", "2", "--wandb", "off", "--trainer.accelerator", "cpu", *QUIET]
     if "ResNet18" in text:
         small += ["--model.net.width", "4"]
-    if "VGG5" in text:
+    if "VGG5" in text or "HopfieldConv" in text:
         small += ["--model.net.channels", "[4,4,4,4]"]
+    if "HopfieldConv" in text:
+        small += ["--free_relaxer.max_steps", "10", "--data.num_workers", "0"]
     where = [] if re.search(r"class_path: data.(Digits|MNIST1D)\b", text) else ["--data.dir", str(folder)]
     made = main.main(["fit", "--config", str(path), *where, *small])
     relaxes = made.trainer.strategy.algorithm if hasattr(made.trainer.strategy, "algorithm") else None
@@ -185,6 +200,128 @@ def test_every_recipe_takes_a_step(path, folder):
     # An incremental batch is as many optimizer steps as it has relaxation steps, and fast_dev_run counts steps too.
     assert made.trainer.global_step == (relaxes.increments if incremental else 2)
     assert all(torch.isfinite(p).all() for p in made.model.parameters())
+
+
+# The convolutional Hopfield network
+
+
+HOPFIELD = RECIPES / "configs" / "cifar10-hopfield-ep.yaml"
+
+
+def through_time(net, x, y, steps):
+    """Gradient of the loss by backpropagation through all sweeps of the free phase: an EP library is not needed for it.
+
+    s_l <- clip(d/ds_l sum_k <s_k, pool(w_k * s_{k-1})>), all layers at once, from zeros.
+    """
+    convolutions = [m for m in net if isinstance(m, torch.nn.Conv2d)]
+
+    def drive(k, below):
+        return torch.nn.functional.max_pool2d(convolutions[k](below), 2)
+
+    states, h = [], x
+    for k in range(len(convolutions)):
+        h = drive(k, h)
+        states.append(torch.zeros_like(h, requires_grad=True))
+    for _ in range(steps):
+        drives = [drive(k, below) for k, below in enumerate([x, *states[:-1]])]
+        phi = sum((s * d).sum() for s, d in zip(states, drives, strict=True))
+        states = [slope.clamp(0, 1) for slope in torch.autograd.grad(phi, states, create_graph=True)]
+    loss = torch.nn.functional.cross_entropy(net[-1](states[-1].flatten(1)), y)
+    names, parameters = zip(*net.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+def test_the_convolutional_hopfield_recipe_relaxes_and_its_update_is_the_gradient_through_time():
+    """The recipe's own phases; the nudge alone is made small, as at 1 the winners of the pooling change."""
+    written = yaml.safe_load(HOPFIELD.read_text())
+    free, nudged = (ebm.FixedPoint(**written[part]["init_args"]) for part in ("free_relaxer", "relaxer"))
+    assert (free.max_steps, nudged.max_steps, free.order) == (250, 25, "synchronous")
+    torch.manual_seed(0)
+    net = nets.HopfieldConv((4, 4, 8, 8)).double()
+    x, y = torch.randn(4, 3, 32, 32).double(), torch.randint(10, (4,))
+    longer = ebm.FixedPoint(100, "synchronous")
+    algorithm = ebm.algorithm(
+        written["algorithm"], nudge=ebm.Centered(1e-3), free_relaxer=free, relaxer=longer, initial_state="zeros"
+    )
+    learner = ebm.Learner(net, algorithm, output="readout")
+
+    def loss():
+        return torch.nn.functional.cross_entropy(net(x), y)
+
+    update = learner.gradients(loss)
+    assert max(learner.report["phases"][0]["residual"]) < 1e-12  # the free phase is over after the published 250 sweeps
+    assert ebm.metrics.alignment(update, through_time(net, x, y, 250))["relative_error"] < 1e-6
+    # In the other order, whose equilibrium may be another where winners tie, against implicit differentiation there.
+    ordered = ebm.algorithm(
+        algorithm, free_relaxer=ebm.FixedPoint(500, tol=1e-11), relaxer=ebm.FixedPoint(500, tol=1e-9)
+    )
+    implicit = ebm.reference.equilibrium(net, loss, ordered, output="readout")
+    found = ebm.Learner(net, ordered, output="readout").gradients(loss)
+    assert ebm.metrics.alignment(found, implicit)["relative_error"] < 1e-6
+
+
+def test_the_convolutional_hopfield_recipe_learns_at_reduced_size(tmp_path):
+    """Four colours, told apart by few channels: far above the one in four of guessing."""
+    random = np.random.RandomState(0)
+    colours = np.array([[40, 40, 40], [216, 40, 40], [40, 216, 40], [40, 40, 216]])
+
+    def images(count):
+        y = np.arange(count) % 4
+        noise = random.normal(0, 25, (count, 32, 32, 3))
+        return (colours[y][:, None, None, :] + noise).clip(0, 255).astype(np.uint8), y.astype(np.uint8)
+
+    (train_x, train_y), (test_x, test_y) = images(160), images(40)
+    np.savez(tmp_path / "cifar10.npz", x_train=train_x, y_train=train_y, x_test=test_x, y_test=test_y)
+    small = ["--model.net.channels", "[8,8,16,16]", "--free_relaxer.max_steps", "10", "--relaxer.max_steps", "5"]
+    small += ["--data.dir", str(tmp_path), "--data.batch_size", "16", "--data.num_workers", "0"]
+    small += ["--trainer.max_epochs", "4", "--trainer.accelerator", "cpu", "--wandb", "off", *QUIET]
+    made = main.main(["fit", "--config", str(HOPFIELD), *small])
+    groups = made.trainer.optimizers[0].param_groups
+    assert [group["initial_lr"] for group in groups] == [0.25, 0.15, 0.1, 0.08, 0.05]
+    assert [len(group["params"]) for group in groups] == [2] * 5
+    assert max(group["lr"] for group in groups) < 1e-9  # the cosine has ended with the last batch
+    values = json.loads((tmp_path / "runs" / "cifar10-hopfield-ep" / "result.json").read_text())["values"]
+    assert values[-1] > 0.7
+
+
+# One theory
+
+
+def test_the_figure_of_one_theory_has_the_slopes_of_the_theory(tmp_path, monkeypatch):
+    """Error O(lambda), O(beta), O(gamma), centred O(lambda^2); one step of PC reaches the last layer alone."""
+    fewer = {"values": (1e-4, 1e-2, 0.1, 1.0), "shown": (1e-4, 1.0)}
+    monkeypatch.setattr(one_theory, "THEORIES", tuple(replace(theory, **fewer) for theory in one_theory.THEORIES))
+    found = one_theory.main(hidden=(16, 8), batch_size=8, steps=(1, 250), root=tmp_path)
+    assert (tmp_path / "one_theory.png").stat().st_size > 20_000
+    assert json.loads((tmp_path / "one_theory.json").read_text()).keys() == found.keys()
+
+    def slope(entry, part, low, high):
+        at = {v: e["relative_error"] for v, e in zip(entry["values"], entry[part], strict=False)}
+        return np.log10(at[high] / at[low]) / np.log10(high / low)
+
+    for entry in found.values():
+        assert slope(entry, "equilibrium", 1e-4, 1e-2) == pytest.approx(1, abs=0.05)
+        if entry["centred"]:
+            assert slope(entry, "centred", 1e-2, 1e-1) == pytest.approx(2, abs=0.1)
+        assert entry["course"][0][-1] == pytest.approx(1, abs=1e-5)
+        assert all(e["cosine"] < 0.9999 for e in entry["equilibrium"][-2:])  # a finite perturbation stays elsewhere
+    hebbian = found["contrastive Hebbian learning"]["equilibrium"]
+    assert hebbian[0]["to_backprop"] == pytest.approx(1, abs=1e-6)
+    assert found["equilibrium propagation"]["equilibrium"][0]["to_backprop"] < 0.9999  # another gradient, on purpose
+
+    torch.manual_seed(0)
+    net = nets.MLP((64, 16, 8, 10), activation="tanh").double()
+    net[3].weight.data *= 0.5
+    net[5].weight.data *= 0.5
+    module = data.Digits()
+    module.setup("fit")
+    x, y = module.parts["train"].__getitems__(list(range(8)))
+    target = torch.nn.functional.one_hot(y, 10).double()
+    (0.5 * (net(x.flatten(1).double()) - target).square().sum(1).mean()).backward()
+    norms = [p.grad.square().sum() for p in net.parameters()]
+    share = float((sum(norms[-2:]) / sum(norms)).sqrt())
+    for course in found["predictive coding"]["course"]:
+        assert course[0] == pytest.approx(share, abs=1e-9)
 
 
 # Data
