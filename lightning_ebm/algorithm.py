@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_ebm.automatic import automatic
 from lightning_ebm.energies import Energy, PredictiveCoding
 from lightning_ebm.energies.base import QuadraticEnergy
 from lightning_ebm.errors import ConfigurationError
@@ -14,10 +15,11 @@ Update = Literal[
     "backprop",
 ]  # fmt: skip
 _UPDATES = get_args(Update)
+_ENERGY, _NUDGE, _RELAXER = PredictiveCoding(), OneSided(), ErrorCoordinates()
 _DISPLACEMENTS = ("first-arrival", "fixed-prediction", "multipliers", "dyadic")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Algorithm:
     """What to relax, how the loss pulls, how states move, and what is read off.
 
@@ -26,7 +28,8 @@ class Algorithm:
     Args:
         energy: I.
         nudge: the table of phases, {lambda_p: weight_p}.
-        relaxer: finds x_p for each phase with lambda_p != 0, starting from the free state.
+        relaxer: finds x_p for each phase with lambda_p != 0, starting from the free state; "auto": the `Cheapest` of
+            those that fit the energy and the nudge, to a tolerance of 1e-3.
         free_relaxer: finds the free state of energies whose free equilibrium is not the forward pass; None: `relaxer`.
         update: what is read off. "contrast", sum_p weight_p dE/dtheta(x_p) with states held fixed; "cross-derivative",
             dL/dtheta + d2I/dtheta dx (sum_p weight_p x_p) at the free state; "first-arrival", "fixed-prediction",
@@ -41,21 +44,40 @@ class Algorithm:
         ConfigurationError: parts of the wrong kind, or parts that do not fit each other.
     """
 
-    energy: Energy = PredictiveCoding()
-    nudge: Nudge = OneSided()
-    relaxer: Relaxer = ErrorCoordinates()
+    energy: Energy = _ENERGY
+    nudge: Nudge = _NUDGE
+    relaxer: Relaxer = _RELAXER
     free_relaxer: Relaxer | None = None
     update: Update = "auto"
     initial_state: Literal["forward", "zeros", "last-visit"] = "forward"
 
-    def __post_init__(self) -> None:
-        kinds = {"energy": Energy, "nudge": Nudge, "relaxer": Relaxer}
-        for part, kind in kinds.items():
+    def __init__(
+        self,
+        energy: Energy = _ENERGY,
+        nudge: Nudge = _NUDGE,
+        relaxer: Relaxer | Literal["auto"] = _RELAXER,
+        free_relaxer: Relaxer | None = None,
+        update: Update = "auto",
+        initial_state: Literal["forward", "zeros", "last-visit"] = "forward",
+    ) -> None:
+        if relaxer == "auto" and isinstance(energy, Energy) and isinstance(nudge, Nudge):
+            relaxer = automatic(energy, nudge)
+        parts = {
+            "energy": energy, "nudge": nudge, "relaxer": relaxer, "free_relaxer": free_relaxer, "update": update,
+            "initial_state": initial_state,
+        }  # fmt: skip
+        for name, part in parts.items():
+            object.__setattr__(self, name, part)
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        kinds = {"energy": (Energy, _ENERGY), "nudge": (Nudge, _NUDGE), "relaxer": (Relaxer, _RELAXER)}
+        for part, (kind, example) in kinds.items():
             value = getattr(self, part)
             if not isinstance(value, kind):
                 raise ConfigurationError(
                     f"Algorithm({part}={value!r}): expected an instance of ebm.{kind.__name__}, such as"
-                    f" ebm.{type(_EXAMPLES[part]).__name__}(...), not {type(value).__name__}."
+                    f" ebm.{type(example).__name__}(...), not {type(value).__name__}."
                 )
         if self.free_relaxer is not None and not isinstance(self.free_relaxer, Relaxer):
             raise ConfigurationError(f"Algorithm(free_relaxer={self.free_relaxer!r}): expected an ebm.Relaxer or None.")
@@ -135,6 +157,3 @@ class Algorithm:
             "update": self.read_as,
             "initial_state": self.initial_state,
         }
-
-
-_EXAMPLES: dict[str, object] = {"energy": PredictiveCoding(), "nudge": OneSided(), "relaxer": ErrorCoordinates()}
