@@ -44,11 +44,13 @@ class Contest:
     Args:
         net: which.
         gain: factor on the freshly drawn weights; above 1 as after some training, where relaxations take longer.
+        lr: of Adam; 0 does all its arithmetic on weights that stay as they are.
     """
 
-    def __init__(self, net: Net, gain: float = 1.0) -> None:
+    def __init__(self, net: Net, gain: float = 1.0, lr: float = 1e-4) -> None:
         torch.manual_seed(0)
         self.net = net
+        self._lr = lr
         self._module = net.make()
         with torch.no_grad():
             for parameter in self._module.parameters():
@@ -75,7 +77,7 @@ class Contest:
 
     def _add(self, name: str, gradients: Callable[[nn.Module], Callable[[], object]]) -> None:
         own = copy.deepcopy(self._module)
-        optimizer = torch.optim.Adam(own.parameters(), lr=1e-4)
+        optimizer = torch.optim.Adam(own.parameters(), lr=self._lr)
         fill = gradients(own)
 
         def step() -> None:

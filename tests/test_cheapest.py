@@ -122,10 +122,20 @@ def test_a_failure_makes_it_choose_anew_and_is_said_once(caplog):
 def test_where_nothing_settles_it_does_not_try_everything_every_time():
     first, second = Scripted(3, "max_steps", end=0.5), Scripted(3, "max_steps", end=0.2)
     chooser = ebm.Cheapest(first, second)
-    found = [chooser.relax(Line(), START, 1.0) for _ in range(41)]
+    found = [chooser.relax(Line(), START, 1.0) for _ in range(41)]  # the first compares, and so does the tenth
     assert {f.status for f in found} == {"max_steps"}
     assert {float(f.point[0][0]) for f in found} == {0.2}  # least force left
-    assert first.runs == 1 + 6  # the first batch, and failures 1, 2, 4, 8, 16, 32
+    assert first.runs == 2 + 6  # and failures 1, 2, 4, 8, 16, 32
+
+
+def test_what_training_makes_cheaper_is_found_at_the_next_power_of_ten():
+    first, second = Scripted(4), Scripted(5)
+    chooser = ebm.Cheapest(first, second)
+    for batch in range(1, 101):
+        chooser.relax(Line(), START, 1.0)
+        second.passes = 3 if batch == 50 else second.passes
+        assert chooser.chosen["nudged"] is (first if batch < 100 else second)
+    assert (first.runs, second.runs) == (100, 3)
 
 
 def test_where_all_run_away_it_refuses_and_names_them():

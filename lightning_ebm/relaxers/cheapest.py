@@ -23,12 +23,13 @@ Tried = dict[str, list[float]]
 
 
 class Cheapest(Relaxer):
-    """argmin over candidates of the cost of relaxing to the same tolerance, found on the first batch, and kept.
+    """argmin over candidates of the cost of relaxing to the same tolerance, found on the first batch.
 
     On the first batch each candidate relaxes the same phase from the same start. One that ends "converged" has got
     there; if none does, one that is "stalled" has. It must not end higher in energy than the best by more than a
     hundredth of that one's fall: what is fast to another stationary point is not fast. The cheapest relaxes from then
-    on, exactly as it would by itself. Free phases, nudged ones and negatively nudged ones choose apart.
+    on, exactly as it would by itself. Free phases, nudged ones and negatively nudged ones choose apart. As training
+    changes what is cheap, the comparison is made again at the 10th batch, the 100th, the 1000th, and so on.
 
     Cost is counted, not timed: evaluations of the network, one passing through some layers only counting for
     (1 + their share) / 2, plus a tenth for every sum over all states, which is what a relaxer's own arithmetic comes
@@ -83,6 +84,7 @@ class Cheapest(Relaxer):
         """What this process has found out since the ranks last agreed."""
         self._chosen: dict[str, Relaxer] = {}
         self._failures: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
         self._said = False
 
     @property
@@ -104,7 +106,8 @@ class Cheapest(Relaxer):
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
         kind = "free" if strength == 0 else "negative" if complex(strength).real < 0 else "nudged"
-        if kind not in self._chosen:
+        self._counts[kind] = count = self._counts.get(kind, 0) + 1
+        if kind not in self._chosen or str(count).strip("0") == "1":  # a power of 10
             return self._compared(kind, landscape, start, strength)
         try:
             found = self._chosen[kind].relax(landscape, start, strength)  # type: ignore[arg-type]  # complex where it can
@@ -116,9 +119,11 @@ class Cheapest(Relaxer):
             self._failures[kind] = failures = self._failures.get(kind, 0) + 1
             if failures & (failures - 1):  # not a power of 2
                 return found
-        return self._compared(kind, landscape, start, strength)
+        return self._compared(kind, landscape, start, strength, failed=True)
 
-    def _compared(self, kind: str, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
+    def _compared(
+        self, kind: str, landscape: Landscape, start: Sequence[Tensor], strength: complex, failed: bool = False
+    ) -> Relaxation:
         """Tries all of them; what the chosen one finds."""
         # Whoever watches is shown the chosen one alone, which therefore goes once more.
         unwatched: Landscape = getattr(landscape, "unwatched", landscape)
@@ -139,7 +144,7 @@ class Cheapest(Relaxer):
         costs = _of_those_that_arrived(costs, ends)
         index = self._nearest(ends, strength) if min(costs) == math.inf else costs.index(min(costs))
         self.tried[kind] = costs
-        self._choose(kind, index, costs)
+        self._choose(kind, index, costs, failed)
         found = ends[index]
         if unwatched is not landscape or not isinstance(found, Relaxation):
             return self.candidates[index].relax(landscape, start, strength)  # type: ignore[arg-type]
@@ -155,13 +160,13 @@ class Cheapest(Relaxer):
             )
         return left.index(min(left))
 
-    def _choose(self, kind: str, index: int, costs: Sequence[float], together: bool = False) -> None:
+    def _choose(self, kind: str, index: int, costs: Sequence[float], failed: bool = False) -> None:
         before, now = self._chosen.get(kind), self.candidates[index]
         self._chosen[kind] = now
         if now is before:
             return
         told = "; ".join(f"{cost:.1f} {c!r}" for cost, c in zip(costs, self.candidates, strict=True))
-        if before is None or together:
+        if not failed:
             log.info("The %s phase is relaxed by %r. Passes it would cost: %s.", kind, now, told)
         elif not self._said:
             self._said = True
@@ -180,17 +185,18 @@ class Cheapest(Relaxer):
         for kind in dict.fromkeys(kind for one in told for kind in one):
             costs = [sum(column) for column in zip(*(one[kind] for one in told if kind in one), strict=True)]
             if min(costs) < math.inf:
-                self._choose(kind, costs.index(min(costs)), costs, together=True)
+                self._choose(kind, costs.index(min(costs)), costs)
 
     def state_dict(self) -> dict[str, Any]:
         """What was chosen."""
-        return {"chosen": {kind: repr(r) for kind, r in self._chosen.items()}, "failures": dict(self._failures)}
+        chosen = {kind: repr(relaxer) for kind, relaxer in self._chosen.items()}
+        return {"chosen": chosen, "failures": dict(self._failures), "counts": dict(self._counts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stays with it, as far as it is still among the candidates."""
         by_name = {repr(candidate): candidate for candidate in self.candidates}
         self._chosen = {kind: by_name[name] for kind, name in state["chosen"].items() if name in by_name}
-        self._failures = dict(state["failures"])
+        self._failures, self._counts = dict(state["failures"]), dict(state["counts"])
         self.tried = {}
 
 
