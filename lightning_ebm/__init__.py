@@ -29,6 +29,7 @@ from lightning_ebm.presets import algorithm, algorithms
 from lightning_ebm.relaxers import (
     Anderson,
     AugmentedLagrangian,
+    Cheapest,
     Dyadic,
     ErrorCoordinates,
     FixedPoint,
@@ -45,12 +46,11 @@ from lightning_ebm.summary import Summary, summary
 __version__ = "0.1.0"
 
 __all__ = [
-    "Algorithm", "Anderson", "AugmentedLagrangian", "Centered", "Clamped", "ConfigurationError", "Coupled", "Dyadic",
-    "EBMDDPStrategy", "EBMError", "EBMFSDP2Strategy", "EBMStrategy", "Energy", "Equilibrium", "ErrorCoordinates",
-    "FenchelYoung", "FixedPoint", "FixedPrediction", "GradientAlignment", "GradientDescent", "Holomorphic", "Hopfield",
-    "Infinitesimal", "LayerDiscoveryError", "LayerView", "LearnedPrecision",
-    "Learner", "Nudge", "OneSided", "Phase", "PredictiveCoding",
-    "RandomSign", "Relaxation", "RelaxationDivergedError", "RelaxationMonitor", "Relaxer", "StateOptimizer", "Summary",
-    "Sweep", "UnsupportedModuleError", "algorithm", "algorithms", "metrics", "reference", "regime", "summary",
-    "testing",
+    "Algorithm", "Anderson", "AugmentedLagrangian", "Centered", "Cheapest", "Clamped", "ConfigurationError",
+    "Coupled", "Dyadic", "EBMDDPStrategy", "EBMError", "EBMFSDP2Strategy", "EBMStrategy", "Energy", "Equilibrium",
+    "ErrorCoordinates", "FenchelYoung", "FixedPoint", "FixedPrediction", "GradientAlignment", "GradientDescent",
+    "Holomorphic", "Hopfield", "Infinitesimal", "LayerDiscoveryError", "LayerView", "LearnedPrecision", "Learner",
+    "Nudge", "OneSided", "Phase", "PredictiveCoding", "RandomSign", "Relaxation", "RelaxationDivergedError",
+    "RelaxationMonitor", "Relaxer", "StateOptimizer", "Summary", "Sweep", "UnsupportedModuleError", "algorithm",
+    "algorithms", "metrics", "reference", "regime", "summary", "testing",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_ebm.automatic import automatic
 from lightning_ebm.energies import Energy, PredictiveCoding
 from lightning_ebm.energies.base import QuadraticEnergy
 from lightning_ebm.errors import ConfigurationError
@@ -17,7 +18,7 @@ _UPDATES = get_args(Update)
 _DISPLACEMENTS = ("first-arrival", "fixed-prediction", "multipliers", "dyadic")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Algorithm:
     """What to relax, how the loss pulls, how states move, and what is read off.
 
@@ -27,7 +28,7 @@ class Algorithm:
         energy: I; `PredictiveCoding()` if not given.
         nudge: the table of phases, {lambda_p: weight_p}; `OneSided()` if not given.
         relaxer: finds x_p for each phase with lambda_p != 0, starting from the free state; `ErrorCoordinates()` if not
-            given.
+            given; "auto": the `Cheapest` of those that fit the energy and the nudge, to a tolerance of 1e-3.
         free_relaxer: finds the free state of energies whose free equilibrium is not the forward pass; None: `relaxer`.
         update: what is read off. "contrast", sum_p weight_p dE/dtheta(x_p) with states held fixed; "cross-derivative",
             dL/dtheta + d2I/dtheta dx (sum_p weight_p x_p) at the free state; "first-arrival", "fixed-prediction",
@@ -42,26 +43,46 @@ class Algorithm:
         ConfigurationError: parts of the wrong kind, or parts that do not fit each other.
     """
 
-    # None stands for the default until the object is made: of an instance as default, parsers of command lines and YAML
-    # carry the settings over to the class that replaces it, Centered(strength=1.0) where Centered() was written.
-    energy: Energy = None  # type: ignore[assignment]
-    nudge: Nudge = None  # type: ignore[assignment]
-    relaxer: Relaxer = None  # type: ignore[assignment]
+    energy: Energy
+    nudge: Nudge
+    relaxer: Relaxer
     free_relaxer: Relaxer | None = None
     update: Update = "auto"
     initial_state: Literal["forward", "zeros", "last-visit"] = "forward"
 
-    def __post_init__(self) -> None:
-        for part, default in (("energy", PredictiveCoding), ("nudge", OneSided), ("relaxer", ErrorCoordinates)):
-            if getattr(self, part) is None:
-                object.__setattr__(self, part, default())
-        kinds = {"energy": Energy, "nudge": Nudge, "relaxer": Relaxer}
-        for part, kind in kinds.items():
+    # None stands for the default until the object is made: of an instance as default, parsers of command lines and YAML
+    # carry the settings over to the class that replaces it, Centered(strength=1.0) where Centered() was written.
+    def __init__(
+        self,
+        energy: Energy | None = None,
+        nudge: Nudge | None = None,
+        relaxer: Relaxer | Literal["auto"] | None = None,
+        free_relaxer: Relaxer | None = None,
+        update: Update = "auto",
+        initial_state: Literal["forward", "zeros", "last-visit"] = "forward",
+    ) -> None:
+        energy = PredictiveCoding() if energy is None else energy
+        nudge = OneSided() if nudge is None else nudge
+        if relaxer == "auto" and isinstance(energy, Energy) and isinstance(nudge, Nudge):
+            relaxer = automatic(energy, nudge)
+        parts = {
+            "energy": energy, "nudge": nudge, "relaxer": ErrorCoordinates() if relaxer is None else relaxer,
+            "free_relaxer": free_relaxer, "update": update, "initial_state": initial_state,
+        }  # fmt: skip
+        for name, part in parts.items():
+            object.__setattr__(self, name, part)
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        kinds: dict[str, tuple[type, type]] = {
+            "energy": (Energy, PredictiveCoding), "nudge": (Nudge, OneSided), "relaxer": (Relaxer, ErrorCoordinates),
+        }  # fmt: skip
+        for part, (kind, example) in kinds.items():
             value = getattr(self, part)
             if not isinstance(value, kind):
                 raise ConfigurationError(
                     f"Algorithm({part}={value!r}): expected an instance of ebm.{kind.__name__}, such as"
-                    f" ebm.{type(_EXAMPLES[part]).__name__}(...), not {type(value).__name__}."
+                    f" ebm.{example.__name__}(...), not {type(value).__name__}."
                 )
         if self.free_relaxer is not None and not isinstance(self.free_relaxer, Relaxer):
             raise ConfigurationError(f"Algorithm(free_relaxer={self.free_relaxer!r}): expected an ebm.Relaxer or None.")
@@ -141,6 +162,3 @@ class Algorithm:
             "update": self.read_as,
             "initial_state": self.initial_state,
         }
-
-
-_EXAMPLES: dict[str, object] = {"energy": PredictiveCoding(), "nudge": OneSided(), "relaxer": ErrorCoordinates()}

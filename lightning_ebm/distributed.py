@@ -23,6 +23,7 @@ from lightning_ebm.energies import LearnedPrecision
 from lightning_ebm.errors import ConfigurationError, EBMError, RelaxationDivergedError
 from lightning_ebm.layers import Layers, Output
 from lightning_ebm.purity import shadowed
+from lightning_ebm.relaxers import Cheapest
 from lightning_ebm.strategy import EnergyStrategy
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,16 @@ class JointStrategy(EnergyStrategy, ParallelStrategy):
             self._agree(error)
             raise
         self._agree(None)
+        self._choose_together()
         return found
+
+    def _choose_together(self) -> None:
+        """Every rank comes here after a relaxation: what one of them found out about relaxers, all go by from now."""
+        if not self._relaxes or self.world_size == 1:
+            return
+        for relaxer in (self.algorithm.relaxer, self.algorithm.free_relaxer):
+            if isinstance(relaxer, Cheapest) and not self.reduce_boolean_decision(not relaxer.tried):
+                relaxer.agree(self.gather(relaxer.tried))
 
     def _agree(self, error: Exception | None) -> None:
         """Every rank comes here once a backward call, with its error if it has one."""

@@ -21,6 +21,12 @@ class Holding:
         self._network = network
         self._layers = frozenset(layers)
 
+    @property
+    def unwatched(self) -> "Holding":
+        """See `Recording.unwatched`."""
+        network = getattr(self._network, "unwatched", self._network)
+        return self if network is self._network else Holding(network, tuple(self._layers))
+
     def __getattr__(self, name: str) -> object:
         return getattr(self._network, name)
 

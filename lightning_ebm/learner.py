@@ -153,7 +153,7 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """What parts of the algorithm carry from one step to the next, such as the stand of `RandomSign`."""
-        parts = {name: getattr(self.algorithm, name) for name in ("energy", "nudge", "relaxer")}
+        parts = {name: getattr(self.algorithm, name) for name in ("energy", "nudge", "relaxer", "free_relaxer")}
         held = {name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")}
         return {**held, "states": self._memory.state_dict()}
 

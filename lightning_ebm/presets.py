@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.energies import FenchelYoung, Hopfield, PredictiveCoding
+from lightning_ebm.automatic import automatic
+from lightning_ebm.energies import Energy, FenchelYoung, Hopfield, PredictiveCoding
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.nudges import Centered, Clamped, Coupled, Holomorphic, Infinitesimal, OneSided
+from lightning_ebm.nudges import Centered, Clamped, Coupled, Holomorphic, Infinitesimal, Nudge, OneSided
 from lightning_ebm.relaxers import (
     AugmentedLagrangian,
     Dyadic,
@@ -245,7 +246,7 @@ def algorithm(name: str | Algorithm, **parts: Any) -> Algorithm:
 
     Args:
         name: one of `algorithms()`, or an `Algorithm` to vary.
-        parts: fields of `Algorithm`, ``nudge=ebm.Centered(0.25)``.
+        parts: fields of `Algorithm`, ``nudge=ebm.Centered(0.25)``. ``relaxer="auto"`` keeps the preset's tolerance.
 
     Raises:
         ConfigurationError: no such preset, or no such part.
@@ -270,6 +271,15 @@ def algorithm(name: str | Algorithm, **parts: Any) -> Algorithm:
         close = difflib.get_close_matches(unknown[0], fields, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ConfigurationError(f"An algorithm has no part {unknown[0]!r}.{hint} It has: {', '.join(fields)}.")
+    energy, nudge = parts.get("energy", chosen.energy), parts.get("nudge", chosen.nudge)
+    if parts.get("relaxer") == "auto" and isinstance(energy, Energy) and isinstance(nudge, Nudge):
+        if chosen.relaxer.update != "contrast":
+            raise ConfigurationError(
+                f'relaxer="auto": {type(chosen.relaxer).__name__} is what makes {name!r} what it is, and leaves no'
+                ' choice. Leave the relaxer out, or take "pc-nudge" or "predictive-coding", which relax to equilibrium.'
+            )
+        tol, steps = getattr(chosen.relaxer, "tol", 0.0), getattr(chosen.relaxer, "max_steps", 0)
+        parts["relaxer"] = automatic(energy, nudge, tol or 1e-3, max(100, steps))
     return dataclasses.replace(chosen, **parts)
 
 

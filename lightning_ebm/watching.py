@@ -104,6 +104,11 @@ class Recording:
         """The next question belongs to a new phase; a held one asks at strength 0."""
         self._announced = nudge, held
 
+    @property
+    def unwatched(self) -> Landscape:
+        """The one that knows the answers, for questions that are to be no part of the record."""
+        return self._landscape
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._landscape, name)
 

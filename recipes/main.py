@@ -35,7 +35,7 @@ def algorithm_of(
     algorithm: str | None = None,
     energy: ebm.Energy | None = None,
     nudge: ebm.Nudge | None = None,
-    relaxer: ebm.Relaxer | None = None,
+    relaxer: ebm.Relaxer | Literal["auto"] | None = None,
     free_relaxer: ebm.Relaxer | None = None,
     update: Update | None = None,
     initial_state: Literal["forward", "zeros"] | None = None,
@@ -46,7 +46,8 @@ def algorithm_of(
         algorithm: a preset, such as predictive-coding or pc-nudge; none: stock Lightning.
         energy: replaces the preset's, for instance ``--energy PredictiveCoding --energy.precision 2``.
         nudge: replaces the preset's, for instance ``--nudge Centered --nudge.strength 0.1``.
-        relaxer: replaces the preset's, for instance ``--relaxer GradientDescent --relaxer.max_steps 50``.
+        relaxer: replaces the preset's, for instance ``--relaxer GradientDescent --relaxer.max_steps 50``; "auto": the
+            cheapest of those that fit, found on the first batch.
         free_relaxer: replaces the preset's, for the free phase.
         update: replaces the preset's.
         initial_state: replaces the preset's.

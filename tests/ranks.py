@@ -198,6 +198,39 @@ def collectives(world, rank):
     return found
 
 
+class Detour(ebm.ErrorCoordinates):
+    """Asks some questions more than it has to, on each rank others."""
+
+    def __init__(self, more, **options):
+        super().__init__(**options)
+        object.__setattr__(self, "more", more)
+
+    def relax(self, landscape, start, strength):
+        for _ in range(self.more):
+            landscape.squares(landscape.error_forces(landscape.no_errors, strength).gradients)
+        return super().relax(landscape, start, strength)
+
+
+def choice(world, rank):
+    """The relaxer each rank prefers after its first batch, and the one that all have after every step."""
+    # By itself rank 0 takes the first and rank 1 the second; together the second costs less.
+    extra = {0: (0, 1), 1: (9, 0)}[rank]
+    relaxer = ebm.Cheapest(*(Detour(more, lr=lr) for more, lr in zip(extra, (1.0, 0.9), strict=True)))
+    strategy = ebm.EBMDDPStrategy(ebm.Algorithm(relaxer=relaxer))
+    found = []
+
+    class Watch(L.Callback):
+        def on_before_optimizer_step(self, *_):
+            found.append(relaxer.chosen["nudged"].lr)
+
+    agree, own = relaxer.agree, []
+    relaxer.agree = lambda told: (own.append(relaxer.chosen["nudged"].lr), agree(told))
+    gather, gathered = strategy.gather, []
+    strategy.gather = lambda value: gathered.append(len(found)) or gather(value)
+    L.Trainer(strategy=strategy, devices=world, max_epochs=1, callbacks=[Watch()], **QUIET).fit(Net(world, rank))
+    return {"own": own, "together": found, "gathered at": gathered}
+
+
 def equals_stock(world, rank):
     """Rules under DDP against stock DDP: shuffled and padded batches, BatchNorm, metrics, moved buffers."""
 

@@ -21,7 +21,7 @@ EVERYWHERE = ("predictive-coding", "equilibrium-propagation", "holomorphic-ep")
 FITS = [f"fit/{flags}/{name}" for flags, name in itertools.product(ranks.FLAGS, EVERYWHERE) if flags != "uneven"]
 FITS += [f"fit/plain/{name}" for name in ranks.ALGORITHMS if name not in EVERYWHERE]
 FITS.append(UNEVEN)
-TWO = [*FITS, "collectives", "equals_stock", "alignment", "evaluation", "overflow", "errors"]
+TWO = [*FITS, "collectives", "choice", "equals_stock", "alignment", "evaluation", "overflow", "errors"]
 FOUR = [f"fit/{flags}/{name}" for flags, name in itertools.product(("plain", "accumulation"), EVERYWHERE)]
 FOUR += ["fit/unused/predictive-coding"]
 FOUR += [UNEVEN, "fit/sharded/predictive-coding", "errors"]
@@ -119,6 +119,15 @@ def test_no_collective_runs_inside_a_relaxation(two):
             assert left[False, algorithm, 12].count("c10d::allreduce_") == 2
             assert left[True, algorithm, 12].count("c10d::_allgather_base_") == 3
             assert left[True, algorithm, 12].count("c10d::_reduce_scatter_base_") == 3
+
+
+def test_ranks_that_would_choose_different_relaxers_agree_on_what_costs_them_least_together(two):
+    """At the first step, in one exchange; no rank tries anything again."""
+    first, second = two[0]["choice"]
+    assert (first["own"], second["own"]) == ([1.0], [0.9])
+    assert set(first["together"]) == set(second["together"]) == {0.9}
+    assert len(first["together"]) == len(second["together"]) == 4
+    assert len(first["gathered at"]) == len(second["gathered at"]) == 1
 
 
 def test_equals_stock_ddp_on_shuffled_padded_batches_with_metrics_and_buffers(two):

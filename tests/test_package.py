@@ -40,6 +40,7 @@ ORDER = [
     {"errors"},
     {"energies", "nudges"},
     {"relaxers"},
+    {"automatic"},
     {"algorithm", "closure", "plain_state", "promotion", "purity", "substitution", "wiring", "layers", "network"},
     {"holding", "linearization", "state_memory", "watching"},
     {"traits"},

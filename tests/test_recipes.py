@@ -53,6 +53,22 @@ def run(*arguments):
 # The command line
 
 
+def test_the_relaxer_may_be_left_to_the_first_batch(tmp_path):
+    made = run("--trainer.fast_dev_run", "2", "--algorithm", "predictive-coding", "--relaxer", "auto")
+    relaxer = made.trainer.strategy.algorithm.relaxer
+    assert isinstance(relaxer, ebm.Cheapest)
+    assert set(relaxer.chosen) == {"nudged"}
+    file = tmp_path / "by-path.yaml"
+    strategy = {"class_path": "lightning_ebm.EBMStrategy", "init_args": {"algorithm": {
+        "class_path": "lightning_ebm.Algorithm", "init_args": {"relaxer": "auto"},
+    }}}  # fmt: skip
+    file.write_text(yaml.safe_dump({"trainer": {"strategy": strategy}}))
+    line = ["fit", "--config", DIGITS, "--config", str(file), "--trainer.callbacks", "null", "--wandb", "off", *QUIET]
+    assert yaml.safe_load(Path(DIGITS).read_text()).get("algorithm")
+    made = main.main([*line, "--algorithm", "null", "--trainer.fast_dev_run", "2"])
+    assert isinstance(made.trainer.strategy.algorithm.relaxer, ebm.Cheapest)
+
+
 def test_a_recipe_trains_what_the_same_lines_of_python_train(tmp_path):
     made = run("--seed_everything", "3", "--trainer.max_epochs", "2", "--algorithm", "predictive-coding")
     L.seed_everything(3, verbose=False)

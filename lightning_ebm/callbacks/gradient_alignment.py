@@ -131,9 +131,8 @@ class GradientAlignment(Callback):
         self._restored = None
         self._seen_step = -1
         self._started, self._spent = time.perf_counter(), 0.0
-        loggers.tell_settings(trainer, _strategy(trainer).describe())
         self._file.open(trainer)
-        self._file.add({"settings": _strategy(trainer).describe()})
+        self._file.tell(trainer, _strategy(trainer).describe())
         figures = [f"{figure}{suffix}" for figure in NAMES for suffix in ("", *_suffixes(names))]
         for prefix in self._prefixes:
             loggers.define(trainer, [f"{prefix}/{name}" for name in (*figures, "dead")], summary=_SUMMARY)
@@ -143,6 +142,7 @@ class GradientAlignment(Callback):
         if not self._due(trainer):
             return
         start = time.perf_counter()
+        self._file.tell(trainer, _strategy(trainer).describe())
         again = trainer.global_step == self._seen_step
         if not again:
             for metric in self._steps:

@@ -85,9 +85,8 @@ class RelaxationMonitor(Callback):
         """Tells loggers of the algorithm, and everybody what the settings alone give away."""
         strategy = _strategy(trainer)
         self._recording = None
-        loggers.tell_settings(trainer, strategy.describe())
         self._file.open(trainer)
-        self._file.add({"settings": strategy.describe()})
+        self._file.tell(trainer, strategy.describe())
         loggers.define(trainer, _SCALARS, summary="min,max,mean,last")
         loggers.define(trainer, [_AXIS])
         rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
@@ -112,6 +111,7 @@ class RelaxationMonitor(Callback):
         if recording is None:
             return
         strategy = _strategy(trainer)
+        self._file.tell(trainer, strategy.describe())
         report = strategy.learner.report
         self.statuses[report["result"]] += 1
         phases: list[dict[str, Any]] = [dict(trace.read()) for trace in recording.traces]

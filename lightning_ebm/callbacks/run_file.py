@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_ebm.callbacks.loggers import run_directory
+from lightning_ebm.callbacks.loggers import run_directory, tell_settings
 from lightning_ebm.runs import FILE_NAME
 
 
@@ -16,11 +16,20 @@ class RunFile:
 
     def __init__(self) -> None:
         self.path: Path | None = None
+        self._told: dict[str, Any] | None = None
 
     def open(self, trainer: Trainer) -> None:
         """Finds the directory; nothing is written yet."""
         directory = run_directory(trainer) if trainer.is_global_zero else None
         self.path = None if directory is None else directory / FILE_NAME
+        self._told = None
+
+    def tell(self, trainer: Trainer, settings: dict[str, Any]) -> None:
+        """The strategy's settings, here and to every logger; again when they have changed, as a relaxer was chosen."""
+        if settings != self._told:
+            self._told = settings
+            tell_settings(trainer, settings)
+            self.add({"settings": settings})
 
     def add(self, record: dict[str, Any]) -> None:
         """One line of JSON, whole: a run that is killed leaves a file that can be read."""

@@ -3,6 +3,7 @@
 from lightning_ebm.relaxers.anderson import Anderson
 from lightning_ebm.relaxers.augmented_lagrangian import AugmentedLagrangian
 from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer
+from lightning_ebm.relaxers.cheapest import Cheapest
 from lightning_ebm.relaxers.dyadic import Dyadic
 from lightning_ebm.relaxers.error_coordinates import ErrorCoordinates
 from lightning_ebm.relaxers.fixed_point import FixedPoint
@@ -15,6 +16,7 @@ from lightning_ebm.relaxers.sweep import Sweep
 __all__ = [
     "Anderson",
     "AugmentedLagrangian",
+    "Cheapest",
     "Dyadic",
     "ErrorCoordinates",
     "FixedPoint",

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +40,9 @@ class Anderson(Relaxer):
     tol: float = 1e-3
     coordinates: Literal["states", "errors"] = "states"
 
-    needs_error_coordinates: ClassVar[bool] = False
+    @property
+    def needs_error_coordinates(self) -> bool:  # type: ignore[override]  # each one's own here, its class's elsewhere
+        return self.coordinates == "errors"
 
     def __post_init__(self) -> None:
         checked_steps(self, self.max_steps, self.tol)
@@ -53,8 +55,7 @@ class Anderson(Relaxer):
         in_states = self.coordinates == "states"
         evaluate = landscape.responses if in_states else landscape.error_forces
         point = list(start if in_states else landscape.no_errors)
-        moves: list[list[Tensor]] = []
-        turns: list[list[Tensor]] = []
+        history = _History(landscape, self.memory)
         energies, norms, steps = [], [], 0
         last: tuple[list[Tensor], list[Tensor]] | None = None
         while True:
@@ -72,17 +73,12 @@ class Anderson(Relaxer):
             if steps == self.max_steps or (self.tol and bool(settled.all())):
                 break
             if last is not None:
-                moves = [*moves, _less(point, last[0])][-self.memory :]
-                turns = [*turns, _less(residual, last[1])][-self.memory :]
+                history.add(_less(point, last[0]), _less(residual, last[1]))
             last = point, residual
             steps += 1
             point = _less(point, residual)
-            if moves:
-                plain = norms[-1] > 2 * norms[-2]
-                weights = _least_squares(landscape, turns, residual)
-                for i, (move, turn) in enumerate(zip(moves, turns, strict=True)):
-                    share = landscape.spread(torch.where(plain, 0.0, weights[:, i]), point)
-                    point = [x - s * (m - t) for x, s, m, t in zip(point, share, move, turn, strict=True)]
+            if steps > 1:
+                point = history.mixed(point, residual, plain=norms[-1] > 2 * norms[-2])
             point = landscape.feasible(point) if in_states else point
         ratio = norms[-1] / norms[0].clamp_min(torch.finfo(norms[0].dtype).tiny)
         status: Status = "fixed" if not self.tol else "converged" if bool(settled.all()) else "max_steps"
@@ -93,15 +89,48 @@ def _less(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
     return [x - y for x, y in zip(a, b, strict=True)]
 
 
-def _least_squares(landscape: Landscape, turns: list[list[Tensor]], residual: list[Tensor]) -> Tensor:
-    """argmin_a |r - sum_i a_i dr_i| of each sample, ``(B, m)``, by ridged normal equations scaled to unit diagonal."""
+class _History:
+    """The last differences of points and residuals; each product of two of them is formed once.
 
-    def product(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-        return landscape.per_sample([x * y for x, y in zip(a, b, strict=True)])
+    Args:
+        landscape: tells samples apart.
+        size: how many are kept.
+    """
 
-    gram = torch.stack([torch.stack([product(a, b) for b in turns], -1) for a in turns], -2)
-    right = torch.stack([product(a, residual) for a in turns], -1)
-    scale = gram.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
-    ridge = 8 * torch.finfo(gram.dtype).eps * torch.eye(len(turns), dtype=gram.dtype, device=gram.device)
-    solved, _ = torch.linalg.solve_ex(gram * scale.unsqueeze(-1) * scale.unsqueeze(-2) + ridge, right * scale)
-    return torch.nan_to_num(solved * scale, nan=0.0, posinf=0.0, neginf=0.0)
+    def __init__(self, landscape: Landscape, size: int) -> None:
+        self._landscape = landscape
+        self._size = size
+        self._turns: list[list[Tensor]] = []
+        self._shifts: list[list[Tensor]] = []  # dx_i - dr_i
+        self._products: list[list[Tensor]] = []  # <dr_i, dr_j> for j <= i, each (B,)
+
+    def add(self, move: Sequence[Tensor], turn: list[Tensor]) -> None:
+        """One more pair; the oldest goes when there are too many."""
+        self._turns = [*self._turns, turn][-self._size :]
+        self._shifts = [*self._shifts, _less(move, turn)][-self._size :]
+        if len(self._products) == self._size:
+            self._products = [row[1:] for row in self._products[1:]]
+        self._products.append([self._product(turn, other) for other in self._turns])
+
+    def mixed(self, point: list[Tensor], residual: Sequence[Tensor], plain: Tensor) -> list[Tensor]:
+        """The plain step's point moved by what the history knows, but for `plain` samples."""
+        weights = torch.where(plain.unsqueeze(-1), 0.0, self._weights(residual))
+        for i, shift in enumerate(self._shifts):
+            share = self._landscape.spread(weights[:, i], point)
+            point = [torch.addcmul(x, s, d, value=-1) for x, s, d in zip(point, share, shift, strict=True)]
+        return point
+
+    def _weights(self, residual: Sequence[Tensor]) -> Tensor:
+        """argmin_a |r - sum_i a_i dr_i|, ``(B, m)``, by ridged normal equations scaled to unit diagonal."""
+        count = len(self._turns)
+        gram = torch.stack(
+            [torch.stack([self._products[max(i, j)][min(i, j)] for j in range(count)], -1) for i in range(count)], -2
+        )
+        right = torch.stack([self._product(turn, residual) for turn in self._turns], -1)
+        scale = gram.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
+        ridge = 8 * torch.finfo(gram.dtype).eps * torch.eye(count, dtype=gram.dtype, device=gram.device)
+        solved, _ = torch.linalg.solve_ex(gram * scale.unsqueeze(-1) * scale.unsqueeze(-2) + ridge, right * scale)
+        return torch.nan_to_num(solved * scale, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def _product(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        return self._landscape.per_sample([x * y for x, y in zip(a, b, strict=True)])

@@ -1,0 +1,75 @@
+"""What is timed on each network. One more row is one more line of `rows`."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from networks import Net
+
+import lightning_ebm as ebm
+from lightning_ebm.relaxers.base import Landscape, force_norm
+from lightning_ebm.relaxers.forces import total_energy
+
+Row = tuple[ebm.Algorithm, dict[str, bool]]
+"""An algorithm, and the options of `ebm.Learner`."""
+
+
+def euler(steps: int, lr: float = 0.1) -> ebm.Algorithm:
+    """Predictive coding as published: so many Euler steps on the states at lambda = 1."""
+    return ebm.algorithm("predictive-coding", relaxer=ebm.GradientDescent(lr=lr, max_steps=steps))
+
+
+def settled(tol: float, strength: float = 1.0) -> ebm.Algorithm:
+    """Predictive coding at equilibrium."""
+    relaxer = ebm.ErrorCoordinates(max_steps=100, tol=tol)
+    return ebm.algorithm("predictive-coding", nudge=ebm.OneSided(strength), relaxer=relaxer)
+
+
+def rows(net: Net, compile: bool) -> dict[str, Row]:
+    """Those of this library, for one network."""
+    published = euler(net.steps, net.lr)
+    found: dict[str, Row] = {
+        f"PC, {net.steps} Euler steps": (published, {}),
+        f"PC, {net.steps} Euler steps, capture=False": (published, {"capture": False}),
+        "predictive-coding": (ebm.algorithm("predictive-coding"), {}),
+        "predictive-coding, capture=False": (ebm.algorithm("predictive-coding"), {"capture": False}),
+        "predictive-coding to 1e-4": (settled(1e-4), {}),
+        'predictive-coding, relaxer="auto"': (ebm.algorithm("predictive-coding", relaxer="auto"), {}),
+        "error-pc": (ebm.algorithm("error-pc"), {}),
+        "pc-nudge": (ebm.algorithm("pc-nudge"), {}),
+        "pc-nudge, centred": (ebm.algorithm("pc-nudge", nudge=ebm.Centered(1e-2)), {}),
+        "zero-divergence": (ebm.algorithm("zero-divergence"), {}),
+    }
+    if compile:
+        found[f"PC, {net.steps} Euler steps, compile=True"] = (published, {"compile": True})
+    return found
+
+
+@dataclass(frozen=True)
+class HeavyBall(ebm.Relaxer):
+    """v <- momentum v - lr g, e <- e + v on the errors: what the library would have if it won anywhere."""
+
+    needs_error_coordinates: ClassVar[bool] = True
+
+    lr: float
+    momentum: float
+    tol: float
+    max_steps: int = 100
+
+    def relax(self, landscape: Landscape, start: object, strength: float) -> ebm.Relaxation:
+        """Until every sample has settled, or it runs away."""
+        point = list(landscape.no_errors)
+        velocity = [torch.zeros_like(error) for error in point]
+        norms: list[torch.Tensor] = []
+        while True:
+            forces = landscape.error_forces(point, strength)
+            norms.append(force_norm(landscape, forces.gradients))
+            there = bool((norms[-1] <= self.tol * norms[0]).all())
+            if there or len(norms) > self.max_steps or not bool(norms[-1].max() <= 1e6 * norms[0].max()):
+                break
+            velocity = [self.momentum * v - self.lr * g for v, g in zip(velocity, forces.gradients, strict=True)]
+            point = [e + v for e, v in zip(point, velocity, strict=True)]
+        residual = norms[-1] / norms[0].clamp_min(1e-30)
+        status = "converged" if there else "max_steps"
+        energies = [total_energy(forces, strength)]
+        return ebm.Relaxation(point, "errors", status, len(norms) - 1, residual, energies)  # type: ignore[arg-type]

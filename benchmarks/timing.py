@@ -1,0 +1,115 @@
+"""Process CPU time of whole training steps, all contenders taking turns."""
+
+import copy
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from by_hand import by_hand
+from networks import Net
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lightning_ebm as ebm
+
+Timed = Callable[[], float]
+"""Takes a step, and tells how many milliseconds of CPU that took."""
+
+WARM_UP = 4
+
+
+def timed(step: Callable[[], object]) -> Timed:
+    """Clocks a step of this process."""
+
+    def run() -> float:
+        start = time.process_time()
+        step()
+        return 1e3 * (time.process_time() - start)
+
+    return run
+
+
+def cross_entropy(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The loss of all networks here."""
+    return F.cross_entropy(net(x), y)
+
+
+class Contest:
+    """One network, and everybody who trains it: each on a copy of its own, with an Adam of its own.
+
+    Args:
+        net: which.
+        gain: factor on the freshly drawn weights; above 1 as after some training, where relaxations take longer.
+        lr: of Adam; 0 does all its arithmetic on weights that stay as they are.
+    """
+
+    def __init__(self, net: Net, gain: float = 1.0, lr: float = 1e-4) -> None:
+        torch.manual_seed(0)
+        self.net = net
+        self._lr = lr
+        self._module = net.make()
+        with torch.no_grad():
+            for parameter in self._module.parameters():
+                parameter.mul_(gain if parameter.ndim > 1 else 1.0)
+        self.x, self.y = net.batch()
+        self.steps: dict[str, Timed] = {}
+        self.learners: dict[str, ebm.Learner] = {}
+        self._add("backprop", lambda own: lambda: torch.autograd.backward(cross_entropy(own, self.x, self.y)))
+
+    def add(self, name: str, algorithm: ebm.Algorithm, **options: bool) -> None:
+        """One of this library."""
+
+        def learning(own: nn.Module) -> Callable[[], object]:
+            learner = ebm.Learner(own, algorithm, **options)  # type: ignore[arg-type]
+            self.learners[name] = learner
+            return lambda: learner.backward(lambda: cross_entropy(own, self.x, self.y))
+
+        self._add(name, learning)
+
+    def add_by_hand(self, name: str) -> None:
+        """The update of a chain in plain torch."""
+        x, y, net = self.x, self.y, self.net
+        self._add(name, lambda own: lambda: by_hand(own, x, y, net.steps, net.lr))  # type: ignore[arg-type]
+
+    def _add(self, name: str, gradients: Callable[[nn.Module], Callable[[], object]]) -> None:
+        own = copy.deepcopy(self._module)
+        optimizer = torch.optim.Adam(own.parameters(), lr=self._lr)
+        fill = gradients(own)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            fill()
+            optimizer.step()
+
+        self.steps[name] = timed(step)
+
+    def medians(self, repeats: int) -> dict[str, float]:
+        """Milliseconds a step."""
+        return medians(self.steps, repeats)
+
+
+def medians(steps: dict[str, Timed], repeats: int) -> dict[str, float]:
+    """Milliseconds a step, all taking turns; the first turns are not counted."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(repeats + WARM_UP):
+        for name, step in steps.items():
+            found = step()
+            if turn >= WARM_UP:
+                times[name].append(found)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def machine() -> str:
+    """The processor, the threads in use, and how busy it is."""
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text().splitlines() if table.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    threads = torch.get_num_threads()
+    return (
+        f"{name}, {threads} thread{'s' * (threads > 1)} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch"
+        f" {torch.__version__}"
+    )

@@ -1,0 +1,130 @@
+"""That the contenders of the benchmark compute the same thing; how long they take is no test."""
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import lightning_ebm as ebm
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import by_hand
+import contenders
+import networks
+import peers
+import run
+import sections
+import timing
+
+SMALL = networks.chain(16, 20, 12, 12, 12, 10)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_what_is_written_by_hand_is_what_the_library_does():
+    torch.manual_seed(0)
+    net = SMALL.make().double()
+    x, y = SMALL.batch()
+    x = x.double()
+    found = ebm.Learner(net, contenders.euler(7, 0.2)).gradients(lambda: F.cross_entropy(net(x), y))
+    by_hand.by_hand(net, x, y, 7, 0.2)
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-10, atol=1e-13)
+
+
+def test_momentum_finds_the_equilibrium_it_is_compared_at():
+    torch.manual_seed(0)
+    net = SMALL.make().double()
+    x, y = SMALL.batch()
+    closure = lambda: F.cross_entropy(net(x.double()), y)  # noqa: E731
+    heavy = contenders.HeavyBall(0.8, 0.2, 1e-9)
+    found = ebm.Learner(net, ebm.algorithm("predictive-coding", relaxer=heavy)).gradients(closure)
+    expected = ebm.Learner(net, contenders.settled(1e-9)).gradients(closure)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("net", networks.NETS.values(), ids=networks.NETS)
+def test_every_row_takes_a_step_on_every_network(net):
+    """Of the smallest batch; each from the same weights, and none leaves them where they were."""
+    contest = timing.Contest(networks.Net(net.make, (1, *net.shape[1:]), 2, net.lr, net.widths))
+    for name, (algorithm, options) in contenders.rows(contest.net, compile=False).items():
+        contest.add(name, algorithm, **options)
+    assert list(contest.medians(1)) == ["backprop", *contest.learners]
+    for learner in contest.learners.values():
+        ended = [p.detach() for p in learner.module.parameters()]
+        assert any(not torch.equal(a, b) for a, b in zip(ended, contest._module.parameters(), strict=True))
+
+
+def test_a_library_that_is_not_installed_is_named_and_left_out(monkeypatch):
+    monkeypatch.setattr(sections, "NETS", dict.fromkeys(sections.NETS, SMALL))
+    monkeypatch.setattr(peers, "PEERS", ("no_such_library",))
+    text = "\n".join(sections.other_libraries(sections.Settings(1, False, [sys.executable])))
+    assert "Not installed here, and so not measured: no_such_library." in text
+    assert text.count("this library") == text.count("torch by hand") == 2
+
+
+def test_a_peer_is_timed_where_it_runs(tmp_path, monkeypatch):
+    """A stand-in that says how many milliseconds it took: what it says is what is measured."""
+    (tmp_path / "peer_fake.py").write_text(
+        "import json, sys\n"
+        "steps = ['backprop', 'PC, 20 Euler steps']\n"
+        "print(json.dumps({'versions': ' '.join(sys.argv[1:]), 'steps': steps}), flush=True)\n"
+        "for line in sys.stdin: print(len(line.strip()), flush=True)\n"
+    )
+    (tmp_path / "fake.py").write_text("")
+    (tmp_path / "optax.py").write_text("")
+    monkeypatch.setattr(peers, "__file__", str(tmp_path / "peers.py"))
+    monkeypatch.setattr(peers, "PEERS", ("fake",))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with peers.peers(SMALL, [sys.executable]) as (found, absent):
+        assert not absent
+        assert found["fake"].versions == "20-12-12-12-10 16 20"
+        assert timing.medians(found["fake"].steps, 3) == {"backprop": 8.0, "PC, 20 Euler steps": 18.0}
+    assert found["fake"]._process.returncode == 0
+
+
+def test_parts_of_the_page_are_replaced_one_by_one(tmp_path, monkeypatch):
+    texts = {"a": "red", "b": "green", "c": "blue"}
+    parts = {name: lambda given, name=name: iter([f"## {name}\n\n{texts[name]}"]) for name in texts}
+    monkeypatch.setattr(run, "SECTIONS", parts)
+    page = tmp_path / "page.md"
+    run.main(["--only", "a", "b", "--page", str(page)])
+    texts["b"] = "yellow"
+    run.main(["--only", "b", "c", "--page", str(page)])
+    text = page.read_text()
+    assert [word in text for word in ("red", "green", "yellow", "blue")] == [True, False, True, True]
+    assert text.index("## a") < text.index("## b") < text.index("## c")
+    assert text.count("# Benchmarks\n") == 1
+
+
+def test_the_columns_that_count_passes_count_them():
+    plain = sections._passes(SMALL, 1.0, 0.1, ebm.ErrorCoordinates(tol=1e-3))
+    contest = timing.Contest(SMALL)
+    calls = types.SimpleNamespace(count=0)
+
+    class Counting:
+        def __init__(self, network):
+            self.network = network
+
+        def __getattr__(self, name):
+            return getattr(self.network, name)
+
+        def error_forces(self, *given):
+            calls.count += 1
+            return self.network.error_forces(*given)
+
+    contest.add("counted", contenders.settled(1e-3, 0.1))
+    contest.learners["counted"].observer = Counting
+    contest.steps["counted"]()
+    assert plain == (calls.count, "converged")
+    assert sections._key((12, "stalled")) == (False, 12, "12*")
+    assert sections._key((100, "max_steps"))[2] == "-"
