@@ -78,34 +78,43 @@ def packed(
         if op.level != STATE or op.kwargs or op.func not in (_aten.mm.default, _aten.addmm.default):
             continue
         bias, x, weight = op.args if len(op.args) == 3 else (None, *op.args)
-        matrix, product = tensor(weight), tensor(op.results[0])
-        if matrix is None or product is None or made_level(made, weight) != CONSTANT or not _worth_it(matrix, product):
+        matrix, result = tensor(weight), op.results[0]
+        if matrix is None or result is None or result.shape is None or made_level(made, weight) != CONSTANT:
             continue
-        result = op.results[0]
-        assert result is not None
-        whole = bias is not None and bias.shape == result.shape  # not a bias: something else to be added
-        if bias is not None and not whole and (tensor(bias) is None or made_level(made, bias) != CONSTANT):
+        rows, columns = result.shape
+        if not _worth_it(matrix, rows):
             continue
-        if whole and opaque:
+        term = bias if bias is not None and bias.shape == result.shape else None  # no bias: something else to be added
+        if term is None and bias is not None and (tensor(bias) is None or made_level(made, bias) != CONSTANT):
             continue
         if weight not in layouts:
             lay_out = partial(_stored, next(_numbers)) if opaque else shelf.laid_out
-            layouts[weight] = Op(lay_out, (weight, product.shape[0]), {}, [Value(None, CONSTANT)], True, CONSTANT)
+            layouts[weight] = Op(lay_out, (weight, rows), {}, [Value(None, CONSTANT)], True, CONSTANT)
         layout = layouts[weight].results[0]
         after = readers.get(result, [])
         activation = "none"
-        if not whole and result not in kept and len(after) == 1 and after[0].func in _FUSED and after[0].level == STATE:
+        if term is None and result not in kept and len(after) == 1 and _is_fused(after[0]):
             activation, result = _FUSED[after[0].func], after[0].results[0]
             rewritten.remove(after[0])
-        func: Callable[..., Any] = _product
-        args: tuple[Any, ...] = (x, layout, bias, activation)
-        if whole:
-            func, args = _sum, (x, bias, layout)
+        new: list[Op] = []
         if opaque:
             number = layouts[weight].func.args[0]  # type: ignore[attr-defined]
-            func, args = _opaque_product(), (x, bias, number, product.shape[1], activation)
-        rewritten[rewritten.index(op)] = Op(func, args, {}, [result], True, STATE)
+            product = Value(None, STATE) if term is not None else result
+            args = (x, None if term is not None else bias, number, columns, activation)
+            new = [Op(_opaque_product(), args, {}, [product], True, STATE)]
+            if term is not None:
+                new.append(Op(_aten.add.Tensor, (product, term), {}, [result], True, STATE))
+        elif term is not None:
+            new = [Op(_sum, (x, term, layout), {}, [result], True, STATE)]
+        else:
+            new = [Op(_product, (x, layout, bias, activation), {}, [result], True, STATE)]
+        place = rewritten.index(op)
+        rewritten[place : place + 1] = new
     return (list(layouts.values()), rewritten) if layouts else ([], [])
+
+
+def _is_fused(op: Op) -> bool:
+    return op.func in _FUSED and op.level == STATE
 
 
 def made_level(made: dict[Value, Op], value: Value) -> int:
@@ -157,10 +166,10 @@ def _opaque_product() -> Callable[..., Any]:
 _libraries: list[Any] = []
 
 
-def _worth_it(weight: Tensor, product: Tensor) -> bool:
+def _worth_it(weight: Tensor, rows: int) -> bool:
     if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.ndim != 2 or weight.is_complex():
         return False
-    rows, inner, columns = product.shape[0], *weight.shape
+    inner, columns = weight.shape
     saved = 1e-5 * rows * inner * columns  # microseconds, from the rates that `available` looks for
     return saved * _PAID_BACK > 80 + 1e-3 * inner * columns and available()
 

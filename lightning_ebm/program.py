@@ -135,12 +135,13 @@ def compiled_program(
     third = code("point", STATE, [once, phase, inputs[STATE]], [outputs, kept])
     last = code("update", SEED, [once, phase, kept, inputs[SEED]], [slopes])
     ready: list[Op] = []
+    faster: list[Op] = []
     if rewrite is not None:
         ready, faster = rewrite([*stages[CONSTANT], *stages[PHASE], *stages[STATE]], {*outputs, *kept})
-        if ready:
+        if faster:
             stages[STATE] = [op for op in faster if op.level == STATE]
     prepare, fast = None, third
-    if ready or compiler is not None:
+    if faster or compiler is not None:
         prepared = [v for op in ready for v in op.results if v is not None]
         stages[CONSTANT] = ready
         prepare = code("prepare", CONSTANT, [once], [prepared])

@@ -19,7 +19,7 @@ from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import QuadraticEnergy, is_bounded
 from lightning_ebm.lowering import NotRepeatable
 from lightning_ebm.network import Network, Run
-from lightning_ebm.packing import Shelf, packed
+from lightning_ebm.faster import Shelf, faster
 from lightning_ebm.program import Program, Record, compiled_program
 from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.substitution import Pass, StateOf
@@ -129,7 +129,7 @@ class RecordingNetwork(Network):
             defined=defined,
             phases=mode.phases,
         )
-        program = compiled_program(record, partial(packed, tape, shelf, compiler is not None), compiler)
+        program = compiled_program(record, partial(faster, tape, shelf, compiler is not None, point), compiler)
         return program, [value for value, _ in reached]
 
     def _seeds(self, first: Pass, strength: Tensor | None) -> list[Seed]:

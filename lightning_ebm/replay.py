@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_ebm.capture import Captures
 from lightning_ebm.energies import Energy
 from lightning_ebm.lowering import NotRepeatable
+from lightning_ebm.memory_format import laid_out_as
 from lightning_ebm.network import Run, Stamps, stamps
 from lightning_ebm.program import Program
 from lightning_ebm.recording import Compiler, Mode, RecordingNetwork
@@ -58,6 +59,7 @@ class CapturedNetwork(RecordingNetwork):
         self._fixed: dict[Any, tuple[Tensor, ...]] = {}
         self._points: dict[Mode, int] = {}
         self._latest_run: _Run | None = None
+        self._ready: dict[tuple[complex, ...], Callable[..., tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]] = {}
         self._energies: list[tuple[Stamps, Tensor, Tensor]] = []
 
     def forces(self, states: Sequence[Tensor], strength: complex) -> Forces:
@@ -77,6 +79,9 @@ class CapturedNetwork(RecordingNetwork):
 
     def answers(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]) -> list[Tensor]:
         """See `Landscape.answers`."""
+        ready = self._ready.get((strength, *layers))
+        if ready is not None and not torch.is_grad_enabled():  # the inner loop of a relaxation
+            return list(ready(states)[0])
         ran = self._ran(Mode("answers", strength != 0, tuple(layers)), states, strength)
         return super().answers(states, strength, layers) if ran is None else list(ran.outputs)
 
@@ -169,8 +174,13 @@ class CapturedNetwork(RecordingNetwork):
             if (mode, None) not in self._fixed:
                 self._fixed[mode, None] = program.prepare(once)
             outputs, kept = program.fast(once, phase, point, self._fixed[mode, None])
+            if mode.kind == "answers":
+                self._ready[strengths[0], *mode.layers] = partial(_at, program.fast, once, phase, self._fixed[mode, None])
+        elif program.prepare is None and fast and mode.kind == "answers":
+            outputs, kept = program.point(once, phase, laid_out_as(point, self.free))
+            self._ready[strengths[0], *mode.layers] = partial(program.point, once, phase)
         else:
-            outputs, kept = program.point(once, phase, point)
+            outputs, kept = program.point(once, phase, laid_out_as(point, [*self.free] * mode.phases))
         return _Run(mode, strengths, stamps(point), outputs, partial(program.update, once, phase, kept))
 
     # Capturing
@@ -236,6 +246,10 @@ class _Delivered(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> Any:
         with torch.no_grad():
             return None, None, *ctx.update(scale)
+
+
+def _at(fast: Callable[..., Any], once: Any, phase: Any, prepared: Any, point: Sequence[Tensor]) -> Any:
+    return fast(once, phase, point, prepared)
 
 
 def _as_forces(outputs: tuple[Tensor, ...]) -> Forces:

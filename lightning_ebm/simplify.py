@@ -24,7 +24,7 @@ _SPREAD = frozenset(
 _ODD = frozenset(
     {
         _aten.mm.default, _aten.t.default, _aten.view.default, _aten._unsafe_view.default, _aten.permute.default,
-        _aten.transpose.int, _aten.convolution_backward.default, _aten.avg_pool2d_backward.default,
+        _aten.transpose.int, _aten.convolution.default, _aten.avg_pool2d_backward.default,
         _aten.expand.default, _aten.unsqueeze.default,
     }
 )  # fmt: skip
@@ -36,6 +36,7 @@ class _Simpler:
         self.ops: list[Op] = []
         self._instead: dict[Value, Value] = {}
         self._number: dict[Value, float] = {}
+        self._spread: dict[Value, Value] = {}
         self._negated: dict[Value, Value] = {}
         self._made: dict[Value, Op] = {}
         self._readers: dict[Value, int] = dict.fromkeys(wanted, 2)
@@ -53,6 +54,8 @@ class _Simpler:
     def _take(self, op: Op) -> None:
         op.args = self._replaced(op.args)
         op.kwargs = {name: self._replaced(arg) for name, arg in op.kwargs.items()}
+        if op.func is _aten.convolution_backward.default:
+            _transpose(op)
         if not op.single:
             self._note(op)
             return
@@ -62,6 +65,10 @@ class _Simpler:
         number = self._uniform(op)
         if number is not None:
             self._number[result] = number
+        elif op.func in _SPREAD and op.args[0].shape == () and op.args[0].dtype == result.dtype:
+            self._spread[result] = op.args[0]
+        elif op.func in _SPREAD and op.args[0] in self._spread:
+            self._spread[result] = self._spread[op.args[0]]
         elif rule is not None and (same := rule(self, op, result)) is not None:
             self._instead[result] = same
             return
@@ -96,8 +103,15 @@ class _Simpler:
     def product(self, op: Op, result: Value) -> Value | None:
         """x * 1 is x, x * -1 is -x, and x times a tensor of one number is x times that number."""
         left, right = op.args
-        if left in self._number:
+        if left in self._number or left in self._spread:
             left, right = right, left
+        if right in self._spread:
+            scalar = self._spread[right]
+            if type(left) is not Value:
+                self._spread[result] = self._new(op.func, (scalar, left), scalar)
+            elif left.shape == result.shape:
+                op.args = left, scalar
+            return None
         factor = self._number.get(right, right) if type(left) is Value else None
         if type(factor) not in (int, float) or (left.shape, left.dtype) != (result.shape, result.dtype):
             return None
@@ -116,17 +130,29 @@ class _Simpler:
 
     def negation(self, op: Op, result: Value) -> Value | None:
         """-(-x) is x; -f(-x) is f(x)."""
+        if op.args[0] in self._spread:
+            scalar = self._new(op.func, (self._spread[op.args[0]],), self._spread[op.args[0]])
+            self._spread[result] = scalar
+            return None
         same = self._less(op.args[0])
         if same is None:
             self._negated[result] = op.args[0]
         return same
+
+    def _new(self, func: Any, args: tuple[Any, ...], like: Value) -> Value:
+        value = Value(None, like.level)
+        value.shape, value.dtype = like.shape, like.dtype
+        self._note(Op(func, args, {}, [value], True, like.level))
+        return value
 
     def _less(self, value: Value) -> Value | None:
         """The value that is minus this one, if it can be had without changing a sign."""
         if value in self._negated:
             return self._negated[value]
         op = self._made.get(value)
-        if op is None or op.func not in _ODD or [r for r in op.results if r is not None] != [value]:
+        if op is None or op.func not in _ODD or (op.func is _aten.convolution.default and op.args[2] is not None):
+            return None
+        if [r for r in op.results if r is not None] != [value]:
             return None
         same = self._less(op.args[0])
         if same is None:
@@ -156,6 +182,19 @@ class _Simpler:
                 op.func, op.args = _aten.addmm.default, (term, *made.args)
                 break
         return None
+
+
+def _transpose(op: Op) -> None:
+    """The slope of a convolution's input alone needs not the input but its shape: it is a convolution itself."""
+    slope, into, weight, _, stride, padding, dilation, transposed, _, groups, mask = op.args
+    if mask != (True, False, False) or into.shape is None or slope.shape is None or weight.shape is None:
+        return
+    extra = (0,) * len(stride)
+    if not transposed:
+        sizes = zip(into.shape[2:], slope.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        extra = tuple(i - ((s - 1) * step - 2 * pad + gap * (k - 1) + 1) for i, s, k, step, pad, gap in sizes)
+    op.func, op.single, op.results = _aten.convolution.default, True, op.results[:1]
+    op.args = (slope, weight, None, stride, padding, dilation, not transposed, extra, groups)
 
 
 _RULES: dict[Any, Callable[[_Simpler, Op, Value], Value | None]] = {

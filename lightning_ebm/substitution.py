@@ -169,6 +169,8 @@ def substituted(
                 call.state = state
                 narrower = state.dtype != original.dtype and not state.is_complex()
                 call.handed_out = state.to(original.dtype) if narrower else state
+                if original.is_contiguous() and not state.is_contiguous():  # a relaxer may keep channels last
+                    call.handed_out = call.handed_out.contiguous()
                 if call.handed_out is state and copies(key):
                     call.handed_out = state.clone()
                 leaves[i] = call.handed_out
