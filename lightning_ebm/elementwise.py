@@ -34,7 +34,7 @@ def quick_tanh(x: Tensor) -> Tensor:
 
 
 def quick_xlogx(x: Tensor) -> Tensor:
-    """x log x for x >= 0, with 0 log 0 = 0; torch.xlogy, which is written for any two arguments, takes twice as long."""
+    """x log x for x >= 0, with 0 log 0 = 0; torch.xlogy, written for any two arguments, takes twice as long."""
     return x.clamp_min(torch.finfo(x.dtype).tiny).log_().mul_(x)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from lightning_ebm.elementwise import quick_activations
 from lightning_ebm.memory_format import channels_last
 from lightning_ebm.packing import Shelf, packed
+from lightning_ebm.reuse import reusing
 from lightning_ebm.tape import STATE, Tape, Value
 from lightning_ebm.writing import Op
 
@@ -33,6 +34,7 @@ def faster(
         turned, images = channels_last(tape, moving, point)
         ready, moving = [*ready, *turned], images or moving
         moving, quicker = quick_activations(tape, moving)
+        moving = reusing(moving, {*wanted})
         if not ready and not images and not quicker:
             return [], []
     return (ready, moving) if ready or not opaque else ([], [])

@@ -44,7 +44,7 @@ def channels_last(tape: Tape, ops: Sequence[Op], point: Iterable[Value]) -> tupl
         if arg not in turned:
             level = STATE if arg in moving else CONSTANT
             turned[arg] = Value(None, level)
-            (entry if arg in moving else ready).append(Op(_turned, (arg,), {}, [turned[arg]], True, level))
+            (entry if arg in moving else ready).append(Op(to_channels_last, (arg,), {}, [turned[arg]], True, level))
         return turned[arg]
 
     faster = []
@@ -62,7 +62,7 @@ def laid_out_as(states: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor
     ]
 
 
-def _turned(image: Tensor) -> Tensor:
+def to_channels_last(image: Tensor) -> Tensor:
     return image.contiguous(memory_format=torch.channels_last)
 
 

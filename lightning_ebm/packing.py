@@ -94,7 +94,7 @@ def packed(
         after = readers.get(result, [])
         activation = "none"
         if term is None and result not in kept and len(after) == 1 and _is_fused(after[0]):
-            activation, result = _FUSED[after[0].func], after[0].results[0]
+            activation, result = _FUSED[after[0].func], after[0].results[0]  # type: ignore[index]
             rewritten.remove(after[0])
         new: list[Op] = []
         if opaque:

@@ -173,14 +173,13 @@ class CapturedNetwork(RecordingNetwork):
         if program.prepare is not None and fast:
             if (mode, None) not in self._fixed:
                 self._fixed[mode, None] = program.prepare(once)
-            outputs, kept = program.fast(once, phase, point, self._fixed[mode, None])
-            if mode.kind == "answers":
-                self._ready[strengths[0], *mode.layers] = partial(_at, program.fast, once, phase, self._fixed[mode, None])
-        elif program.prepare is None and fast and mode.kind == "answers":
-            outputs, kept = program.point(once, phase, laid_out_as(point, self.free))
-            self._ready[strengths[0], *mode.layers] = partial(program.point, once, phase)
+            run = partial(_prepared, program.fast, once, phase, self._fixed[mode, None])
         else:
-            outputs, kept = program.point(once, phase, laid_out_as(point, [*self.free] * mode.phases))
+            run = partial(program.point, once, phase)
+            point = laid_out_as(point, [*self.free] * mode.phases)
+        outputs, kept = run(point)
+        if fast and mode.kind == "answers":
+            self._ready[(strengths[0], *mode.layers)] = run
         return _Run(mode, strengths, stamps(point), outputs, partial(program.update, once, phase, kept))
 
     # Capturing
@@ -248,7 +247,7 @@ class _Delivered(torch.autograd.Function):
             return None, None, *ctx.update(scale)
 
 
-def _at(fast: Callable[..., Any], once: Any, phase: Any, prepared: Any, point: Sequence[Tensor]) -> Any:
+def _prepared(fast: Callable[..., Any], once: Any, phase: Any, prepared: Any, point: Sequence[Tensor]) -> Any:
     return fast(once, phase, point, prepared)
 
 
