@@ -175,11 +175,11 @@ class CapturedNetwork(RecordingNetwork):
                 self._fixed[mode, None] = program.prepare(once)
             run = partial(_prepared, program.fast, once, phase, self._fixed[mode, None])
         else:
-            run = partial(program.point, once, phase)
-            point = laid_out_as(point, [*self.free] * mode.phases)
+            run = partial(_contiguous, program.point, once, phase, [*self.free] * mode.phases)
         outputs, kept = run(point)
         if fast and mode.kind == "answers":
-            self._ready[(strengths[0], *mode.layers)] = run
+            asked = strengths[0], *mode.layers
+            self._ready[asked] = run
         return _Run(mode, strengths, stamps(point), outputs, partial(program.update, once, phase, kept))
 
     # Capturing
@@ -249,6 +249,12 @@ class _Delivered(torch.autograd.Function):
 
 def _prepared(fast: Callable[..., Any], once: Any, phase: Any, prepared: Any, point: Sequence[Tensor]) -> Any:
     return fast(once, phase, point, prepared)
+
+
+def _contiguous(
+    slow: Callable[..., Any], once: Any, phase: Any, like: Sequence[Tensor], point: Sequence[Tensor]
+) -> Any:
+    return slow(once, phase, laid_out_as(point, like))
 
 
 def _as_forces(outputs: tuple[Tensor, ...]) -> Forces:

@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -59,6 +60,61 @@ def euler(steps: int, lr: float = 0.1) -> ebm.Algorithm:
     return ebm.algorithm("predictive-coding", relaxer=ebm.GradientDescent(lr=lr, max_steps=steps))
 
 
+def equilibrium_propagation(free: int, nudged: int, tol: float = 0.0) -> ebm.Algorithm:
+    """Centred, at beta = 1/4: so many sweeps, or as many as a tolerance takes."""
+    relaxers = ebm.FixedPoint(nudged, tol=tol), ebm.FixedPoint(free, tol=tol)
+    return ebm.Algorithm(ebm.Hopfield(), ebm.Centered(0.25), *relaxers)
+
+
+def hopfield_net(*widths: int) -> nn.Sequential:
+    """Linear and hard-sigmoid layers; the linear output is a state."""
+    layers = [layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), nn.Hardsigmoid())]
+    return nn.Sequential(*layers[:-1])
+
+
+def squared_error(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Half a squared error to one-hot targets."""
+    loss: Tensor = 0.5 * (net(x) - F.one_hot(y, 10)).square().sum() / len(x)
+    return loss
+
+
+@torch.no_grad()
+def sweeps_by_hand(net: nn.Sequential, x: Tensor, y: Tensor, free: int, nudged: int, beta: float = 0.25) -> None:
+    """Centred equilibrium propagation as one writes it for a chain of linear layers that one knows, drive hoisted."""
+    layers = [layer for layer in net if isinstance(layer, nn.Linear)]
+    last, target = len(layers) - 1, F.one_hot(y, 10).float()
+
+    def drive(k: int, states: list[Tensor]) -> Tensor:
+        return first if k == 0 else F.linear(states[k - 1], layers[k].weight, layers[k].bias)
+
+    def swept(states: list[Tensor], beta: float, count: int) -> list[Tensor]:
+        states = list(states)
+        for k in [k for _ in range(count) for half in (0, 1) for k in range(half, len(layers), 2)]:
+            a = drive(k, states)
+            if k < last:
+                states[k] = F.hardsigmoid(torch.addmm(a, states[k + 1], layers[k + 1].weight))
+            else:
+                states[k] = a - beta * (states[k] - target) if beta else a
+        return states
+
+    first = layers[0](x)
+    states = [F.hardsigmoid(first)]
+    for k in range(1, last + 1):
+        a = drive(k, states)
+        states.append(F.hardsigmoid(a) if k < last else a)
+    states = swept(states, 0.0, free)
+    plus, minus = swept(states, beta, nudged), swept(states, -beta, nudged)
+    scale = 1 / (2 * beta * len(x))
+    for k, layer in enumerate(layers):
+        moved = scale * (minus[k] - plus[k])
+        layer.bias.grad = moved.sum(0)
+        if k == 0:
+            layer.weight.grad = moved.t() @ x
+        else:
+            ends = torch.cat([minus[k], -plus[k]]), torch.cat([minus[k - 1], plus[k - 1]])
+            layer.weight.grad = scale * ends[0].t() @ ends[1]
+
+
 def by_hand(net: nn.Sequential, x: Tensor, y: Tensor, steps: int, lr: float = 0.1) -> None:
     """The same update as one writes it in plain torch: energies and their gradients by autograd at every step."""
     blocks: list[nn.Sequential] = [nn.Sequential()]
@@ -89,13 +145,13 @@ def by_hand(net: nn.Sequential, x: Tensor, y: Tensor, steps: int, lr: float = 0.
     torch.autograd.backward(energy([state.detach() for state in states]) / len(x))
 
 
-def contenders(net: nn.Module, shape: tuple[int, ...], algorithms: dict[str, tuple[ebm.Algorithm, dict[str, bool]]],
-               hand: int = 0) -> dict[str, Step]:  # fmt: skip
+def contenders(net: nn.Module, shape: tuple[int, ...], algorithms: dict[str, tuple[ebm.Algorithm, dict[str, Any]]],
+               hand: int = 0, sweeps: tuple[int, int] | None = None) -> dict[str, Step]:  # fmt: skip
     """One training step of each, on a copy of the net of its own."""
     x, y = torch.randn(shape), torch.randint(0, 10, shape[:1])
 
     def loss(net: nn.Module) -> Tensor:
-        return F.cross_entropy(net(x), y)
+        return squared_error(net, x, y) if sweeps else F.cross_entropy(net(x), y)
 
     def stepping(gradients: Callable[[nn.Module], Step]) -> Step:
         own = copy.deepcopy(net)
@@ -109,9 +165,9 @@ def contenders(net: nn.Module, shape: tuple[int, ...], algorithms: dict[str, tup
 
         return step
 
-    def learning(algorithm: ebm.Algorithm, options: dict[str, bool]) -> Callable[[nn.Module], Step]:
+    def learning(algorithm: ebm.Algorithm, options: dict[str, Any]) -> Callable[[nn.Module], Step]:
         def gradients(own: nn.Module) -> Step:
-            learner = ebm.Learner(own, algorithm, **options)  # type: ignore[arg-type]
+            learner = ebm.Learner(own, algorithm, **options)
             return lambda: learner.backward(lambda: loss(own))
 
         return gradients
@@ -123,6 +179,10 @@ def contenders(net: nn.Module, shape: tuple[int, ...], algorithms: dict[str, tup
         assert isinstance(net, nn.Sequential)
         steps["the same by hand, autograd at every step"] = stepping(
             lambda own: lambda: by_hand(own, x, y, hand)  # type: ignore[arg-type]
+        )
+    if sweeps:
+        steps["the same by hand, drive hoisted"] = stepping(
+            lambda own: lambda: sweeps_by_hand(own, x, y, *sweeps)  # type: ignore[arg-type]
         )
     return steps
 
@@ -232,7 +292,7 @@ def main() -> None:
     for title, (make, shape) in NETS.items():
         steps = 8 if title.startswith("conv") else 20
         lr = 0.02 if title.startswith("conv") else 0.1
-        named: dict[str, tuple[ebm.Algorithm, dict[str, bool]]] = {
+        named: dict[str, tuple[ebm.Algorithm, dict[str, Any]]] = {
             f"PC, {steps} Euler steps": (euler(steps, lr), {}),
             f"PC, {steps} Euler steps, capture=False": (euler(steps, lr), {"capture": False}),
             "predictive-coding": (ebm.algorithm("predictive-coding"), {}),
@@ -249,6 +309,19 @@ def main() -> None:
             named[f"PC, {steps} Euler steps, compile=True"] = euler(steps, lr), {"compile": True}
         hand = 0 if title.startswith("conv") else steps
         print_table(title, medians(contenders(make(), shape, named, hand), given.repeats))
+    for widths in ((784, 512, 10), (784, 512, 512, 10)):
+        state = {"output": "state"}
+        found = medians(contenders(hopfield_net(*widths), (128, 784), {
+            "EP, 20 + 10 + 10 sweeps": (equilibrium_propagation(20, 10), state),
+            "EP, 20 + 10 + 10 sweeps, capture=False": (equilibrium_propagation(20, 10), {"capture": False, **state}),
+            "EP to 1e-3": (equilibrium_propagation(100, 100, 1e-3), state),
+        }, sweeps=(20, 10)), given.repeats)  # fmt: skip
+        print_table(f"{'-'.join(map(str, widths))} hard sigmoid, batch 128", found)
+    found = medians(contenders(conv_net(), (16, 3, 32, 32), {
+        "EP, 60 + 15 + 15 sweeps": (equilibrium_propagation(60, 15), {}),
+        "EP to 1e-3": (equilibrium_propagation(200, 200, 1e-3), {}),
+    }), max(3, given.repeats // 3))  # fmt: skip
+    print_table("conv 32-64-128-128, batch 16", found)
     strategies: dict[str, Callable[[], str | L.pytorch.strategies.Strategy]] = {
         "backprop": lambda: "auto",
         "zero-divergence": lambda: ebm.EBMStrategy("zero-divergence"),

@@ -162,7 +162,15 @@ TANH = Conjugate(torch.tanh, lambda x: torch.atanh(_inside(x, -1, 1)), _tanh_pot
 SIGMOID = Conjugate(torch.sigmoid, lambda x: torch.logit(_inside(x, 0, 1)), _sigmoid_potential, _softplus, 0.0, 1.0)
 
 
-HARD_SIGMOID = dataclasses.replace(_box(0.0, 1.0, slope=1 / 6, offset=0.5), rho=F.hardsigmoid)
+_SIXTH = _box(0.0, 1.0, slope=1 / 6, offset=0.5)
+
+
+def _hard_sigmoid(a: Tensor) -> Tensor:
+    # One operation instead of three; torch's own has its sixth in float32, and so only seven digits in float64.
+    return F.hardsigmoid(a) if a.dtype == torch.float32 else _SIXTH.rho(a)
+
+
+HARD_SIGMOID = dataclasses.replace(_SIXTH, rho=_hard_sigmoid)
 
 
 def _softmax(dim: int | None) -> Conjugate:
