@@ -113,6 +113,20 @@ def packed(
     return (list(layouts.values()), rewritten) if layouts else ([], [])
 
 
+def packed_once(ops: Sequence[Op]) -> list[Op]:
+    """Rewrites large products of any two matrices, the second laid out for this one product."""
+    return [
+        Op(_packed_mm, op.args, {}, op.results, True, op.level) if op.func is _aten.mm.default else op for op in ops
+    ]
+
+
+def _packed_mm(left: Tensor, right: Tensor) -> Tensor:
+    rows, columns = left.shape[0], right.shape[1]
+    if _worth_it(right, rows, 1, rows * right.shape[0] + right.shape[0] * columns):
+        return _product(left.contiguous(), _laid_out(right, rows), None, "none")
+    return torch.mm(left, right)
+
+
 def _is_fused(op: Op) -> bool:
     return op.func in _FUSED and op.level == STATE
 
@@ -166,12 +180,13 @@ def _opaque_product() -> Callable[..., Any]:
 _libraries: list[Any] = []
 
 
-def _worth_it(weight: Tensor, rows: int) -> bool:
+def _worth_it(weight: Tensor, rows: int, times: int = _PAID_BACK, moved: int = 0) -> bool:
+    """Whether so many products gain more than the layout costs, and so many elements moved besides."""
     if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.ndim != 2 or weight.is_complex():
         return False
     inner, columns = weight.shape
     saved = 1e-5 * rows * inner * columns  # microseconds, from the rates that `available` looks for
-    return saved * _PAID_BACK > 80 + 1e-3 * inner * columns and available()
+    return saved * times > 80 + 1e-3 * (inner * columns + moved) and available()
 
 
 @functools.cache

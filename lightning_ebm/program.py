@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_ebm.contrast import Contrast
 from lightning_ebm.lowering import Lines
+from lightning_ebm.packing import packed_once
 from lightning_ebm.simplify import needed, simplified
 from lightning_ebm.tape import CONSTANT, PHASE, SEED, STATE, Tape, Value
 from lightning_ebm.writing import Names, Op, source
@@ -133,6 +134,7 @@ def compiled_program(
     first = code("once", CONSTANT, [lines.bound], [once])
     second = code("phase", PHASE, [once, inputs[PHASE]], [phase])
     third = code("point", STATE, [once, phase, inputs[STATE]], [outputs, kept])
+    stages[SEED] = packed_once(stages[SEED])
     last = code("update", SEED, [once, phase, kept, inputs[SEED]], [slopes])
     ready: list[Op] = []
     faster: list[Op] = []

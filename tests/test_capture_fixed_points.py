@@ -172,6 +172,31 @@ def test_reports_are_those_of_the_plain_engine() -> None:
     assert fast["energy_free"] == pytest.approx(plain["energy_free"], rel=1e-12)
 
 
+def test_evaluation_at_the_free_equilibrium() -> None:
+    """No loss there; batches of two sizes, dropout off, weights that moved in between."""
+    outputs = []
+    for capture in (False, True):
+        torch.manual_seed(0)
+        net = small(NETS["dropout"])().double().eval()
+        learner, found, runs = ebm.Learner(net, hopfield(), capture=capture), [], 0
+
+        def run(x: Tensor, net: nn.Module = net) -> Tensor:
+            nonlocal runs
+            runs += 1
+            return net(x)  # type: ignore[no-any-return]
+
+        for x, _ in batches():
+            with learner.free_phase(lambda x=x: run(x)), torch.no_grad():
+                found.append(net(x))
+            with torch.no_grad():
+                net[0].weight *= 1.01
+        outputs.append(found)
+    assert learner._captures[-1].refused is None
+    assert runs < 4 + 2 * 4  # quietly at the predictions; two captures look for layers, and check
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-13) for a, b in zip(*outputs, strict=True))
+    assert not torch.allclose(outputs[0][0], net(batches()[0][0]), atol=1e-3)
+
+
 # ---------------------------------------------------------------------------------------------- the work done
 
 
