@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from lightning_ebm.elementwise import quick_activations
-from lightning_ebm.memory_format import channels_last
+from lightning_ebm.memory_format import with_images
 from lightning_ebm.packing import Shelf, packed
 from lightning_ebm.reuse import reusing
 from lightning_ebm.tape import STATE, Tape, Value
@@ -31,8 +31,8 @@ def faster(
     ready, rewritten = packed(tape, shelf, opaque, ops, wanted)
     moving = [op for op in rewritten or ops if op.level == STATE]
     if not opaque:
-        turned, images = channels_last(tape, moving, point)
-        ready, moving = [*ready, *turned], images or moving
+        turned, moving, images = with_images(tape, moving, point)
+        ready = [*ready, *turned]
         moving, quicker = quick_activations(tape, moving)
         moving = reusing(moving, {*wanted})
         if not ready and not images and not quicker:

@@ -17,20 +17,19 @@ _aten = torch.ops.aten
 _VIEWS = frozenset({_aten.view.default, _aten._unsafe_view.default})
 
 
-def channels_last(tape: Tape, ops: Sequence[Op], point: Iterable[Value]) -> tuple[list[Op], list[Op]]:
-    """Rewrites the operations of a point.
+def with_images(tape: Tape, ops: Sequence[Op], point: Iterable[Value]) -> tuple[list[Op], list[Op], bool]:
+    """Rewrites the operations of a point: channels last if it has convolutions, else as it was recorded.
 
     Args:
         tape: the record, while its tensors are at hand.
         ops: what is carried out at every point.
-        point: the inputs that move.
+        point: the inputs that move; they may come with channels last from other code of the same step.
 
     Returns:
-        Preparations, and the operations of a point; both empty if there is nothing to win.
+        Preparations, the operations of a point, and whether channels are last.
     """
-    images = [op for op in ops if op.func is _aten.convolution.default and len(_shape(op.results[0])) == 4]
-    if not images or not all(_is_float32_on_cpu(tape, op.args[1]) for op in images):
-        return [], []
+    convolved = [op for op in ops if op.func is _aten.convolution.default and len(_shape(op.results[0])) == 4]
+    last = bool(convolved) and all(_is_float32_on_cpu(tape, op.args[1]) for op in convolved)
     moving, made = set(point), {v for op in ops for v in op.results}
     turned: dict[Value, Value] = {}
     ready: list[Op] = []
@@ -39,20 +38,21 @@ def channels_last(tape: Tape, ops: Sequence[Op], point: Iterable[Value]) -> tupl
     def replaced(arg: Any) -> Any:
         if type(arg) is tuple:
             return tuple(replaced(a) for a in arg)
-        if type(arg) is not Value or len(_shape(arg)) != 4 or arg in made:
+        if type(arg) is not Value or len(_shape(arg)) != 4 or arg in made or not (last or arg in moving):
             return arg
         if arg not in turned:
             level = STATE if arg in moving else CONSTANT
             turned[arg] = Value(None, level)
-            (entry if arg in moving else ready).append(Op(to_channels_last, (arg,), {}, [turned[arg]], True, level))
+            turn = Op(to_channels_last if last else torch.Tensor.contiguous, (arg,), {}, [turned[arg]], True, level)
+            (entry if arg in moving else ready).append(turn)
         return turned[arg]
 
-    faster = []
+    rewritten = []
     for op in ops:
-        func = _aten.reshape.default if op.func in _VIEWS else op.func
+        func = _aten.reshape.default if last and op.func in _VIEWS else op.func
         kwargs = {name: replaced(arg) for name, arg in op.kwargs.items()}
-        faster.append(Op(func, replaced(op.args), kwargs, op.results, op.single, op.level))
-    return ready, [*entry, *faster]
+        rewritten.append(Op(func, replaced(op.args), kwargs, op.results, op.single, op.level))
+    return ready, [*entry, *rewritten], last
 
 
 def laid_out_as(states: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:

@@ -56,7 +56,7 @@ def reusing(ops: Sequence[Op], wanted: Collection[Value]) -> list[Op]:
     return [_in_place(op, index, last, own - shared) for index, op in enumerate(ops)]
 
 
-_MAYBE_SAME = frozenset({_aten.reshape.default, to_channels_last})
+_MAYBE_SAME = frozenset({_aten.reshape.default, to_channels_last, Tensor.contiguous})
 """What they return may be their argument."""
 
 
