@@ -99,11 +99,10 @@ class CapturedNetwork(RecordingNetwork):
 
     def energy_at(self, found: Relaxation, strength: complex) -> Tensor:
         """See `Network.energy_at`; the gradients of the parameters are computed when they are asked for."""
-        ran = self._latest_run
         read_plainly = found.displacement is not None or found.dyad is not None
-        if read_plainly or ran is None or not ran.is_at(found, strength):
-            return super().energy_at(found, strength)
-        return self._delivered(ran.mode, lambda scale: ran.update((scale,)))
+        mode = Mode("error_forces" if found.coordinates == "errors" else "forces", strength != 0)
+        ran = None if read_plainly else self._ran(mode, found.point, strength)
+        return super().energy_at(found, strength) if ran is None else self._delivered(mode, ran)
 
     def contrast(self, phases: Sequence[tuple[complex, complex, Relaxation]]) -> Tensor:
         """See `Network.contrast`; one program for all phases."""
@@ -118,10 +117,14 @@ class CapturedNetwork(RecordingNetwork):
         ran = self._ran(mode, [x for f in found for x in f.point], *strengths)
         if ran is None:
             return super().contrast(phases)
-        scales = tuple(self.scalar(weight) for weight in weights)
-        return self._delivered(mode, lambda scale: ran.update(tuple(scale * s for s in scales)))
+        return self._delivered(mode, ran, weights)
 
-    def _delivered(self, mode: Mode, update: Callable[..., tuple[Tensor, ...]]) -> Tensor:
+    def _delivered(self, mode: Mode, ran: "_Run", weights: Sequence[complex] = (1.0,)) -> Tensor:
+        scales = [self.scalar(weight.real) for weight in weights]
+
+        def update(scale: Tensor) -> tuple[Tensor, ...]:
+            return ran.update(tuple(scale * s for s in scales))
+
         assert self._found is not None
         captured, bound = self._found
         targets = [self._tape.outside[bound.get(value, value)] for value in captured.targets[mode]]
