@@ -22,7 +22,7 @@ _WORTH_IT = 1e6
 """Multiplications below which calling the other library costs more than it saves."""
 
 
-def faster(opaque: bool, ops: Sequence[Op], wanted: Iterable[Value]) -> list[Op]:
+def by_kernels(opaque: bool, ops: Sequence[Op], wanted: Iterable[Value]) -> list[Op]:
     """The same operations, each by the fastest way known, and fused with the activation that follows it.
 
     Args:

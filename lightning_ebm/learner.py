@@ -147,9 +147,9 @@ class Learner:
             return nullcontext()
         finder = self._finders.setdefault(-1, LayerFinder(self.module, *self._options, self._quiet, lossless=True))
         finder.look(run)
-        return Step(
-            self.module, self.algorithm, finder, run, self._quiet, _unheard, self.loss_reduction, []
-        ).first_pass()
+        captures = self._captures.setdefault(-1, Captures(self.compile)) if self.capture else None
+        parts = self.module, self.algorithm, finder, run, self._quiet, _unheard, self.loss_reduction
+        return Step(*parts, [], captures=captures).first_pass()
 
     def state_dict(self) -> dict[str, Any]:
         """What parts of the algorithm carry from one step to the next, such as the stand of `RandomSign`."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_ebm.tape import CONSTANT, STATE, Node, Tape, Value
 from lightning_ebm.traits import BATCH_NORMS, traits
-from lightning_ebm.writing import Op
+from lightning_ebm.writing import Op, repeated_key
 
 _aten = torch.ops.aten
 _ALIASES = frozenset({"detach", "alias"})
@@ -51,7 +51,7 @@ class Lines:
             op = self._op(node)
             if op is None:
                 continue
-            key = _key(op)
+            key = repeated_key(op.func, op.args, tuple(op.kwargs.items()))
             if key is not None and key in done:
                 for old, new in zip(op.results, done[key].results, strict=True):
                     if old is not None and new is not None:
@@ -189,17 +189,3 @@ def _first(node: Node) -> Value:
     value = node.results[0]
     assert value is not None
     return value
-
-
-def _key(op: Op) -> Any:
-    try:
-        key = (op.func, op.args, tuple(op.kwargs.items()), _types(op.args))
-        hash(key)
-    except TypeError:
-        return None
-    return key
-
-
-def _types(arg: Any) -> Any:
-    """1, 1.0 and True are equal and not the same."""
-    return tuple(_types(a) for a in arg) if type(arg) is tuple else type(arg)

@@ -428,7 +428,8 @@ def _by_sample(tensor: Tensor, layout: int | None, batch_size: int) -> Tensor:
 
 def _squares(tensor: Tensor, layout: int | None, batch_size: int) -> Tensor:
     if layout == 0:
-        norm: Tensor = torch.linalg.vector_norm(tensor.reshape(batch_size, -1), dim=1)
+        rows = tensor if len(tensor) == batch_size and tensor.ndim > 1 else tensor.reshape(batch_size, -1)
+        norm: Tensor = torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.ndim)))
         return norm.square()
     return _by_sample(tensor.abs().square(), layout, batch_size)
 

@@ -17,7 +17,7 @@ from torch.autograd.function import BackwardCFunction
 from lightning_ebm.comparison import known_by
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import QuadraticEnergy, is_bounded
-from lightning_ebm.kernels import faster
+from lightning_ebm.faster import faster
 from lightning_ebm.lowering import NotRepeatable
 from lightning_ebm.network import Network, Run
 from lightning_ebm.program import Program, Record, compiled_program

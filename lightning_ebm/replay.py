@@ -53,6 +53,7 @@ class CapturedNetwork(RecordingNetwork):
             tape.contents = {v: t for v, t in tape.contents.items() if v in needed}
         self._fixed: dict[Any, tuple[Tensor, ...]] = {}
         self._latest_run: _Run | None = None
+        self._ready: dict[tuple[complex, ...], Callable[..., Sequence[tuple[Tensor, ...]]]] = {}
         self._energies: list[tuple[Stamps, Tensor, Tensor]] = []
 
     def forces(self, states: Sequence[Tensor], strength: complex) -> Forces:
@@ -72,6 +73,9 @@ class CapturedNetwork(RecordingNetwork):
 
     def answers(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]) -> list[Tensor]:
         """See `Landscape.answers`."""
+        ready = self._ready.get((strength, *layers))
+        if ready is not None and not torch.is_grad_enabled():  # the inner loop of a relaxation
+            return list(ready(states)[0])
         ran = self._ran(Mode("answers", strength != 0, tuple(layers)), states, strength)
         return super().answers(states, strength, layers) if ran is None else list(ran.outputs)
 
@@ -89,11 +93,10 @@ class CapturedNetwork(RecordingNetwork):
 
     def energy_at(self, found: Relaxation, strength: complex) -> Tensor:
         """See `Network.energy_at`; the gradients of the parameters are computed when they are asked for."""
-        ran = self._latest_run
         read_plainly = found.displacement is not None or found.dyad is not None
-        if read_plainly or ran is None or not ran.is_at(found, strength):
-            return super().energy_at(found, strength)
-        return self._delivered(ran.mode, lambda scale: ran.update((scale,)))
+        mode = Mode("error_forces" if found.coordinates == "errors" else "forces", strength != 0)
+        ran = None if read_plainly else self._ran(mode, found.point, strength)
+        return super().energy_at(found, strength) if ran is None else self._delivered(mode, ran)
 
     def contrast(self, phases: Sequence[tuple[complex, complex, Relaxation]]) -> Tensor:
         """See `Network.contrast`; one program for all phases."""
@@ -108,10 +111,14 @@ class CapturedNetwork(RecordingNetwork):
         ran = self._ran(mode, [x for f in found for x in f.point], *strengths)
         if ran is None:
             return super().contrast(phases)
-        scales = tuple(self.scalar(weight) for weight in weights)
-        return self._delivered(mode, lambda scale: ran.update(tuple(scale * s for s in scales)))
+        return self._delivered(mode, ran, weights)
 
-    def _delivered(self, mode: Mode, update: Callable[..., tuple[Tensor, ...]]) -> Tensor:
+    def _delivered(self, mode: Mode, ran: "_Run", weights: Sequence[complex] = (1.0,)) -> Tensor:
+        scales = [self.scalar(weight.real) for weight in weights]
+
+        def update(scale: Tensor) -> tuple[Tensor, ...]:
+            return ran.update(tuple(scale * s for s in scales))
+
         assert self._found is not None
         captured, bound = self._found
         targets = [self._tape.outside[bound.get(value, value)] for value in captured.targets[mode]]
@@ -157,6 +164,9 @@ class CapturedNetwork(RecordingNetwork):
             self._fixed[mode, strengths] = program.phase(once, tuple(self.scalar(s) for s in strengths))
         phase = self._fixed[mode, strengths]
         outputs, kept, parts = program.point(once, phase, point)
+        if mode.kind == "answers":
+            asked = strengths[0], *mode.layers
+            self._ready[asked] = partial(program.point, once, phase)
         update = partial(program.update, once, phase, kept)
         return _Run(mode, strengths, stamps(point), outputs, parts, program.finish, update)
 

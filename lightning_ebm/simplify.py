@@ -24,7 +24,7 @@ _SPREAD = frozenset(
 _ODD = frozenset(
     {
         _aten.mm.default, _aten.t.default, _aten.view.default, _aten._unsafe_view.default, _aten.permute.default,
-        _aten.transpose.int, _aten.convolution_backward.default, _aten.avg_pool2d_backward.default,
+        _aten.transpose.int, _aten.convolution.default, _aten.avg_pool2d_backward.default,
         _aten.expand.default, _aten.unsqueeze.default,
     }
 )  # fmt: skip
@@ -54,6 +54,8 @@ class _Simpler:
     def _take(self, op: Op) -> None:
         op.args = self._replaced(op.args)
         op.kwargs = {name: self._replaced(arg) for name, arg in op.kwargs.items()}
+        if op.func is _aten.convolution_backward.default:
+            _transpose(op)
         if not op.single:
             self._note(op)
             return
@@ -147,7 +149,9 @@ class _Simpler:
         if value in self._negated:
             return self._negated[value]
         op = self._made.get(value)
-        if op is None or op.func not in _ODD or [r for r in op.results if r is not None] != [value]:
+        if op is None or op.func not in _ODD or (op.func is _aten.convolution.default and op.args[2] is not None):
+            return None
+        if [r for r in op.results if r is not None] != [value]:
             return None
         same = self._less(op.args[0])
         if same is None:
@@ -176,6 +180,19 @@ class _Simpler:
                 op.func, op.args = _aten.addmm.default, (term, *made.args)
                 break
         return None
+
+
+def _transpose(op: Op) -> None:
+    """The slope of a convolution's input alone needs not the input but its shape: it is a convolution itself."""
+    slope, into, weight, _, stride, padding, dilation, transposed, _, groups, mask = op.args
+    if mask != (True, False, False) or into.shape is None or slope.shape is None or weight.shape is None:
+        return
+    extra = (0,) * len(stride)
+    if not transposed:
+        sizes = zip(into.shape[2:], slope.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        extra = tuple(i - ((s - 1) * step - 2 * pad + gap * (k - 1) + 1) for i, s, k, step, pad, gap in sizes)
+    op.func, op.single, op.results = _aten.convolution.default, True, op.results[:1]
+    op.args = (slope, weight, None, stride, padding, dilation, not transposed, extra, groups)
 
 
 _RULES: dict[Any, Callable[[_Simpler, Op, Value], Value | None]] = {

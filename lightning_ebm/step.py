@@ -22,6 +22,7 @@ from lightning_ebm.purity import Snapshot
 from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.relaxers.base import force_norm
 from lightning_ebm.relaxers.forces import total_energy
+from lightning_ebm.remember import Remembered
 from lightning_ebm.replay import CapturedNetwork
 from lightning_ebm.report import PhaseReport
 from lightning_ebm.state_memory import StateMemory
@@ -111,7 +112,7 @@ class Step:
             self._settle()
             assert self._free is not None
             state_of = at_states(dict(zip(self._plan.states, self._free.point, strict=True)))
-            taped = nullcontext()
+            taped = nullcontext() if self._captures is None else Remembered(self._tape)
         with self._snapshot.recording(), self._substituted(self._plan, state_of) as first, taped:
             yield
         self._first = first

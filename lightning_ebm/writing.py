@@ -104,3 +104,18 @@ def values_in(arg: Any) -> Iterable[Value]:
     elif type(arg) is tuple:
         for a in arg:
             yield from values_in(a)
+
+
+def repeated_key(func: Any, args: tuple[Any, ...], kwargs: tuple[Any, ...] = ()) -> Any:
+    """What operations that are the same have in common; None where that cannot be told."""
+    try:
+        key = func, args, kwargs, _types(args)
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _types(arg: Any) -> Any:
+    """1, 1.0 and True are equal and not the same."""
+    return tuple(_types(a) for a in arg) if type(arg) is tuple else type(arg)

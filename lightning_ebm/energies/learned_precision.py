@@ -37,6 +37,7 @@ class LearnedPrecision:
     lowest: float = 1e-2
     highest: float = 1e2
     _values: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _learned: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 1 or not 0 < self.lowest <= 1 <= self.highest:
@@ -59,15 +60,18 @@ class LearnedPrecision:
         squares = errors.square().mean(0)
         squares = squares.mean() if self.per == "layer" else squares
         after = before * torch.exp(0.5 * self.rate * (1 - before * squares).clamp(-10, 10))
+        self._learned.add(name)
         # In place: captured steps hold on to these tensors.
         self._values[name].copy_(after.clamp(self.lowest, self.highest))
 
     def state_dict(self) -> dict[str, Any]:
         """The precisions, by layer."""
-        return {name: value.cpu().clone() for name, value in self._values.items()}
+        return {name: self._values[name].cpu().clone() for name in sorted(self._learned)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from there."""
+        self._learned.clear()
+        self._learned.update(state)
         for name in self._values.keys() - state.keys():
             self._values[name].fill_(1.0)
         for name, value in state.items():

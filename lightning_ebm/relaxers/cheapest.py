@@ -34,8 +34,9 @@ class Cheapest(Relaxer):
 
     Cost is counted, not timed: evaluations of the network, one passing through some layers only counting for
     (1 + their share) / 2, one for an energy alone for 1/2, plus a tenth for every sum over all states, which is what a
-    relaxer's own arithmetic comes with. Counts are the same in every run of the same program, on a busy machine, and after resuming; clocks are not,
-    and would send the ranks of one run different ways. The price is that a tenth is right for no network exactly.
+    relaxer's own arithmetic comes with. Counts are the same in every run of the same program, on a busy machine, and
+    after resuming; clocks are not, and would send the ranks of one run different ways. The price is that a tenth is
+    right for no network exactly.
 
     When the chosen one fails (it runs away, or is still moving at its last step) the batch is given to all candidates
     again, and the choice made anew: at the first failure, the second, the fourth, the eighth, so that a network on

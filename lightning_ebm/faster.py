@@ -1,0 +1,22 @@
+"""All that makes code faster on a given machine, and changes results by rounding only."""
+
+from collections.abc import Iterable, Sequence
+
+from lightning_ebm.elementwise import quick_activations
+from lightning_ebm.kernels import by_kernels
+from lightning_ebm.reuse import reusing
+from lightning_ebm.tape import Value
+from lightning_ebm.writing import Op
+
+
+def faster(opaque: bool, ops: Sequence[Op], wanted: Iterable[Value]) -> list[Op]:
+    """Rewrites the operations of a stage.
+
+    Args:
+        opaque: leave to a compiler what it does itself.
+        ops: the operations, in order.
+        wanted: values that must still be computed.
+    """
+    kept = set(wanted)
+    rewritten = by_kernels(opaque, ops, kept)
+    return rewritten if opaque else reusing(quick_activations(rewritten), kept)

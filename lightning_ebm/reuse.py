@@ -1,0 +1,72 @@
+"""Results written where an operand lay that nobody needs any more: large tensors are not asked of the system anew."""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ebm.elementwise import quick_tanh
+from lightning_ebm.tape import Value
+from lightning_ebm.traits import traits
+from lightning_ebm.writing import Op
+
+_aten = torch.ops.aten
+_LARGE = 1 << 15
+"""Elements from which it pays."""
+
+
+def _tanh(x: Tensor) -> Tensor:
+    e = x.clamp_(-20.0, 20.0).mul_(2.0).expm1_()
+    return e.div_(e + 2.0)
+
+
+_IN_PLACE: dict[Any, Callable[..., Tensor]] = {
+    _aten.add.Tensor: Tensor.add_,
+    _aten.mul.Tensor: Tensor.mul_,
+    _aten.sub.Tensor: Tensor.sub_,
+    _aten.neg.default: Tensor.neg_,
+    _aten.relu.default: Tensor.relu_,
+    _aten.clamp.default: Tensor.clamp_,
+    _aten.sigmoid.default: Tensor.sigmoid_,
+    _aten.hardsigmoid.default: torch.ops.aten.hardsigmoid_.default,
+    quick_tanh: _tanh,
+}
+_SYMMETRIC = frozenset({_aten.add.Tensor, _aten.mul.Tensor})
+
+
+def reusing(ops: Sequence[Op], wanted: Collection[Value]) -> list[Op]:
+    """The same operations, elementwise ones in place where the operand was made here and is read for the last time.
+
+    Args:
+        ops: of one point, in order.
+        wanted: values that must be there at the end.
+    """
+    last: dict[Value, int] = {}
+    shared: set[Value] = set(wanted)
+    own: set[Value] = set()
+    for index, op in enumerate(ops):
+        last.update(dict.fromkeys(op.reads(), index))
+        shares = getattr(op.func, "_schema", None) is not None and traits(op.func).shares
+        if shares or op.func in _MAYBE_SAME:
+            shared |= op.reads() | {value for value in op.results if value is not None}
+        else:
+            own |= {value for value in op.results if value is not None}
+    return [_in_place(op, index, last, own - shared) for index, op in enumerate(ops)]
+
+
+_MAYBE_SAME = frozenset({_aten.reshape.default, _aten.contiguous.default})
+"""What they return may be their argument."""
+
+
+def _in_place(op: Op, index: int, last: dict[Value, int], own: Collection[Value]) -> Op:
+    func = _IN_PLACE.get(op.func)
+    (result, *others) = op.results
+    if func is None or others or op.kwargs or result is None or result.shape is None or result.shape.numel() < _LARGE:
+        return op
+    orders = [op.args, (op.args[1], op.args[0])] if op.func in _SYMMETRIC else [op.args]
+    for first, *rest in orders:
+        fits = type(first) is Value and (first.shape, first.dtype) == (result.shape, result.dtype)
+        if fits and first in own and last[first] == index and first not in rest:
+            return Op(func, (first, *rest), {}, op.results, True, op.level)
+    return op
