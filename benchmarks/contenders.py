@@ -7,7 +7,8 @@ import torch
 from networks import Net
 
 import lightning_ebm as ebm
-from lightning_ebm.relaxers.base import Landscape, force_norm, total_energy
+from lightning_ebm.relaxers.base import Landscape, force_norm
+from lightning_ebm.relaxers.forces import total_energy
 
 Row = tuple[ebm.Algorithm, dict[str, bool]]
 """An algorithm, and the options of `ebm.Learner`."""
@@ -22,6 +23,12 @@ def settled(tol: float, strength: float = 1.0) -> ebm.Algorithm:
     """Predictive coding at equilibrium."""
     relaxer = ebm.ErrorCoordinates(max_steps=100, tol=tol)
     return ebm.algorithm("predictive-coding", nudge=ebm.OneSided(strength), relaxer=relaxer)
+
+
+def sweeps(free: int, nudged: int, damping: float = 0.0) -> ebm.Algorithm:
+    """Centred equilibrium propagation as published: so many odd-even sweeps, free and at each sign of the nudge."""
+    relaxers = {name: ebm.FixedPoint(n, damping=damping) for name, n in (("free_relaxer", free), ("relaxer", nudged))}
+    return ebm.algorithm("equilibrium-propagation", **relaxers)
 
 
 def rows(net: Net, compile: bool) -> dict[str, Row]:

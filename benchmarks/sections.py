@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import lightning as L
 import torch
-from contenders import HeavyBall, euler, rows, settled
+from contenders import HeavyBall, euler, rows, settled, sweeps
 from footprint import TITLE, growth_elsewhere
 from networks import NETS, Net, chain, conv_net, mlp
 from peers import peers
@@ -53,6 +53,34 @@ def steps(given: Settings) -> Lines:
             contest.add_by_hand("the same by hand, autograd at every step")
         found = contest.medians(given.repeats)
         yield from (line(title, name, value, value / found["backprop"]) for name, value in found.items())
+
+
+def equilibrium_propagation(given: Settings) -> Lines:
+    """Centred EP."""
+    yield (
+        "## Equilibrium propagation, centred\n\nFree sweeps + nudged ones at each sign, odd layers and then even; or to"
+        " a tolerance. Activations min(max(a, 0), 1) in the MLPs, tanh in the convolutional net."
+    )
+    yield table("network", "algorithm", "ms a step", "backprop steps", "how it ended")
+    conv = "conv 32-64-128-128, batch 16"
+    nets = {
+        "784-512-10, batch 128": (Net(lambda: mlp(784, 512, 10, activation=Sigmoid), (128, 784)), 20, 10),
+        "784-512-512-10, batch 128": (Net(lambda: mlp(784, 512, 512, 10, activation=Sigmoid), (128, 784)), 20, 10),
+        conv: (NETS[conv], 60, 15),
+    }
+    for title, (net, free, nudged) in nets.items():
+        contest = Contest(net)
+        contest.add(f"{free} + {nudged} + {nudged} sweeps", sweeps(free, nudged))
+        settles = ebm.algorithm("equilibrium-propagation", relaxer=ebm.FixedPoint(200, tol=1e-3))
+        contest.add("to 1e-3", settles)
+        contest.add('to 1e-3, relaxer="auto"', ebm.algorithm(settles, relaxer="auto"))
+        found = contest.medians(min(given.repeats, 5))
+        for name, value in found.items():
+            report = contest.learners[name].report if name in contest.learners else None
+            ended = (
+                "" if report is None else f"{report['result']}, {' + '.join(str(p['steps']) for p in report['phases'])}"
+            )
+            yield line(title, name, value, value / found["backprop"], ended)
 
 
 def other_libraries(given: Settings) -> Lines:
@@ -358,6 +386,14 @@ def _short(relaxer: ebm.Relaxer) -> str:
 
 
 SECTIONS: dict[str, Callable[[Settings], Lines]] = {
-    "steps": steps, "peers": other_libraries, "auto": automatic, "passes": passes, "residual": to_a_residual,
-    "cosine": to_a_cosine, "scaling": scaling, "trainer": under_the_trainer, "memory": memory,
-}  # fmt: skip
+    "steps": steps,
+    "ep": equilibrium_propagation,
+    "peers": other_libraries,
+    "auto": automatic,
+    "passes": passes,
+    "residual": to_a_residual,
+    "cosine": to_a_cosine,
+    "scaling": scaling,
+    "trainer": under_the_trainer,
+    "memory": memory,
+}

@@ -34,9 +34,15 @@ class Holding:
         """See `Landscape.forces`."""
         return self._still(self._network.forces(states, strength))
 
-    def responses(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int] | None = None) -> Forces:
+    def responses(self, states: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.responses`."""
-        return self._still(self._network.responses(states, strength, layers))
+        return self._still(self._network.responses(states, strength))
+
+    def answers(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]) -> list[Tensor]:
+        """See `Landscape.answers`."""
+        free = [k for k in layers if k not in self._layers]
+        found = dict(zip(free, self._network.answers(states, strength, free), strict=True)) if free else {}
+        return [found.get(k, states[k]) for k in layers]
 
     def feasible(self, states: list[Tensor]) -> list[Tensor]:
         """See `Landscape.feasible`. A held state may lie where its activation never would."""
@@ -45,4 +51,4 @@ class Holding:
 
     def _still(self, forces: Forces) -> Forces:
         gradients = [torch.zeros_like(g) if k in self._layers else g for k, g in enumerate(forces.gradients)]
-        return forces._replace(gradients=gradients)
+        return forces.with_gradients(gradients)

@@ -142,6 +142,7 @@ class Alignment(Metric):
             ValueError: there was no update yet, and no names either.
         """
         if "total" not in self._defaults:
+            self.unsync(should_unsync=self._is_synced)  # the base class does not when compute raises
             raise ValueError("There is nothing to align yet: update the metric with two sets of gradients first.")
         found = read(self.total.sum(0))
         for name, row in zip(self.names, self.total, strict=True):

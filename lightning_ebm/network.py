@@ -5,6 +5,7 @@ This is the plain version, one Python pass an evaluation; it stays as the oracle
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import LayerView, QuadraticEnergy, is_bounded
 from lightning_ebm.errors import LayerDiscoveryError, UnsupportedModuleError
 from lightning_ebm.relaxers import Forces, Relaxation
+from lightning_ebm.relaxers.forces import total_energy
 from lightning_ebm.substitution import Pass, StateKey, StateOf, at_states
 from lightning_ebm.wiring import Plan
 
@@ -47,7 +49,6 @@ class Network:
         self.loss_scale = loss_scale
         self.first_loss = first.loss.detach()
         self.free: Sequence[Tensor] = [state.detach() for state in first.states]
-        self.no_errors: Sequence[Tensor] = [torch.zeros_like(state) for state in self.free]
         self._layouts = [_layout(state.shape, batch_size) for state in self.free]
         self.rounding = first.rounding
         self._first = first
@@ -57,6 +58,11 @@ class Network:
         energy.check_layers({key.name for key in plan.states})
 
     # The point of view of a relaxer
+
+    @cached_property
+    def no_errors(self) -> Sequence[Tensor]:
+        """See `Landscape.no_errors`."""
+        return [torch.zeros_like(state) for state in self.free]
 
     def forces(self, states: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.forces`."""
@@ -69,18 +75,33 @@ class Network:
             gradients = [self.energy.tangent(gradient, state, view) for gradient, state, view in found]
         return Forces(internal.detach(), loss.detach(), gradients)
 
-    def responses(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int] | None = None) -> Forces:
+    def responses(self, states: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.responses`."""
-        chosen = range(len(self.free)) if layers is None else layers
+        seen, answers = self._answered(states, strength, range(len(self.free)))
+        with torch.no_grad():
+            gradients = [x - answer for x, answer in zip(states, answers, strict=True)]
+            return Forces(self.internal(seen), self.loss(seen), gradients)
+
+    def answers(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]) -> list[Tensor]:
+        """See `Landscape.answers`."""
+        return self._answered(states, strength, layers)[1]
+
+    def _answered(
+        self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]
+    ) -> tuple[Pass, list[Tensor]]:
         with torch.enable_grad():
             seen = self.at_states(states)
-            others, loss = self.internal(seen, own=False), self.loss(seen)
-            slopes = self._slopes(seen, others, loss, strength, chosen)
+            slopes = self._slopes(seen, self.internal(seen, own=False), self.loss(seen), strength, layers)
         views = self.views(seen)
-        gradients = [torch.zeros_like(state) for state in states]
-        for k, slope in zip(chosen, slopes, strict=True):
-            gradients[k] = states[k] - self.energy.best_response(-slope, views[k]).detach()
-        return Forces(others.detach(), loss.detach(), gradients)
+        return seen, [
+            self.energy.best_response(-slope, views[k]).detach() for k, slope in zip(layers, slopes, strict=True)
+        ]
+
+    def energy_of(self, states: Sequence[Tensor], strength: complex) -> Tensor:
+        """See `Landscape.energy_of`."""
+        seen = self.at_states(states)
+        with torch.no_grad():
+            return total_energy(Forces(self.internal(seen), self.loss(seen), []), strength)
 
     def hops(self, errors: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.hops`."""
@@ -161,6 +182,15 @@ class Network:
         """
         seen = self._at_errors(found.point) if found.coordinates == "errors" else self.at_states(found.point)
         return self._energy_of(seen, found, strength)
+
+    def contrast(self, phases: Sequence[tuple[complex, complex, Relaxation]]) -> Tensor:
+        """A scalar whose gradient is that of Re sum_p weight_p E(x_p, theta), see `energy_at`.
+
+        Args:
+            phases: strength, weight and end of each.
+        """
+        terms = [weight * self.energy_at(found, strength) for strength, weight, found in phases]
+        return torch.stack([term.real if term.is_complex() else term for term in terms]).sum()
 
     def held(self, found: Relaxation) -> Relaxation:
         """The same end of a phase, written in states that stay what they are when parameters move."""

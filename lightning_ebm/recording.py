@@ -1,32 +1,59 @@
 """From the record of a first pass to code: its energies and gradients are recorded too, and the code is checked.
 
-Network.forces and Network.energy_at say the same in autograd's words; here the quadratic energies are written so that
-as little as possible is left to do at every point.
+Network.forces, .answers and .energy_at say the same in autograd's words; here the quadratic energies are written so
+that as little as possible is left to do at every point.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from lightning_ebm.comparison import known_by
 from lightning_ebm.energies import Energy
-from lightning_ebm.energies.base import QuadraticEnergy
-from lightning_ebm.network import Network
-from lightning_ebm.packing import packed
-from lightning_ebm.program import NotRepeatable, Program, compiled_program
+from lightning_ebm.energies.base import QuadraticEnergy, is_bounded
+from lightning_ebm.lowering import NotRepeatable
+from lightning_ebm.network import Network, Run
+from lightning_ebm.products import faster_products
+from lightning_ebm.program import Program, Record, compiled_program
 from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.substitution import Pass, StateOf
-from lightning_ebm.tape import PHASE, SEED, STATE, Tape, Value, known_by
-from lightning_ebm.wiring import Region
+from lightning_ebm.tape import PHASE, SEED, STATE, Tape, Value
+from lightning_ebm.wiring import Plan, Region
 
-Coordinates = Literal["states", "errors"]
-Mode = tuple[Coordinates, bool]
-"""The coordinates, and whether there is a nudge."""
+Kind = Literal["forces", "error_forces", "responses", "answers", "energy", "update"]
+
+
+class Mode(NamedTuple):
+    """Which evaluation.
+
+    Attributes:
+        kind: the method of the landscape that it stands for; "energy" is I and L, "update" dE/dtheta alone.
+        nudged: whether the loss pulls.
+        layers: of answers, whose.
+        phases: of an update, how many phases it sums over.
+    """
+
+    kind: Kind
+    nudged: bool
+    layers: tuple[int, ...] = ()
+    phases: int = 1
+
+    @property
+    def has_energy(self) -> bool:
+        """Whether it gives the energy of each sample."""
+        return self.kind in ("forces", "error_forces", "responses")
+
+    @property
+    def in_errors(self) -> bool:
+        """Whether the point is one of errors."""
+        return self.kind == "error_forces"
+
 
 Seed = tuple[Tensor, Tensor]
 """What to differentiate, and the weight of each of its elements."""
@@ -37,6 +64,10 @@ Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 class RecordingNetwork(Network):
     """`Network` that can write down what it does at one point as a program for all points."""
+
+    def __init__(self, energy: Energy, plan: Plan, first: Pass, run: Run, batch_size: int, loss_scale: float) -> None:
+        super().__init__(energy, plan, first, run, batch_size, loss_scale)
+        self._probes: dict[tuple[bool, int], list[Tensor]] = {}
 
     def recorded(
         self, tape: Tape, first_pass: int, roots: Sequence[Value], mode: Mode, compiler: Compiler | None
@@ -58,83 +89,127 @@ class RecordingNetwork(Network):
         """
         first = self._first
         self._refuse_hidden_gradients(first)
+        with torch.no_grad():
+            self.internal(first)  # what an energy makes when it is first asked is not to be a part of the record
         known = known_by(roots)
         outside = [(v, t) for v, t in tape.outside.items() if v in known and t.requires_grad]
         strength, scale = self.scalar(1.0), self.scalar(1.0)
         inputs = tape.input(strength, PHASE), tape.input(scale, SEED)
+        nudge = strength if mode.nudged else None
         defined: dict[Value, tuple[Value, Value]] = {}
         with tape, torch.enable_grad():
-            if mode[0] == "states":
-                point = [tape.value(state) for state in first.states]
-                outputs, seeds = self._in_states(first, strength if mode[1] else None)
-            else:
+            point = [tape.value(state) for state in first.states]
+            seeds: list[Seed] = []
+            energy: Tensor | None = None
+            if mode.in_errors:
                 errors = [torch.zeros_like(state) for state in self.free]
                 point = [tape.input(error, STATE) for error in errors]
                 for call, state, error in zip(first.layers, first.states, point, strict=True):
                     defined[tape.value(state)] = tape.value(call.prediction), error
-                outputs, seeds = self._in_errors(first, errors, strength)
-            tops = [(top, seed * scale) for top, seed in seeds]
-            slopes = _gradients(tops, [tensor for _, tensor in outside])
+                energy, outputs, seeds = self._in_errors(first, errors, strength)
+            elif mode.kind == "forces":
+                energy, outputs, seeds = self._in_states(first, nudge)
+            elif mode.kind == "update":
+                outputs, seeds = [], self._seeds(first, nudge)
+            elif mode.kind == "energy":
+                outputs = [self.internal(first).sum().detach(), self.loss(first).detach()]
+            else:
+                layers = mode.layers if mode.kind == "answers" else range(len(point))
+                outputs = self._answers(first, nudge, layers)
+            if mode.kind == "responses":
+                gradients = [state.detach() - answer for state, answer in zip(first.states, outputs, strict=True)]
+                energy, outputs = self.internal(first).detach(), [self.loss(first).detach(), *gradients]
+            slopes = _gradients([(top, seed * scale) for top, seed in seeds], [tensor for _, tensor in outside])
         if tape.problem is not None:
             raise NotRepeatable(f"cannot be recorded ({tape.problem})")
         reached = [(v, slope) for (v, _), slope in zip(outside, slopes, strict=True) if slope is not None]
-        program = compiled_program(
-            point,
-            *inputs,
-            [tape.value(output) for output in outputs],
-            [tape.value(slope) for _, slope in reached],
+        record = Record(
             tape,
             known,
             first_pass,
-            defined,
-            partial(packed, tape, compiler is not None),
-            compiler,
+            point,
+            *inputs,
+            energy=None if energy is None else tape.value(energy),
+            outputs=[tape.value(output) for output in outputs],
+            slopes=[tape.value(slope) for _, slope in reached],
+            defined=defined,
+            phases=mode.phases,
         )
+        on_cpu = self.free[0].device.type == "cpu"
+        rewrite = partial(faster_products, compiler is not None) if on_cpu else None
+        program = compiled_program(record, rewrite, compiler)
         return program, [value for value, _ in reached]
 
-    def _in_states(self, first: Pass, strength: Tensor | None) -> tuple[list[Tensor], list[Seed]]:
-        """Energies and dE/dx; and what to differentiate, with which weight, for dE/dtheta."""
-        loss = self.loss_scale * first.loss.detach()
-        nudge = None if strength is None else (first.loss, self.loss_scale * strength)
-        half = self.rounding > max(torch.finfo(x.dtype).eps for x in self.free)
-        unit = strength if half else None  # see `Network.forces`
-        pull = nudge if unit is None else (first.loss, self.loss_scale * self.scalar(1.0))
-        states = first.states
+    def _seeds(self, first: Pass, strength: Tensor | None) -> list[Seed]:
+        """What to differentiate, with which weight, for dE/dtheta; a part of that for dE/dx, see `_in_states`."""
         if _is_quadratic(self.energy):
-            precisions = self._precisions(first)
+            states, precisions = first.states, self._precisions(first)
             pairs = [
                 (call.prediction, call.prediction.detach() - x) for call, x in zip(first.layers, states, strict=True)
             ]
-            seeds = [(mu, d if p == 1 else p * d) for (mu, d), p in zip(pairs, precisions, strict=True)]
+            seeds = [(mu, d if _is_one(p) else p * d) for (mu, d), p in zip(pairs, precisions, strict=True)]
+        else:
+            seeds = [(self.internal(first).sum(), self.scalar(1.0))]
+        return seeds if strength is None else [*seeds, (first.loss, self.loss_scale * strength)]
+
+    def _in_states(self, first: Pass, strength: Tensor | None) -> tuple[Tensor, list[Tensor], list[Seed]]:
+        """I_b; loss and dE/dx; and what to differentiate, with which weight, for dE/dtheta."""
+        loss, states = self.loss_scale * first.loss.detach(), first.states
+        seeds = self._seeds(first, None)
+        slopes = self._pulls(first, seeds, strength, range(len(states)))
+        if _is_quadratic(self.energy):
             internal = 0.5 * self.squares(
-                [d if p == 1 else math.sqrt(p) * d for (_, d), p in zip(pairs, precisions, strict=True)]
+                [
+                    seed if _is_one(p) else seed / _root(p)
+                    for (_, seed), p in zip(seeds, self._precisions(first), strict=True)
+                ]
             )
-            own = [seed for _, seed in seeds]
+            gradients = [-own if s is None else s - own for s, (_, own) in zip(slopes, seeds, strict=True)]
         else:
             internal = self.internal(first)
-            seeds = [(internal.sum(), self.scalar(1.0))]
-            own = []
-        pulls = seeds if unit is None else [(top, seed / unit) for top, seed in seeds]
-        slopes = _gradients(pulls if pull is None else [*pulls, pull], states)
-        slopes = [s if s is None or unit is None else unit * s for s in slopes]
-        if own:
-            gradients = [-o if s is None else s - o for s, o in zip(slopes, own, strict=True)]
-        else:
             gradients = [torch.zeros_like(x) if s is None else s for s, x in zip(slopes, self.free, strict=True)]
-        return [internal.detach(), loss, *gradients], seeds if nudge is None else [*seeds, nudge]
+        if is_bounded(self.energy):
+            found = zip(gradients, states, self.views(first), strict=True)
+            gradients = [self.energy.tangent(gradient, state.detach(), view) for gradient, state, view in found]
+        nudge = [] if strength is None else [(first.loss, self.loss_scale * strength)]
+        return internal.detach(), [loss, *gradients], [*seeds, *nudge]
 
-    def _in_errors(self, first: Pass, errors: Sequence[Tensor], strength: Tensor) -> tuple[list[Tensor], list[Seed]]:
+    def _pulls(
+        self, first: Pass, seeds: Sequence[Seed], strength: Tensor | None, layers: Sequence[int]
+    ) -> list[Tensor | None]:
+        """What the seeds and the nudge exert on these layers."""
+        half = self.rounding > max(torch.finfo(x.dtype).eps for x in self.free)
+        unit = strength if half else None  # see `Network.forces`
+        if strength is not None:
+            seeds = seeds if unit is None else [(top, seed / unit) for top, seed in seeds]
+            seeds = [*seeds, (first.loss, self.loss_scale * (self.scalar(1.0) if unit is not None else strength))]
+        slopes = _gradients(seeds, [first.states[k] for k in layers])
+        return [s if s is None or unit is None else unit * s for s in slopes]
+
+    def _answers(self, first: Pass, strength: Tensor | None, layers: Sequence[int]) -> list[Tensor]:
+        """Best responses of these layers."""
+        others = self.internal(first, own=False).sum()
+        slopes = self._pulls(first, [(others, self.scalar(1.0))], strength, layers)
+        views, answers = self.views(first), []
+        for k, slope in zip(layers, slopes, strict=True):
+            pull = torch.zeros_like(self.free[k]) if slope is None else -slope
+            answers.append(self.energy.best_response(pull, views[k]).detach())
+        return answers
+
+    def _in_errors(
+        self, first: Pass, errors: Sequence[Tensor], strength: Tensor
+    ) -> tuple[Tensor, list[Tensor], list[Seed]]:
         loss = self.loss_scale * first.loss
         signals = self._signals(first, loss)
         precisions = self._precisions(first)
-        weighted = [e if p == 1 else p * e for e, p in zip(errors, precisions, strict=True)]
+        weighted = [e if _is_one(p) else p * e for e, p in zip(errors, precisions, strict=True)]
         internal = 0.5 * self.squares(
-            [e if p == 1 else math.sqrt(p) * e for e, p in zip(errors, precisions, strict=True)]
+            [e if _is_one(p) else _root(p) * e for e, p in zip(errors, precisions, strict=True)]
         )
-        pulls = [strength * s if p == 1 else strength * s / p for s, p in zip(signals, precisions, strict=True)]
+        pulls = [strength * s if _is_one(p) else strength * s / p for s, p in zip(signals, precisions, strict=True)]
         gradients = [e + pull for e, pull in zip(errors, pulls, strict=True)]
         seeds = [(call.prediction, -w) for call, w in zip(first.layers, weighted, strict=True)]
-        return [internal, loss.detach(), *gradients], [*seeds, (first.loss, self.loss_scale * strength)]
+        return internal, [loss.detach(), *gradients], [*seeds, (first.loss, self.loss_scale * strength)]
 
     def _refuse_hidden_gradients(self, first: Pass) -> None:
         """Backward code of the user's own is not part of what the records of two first passes are compared by."""
@@ -143,39 +218,70 @@ class RecordingNetwork(Network):
         if own:
             raise NotRepeatable(f"uses a custom autograd function ({type(own[0]).__name__})")
 
-    def plainly(self, mode: Mode, strength: float) -> tuple[list[Tensor], list[Tensor], dict[int, Tensor]]:
-        """The plain way, once, at a point of its own: what a program must give there.
+    def plainly(
+        self, mode: Mode, strengths: Sequence[float], weights: Sequence[float]
+    ) -> tuple[list[list[Tensor]], list[Tensor], dict[int, Tensor] | None]:
+        """The plain way, once, at points of its own: what a program must give there.
 
         Returns:
-            The point; internal energy, loss and gradients; and dE/dtheta by the identity of each tensor it reaches.
+            A point for each phase; the outputs; and sum_p weight_p dE/dtheta by the identity of each tensor it
+            reaches, None if the mode gives no update.
 
         Raises:
             NotRepeatable: the pass reads values computed from states into Python.
         """
-        generator = torch.Generator().manual_seed(0)
-        point = []
-        for x, like in zip(self.free if mode[0] == "states" else self.no_errors, self.free, strict=True):
-            noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
-            point.append(x + (0.05 * like.abs().mean() + 0.01) * noise)
-        evaluate: Callable[..., Forces] = Network.forces if mode[0] == "states" else Network.error_forces
+        points = [self._elsewhere(mode, number) for number in range(mode.phases)]
         with self._watched() as watch:
-            found = evaluate(self, point, strength)
+            outputs = self._plain_outputs(mode, points[0], strengths[0])
         if watch.reads:
             raise NotRepeatable(f"reads numbers that depend on its states into Python ({watch.reads[0]})")
-        energy = Network.energy_at(self, Relaxation(point, mode[0], "fixed", 0, found.internal), strength)
-        states = self._latest[1].states if self._latest is not None else []
-        leaves = Region([energy]).leaves
-        targets = [t for t in leaves.values() if t.requires_grad and all(t is not x for x in states)]
-        slopes = zip(targets, _gradients([(energy, torch.ones_like(energy))], targets), strict=True)
-        self._latest = None
-        return point, [found.internal, found.loss, *found.gradients], {id(t): s for t, s in slopes if s is not None}
+        if mode.kind not in ("forces", "error_forces", "update"):
+            return points, outputs, None
+        found: dict[int, Tensor] = {}
+        for point, strength, weight in zip(points, strengths, weights, strict=True):
+            ended = Relaxation(point, "errors" if mode.in_errors else "states", "fixed", 0, self.first_loss)
+            energy = Network.energy_at(self, ended, strength)
+            states = self._latest[1].states if self._latest is not None else []
+            leaves = Region([energy]).leaves
+            targets = [t for t in leaves.values() if t.requires_grad and all(t is not x for x in states)]
+            slopes = _gradients([(energy, torch.full_like(energy, weight))], targets)
+            for target, slope in zip(targets, slopes, strict=True):
+                if slope is not None:
+                    found[id(target)] = found[id(target)] + slope if id(target) in found else slope
+        return points, outputs, found
+
+    def _plain_outputs(self, mode: Mode, point: Sequence[Tensor], strength: float) -> list[Tensor]:
+        if mode.kind == "answers":
+            return Network.answers(self, point, strength, mode.layers)
+        if mode.kind in ("energy", "update"):
+            seen = self.at_states(point)
+            return [self.internal(seen).sum().detach(), self.loss(seen).detach()] if mode.kind == "energy" else []
+        found: Forces = getattr(Network, mode.kind)(self, point, strength)
+        return [found.internal, found.loss, *found.gradients]
+
+    def _elsewhere(self, mode: Mode, number: int) -> list[Tensor]:
+        """Points near the forward pass, the same ones for every mode."""
+        key = mode.in_errors, number
+        if key not in self._probes:
+            generator = torch.Generator().manual_seed(number)
+            point = []
+            for x, like in zip(self.no_errors if mode.in_errors else self.free, self.free, strict=True):
+                noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+                point.append(x + (0.05 * like.abs().mean() + 0.01) * noise)
+            self._probes[key] = point if mode.in_errors else self.feasible(point)
+        return self._probes[key]
 
     def must_equal(self, plain: Sequence[Tensor], got: Sequence[Tensor]) -> None:
-        """Raises `NotRepeatable` unless these are equal up to rounding, relative to the largest element of each."""
+        """Raises `NotRepeatable` unless these are equal up to rounding.
+
+        That is relative to the largest element of each, or to a thousandth of the largest of all: a slope that is zero
+        but for rounding, as that of a bias before a normalisation, has no digits to agree in.
+        """
         rounding = max(self.rounding, torch.finfo(self.free[0].dtype).eps)
-        for one, other in zip(plain, got, strict=True):
-            largest = float(one.abs().max()) if one.numel() else 0.0
-            room = min(1e4 * rounding, 0.1) * max(largest, rounding) if math.isfinite(largest) else 0.0
+        sizes = [float(one.abs().max()) if one.numel() else 0.0 for one in plain]
+        least = max([rounding, *(1e-3 * size for size in sizes if math.isfinite(size))])
+        for one, other, size in zip(plain, got, sizes, strict=True):
+            room = min(1e4 * rounding, 0.1) * max(size, least) if math.isfinite(size) else 0.0
             if one.shape != other.shape or not torch.allclose(other, one, rtol=0.0, atol=room, equal_nan=True):
                 raise NotRepeatable("gives other values when it is repeated")
 
@@ -210,3 +316,11 @@ def _gradients(seeds: Sequence[Seed], inputs: Sequence[Tensor]) -> list[Tensor |
 
 def _is_quadratic(energy: Energy) -> bool:
     return isinstance(energy, QuadraticEnergy) and type(energy).layer_energy is QuadraticEnergy.layer_energy
+
+
+def _is_one(precision: float | Tensor) -> bool:
+    return not isinstance(precision, Tensor) and precision == 1
+
+
+def _root(precision: float | Tensor) -> float | Tensor:
+    return precision.sqrt() if isinstance(precision, Tensor) else math.sqrt(precision)

@@ -14,7 +14,8 @@ from lightning_ebm.relaxers import Relaxation
 class PhaseEntry(TypedDict):
     """One relaxation: nudge (as text where it is complex), status, steps of the slowest sample, residual per sample.
 
-    energies: I + lambda L of the batch before each step, its real part where the nudge is complex.
+    energies: I + lambda L of the batch at the start and after each step, its real part where the nudge is complex; of
+    relaxers that need no energy to move (`FixedPoint`), at the start and the end only. residual: see `Relaxation`.
     """
 
     nudge: float | str
@@ -54,7 +55,7 @@ class PhaseReport:
     status: str
     steps: int
     residual: Tensor
-    energies: list[Tensor]
+    energies: Sequence[Tensor]
 
     @classmethod
     def of(cls, nudge: complex, found: Relaxation) -> "PhaseReport":
@@ -72,7 +73,7 @@ def report_of(algorithm: Algorithm, names: Sequence[str], phases: Sequence[Phase
             "nudge": str(phase.nudge) if isinstance(phase.nudge, complex) else phase.nudge,
             "status": phase.status,
             "steps": phase.steps,
-            "energies": torch.stack(phase.energies).tolist() if phase.energies else [],
+            "energies": torch.stack(list(phase.energies)).tolist() if phase.energies else [],
             "residual": phase.residual.tolist(),
         }
         for phase in phases

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.capture import CapturedNetwork, Captures
+from lightning_ebm.capture import Captures
 from lightning_ebm.closure import Closure, checked_loss
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.holding import Holding
@@ -20,7 +20,9 @@ from lightning_ebm.nudges import Holomorphic, Infinitesimal, Phase
 from lightning_ebm.promotion import Promoted
 from lightning_ebm.purity import Snapshot
 from lightning_ebm.relaxers import Relaxation
-from lightning_ebm.relaxers.base import force_norm, total_energy
+from lightning_ebm.relaxers.base import force_norm
+from lightning_ebm.relaxers.forces import total_energy
+from lightning_ebm.replay import CapturedNetwork
 from lightning_ebm.report import PhaseReport
 from lightning_ebm.state_memory import StateMemory
 from lightning_ebm.substitution import Pass, StateOf, at_prediction, at_states, batch_size_among, substituted
@@ -277,7 +279,7 @@ class Step:
     def _relaxed(self, network: Network, loss: Tensor) -> Tensor:
         """sum_p weight_p E(x_p, theta), states held fixed; or what the algorithm reads instead."""
         algorithm = self._algorithm
-        phases, terms = [], []
+        phases = []
         self.phases = []
         free = self._free
         start = network.free if free is None else free.point
@@ -300,15 +302,13 @@ class Step:
                 found = free
             self.phases.append((0.0 if phase.held else strength, weight, found))
         self._remember(list(network.names), phases, loss)
+        if algorithm.read_as == "cross-derivative":
+            return self._cross_derivative(network, start)
+        update = network.contrast(self.phases)
         taken = next((found for strength, _, found in self.phases if strength), None)
         if self._teaches and taken is not None and algorithm.energy.divergence and taken.dyad is None:
             algorithm.energy.observe(lambda: dict(zip(network.names, network.errors_at(taken), strict=True)))
-        if algorithm.read_as == "cross-derivative":
-            return self._cross_derivative(network, start)
-        for strength, weight, found in self.phases:
-            term = weight * network.energy_at(found, strength)
-            terms.append(term.real if term.is_complex() else term)
-        return torch.stack(terms).sum()
+        return update
 
     def _nudged(self, network: Network, start: Sequence[Tensor], phase: Phase) -> Relaxation:
         relaxer = self._algorithm.relaxer

@@ -7,17 +7,20 @@ nothing else about the user's code has to be known.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ebm.substitution import StateKey, StateOf
+from lightning_ebm.traits import BATCH_NORMS, Traits, traits
 
 CONSTANT, PHASE, STATE, SEED = range(4)
 """What a value depends on: batch and parameters alone; the nudge as well; the states; the scale of the update."""
+
+_LIFTED = frozenset({"lift_fresh", "lift", "lift_fresh_copy"})
 
 
 class Value:
@@ -29,15 +32,25 @@ class Value:
         meta: what makes two tensors from outside interchangeable; None for all others.
         read: whether an operation has used it.
         stale: whether its memory was written to under another name.
+        shape: of the tensor; None where none was seen.
+        dtype: likewise.
     """
 
-    __slots__ = ("level", "meta", "node", "read", "stale")
+    __slots__ = ("dtype", "level", "meta", "node", "read", "shape", "stale")
 
     def __init__(self, node: "Node | None", level: int, outside: Tensor | None = None) -> None:
         self.node = node
         self.level = level
         self.meta = None if outside is None else _meta(outside)
         self.read = self.stale = False
+        self.shape: torch.Size | None = None
+        self.dtype: torch.dtype | None = None
+
+    def like(self) -> "Value":
+        """Another value, of a tensor of the same kind."""
+        other = Value(None, self.level)
+        other.shape, other.dtype = self.shape, self.dtype
+        return other
 
 
 class Node:
@@ -63,76 +76,6 @@ class Node:
         yield from _values(self.args)
         if self.kwargs:
             yield from _values(tuple(self.kwargs.values()))
-
-
-class Traits(NamedTuple):
-    """What a kind of operation does to tensors.
-
-    Attributes:
-        name: without namespace and overload.
-        writes: positions or names of the arguments that it writes to.
-        overwrites: whether what was there before is of no consequence.
-        views: whether its results are views of its arguments in autograd's eyes.
-        shares: whether they share memory, known to autograd or not.
-        by_shape: whether only the shape of its arguments matters.
-        random: whether it draws from a generator.
-        dynamic: whether the shape of its result depends on values.
-    """
-
-    name: str
-    writes: tuple[int | str, ...]
-    overwrites: bool
-    views: bool
-    shares: bool
-    by_shape: bool
-    random: bool
-    dynamic: bool
-
-
-BATCH_NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm"})
-"""They write to arguments 3 and 4, the running statistics, while argument 5 says training; not all schemas tell."""
-_OVERWRITING = frozenset(
-    {"bernoulli_", "uniform_", "normal_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
-    | {"fill_", "zero_", "copy_"}
-)
-_BY_SHAPE = frozenset(
-    {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"}
-    | {"new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"}
-)
-_SHARING = frozenset({"_unsafe_view", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "_reshape_copy"})
-_LIFTED = frozenset({"lift_fresh", "lift", "lift_fresh_copy"})
-
-
-_known_traits: dict[int, Traits] = {}
-
-
-def traits(func: Any) -> Traits:
-    """What a kind of operation does to tensors, from its schema."""
-    known = _known_traits.get(id(func))  # operations live as long as torch does; their own hash is slow
-    if known is None:
-        known = _known_traits[id(func)] = _traits(func)
-    return known
-
-
-def _traits(func: Any) -> Traits:
-    schema = func._schema
-    name = schema.name.split("::")[1]
-    writes = tuple(
-        argument.name if argument.kwarg_only else position
-        for position, argument in enumerate(schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    )
-    views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-    return Traits(
-        name=name,
-        writes=(3, 4) if name in BATCH_NORMS else writes,
-        overwrites=name in _OVERWRITING,
-        views=views,
-        shares=views or name in _SHARING,
-        by_shape=name in _BY_SHAPE,
-        random=torch.Tag.nondeterministic_seeded in func.tags,
-        dynamic=torch.Tag.dynamic_output_shape in func.tags,
-    )
 
 
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -284,6 +227,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _put(self, tensor: Tensor, value: Value) -> Value:
         self._known[id(tensor)] = weakref.ref(tensor), value
+        value.shape, value.dtype = tensor.shape, tensor.dtype
         return value
 
     def _seen(self, arg: Any) -> Any:
@@ -292,77 +236,6 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(arg, list | tuple):
             return tuple([self._seen(a) for a in arg])
         return arg
-
-
-def same_computation(
-    expected: Sequence[Value], roots: Sequence[Value], known: Mapping[Value, Value]
-) -> dict[Value, Value] | str:
-    """Compares what two records did to arrive at some values: the same operations on the same constants.
-
-    Whatever else was done (by metrics and logging, say) may differ.
-
-    Args:
-        expected: values of the earlier record.
-        roots: values of the new one, in the same order.
-        known: inputs of the earlier record, and those of the new one they correspond to.
-
-    Returns:
-        The value of the new record for each one of the earlier that led there; or what is not the same.
-    """
-    here = dict(known)
-    taken = set(known.values())
-    queue = list(zip(expected, roots, strict=True))
-
-    def same(old: Any, new: Any) -> bool:
-        if type(old) is not type(new):
-            return False
-        if type(old) is Value:
-            queue.append((old, new))
-            return True
-        if type(old) is tuple:
-            return len(old) == len(new) and all(map(same, old, new))
-        return bool(old == new) or (old != old and new != new)
-
-    while queue:
-        old, new = queue.pop()
-        if old in here:
-            if here[old] is not new:
-                return "which tensors it uses"
-            continue
-        if new in taken:
-            return "which tensors it uses"
-        one, other = old.node, new.node
-        if one is None or other is None:
-            if one is not other or old.meta is None or old.meta != new.meta:
-                return f"a tensor, {old.meta or old.node} before and {new.meta or new.node} now"
-            here[old] = new
-            taken.add(new)
-            continue
-        if one.func is not other.func or one.grad is not other.grad or one.problem != other.problem:
-            return f"an operation, {one} before and {other} now"
-        if not (same(one.args, other.args) and same(tuple(one.kwargs.items()), tuple(other.kwargs.items()))):
-            return f"a constant, {one} before and {other} now"
-        for result, again in zip(one.results, other.results, strict=True):
-            if result is not None and again is not None:
-                here[result] = again
-                taken.add(again)
-        if here.get(old) is not new:
-            return f"which result of {one} it uses"
-    return here
-
-
-def known_by(values: Iterable[Value]) -> set[Value]:
-    """Every value that these were computed from, with the other results of those operations."""
-    found: set[Value] = set()
-    queue = list(values)
-    while queue:
-        value = queue.pop()
-        if value not in found:
-            found.add(value)
-            if value.node is not None:
-                found.update(v for v in value.node.results if v is not None)
-                queue.extend(value.node.values())
-    return found
 
 
 def _meta(tensor: Tensor) -> tuple[Any, ...]:

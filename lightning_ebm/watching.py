@@ -11,6 +11,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
+from lightning_ebm.network import Stamps, stamps
 from lightning_ebm.relaxers import Forces, Landscape
 
 Coordinates = Literal["states", "errors"]
@@ -96,6 +97,7 @@ class Recording:
         self._landscape = landscape
         self._before: tuple[list[Tensor], list[Tensor]] | None = None
         self._announced: tuple[complex, bool] | None = None
+        self._looked: Stamps = []
         self.traces: list[Trace] = []
 
     def begin(self, nudge: complex, held: bool = False) -> None:
@@ -122,12 +124,28 @@ class Recording:
         self._note("errors", errors, strength, found)
         return found
 
-    def responses(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int] | None = None) -> Forces:
-        """See `Landscape.responses`. Of a sweep in two halves the first is noted: it knows all layers."""
-        found = self._landscape.responses(states, strength, layers)
-        if layers is None:
-            self._note("states", states, strength, found)
+    def responses(self, states: Sequence[Tensor], strength: complex) -> Forces:
+        """See `Landscape.responses`."""
+        found = self._landscape.responses(states, strength)
+        self._note("states", states, strength, found)
         return found
+
+    def answers(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]) -> list[Tensor]:
+        """See `Landscape.answers`. Notes all responses at the start of a sweep: where the first layer is asked for."""
+        if 0 in layers:
+            self._look(states, strength)
+        return self._landscape.answers(states, strength, layers)
+
+    def energy_of(self, states: Sequence[Tensor], strength: complex) -> Tensor:
+        """See `Landscape.energy_of`. Asked for at the start and at the end."""
+        self._look(states, strength)
+        return self._landscape.energy_of(states, strength)
+
+    def _look(self, states: Sequence[Tensor], strength: complex) -> None:
+        here = stamps(states)
+        if self._announced is not None or self._looked != here:
+            self._note("states", states, strength, self._landscape.responses(states, strength))
+        self._looked = here
 
     def hops(self, errors: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.hops`."""

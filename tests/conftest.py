@@ -15,6 +15,14 @@ os.environ.setdefault("WANDB_X_DISABLE_STATS", "true")
 os.environ.setdefault("WANDB_X_DISABLE_META", "true")
 
 
+@pytest.fixture(autouse=True)
+def no_process_group_left():
+    """A Trainer leaves its process group to the end of the process; the next test must not find itself distributed."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture
 def free_port():
     """For a process group of this test alone."""

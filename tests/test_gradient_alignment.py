@@ -320,7 +320,7 @@ def test_the_offline_run_holds_figures_definitions_and_settings(tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=200,
     ).stdout
     records = [json.loads(line) for line in text.splitlines() if line.strip()]
     dump = json.dumps(records)

@@ -175,7 +175,7 @@ def test_the_offline_run_holds_curves_on_an_axis_of_their_own(tmp_path):
     wandb.finish()
     wandb.teardown()
     command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(directory)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200).stdout
     records = [json.loads(line) for line in text.splitlines() if line.strip()]
     rows = [r["history"]["item"] for r in records if r.get("type") == "history"]
     defined = {r["metric"]["name"]: r["metric"] for r in records if r.get("type") == "metric" and "name" in r["metric"]}

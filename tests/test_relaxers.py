@@ -134,7 +134,7 @@ def test_energy_never_rises_below_the_stability_limit_and_a_run_beyond_it_raises
     problem = Quadratic(3, 20.0)
     limit = 2 / float(torch.linalg.eigvalsh(problem.hessian).max())
     found = ebm.GradientDescent(0.98 * limit, 60).relax(problem, problem.no_errors, 1.0)
-    energies = torch.stack(found.energies)
+    energies = torch.stack(list(found.energies))
     assert bool((energies.diff() < 0).all())
     with pytest.raises(ebm.RelaxationDivergedError):
         ebm.GradientDescent(1.1 * limit, 60).relax(problem, problem.no_errors, 1.0)

@@ -13,7 +13,7 @@ import torch
 import lightning_ebm as ebm
 
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(450)
 
 
 def run(out, resume="no", harm="no", strategy="ebm_ddp"):
@@ -25,7 +25,7 @@ def run(out, resume="no", harm="no", strategy="ebm_ddp"):
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
     )
 
 
@@ -56,7 +56,7 @@ def test_a_killed_process_loses_nothing_up_to_the_last_checkpoint(tmp_path):
 def test_an_error_in_a_relaxation_ends_the_job_and_is_shown(tmp_path):
     began = time.monotonic()
     done = run(tmp_path / "broken", harm="raise")
-    assert time.monotonic() - began < 100  # the process group's time-out is 30 minutes
+    assert time.monotonic() - began < 350  # the process group's time-out is 30 minutes
     assert done.returncode != 0
     assert "Rank 1 of 2 failed: ValueError: it broke here" in done.stderr
     assert "ValueError: it broke here" in done.stderr.replace("failed: ValueError: it broke here", "")
@@ -70,7 +70,7 @@ def test_a_launched_run_is_one_whole_offline_run(strategy, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    read = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    read = subprocess.run(command, capture_output=True, text=True, timeout=200)
     records = [json.loads(line) for line in read.stdout.splitlines()]
     assert records[-1]["type"] == "exit"
     assert records[-1]["exit"]["exit_code"] == 0

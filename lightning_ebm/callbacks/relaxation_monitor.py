@@ -116,8 +116,12 @@ class RelaxationMonitor(Callback):
         self.statuses[report["result"]] += 1
         phases: list[dict[str, Any]] = [dict(trace.read()) for trace in recording.traces]
         for phase, entry in zip(phases, report["phases"], strict=False):
-            if phase["nudge"] == complex(entry["nudge"]).real:  # of accepted points, where the trace has every trial
-                phase["energies"] = entry["energies"]
+            if phase["nudge"] != complex(entry["nudge"]).real:
+                continue
+            weight = 0.0 if phase["held"] else phase["nudge"]
+            seen = [internal + weight * loss for internal, loss in zip(phase["internal"], phase["loss"], strict=True)]
+            # The report's are those of accepted points, where the trace has every trial; but it may leave some out.
+            phase["energies"] = entry["energies"] if len(entry["energies"]) == entry["steps"] + 1 else seen
         values = {
             "ebm/energy_free": report["energy_free"],
             "ebm/energy_nudged": report["energy_nudged"],

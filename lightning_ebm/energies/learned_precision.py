@@ -48,21 +48,30 @@ class LearnedPrecision:
 
     def of(self, name: str, like: Tensor) -> Tensor:
         """Pi of a layer, as it is now."""
-        return self._values.get(name, torch.ones(())).to(like)
+        if name not in self._values:
+            shape = () if self.per == "layer" else like.shape[1:]
+            self._values[name] = torch.ones(shape, dtype=like.dtype, device=like.device)
+        return self._values[name].to(like)
 
     def observe(self, name: str, errors: Tensor) -> None:
         """One step of the descent, from errors ``(B, ...)``."""
+        before = self.of(name, errors)
         squares = errors.square().mean(0)
         squares = squares.mean() if self.per == "layer" else squares
-        before = self.of(name, squares)
         after = before * torch.exp(0.5 * self.rate * (1 - before * squares).clamp(-10, 10))
-        self._values[name] = after.clamp(self.lowest, self.highest)
+        # In place: captured steps hold on to these tensors.
+        self._values[name].copy_(after.clamp(self.lowest, self.highest))
 
     def state_dict(self) -> dict[str, Any]:
         """The precisions, by layer."""
-        return {name: value.cpu() for name, value in self._values.items()}
+        return {name: value.cpu().clone() for name, value in self._values.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from there."""
-        self._values.clear()
-        self._values.update(state)
+        for name in self._values.keys() - state.keys():
+            self._values[name].fill_(1.0)
+        for name, value in state.items():
+            if name in self._values and self._values[name].shape == value.shape:
+                self._values[name].copy_(value)
+            else:
+                self._values[name] = value.clone()

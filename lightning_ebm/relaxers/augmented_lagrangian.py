@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.relaxers.base import Forces, Landscape, Relaxation, Relaxer, checked_steps
+from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, checked_steps
 from lightning_ebm.relaxers.error_coordinates import ErrorCoordinates
+from lightning_ebm.relaxers.forces import Forces
 
 
 @dataclass(frozen=True)

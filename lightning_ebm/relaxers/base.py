@@ -5,30 +5,16 @@ Letters: ``B`` samples; a list over layers holds one tensor a state, each ``(B, 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
+from lightning_ebm.relaxers.forces import Energies, Forces, total_energy
 
 Status = Literal["converged", "stalled", "max_steps", "fixed"]
-
-
-class Forces(NamedTuple):
-    """The energies of a point and their slope.
-
-    Attributes:
-        internal: I_b, energy of each sample, ``(B,)``.
-        loss: L summed over the batch, a scalar (a user's loss comes as one number, not per sample).
-        gradients: dE/dx_l with E = sum_b I_b + lambda L, one tensor a layer. In error coordinates the gradient in the
-            metric of the precision, e_l + 1/Pi_l * lambda dL/de_l, whose unit step is the fixed-point map.
-    """
-
-    internal: Tensor
-    loss: Tensor
-    gradients: list[Tensor]
 
 
 class Landscape(Protocol):
@@ -40,8 +26,10 @@ class Landscape(Protocol):
     batch_size: int
     rounding: float
     """Relative rounding of the network's arithmetic, coarser than that of the states under mixed precision."""
-    no_errors: Sequence[Tensor]
-    """e = 0, where descent on errors starts; the network knows these very tensors and runs no pass for them."""
+
+    @property
+    def no_errors(self) -> Sequence[Tensor]:
+        """e = 0, where descent on errors starts; the network knows these very tensors and runs no pass for them."""
 
     def forces(self, states: Sequence[Tensor], strength: complex) -> Forces:
         """E and dE/dx at the given states, loss weighted by `strength`; complex states where that is complex."""
@@ -49,11 +37,14 @@ class Landscape(Protocol):
     def error_forces(self, errors: Sequence[Tensor], strength: complex) -> Forces:
         """The same at x_l = rho(a_l) + e_l, as a function of the errors e."""
 
-    def responses(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int] | None = None) -> Forces:
-        """E and, as gradients, x_l - argmin_x [e_l(x) - <pull_l, x>], whose unit step is each layer's best response.
+    def responses(self, states: Sequence[Tensor], strength: complex) -> Forces:
+        """E and, as gradients, x_l - argmin_x [e_l(x) - <pull_l, x>], whose unit step is each layer's best response."""
 
-        With `layers`, only theirs; the other entries are 0.
-        """
+    def answers(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]) -> list[Tensor]:
+        """argmin_x [e_l(x) - <pull_l, x>] of these layers, and nothing else: no energy, no other layer."""
+
+    def energy_of(self, states: Sequence[Tensor], strength: complex) -> Tensor:
+        """I + lambda L of the batch, a scalar, its real part where the nudge is complex."""
 
     def hops(self, errors: Sequence[Tensor], strength: complex) -> Forces:
         """e_l + 1/Pi_l (lambda dL/dx_l - sum_k J_k' Pi_k e_k), all slopes and Jacobians taken at the forward pass."""
@@ -93,8 +84,9 @@ class Relaxation:
             steps was asked for and taken).
         steps: steps taken by the slowest sample.
         residual: |force| at the end over |force| at the start, per sample, ``(B,)``; 0 where nothing pulled.
-        energies: total energy I + lambda L of the batch, a list of scalars: at the start and after each step. Where
-            only some samples took a step, the value before it, which bounds theirs.
+        energies: total energy I + lambda L of the batch, scalars: at the start and after each step. Where
+            only some samples took a step, the value before it, which bounds theirs. Of relaxers that need no energy
+            to move (`FixedPoint`), at the start and at the end only.
         displacement: what is to be read against each layer's prediction instead of its error at `point`: the error as
             it first arrives, with everything else still at the forward pass, or a multiplier over the precision.
         dyad: two more lists of states, whose energies, with the drives of `point`, are to be contrasted.
@@ -105,7 +97,7 @@ class Relaxation:
     status: Status
     steps: int
     residual: Tensor
-    energies: list[Tensor] = field(default_factory=list)
+    energies: Sequence[Tensor] = ()
     displacement: list[Tensor] | None = None
     dyad: tuple[list[Tensor], list[Tensor]] | None = None
 
@@ -162,12 +154,6 @@ def force_norm(landscape: Landscape, gradients: Sequence[Tensor]) -> Tensor:
     return landscape.squares(gradients).sqrt()
 
 
-def total_energy(forces: Forces, strength: complex) -> Tensor:
-    """I + lambda L of the batch, its real part where the nudge is complex."""
-    total = (forces.internal.sum() + strength * forces.loss).detach()
-    return total.real if total.is_complex() else total
-
-
 def fixed_steps(
     owner: Relaxer,
     landscape: Landscape,
@@ -196,36 +182,49 @@ def fixed_steps(
             adaptive optimizers, which may climb without that: a rise is said, only growing forces raise.
     """
     evaluate = landscape.forces if coordinates == "states" else landscape.error_forces
-    point, energies = as_complex(start, strength), torch.empty(0)
-    recent: list[tuple[list[Tensor], list[Tensor]]] = []
+
+    def next_point(point: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        moved = move(point, gradients)
+        return landscape.feasible(moved) if coordinates == "states" else moved
+
+    def onwards(count: int) -> list[tuple[list[Tensor], list[Tensor]]]:
+        """Points and gradients from the last point on: only a suspect relaxation is looked at that closely."""
+        found = [(point, forces.gradients)]
+        while len(found) <= count:
+            here = next_point(*found[-1])
+            found.append((here, evaluate(here, strength).gradients))
+        return found
+
+    point = as_complex(start, strength)
+    energies = Energies(max_steps + 1, strength)
     norms: list[Tensor] = []
     for step in range(max_steps + 1):
         forces = evaluate(point, strength)
-        energy = total_energy(forces, strength)
-        if step == 0:
-            first = force_norm(landscape, forces.gradients)
-            energies = energy.new_empty(max_steps + 1)  # at once: many small tensors would scatter the large ones
-        energies[step] = energy
-        if descends and step > max_steps - 4:
+        energies.add(forces)
+        if step in (0, max_steps) or (descends and step > max_steps - 4):
             norms.append(force_norm(landscape, forces.gradients))
-        recent = [*recent[-2:], (point, forces.gradients)]
+        if step == 0:
+            start_energy = total_energy(forces, strength)
         if step < max_steps:
-            point = move(point, forces.gradients)
-            point = landscape.feasible(point) if coordinates == "states" else point
-    last = force_norm(landscape, forces.gradients)
+            point = next_point(point, forces.gradients)
+            del forces  # as large as the states: not held through the next evaluation
+    first, last = norms[0], norms[-1]
+    ends = torch.stack([start_energy, total_energy(forces, strength)])
     tiny = torch.finfo(first.dtype).tiny
     # Force of the whole batch, so that one sample at rest from the start does not divide by nothing.
     growth = last.norm() / first.norm().clamp_min(tiny)
     # At a negative nudge the energy may fall without bound, and only the growing force tells.
-    room = max(1e-4, 16 * landscape.rounding) * energies[0].abs()
-    rose = not isinstance(strength, complex) and strength >= 0 and bool(energies[-1] > energies[0] + room)
-    finite = bool(torch.isfinite(energies).all()) and bool(torch.isfinite(last).all())
+    room = max(1e-4, 16 * landscape.rounding) * ends[0].abs()
+    rose = not isinstance(strength, complex) and strength >= 0 and bool(ends[1] > ends[0] + room)
+    finite = bool(torch.isfinite(ends).all()) and bool(torch.isfinite(last).all())
     moving = bool(growth > landscape.rounding**0.5)  # below, forces are rounding
-    unstable = bool(descends) and moving and _unstable([float(norm.norm()) for norm in norms], recent, descends)
+    growing = descends and max_steps > 2 and bool((torch.stack(norms[-4:]).norm(dim=1).diff() > 0).all())
+    unstable = bool(growing) and moving and _unstable([gradients for _, gradients in onwards(2)], descends)
     if not finite or (rose and descends) or unstable or bool(growth > 10):
-        raise diverged(landscape, owner, recent[-2], recent[-1], strength, energies, float(growth))
+        before, after = onwards(1) if finite else [(point, forces.gradients)] * 2
+        raise diverged(landscape, owner, before, after, strength, ends, float(growth))
     status: Status = "max_steps" if rose else "fixed"
-    return Relaxation(point, coordinates, status, max_steps, last / first.clamp_min(tiny), list(energies))
+    return Relaxation(point, coordinates, status, max_steps, last / first.clamp_min(tiny), energies)
 
 
 def as_complex(states: Sequence[Tensor], strength: complex) -> list[Tensor]:
@@ -233,18 +232,15 @@ def as_complex(states: Sequence[Tensor], strength: complex) -> list[Tensor]:
     return [state + 0j for state in states] if isinstance(strength, complex) else list(states)
 
 
-def _unstable(norms: list[float], recent: list[tuple[list[Tensor], list[Tensor]]], lr: float) -> bool:
-    """Whether a fixed step is past 2 / curvature, seen from the last three forces.
+def _unstable(gradients: list[list[Tensor]], lr: float) -> bool:
+    """Whether a fixed step is past 2 / curvature, seen from three forces in a row.
 
     With g' = (1 - lr H) g the change v = g' - g lies along the stiffest directions, and <v, Hv> / |v|^2 is never above
     the largest curvature: beyond 2 / lr it proves divergence. At a kink it may be met without any, so the force must
-    have grown in three steps on end as well.
+    have grown in three steps on end before.
     """
-    if len(norms) < 4 or not norms[-1] > norms[-2] > norms[-3] > norms[-4]:
-        return False
-    (_, a), (_, b), (_, c) = recent
     change, turned = 0.0, 0.0
-    for first, second, third in zip(a, b, c, strict=True):
+    for first, second, third in zip(*gradients, strict=True):
         v = second - first
         change += float(v.abs().square().sum())
         turned += float((v.conj() * (third - second - v)).sum().real)

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
-from lightning_ebm.relaxers.base import Forces, Landscape, Relaxation, Relaxer
+from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer
+from lightning_ebm.relaxers.forces import Forces
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +32,8 @@ class Cheapest(Relaxer):
     on, exactly as it would by itself. Free phases, nudged ones and negatively nudged ones choose apart. As training
     changes what is cheap, the comparison is made again at the 10th batch, the 100th, the 1000th, and so on.
 
-    Cost is counted, not timed: evaluations of the network, one passing through some layers only counting for
-    (1 + their share) / 2, plus a tenth for every sum over all states, which is what a relaxer's own arithmetic comes
+    Cost is counted, not timed: evaluations of the network, answers of some layers only counting for their share and an
+    energy alone for a half, plus a tenth for every sum over all states, which is what a relaxer's own arithmetic comes
     with. Counts are the same in every run of the same program, on a busy machine, and after resuming; clocks are not,
     and would send the ranks of one run different ways. The price is that a tenth is right for no network exactly.
 
@@ -246,10 +247,20 @@ class _Counting:
         self._spend(1.0)
         return self._landscape.error_forces(errors, strength)
 
-    def responses(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int] | None = None) -> Forces:
+    def responses(self, states: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.responses`."""
-        self._spend(1.0 if layers is None else 0.5 + 0.5 * len(layers) / len(states))
-        return self._landscape.responses(states, strength, layers)
+        self._spend(1.0)
+        return self._landscape.responses(states, strength)
+
+    def answers(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]) -> list[Tensor]:
+        """See `Landscape.answers`."""
+        self._spend(len(layers) / len(states))
+        return self._landscape.answers(states, strength, layers)
+
+    def energy_of(self, states: Sequence[Tensor], strength: complex) -> Tensor:
+        """See `Landscape.energy_of`."""
+        self._spend(0.5)
+        return self._landscape.energy_of(states, strength)
 
     def per_sample(self, tensors: Sequence[Tensor]) -> Tensor:
         """See `Landscape.per_sample`."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.errors import RelaxationDivergedError
-from lightning_ebm.relaxers.base import Forces, Landscape, Relaxation, Status, force_norm
+from lightning_ebm.relaxers.base import Landscape, Relaxation, Status, force_norm
+from lightning_ebm.relaxers.forces import Forces
 
 _PATIENCE = 6
 """Steps over which the energy must still fall noticeably."""

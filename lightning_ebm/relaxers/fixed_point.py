@@ -8,16 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
-from lightning_ebm.relaxers.base import (
-    Landscape,
-    Relaxation,
-    Relaxer,
-    Status,
-    as_complex,
-    checked_steps,
-    force_norm,
-    total_energy,
-)
+from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Status, as_complex, checked_steps, force_norm
+
+_LOOK_AT = 10
+"""Every how many of a fixed number of steps it is asked whether states run away."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +23,10 @@ class FixedPoint(Relaxer):
     depth (the first hidden one is 1), then those at even depth from what the odd ones have become; both once a step, in
     two passes. In a chain each half then lowers the energy exactly, and nothing oscillates between neighbours.
 
-    With ``tol=0`` exactly `max_steps` steps; with ``tol > 0`` until every sample's residual |x - response| is below
-    `tol` of what it started with, or below rounding. A step count that ends with a residual larger than the first is
-    reported as "max_steps": what was found is no equilibrium.
+    A step's residual is how far it moved each sample, |x' - x| / (1 - damping), all layers together. With ``tol=0``
+    exactly `max_steps` steps; with ``tol > 0`` until every sample's residual is below `tol` of that of the first step,
+    or below rounding. A step count that ends with a residual larger than the first is reported as "max_steps": what was
+    found is no equilibrium. Energies are evaluated at the start and the end of a phase: no step needs them.
 
     Args:
         max_steps: how many steps, or how many at most.
@@ -65,35 +60,40 @@ class FixedPoint(Relaxer):
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
         point = as_complex(start, strength)
-        even = [k for k, depth in enumerate(landscape.depths) if depth % 2 == 0]
-        energies: list[Tensor] = []
-        norms: list[Tensor] = []
-        steps = 0
-        while True:
-            forces = landscape.responses(point, strength)
-            energies.append(total_energy(forces, strength))
-            norms.append(force_norm(landscape, forces.gradients))
-            if not bool(torch.isfinite(norms[-1]).all()) or bool(norms[-1].max() > 1e6 * norms[0].max().clamp_min(1)):
-                raise _ran_away(self, landscape, strength, steps, forces.gradients)
-            settled = norms[-1] <= (self.tol * norms[0]).maximum(rounding_of(landscape, point))
-            if steps == self.max_steps or (self.tol and bool(settled.all())):
+        energies = [landscape.energy_of(point, strength)]
+        halves = self._halves(landscape.depths)
+        first = norm = settled_at = energies[0].new_empty(0)
+        for steps in range(1, self.max_steps + 1):  # read after the loop
+            before = point
+            for layers in halves:
+                point = self._moved(point, landscape.answers(point, strength, layers), layers)
+            if not self.tol and steps % _LOOK_AT and steps not in (1, self.max_steps):
+                continue
+            norm = force_norm(landscape, [y - x for x, y in zip(before, point, strict=True)]) / (1 - self.damping)
+            if steps == 1:
+                first, settled_at = norm, (self.tol * norm).maximum(rounding_of(landscape, point))
+                bound = 1e6 * float(first.max().clamp_min(1))
+            if not float(norm.max()) <= bound:  # nan is not
+                raise _ran_away(self, landscape, strength, steps, before, point)
+            if self.tol and bool((norm <= settled_at).all()):
                 break
-            steps += 1
-            if self.order == "synchronous" or not even:
-                point = self._moved(point, forces.gradients, range(len(point)))
-            else:
-                odd = [k for k in range(len(point)) if k not in even]
-                point = self._moved(point, forces.gradients, odd)
-                point = self._moved(point, landscape.responses(point, strength, even).gradients, even)
-        residual = norms[-1] / norms[0].clamp_min(torch.finfo(norms[0].dtype).tiny)
-        grew = bool(norms[-1].norm() > norms[0].norm()) and not bool(settled.all())
-        status: Status = "fixed" if not self.tol else "converged" if bool(settled.all()) else "max_steps"
+        settled = bool((norm <= settled_at).all())
+        residual = norm / first.clamp_min(torch.finfo(first.dtype).tiny)
+        grew = bool(norm.norm() > first.norm()) and not settled
+        status: Status = "fixed" if not self.tol else "converged" if settled else "max_steps"
+        energies.append(landscape.energy_of(point, strength))
         return Relaxation(point, "states", "max_steps" if grew else status, steps, residual, energies)
 
-    def _moved(self, point: list[Tensor], gradients: list[Tensor], layers: Sequence[int]) -> list[Tensor]:
+    def _halves(self, depths: Sequence[int]) -> list[list[int]]:
+        """The layers that move together, in turn."""
+        layers = range(len(depths))
+        odd, even = [k for k in layers if depths[k] % 2], [k for k in layers if depths[k] % 2 == 0]
+        return [list(layers)] if self.order == "synchronous" or not even else [odd, even]
+
+    def _moved(self, point: list[Tensor], answers: list[Tensor], layers: Sequence[int]) -> list[Tensor]:
         moved = list(point)
-        for k in layers:
-            moved[k] = point[k].sub(gradients[k], alpha=1 - self.damping)
+        for k, answer in zip(layers, answers, strict=True):
+            moved[k] = torch.lerp(answer, point[k], self.damping) if self.damping else answer
         return moved
 
 
@@ -104,9 +104,9 @@ def rounding_of(landscape: Landscape, point: Sequence[Tensor]) -> Tensor:
 
 
 def _ran_away(
-    owner: Relaxer, landscape: Landscape, strength: complex, steps: int, gradients: list[Tensor]
+    owner: Relaxer, landscape: Landscape, strength: complex, steps: int, before: list[Tensor], point: list[Tensor]
 ) -> RelaxationDivergedError:
-    sizes = [float(gradient.norm()) for gradient in gradients]
+    sizes = [float((y - x).norm()) for x, y in zip(before, point, strict=True)]
     worst = landscape.names[max(range(len(sizes)), key=lambda k: sizes[k] if sizes[k] == sizes[k] else float("inf"))]
     return RelaxationDivergedError(
         f"{type(owner).__name__} ran away at nudge {strength:g} after {steps} steps, layer {worst!r} furthest: with"

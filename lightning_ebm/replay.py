@@ -1,0 +1,270 @@
+"""The network of a step whose passes are run as captured code."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ebm.capture import Captures
+from lightning_ebm.energies import Energy
+from lightning_ebm.lowering import NotRepeatable
+from lightning_ebm.network import Run, Stamps, stamps
+from lightning_ebm.program import Program
+from lightning_ebm.recording import Compiler, Mode, RecordingNetwork
+from lightning_ebm.relaxers import Forces, Relaxation
+from lightning_ebm.relaxers.forces import total_energy
+from lightning_ebm.substitution import Pass
+from lightning_ebm.tape import Tape
+from lightning_ebm.wiring import Plan
+
+
+class CapturedNetwork(RecordingNetwork):
+    """`Network` that runs a captured step where it can; what it does not know of, the plain one does.
+
+    Args:
+        captures: where captured steps are kept.
+        tape: the record of the first pass.
+    """
+
+    def __init__(
+        self,
+        energy: Energy,
+        plan: Plan,
+        first: Pass,
+        run: Run,
+        batch_size: int,
+        loss_scale: float,
+        *,
+        captures: Captures,
+        tape: Tape,
+    ) -> None:
+        super().__init__(energy, plan, first, run, batch_size, loss_scale)
+        self._captures = captures
+        self._tape = tape
+        self._key = plan.states, batch_size, loss_scale, repr(energy), _identity(getattr(energy, "__dict__", {}))
+        self._found = captures.of(tape, first, self._key)
+        if self._found is not None and (captured := self._found[0]).programs:
+            # The rest of the pass would only take memory; another kind of evaluation captures the next step anew.
+            bound = self._found[1]
+            needed = {bound.get(v, v) for program in captured.programs.values() for v in program.bound}
+            tape.contents = {v: t for v, t in tape.contents.items() if v in needed}
+        self._fixed: dict[Any, tuple[Tensor, ...]] = {}
+        self._latest_run: _Run | None = None
+        self._energies: list[tuple[Stamps, Tensor, Tensor]] = []
+
+    def forces(self, states: Sequence[Tensor], strength: complex) -> Forces:
+        """See `Landscape.forces`."""
+        ran = self._ran(Mode("forces", strength != 0), states, strength)
+        return super().forces(states, strength) if ran is None else ran.forces()
+
+    def error_forces(self, errors: Sequence[Tensor], strength: complex) -> Forces:
+        """See `Landscape.error_forces`."""
+        ran = self._ran(Mode("error_forces", strength != 0), errors, strength)
+        return super().error_forces(errors, strength) if ran is None else ran.forces()
+
+    def responses(self, states: Sequence[Tensor], strength: complex) -> Forces:
+        """See `Landscape.responses`."""
+        ran = self._ran(Mode("responses", strength != 0), states, strength)
+        return super().responses(states, strength) if ran is None else ran.forces()
+
+    def answers(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]) -> list[Tensor]:
+        """See `Landscape.answers`."""
+        ran = self._ran(Mode("answers", strength != 0, tuple(layers)), states, strength)
+        return super().answers(states, strength, layers) if ran is None else list(ran.outputs)
+
+    def energy_of(self, states: Sequence[Tensor], strength: complex) -> Tensor:
+        """See `Landscape.energy_of`; one phase ends where the next may begin."""
+        here = stamps(states)
+        known = next(((internal, loss) for at, internal, loss in self._energies if at == here), None)
+        if known is None:
+            ran = self._ran(Mode("energy", True), states, strength)
+            if ran is None:
+                return super().energy_of(states, strength)
+            known = ran.outputs[0], ran.outputs[1]
+            self._energies = [*self._energies[-2:], (here, *known)]
+        return total_energy(Forces(*known, []), strength)
+
+    def energy_at(self, found: Relaxation, strength: complex) -> Tensor:
+        """See `Network.energy_at`; the gradients of the parameters are computed when they are asked for."""
+        ran = self._latest_run
+        read_plainly = found.displacement is not None or found.dyad is not None
+        if read_plainly or ran is None or not ran.is_at(found, strength):
+            return super().energy_at(found, strength)
+        return self._delivered(ran.mode, lambda scale: ran.update((scale,)))
+
+    def contrast(self, phases: Sequence[tuple[complex, complex, Relaxation]]) -> Tensor:
+        """See `Network.contrast`; one program for all phases."""
+        strengths, weights, found = zip(*phases, strict=True)
+        latest = self._latest_run
+        read_here = len(phases) == 1 and latest is not None and latest.is_at(found[0], strengths[0])
+        if read_here or any(
+            f.coordinates == "errors" or f.displacement is not None or f.dyad is not None for f in found
+        ):
+            return super().contrast(phases)
+        mode = Mode("update", any(strengths), phases=len(phases))
+        ran = self._ran(mode, [x for f in found for x in f.point], *strengths)
+        if ran is None:
+            return super().contrast(phases)
+        scales = tuple(self.scalar(weight) for weight in weights)
+        return self._delivered(mode, lambda scale: ran.update(tuple(scale * s for s in scales)))
+
+    def _delivered(self, mode: Mode, update: Callable[..., tuple[Tensor, ...]]) -> Tensor:
+        assert self._found is not None
+        captured, bound = self._found
+        targets = [self._tape.outside[bound.get(value, value)] for value in captured.targets[mode]]
+        return _Delivered.apply(self.scalar(0.0), update, *targets)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _ran(self, mode: Mode, point: Sequence[Tensor], *strengths: complex) -> "_Run | None":
+        """The evaluation at a point by captured code, or None where there is none."""
+        if self._found is None or any(isinstance(s, complex) for s in strengths) or any(x.is_complex() for x in point):
+            return None
+        latest = self._latest_run
+        if (
+            latest is not None
+            and latest.mode == mode
+            and latest.strengths == strengths
+            and latest.point == stamps(point)
+        ):
+            return latest
+        self._latest_run = latest = None
+        try:
+            program = self._program(mode, strengths)  # type: ignore[arg-type]  # none is complex
+        except Exception as error:  # whatever goes wrong in capturing: the plain way stays right
+            self._latest = None
+            self._captures.refuse(str(error) if isinstance(error, NotRepeatable) else f"raises in capturing: {error!r}")
+            self._found = None
+            return None
+        if program is None:
+            return None
+        self._latest_run = self._run_of(program, mode, point, strengths)  # type: ignore[arg-type]
+        return self._latest_run
+
+    @torch.no_grad()
+    def _run_of(self, program: Program, mode: Mode, point: Sequence[Tensor], strengths: tuple[float, ...]) -> "_Run":
+        assert self._found is not None
+        bound = self._found[1]
+        if mode not in self._fixed:
+            contents = [  # an energy that learns moves its own tensors before the update is computed
+                program.fixed[v].clone() if v in program.fixed else self._tape.contents[bound.get(v, v)]
+                for v in program.bound
+            ]
+            self._fixed[mode] = program.once(contents)
+        once = self._fixed[mode]
+        if (mode, strengths) not in self._fixed:
+            self._fixed[mode, strengths] = program.phase(once, tuple(self.scalar(s) for s in strengths))
+        phase = self._fixed[mode, strengths]
+        outputs, kept, parts = program.point(once, phase, point)
+        update = partial(program.update, once, phase, kept)
+        return _Run(mode, strengths, stamps(point), outputs, parts, program.finish, update)
+
+    # Capturing
+
+    def _program(self, mode: Mode, strengths: tuple[float, ...]) -> Program | None:
+        assert self._found is not None
+        captured, bound = self._found
+        if mode in captured.programs:
+            return captured.programs[mode]
+        if bound:  # of the record at hand only what the code needs was kept
+            self._captures.forget(captured)
+            self._found = None
+            return None
+        compiler = _compiler(self.free[0].device) if self._captures.compile else None
+        first_pass, roots = captured.first_pass, captured.roots
+        program, targets = self.recorded(self._tape, first_pass, roots, mode, compiler)
+        for node in self._tape.nodes[first_pass:]:
+            for value in node.results:
+                self._tape.contents.pop(value, None)  # type: ignore[arg-type]  # None is in no dictionary of values
+        weights = [1.0, *[-0.5] * (len(strengths) - 1)]
+        points, expected, slopes = self.plainly(mode, strengths, weights)
+        point = [x for p in points for x in p]
+        run = self._run_of(program, mode, point, strengths)
+        energy = [run.forces().internal] if mode.has_energy else []
+        self.must_equal(expected, [*energy, *run.outputs])
+        if slopes is not None:
+            updates = run.update(tuple(self.scalar(weight) for weight in weights))
+            self._must_update(slopes, {id(self._tape.outside[v]): s for v, s in zip(targets, updates, strict=True)})
+        captured.programs[mode], captured.targets[mode] = program, targets
+        return program
+
+    def _must_update(self, plain: Mapping[int, Tensor], got: Mapping[int, Tensor]) -> None:
+        if missing := plain.keys() - got.keys():
+            raise NotRepeatable(f"has {len(missing)} parameters whose place in the record is not known")
+        self.must_equal([plain.get(t, torch.zeros_like(s)) for t, s in got.items()], list(got.values()))
+
+
+@dataclass
+class _Run:
+    """One evaluation by captured code."""
+
+    mode: Mode
+    strengths: tuple[complex, ...]
+    point: Stamps
+    outputs: tuple[Tensor, ...]
+    parts: tuple[Tensor, ...]
+    finish: Callable[[Sequence[Tensor]], Tensor]
+    update: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+    def forces(self) -> Forces:
+        """The outputs, where they are those."""
+        loss, *gradients = self.outputs
+        return Forces(self.parts, loss, gradients, self.finish)
+
+    def is_at(self, found: Relaxation, strength: complex) -> bool:
+        """Whether its update is that of the end of this phase."""
+        fits = self.mode.kind == ("error_forces" if found.coordinates == "errors" else "forces")
+        return fits and self.strengths == (strength,) and self.point == stamps(found.point)
+
+
+class _Delivered(torch.autograd.Function):
+    """A number whose gradients with respect to given tensors are computed by given code."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, update: Callable[..., tuple[Tensor, ...]], *targets: Tensor) -> Tensor:
+        ctx.update = update
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        with torch.no_grad():
+            return None, None, *ctx.update(scale)
+
+
+class _Same:
+    """A tensor, equal to itself alone: what it holds may change."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._tensor is other._tensor
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _identity(settings: Any) -> Any:
+    """What settings of an energy are compared by: tensors as objects, all else by its text."""
+    if isinstance(settings, Tensor):
+        return _Same(settings)
+    if isinstance(settings, Mapping):
+        return [(str(name), _identity(value)) for name, value in settings.items()]
+    return str(settings)
+
+
+def _compiler(device: torch.device) -> Compiler:
+    """Inductor; on CUDA with its graphs, whose outputs the next run overwrites: they are copied."""
+    if device.type != "cuda":
+        return partial(torch.compile, dynamic=False, fullgraph=True)
+
+    def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
+        fast = torch.compile(function, dynamic=False, fullgraph=True, mode="reduce-overhead")
+
+        def run(*args: Any) -> Any:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            return tuple(tuple(t.clone() for t in tensors) for tensors in fast(*args))
+
+        return run
+
+    return compiler

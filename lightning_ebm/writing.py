@@ -1,0 +1,106 @@
+"""Operations on values, and straight-line Python for them."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lightning_ebm.tape import Value
+
+
+@dataclass
+class Op:
+    """One operation to carry out. Results that nobody needs are None."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: list[Value | None]
+    single: bool
+    level: int
+
+    def reads(self) -> set[Value]:
+        """The values among the arguments."""
+        return set(values_in((self.args, tuple(self.kwargs.values()))))
+
+
+class Names:
+    """Names of values and constants in the code."""
+
+    def __init__(self) -> None:
+        self.constants: dict[str, Any] = {"inf": math.inf, "nan": math.nan}
+        self._of: dict[Any, str] = {}
+        self._count = itertools.count()
+
+    def of(self, value: Value) -> str:
+        if value not in self._of:
+            self._of[value] = f"v{next(self._count)}"
+        return self._of[value]
+
+    def constant(self, thing: Any) -> str:
+        if thing is None or type(thing) in (bool, int, float, str):
+            return repr(thing)
+        key = (id(thing), "constant")
+        if key not in self._of:
+            self._of[key] = f"c{next(self._count)}"
+            self.constants[self._of[key]] = thing
+        return self._of[key]
+
+    def written(self, arg: Any) -> str:
+        if type(arg) is Value:
+            return self.of(arg)
+        if type(arg) is tuple:
+            return f"[{', '.join(self.written(a) for a in arg)}]"
+        return self.constant(arg)
+
+
+def source(name: str, ops: Sequence[Op], arguments: list[list[Value]], results: list[list[Value]], names: Names) -> str:
+    """A function of tuples that returns tuples; what is not needed any more is let go as soon as it is not."""
+    parameters = [f"a{k}" for k in range(len(arguments))]
+    lines = [f"def {name}({', '.join(parameters)}):"]
+    inside = {v for op in ops for v in (*op.reads(), *op.results) if v is not None} | {v for r in results for v in r}
+    for parameter, values in zip(parameters, arguments, strict=True):
+        if values:
+            lines.append(f"({', '.join(names.of(v) if v in inside else '_' for v in values)},) = {parameter}")
+    own = {v for op in ops for v in op.results if v is not None}
+    last: dict[Value, int] = {}
+    for index, op in enumerate(ops):
+        last.update(dict.fromkeys(op.reads() & own, index))
+    kept = {v for r in results for v in r}
+    for index, op in enumerate(ops):
+        written = [names.written(a) for a in op.args] + [f"{k}={names.written(a)}" for k, a in op.kwargs.items()]
+        targets = [names.of(v) if v is not None and (v in kept or v in last) else "_" for v in op.results]
+        left = targets[0] if op.single else f"{', '.join(targets)}, *_"
+        lines.append(f"{left} = {names.constant(fastest(op.func))}({', '.join(written)})")
+        dead = [names.of(v) for v in op.reads() if last.get(v) == index and v not in kept]
+        if dead:
+            lines.append(f"del {', '.join(dead)}")
+    tuples = [f"({', '.join(names.of(v) for v in r)}{',' if r else ''})" for r in results]
+    lines.append(f"return {tuples[0] if len(tuples) == 1 else ', '.join(tuples)}")
+    return "\n    ".join(lines) + "\n"
+
+
+_DIRECT = {
+    "add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "mm", "addmm", "tanh", "relu", "neg", "sigmoid",
+}  # fmt: skip
+
+
+def fastest(func: Any) -> Callable[..., Any]:
+    """The same function by the shorter way through Python, where there is one."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or not schema.name.startswith("aten::"):
+        return func  # type: ignore[no-any-return]
+    name = schema.name.removeprefix("aten::")
+    full = f"{name}.{schema.overload_name}" if schema.overload_name else name
+    return getattr(torch, name) if full in _DIRECT else func  # type: ignore[no-any-return]
+
+
+def values_in(arg: Any) -> Iterable[Value]:
+    if type(arg) is Value:
+        yield arg
+    elif type(arg) is tuple:
+        for a in arg:
+            yield from values_in(a)
