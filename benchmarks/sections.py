@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 
 import lightning as L
@@ -352,8 +351,8 @@ def _epoch(strategy: Callable[[], str | L.pytorch.strategies.Strategy]) -> Calla
 def memory(given: Settings) -> Lines:
     """Peak memory."""
     yield (
-        f"## Peak memory\n\n{TITLE}: what a process grows by at its peak over ten steps, each measured in a process of"
-        " its own; medians of three."
+        f"## Peak memory\n\n{TITLE}: what a process grows by at its peak over three steps, each measured in a process"
+        " of its own."
     )
     yield table("algorithm", "MiB", "of backprop's")
     kinds = {
@@ -364,7 +363,7 @@ def memory(given: Settings) -> Lines:
         "PC, 5 Euler steps, capture=False": ("plain", 5),
         "PC, 200 Euler steps, capture=False": ("plain", 200),
     }
-    found = {name: statistics.median(growth_elsewhere(*kind) for _ in range(3)) for name, kind in kinds.items()}
+    found = {name: growth_elsewhere(*kind) for name, kind in kinds.items()}
     yield from (line(name, f"{value:.0f}", f"{value / found['backprop']:.2f}") for name, value in found.items())
 
 
