@@ -33,10 +33,10 @@ class Cheapest(Relaxer):
     changes what is cheap, the comparison is made again at the 10th batch, the 100th, the 1000th, and so on.
 
     Cost is counted, not timed: passes through the network and back, of which answers of some layers count for their
-    share, an energy alone for a half, and responses with their energies for one and a half, plus a tenth for every sum
-    over all states, which is what a relaxer's own arithmetic comes with. Counts are the same in every run of the same
-    program, on a busy machine, and after resuming; clocks are not, and would send the ranks of one run different ways.
-    The price is that such weights are right for no network exactly.
+    share, an energy alone for a half, and forces on states or all responses, with their energies, for one and a half,
+    plus a tenth for every sum over all states, which is what a relaxer's own arithmetic comes with. Counts are the same
+    in every run of the same program, on a busy machine, and after resuming; clocks are not, and would send the ranks of
+    one run different ways. The price is that such weights are right for no network exactly.
 
     When the chosen one fails (it runs away, or is still moving at its last step) the batch is given to all candidates
     again, and the choice made anew: at the first failure, the second, the fourth, the eighth, so that a network on
@@ -240,7 +240,7 @@ class _Counting:
 
     def forces(self, states: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.forces`."""
-        self._spend(1.0)
+        self._spend(1.5)
         return self._landscape.forces(states, strength)
 
     def error_forces(self, errors: Sequence[Tensor], strength: complex) -> Forces:
