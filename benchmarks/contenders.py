@@ -25,6 +25,12 @@ def settled(tol: float, strength: float = 1.0) -> ebm.Algorithm:
     return ebm.algorithm("predictive-coding", nudge=ebm.OneSided(strength), relaxer=relaxer)
 
 
+def sweeps(free: int, nudged: int, damping: float = 0.0) -> ebm.Algorithm:
+    """Centred equilibrium propagation as published: so many odd-even sweeps, free and at each sign of the nudge."""
+    relaxers = {name: ebm.FixedPoint(n, damping=damping) for name, n in (("free_relaxer", free), ("relaxer", nudged))}
+    return ebm.algorithm("equilibrium-propagation", **relaxers)
+
+
 def rows(net: Net, compile: bool) -> dict[str, Row]:
     """Those of this library, for one network."""
     published = euler(net.steps, net.lr)

@@ -64,7 +64,7 @@ def main() -> int:
     for mutation in MUTATIONS:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder)
-            for part in (PACKAGE, "tests", "recipes"):
+            for part in (PACKAGE, "tests", "recipes", "benchmarks"):
                 shutil.copytree(ROOT / part, copy / part)
             shutil.copy(ROOT / "pyproject.toml", copy)
             target = copy / PACKAGE / mutation.file

@@ -48,7 +48,7 @@ class Scripted(ebm.Relaxer):
     def relax(self, landscape, start, strength):
         self.runs += 1
         for _ in range(self.passes):
-            landscape.forces(start, strength)
+            landscape.error_forces(start, strength)
         if self.status == "diverged":
             raise ebm.RelaxationDivergedError("ran away")
         point = [torch.full_like(start[0], self.end)]

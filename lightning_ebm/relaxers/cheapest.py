@@ -32,11 +32,11 @@ class Cheapest(Relaxer):
     on, exactly as it would by itself. Free phases, nudged ones and negatively nudged ones choose apart. As training
     changes what is cheap, the comparison is made again at the 10th batch, the 100th, the 1000th, and so on.
 
-    Cost is counted, not timed: evaluations of the network, one passing through some layers only counting for
-    (1 + their share) / 2, one for an energy alone for 1/2, plus a tenth for every sum over all states, which is what a
-    relaxer's own arithmetic comes with. Counts are the same in every run of the same program, on a busy machine, and
-    after resuming; clocks are not, and would send the ranks of one run different ways. The price is that a tenth is
-    right for no network exactly.
+    Cost is counted, not timed: passes through the network and back, of which answers of some layers count for their
+    share, an energy alone for a half, and forces on states or all responses, with their energies, for one and a half,
+    plus a tenth for every sum over all states, which is what a relaxer's own arithmetic comes with. Counts are the same
+    in every run of the same program, on a busy machine, and after resuming; clocks are not, and would send the ranks of
+    one run different ways. The price is that such weights are right for no network exactly.
 
     When the chosen one fails (it runs away, or is still moving at its last step) the batch is given to all candidates
     again, and the choice made anew: at the first failure, the second, the fourth, the eighth, so that a network on
@@ -240,7 +240,7 @@ class _Counting:
 
     def forces(self, states: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.forces`."""
-        self._spend(1.0)
+        self._spend(1.5)
         return self._landscape.forces(states, strength)
 
     def error_forces(self, errors: Sequence[Tensor], strength: complex) -> Forces:
@@ -250,12 +250,12 @@ class _Counting:
 
     def responses(self, states: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.responses`."""
-        self._spend(1.0)
+        self._spend(1.5)
         return self._landscape.responses(states, strength)
 
     def answers(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]) -> list[Tensor]:
         """See `Landscape.answers`."""
-        self._spend(0.5 + 0.5 * len(layers) / len(states))
+        self._spend(len(layers) / len(states))
         return self._landscape.answers(states, strength, layers)
 
     def energy_of(self, states: Sequence[Tensor], strength: complex) -> Tensor:
