@@ -15,6 +15,8 @@ from lightning_ebm.energies.base import LayerView, QuadraticEnergy, is_bounded
 from lightning_ebm.errors import LayerDiscoveryError, UnsupportedModuleError
 from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.relaxers.forces import total_energy
+from lightning_ebm.samples import by_sample, layout_of, squares_by_sample, to_samples
+from lightning_ebm.stamps import Stamps, stamps
 from lightning_ebm.substitution import Pass, StateKey, StateOf, at_states
 from lightning_ebm.wiring import Plan
 
@@ -49,7 +51,7 @@ class Network:
         self.loss_scale = loss_scale
         self.first_loss = first.loss.detach()
         self.free: Sequence[Tensor] = [state.detach() for state in first.states]
-        self._layouts = [_layout(state.shape, batch_size) for state in self.free]
+        self._layouts = [layout_of(state.shape, batch_size) for state in self.free]
         self.rounding = first.rounding
         self._first = first
         self._latest: tuple[Stamps, Pass] | None = None
@@ -154,7 +156,7 @@ class Network:
 
     def per_sample(self, tensors: Sequence[Tensor]) -> Tensor:
         """See `Landscape.per_sample`."""
-        rows = [_by_sample(t, layout, self.batch_size) for t, layout in zip(tensors, self._layouts, strict=True)]
+        rows = [by_sample(t, layout, self.batch_size) for t, layout in zip(tensors, self._layouts, strict=True)]
         return rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
 
     def metric(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
@@ -164,12 +166,12 @@ class Network:
 
     def squares(self, tensors: Sequence[Tensor]) -> Tensor:
         """See `Landscape.squares`. Reads each tensor once where its samples lie in rows, and makes none of its size."""
-        rows = [_squares(t, layout, self.batch_size) for t, layout in zip(tensors, self._layouts, strict=True)]
+        rows = [squares_by_sample(t, layout, self.batch_size) for t, layout in zip(tensors, self._layouts, strict=True)]
         return rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
 
     def spread(self, values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         """See `Landscape.spread`."""
-        return [_to_samples(values, t, layout) for t, layout in zip(like, self._layouts, strict=True)]
+        return [to_samples(values, t, layout) for t, layout in zip(like, self._layouts, strict=True)]
 
     # The point of view of an update
 
@@ -247,7 +249,7 @@ class Network:
         for view, state, layout in zip(self.views(seen), states, self._layouts, strict=True):
             energy = self.energy.layer_energy(state if own else state.detach(), view)
             same_shape = energy.shape == state.shape
-            terms.append(_by_sample(energy, layout if same_shape else 0, self.batch_size))
+            terms.append(by_sample(energy, layout if same_shape else 0, self.batch_size))
         return torch.stack(terms).sum(0)
 
     def views(self, seen: Pass) -> list[LayerView]:
@@ -384,59 +386,5 @@ def _holomorphic(slope: Tensor) -> Tensor:
     return slope.conj() if slope.is_complex() else slope
 
 
-class Stamp:
-    """A tensor as it is now: equal to another stamp of the same tensor as long as nobody has written to it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-        self._version = tensor._version
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Stamp) and self._tensor is other._tensor and self._version == other._version
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-Stamps = list[Stamp]
-
-
-def stamps(point: Sequence[Tensor]) -> Stamps:
-    """What a point is recognised by: a relaxer may move its states in place."""
-    return [Stamp(tensor) for tensor in point]
-
-
 def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
-
-
-def _layout(shape: torch.Size, batch_size: int) -> int | None:
-    """Where the samples are: in dimension 0 (or a multiple of B folded into it), in dimension 1, or (None) nowhere."""
-    if len(shape) and shape[0] == batch_size:
-        return 0
-    if len(shape) > 1 and shape[1] == batch_size:
-        return 1
-    return 0 if len(shape) and shape[0] and shape[0] % batch_size == 0 else None
-
-
-def _by_sample(tensor: Tensor, layout: int | None, batch_size: int) -> Tensor:
-    if layout is None:  # belongs to all samples: each is charged its share
-        return (tensor.sum() / batch_size).expand(batch_size)
-    if layout == 0 and tensor.ndim == 2 and len(tensor) == batch_size:
-        return tensor.sum(1)
-    return tensor.movedim(layout, 0).reshape(batch_size, -1).sum(1)
-
-
-def _squares(tensor: Tensor, layout: int | None, batch_size: int) -> Tensor:
-    if layout == 0:
-        rows = tensor if len(tensor) == batch_size and tensor.ndim > 1 else tensor.reshape(batch_size, -1)
-        norm: Tensor = torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.ndim)))
-        return norm.square()
-    return _by_sample(tensor.abs().square(), layout, batch_size)
-
-
-def _to_samples(values: Tensor, like: Tensor, layout: int | None) -> Tensor:
-    if layout is None:  # moves as the most cautious sample does
-        return values.amin().reshape([1] * like.ndim)
-    folded = like.shape[layout] // values.shape[0]
-    values = values.repeat_interleave(folded) if folded > 1 else values
-    return values.reshape([-1 if d == layout else 1 for d in range(like.ndim)])

@@ -11,11 +11,12 @@ from torch import Tensor
 from lightning_ebm.capture import Captures
 from lightning_ebm.energies import Energy
 from lightning_ebm.lowering import NotRepeatable
-from lightning_ebm.network import Run, Stamps, stamps
+from lightning_ebm.network import Run
 from lightning_ebm.program import Program
 from lightning_ebm.recording import Compiler, Mode, RecordingNetwork
 from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.relaxers.forces import total_energy
+from lightning_ebm.stamps import Stamps, stamps
 from lightning_ebm.substitution import Pass
 from lightning_ebm.tape import Tape
 from lightning_ebm.wiring import Plan

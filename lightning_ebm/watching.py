@@ -11,8 +11,8 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from lightning_ebm.network import Stamps, stamps
 from lightning_ebm.relaxers import Forces, Landscape
+from lightning_ebm.stamps import Stamps, stamps
 
 Coordinates = Literal["states", "errors"]
 

@@ -41,6 +41,7 @@ ORDER = [
     {"energies", "nudges"},
     {"relaxers"},
     {"automatic"},
+    {"samples", "stamps"},
     {"algorithm", "closure", "plain_state", "promotion", "purity", "substitution", "wiring", "layers", "network"},
     {"holding", "linearization", "state_memory", "watching"},
     {"traits"},

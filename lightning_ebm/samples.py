@@ -1,0 +1,40 @@
+"""Where the samples of a batch lie in a tensor."""
+
+import torch
+from torch import Tensor
+
+
+def layout_of(shape: torch.Size, batch_size: int) -> int | None:
+    """Where the samples are: in dimension 0 (or a multiple of B folded into it), in dimension 1, or (None) nowhere."""
+    if len(shape) and shape[0] == batch_size:
+        return 0
+    if len(shape) > 1 and shape[1] == batch_size:
+        return 1
+    return 0 if len(shape) and shape[0] and shape[0] % batch_size == 0 else None
+
+
+def by_sample(tensor: Tensor, layout: int | None, batch_size: int) -> Tensor:
+    """The sum over all but the samples, ``(B,)``."""
+    if layout is None:  # belongs to all samples: each is charged its share
+        return (tensor.sum() / batch_size).expand(batch_size)
+    if layout == 0 and tensor.ndim == 2 and len(tensor) == batch_size:
+        return tensor.sum(1)
+    return tensor.movedim(layout, 0).reshape(batch_size, -1).sum(1)
+
+
+def squares_by_sample(tensor: Tensor, layout: int | None, batch_size: int) -> Tensor:
+    """`by_sample` of |t|^2, ``(B,)``; reads the tensor once where its samples lie in rows."""
+    if layout == 0:
+        rows = tensor if len(tensor) == batch_size and tensor.ndim > 1 else tensor.reshape(batch_size, -1)
+        norm: Tensor = torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.ndim)))
+        return norm.square()
+    return by_sample(tensor.abs().square(), layout, batch_size)
+
+
+def to_samples(values: Tensor, like: Tensor, layout: int | None) -> Tensor:
+    """One number a sample, ``(B,)``, shaped to multiply a tensor."""
+    if layout is None:  # moves as the most cautious sample does
+        return values.amin().reshape([1] * like.ndim)
+    folded = like.shape[layout] // values.shape[0]
+    values = values.repeat_interleave(folded) if folded > 1 else values
+    return values.reshape([-1 if d == layout else 1 for d in range(like.ndim)])

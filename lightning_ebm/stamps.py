@@ -1,0 +1,26 @@
+"""What a point is recognised by, though a relaxer may move its states in place."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+class Stamp:
+    """A tensor as it is now: equal to another stamp of the same tensor as long as nobody has written to it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._version = tensor._version
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stamp) and self._tensor is other._tensor and self._version == other._version
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+Stamps = list[Stamp]
+
+
+def stamps(point: Sequence[Tensor]) -> Stamps:
+    """Of every tensor, which one it is and how often it has been written to."""
+    return [Stamp(tensor) for tensor in point]
