@@ -4,20 +4,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.layers import Layers, Output
 from lightning_ebm.learner import Learner
+from lightning_ebm.relaxers import FixedPoint
 
 
 class Equilibrium(nn.Module):
     """forward(...) returns what `module` computes with its states at the free equilibrium, argmin_x I(x, theta).
 
     A network trained on a Hopfield-type energy is that equilibrium, not its forward pass; this is what to deploy, as
-    what validation and test of the strategies use. Saved, loaded and moved like any module; the parameters are those of
-    `module`, under ``module.``. Outputs carry no gradient: see `lightning_ebm.reference.equilibrium` for one. For
-    divergence energies, such as predictive coding, it is `module` itself.
+    what validation and test of the strategies use. Saved, loaded and moved like any module, exported by `exported`; the
+    parameters are those of `module`, under ``module.``. Outputs carry no gradient: see
+    `lightning_ebm.reference.equilibrium` for one. For divergence energies, such as predictive coding, it is `module`
+    itself.
 
     Args:
         module: the network.
@@ -50,6 +54,32 @@ class Equilibrium(nn.Module):
             args, kwargs = ordinary((args, kwargs))
             with self._learned().free_phase(lambda: self.module(*args, **kwargs)):
                 return self.module(*args, **kwargs)
+
+    def exported(self, *args: Tensor) -> torch.export.ExportedProgram:
+        """The whole evaluation as one graph of tensor operations, to save with `torch.export.save` and run elsewhere.
+
+        The graph holds the parameters of now, and needs neither this library nor autograd. It is for inputs of these
+        shapes, and takes all `max_steps` sweeps: a graph cannot ask whether it has arrived.
+
+        Args:
+            args: inputs; what they hold is of no consequence.
+
+        Raises:
+            ConfigurationError: the free phase is not that of a `FixedPoint`; others choose their steps by looking.
+        """
+        algorithm = self._learned().algorithm
+        relaxer = algorithm.free_relaxer or algorithm.relaxer
+        if not algorithm.energy.divergence and not isinstance(relaxer, FixedPoint):
+            raise ConfigurationError(
+                f"Equilibrium.exported: the free phase is relaxed by {relaxer!r}, which chooses its steps by looking at"
+                " energies, as no graph can. Take free_relaxer=ebm.FixedPoint(max_steps)."
+            )
+        self(*args)  # the layers are found before the graph is made
+        graph = make_fx(self.forward)(*args)
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        with torch.no_grad():
+            return torch.export.export(graph, args)
 
     def _learned(self) -> Learner:
         if self._learner is None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.capture import Captures
@@ -147,7 +148,8 @@ class Learner:
             return nullcontext()
         finder = self._finders.setdefault(-1, LayerFinder(self.module, *self._options, self._quiet, lossless=True))
         finder.look(run)
-        captures = self._captures.setdefault(-1, Captures(self.compile)) if self.capture else None
+        capture = self.capture and get_proxy_mode() is None
+        captures = self._captures.setdefault(-1, Captures(self.compile)) if capture else None
         parts = self.module, self.algorithm, finder, run, self._quiet, _unheard, self.loss_reduction
         return Step(*parts, [], captures=captures).first_pass()
 

@@ -21,7 +21,6 @@ import yaml
 import lightning_ebm as ebm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-import benchmark
 import data
 import main
 import mnist_1d
@@ -607,17 +606,3 @@ def test_every_trial_of_a_sweep_file_is_a_command_line_that_parses(path):
         if name.startswith(("nudge.", "relaxer.")):
             part = getattr(made.trainer.strategy.algorithm, name.split(".")[0])
             assert getattr(part, name.split(".")[1]) == pytest.approx(value)
-
-
-@pytest.mark.parametrize("widths", [(20, 12, 10), (20, 12, 14, 10)], ids=str)
-def test_the_contender_written_by_hand_makes_the_same_update(widths: tuple[int, ...]) -> None:
-    """The benchmark compares costs of one and the same update; torch's hard sigmoid has seven digits in float64."""
-    torch.manual_seed(0)
-    net = benchmark.hopfield_net(*widths).double()
-    x, y = torch.randn(8, 20, dtype=torch.float64), torch.arange(8)
-    learner = ebm.Learner(net, benchmark.equilibrium_propagation(20, 10), output="state")
-    found = learner.gradients(lambda: benchmark.squared_error(net, x, y))
-    benchmark.sweeps_by_hand(net, x, y, 20, 10)
-    for name, parameter in net.named_parameters():
-        assert parameter.grad is not None
-        torch.testing.assert_close(parameter.grad, found[name], rtol=0, atol=1e-6 * float(found[name].abs().max()))

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Status, as_complex, checked_steps, force_norm
@@ -60,13 +61,13 @@ class FixedPoint(Relaxer):
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
         point = as_complex(start, strength)
-        energies = [landscape.energy_of(point, strength)]
         halves = self._halves(landscape.depths)
+        if get_proxy_mode() is not None:  # a graph is being made
+            return self._unrolled(landscape, point, strength, halves)
+        energies = [landscape.energy_of(point, strength)]
         first = norm = settled_at = energies[0].new_empty(0)
         for steps in range(1, self.max_steps + 1):  # read after the loop
-            before = point
-            for layers in halves:
-                point = self._moved(point, landscape.answers(point, strength, layers), layers)
+            before, point = point, self._swept(landscape, point, strength, halves)
             if not self.tol and steps % _LOOK_AT and steps not in (1, self.max_steps):
                 continue
             norm = force_norm(landscape, [y - x for x, y in zip(before, point, strict=True)]) / (1 - self.damping)
@@ -83,6 +84,22 @@ class FixedPoint(Relaxer):
         status: Status = "fixed" if not self.tol else "converged" if settled else "max_steps"
         energies.append(landscape.energy_of(point, strength))
         return Relaxation(point, "states", "max_steps" if grew else status, steps, residual, energies)
+
+    def _unrolled(
+        self, landscape: Landscape, point: list[Tensor], strength: complex, halves: list[list[int]]
+    ) -> Relaxation:
+        """All steps, whatever the tolerance, for a graph: it cannot ask how it goes."""
+        for _ in range(self.max_steps):
+            point = self._swept(landscape, point, strength, halves)
+        unknown = landscape.per_sample(point).new_full((landscape.batch_size,), float("nan"))
+        return Relaxation(point, "states", "fixed", self.max_steps, unknown)
+
+    def _swept(
+        self, landscape: Landscape, point: list[Tensor], strength: complex, halves: list[list[int]]
+    ) -> list[Tensor]:
+        for layers in halves:
+            point = self._moved(point, landscape.answers(point, strength, layers), layers)
+        return point
 
     def _halves(self, depths: Sequence[int]) -> list[list[int]]:
         """The layers that move together, in turn."""
