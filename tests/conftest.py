@@ -16,11 +16,18 @@ os.environ.setdefault("WANDB_X_DISABLE_META", "true")
 
 
 @pytest.fixture(autouse=True)
-def no_process_group_left():
-    """A Trainer leaves its process group to the end of the process; the next test must not find itself distributed."""
+def not_distributed():
+    """What a Trainer leaves to the end of the process must not meet the next test, nor the scripts it starts.
+
+    That is a process group, and LOCAL_RANK and its like in the environment: a Trainer that finds them there takes the
+    other processes to have been started by somebody else, and waits for them.
+    """
+    before = dict(os.environ)
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture
