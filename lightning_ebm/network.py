@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lightning_ebm.delivery import slopes_of
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import LayerView, QuadraticEnergy, is_bounded
 from lightning_ebm.errors import LayerDiscoveryError, UnsupportedModuleError
@@ -176,11 +177,11 @@ class Network:
     # The point of view of an update
 
     def energy_at(self, found: Relaxation, strength: complex) -> Tensor:
-        """E at the end of a phase as a function of the parameters, every state held fixed; its gradient is dE/dtheta.
+        """A scalar whose gradient is dE/dtheta at the end of a phase, every state held fixed.
 
-        In error coordinates the value is not E but <-Pi e, mu(theta)> + strength * L: the gradient is the same, and
-        x - mu is never formed. For dyads it is E with their leading states less E with their trailing ones, all drives
-        coming from `point`.
+        In error coordinates it is that of <-Pi e, mu(theta)> + strength * L, which is the same, and x - mu is never
+        formed. For dyads it is that of E with their leading states less E with their trailing ones, all drives coming
+        from `point`.
         """
         seen = self._at_errors(found.point) if found.coordinates == "errors" else self.at_states(found.point)
         return self._energy_of(seen, found, strength)
@@ -192,7 +193,8 @@ class Network:
             phases: strength, weight and end of each.
         """
         terms = [weight * self.energy_at(found, strength) for strength, weight, found in phases]
-        return torch.stack([term.real if term.is_complex() else term for term in terms]).sum()
+        reals = [term.real if term.is_complex() else term for term in terms]
+        return reals[0] if len(reals) == 1 else torch.stack(reals).sum()
 
     def held(self, found: Relaxation) -> Relaxation:
         """The same end of a phase, written in states that stay what they are when parameters move."""
@@ -222,13 +224,17 @@ class Network:
         with torch.enable_grad():
             if found.dyad is not None:
                 ahead, behind = found.dyad
-                internal = (self.internal(seen, at=ahead) - self.internal(seen, at=behind)).sum()
+                internal = self.internal(seen, at=ahead) - self.internal(seen, at=behind)
+                terms = [(internal, torch.ones_like(internal))]
             elif errors is None:
-                internal = self.internal(seen).sum()
+                internal = self.internal(seen)
+                terms = [(internal, torch.ones_like(internal))]
             else:
-                terms = zip(self._precisions(seen), errors, seen.layers, strict=True)
-                internal = torch.stack([(-p * e * call.prediction).sum() for p, e, call in terms]).sum()
-            return internal + strength * self.loss(seen) if strength else internal
+                parts = zip(self._precisions(seen), errors, seen.layers, strict=True)
+                terms = [(call.prediction, -p * e) for p, e, call in parts]
+            if strength:
+                terms.append((seen.loss, strength * self.loss_scale * torch.ones_like(seen.loss)))
+            return slopes_of(terms, seen.states)
 
     def loss(self, seen: Pass) -> Tensor:
         """L summed over the batch."""

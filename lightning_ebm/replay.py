@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.capture import Captures
+from lightning_ebm.delivery import Delivered
 from lightning_ebm.energies import Energy
 from lightning_ebm.lowering import NotRepeatable
 from lightning_ebm.network import Run
@@ -123,7 +124,7 @@ class CapturedNetwork(RecordingNetwork):
         assert self._found is not None
         captured, bound = self._found
         targets = [self._tape.outside[bound.get(value, value)] for value in captured.targets[mode]]
-        return _Delivered.apply(self.scalar(0.0), update, *targets)  # type: ignore[no-any-return, no-untyped-call]
+        return Delivered.apply(self.scalar(0.0), update, *targets)  # type: ignore[no-any-return, no-untyped-call]
 
     def _ran(self, mode: Mode, point: Sequence[Tensor], *strengths: complex) -> "_Run | None":
         """The evaluation at a point by captured code, or None where there is none."""
@@ -227,20 +228,6 @@ class _Run:
         """Whether its update is that of the end of this phase."""
         fits = self.mode.kind == ("error_forces" if found.coordinates == "errors" else "forces")
         return fits and self.strengths == (strength,) and self.point == stamps(found.point)
-
-
-class _Delivered(torch.autograd.Function):
-    """A number whose gradients with respect to given tensors are computed by given code."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, update: Callable[..., tuple[Tensor, ...]], *targets: Tensor) -> Tensor:
-        ctx.update = update
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> Any:
-        with torch.no_grad():
-            return None, None, *ctx.update(scale)
 
 
 class _Same:

@@ -1,0 +1,62 @@
+"""A number that has given gradients: what an update is handed to `backward` as."""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from lightning_ebm.wiring import Region
+
+Seed = tuple[Tensor, Tensor]
+"""What to differentiate, and the weight of each of its elements."""
+
+
+class Delivered(torch.autograd.Function):
+    """A number whose gradients with respect to given tensors are computed by given code."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, update: Callable[..., tuple[Tensor, ...]], *targets: Tensor) -> Tensor:
+        ctx.update = update
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        with torch.no_grad():
+            return None, None, *ctx.update(scale)
+
+
+@torch.enable_grad()
+def slopes_of(seeds: Sequence[Seed], states: Collection[Tensor]) -> Tensor:
+    """A scalar whose gradient is that of sum_k <seed_k, output_k>, for all that these are computed from but the states.
+
+    Autograd would work out those of the states, which are held, as well: a third of what a backward pass costs.
+
+    Args:
+        seeds: outputs, and the seed of each, in its shape.
+        states: leaves to leave out.
+    """
+    live = [(output, seed) for output, seed in seeds if output.requires_grad]
+    region = Region([output for output, _ in live])
+    held = {id(state) for state in states}
+    targets = [leaf for i, leaf in region.leaves.items() if i not in held]
+    # Hooks of parameters would act twice, and those in custom functions may expect gradients to have arrived.
+    hooked = any(leaf._backward_hooks for leaf in targets)
+    if not targets or hooked or any(_is_of_its_own(node) for node in region.nodes) or _any_complex(live):
+        return torch.stack([(seed * output).sum() for output, seed in seeds]).sum()
+
+    def update(scale: Tensor) -> tuple[Tensor, ...]:
+        outputs, weights = [output for output, _ in live], [(scale * seed).to(output.dtype) for output, seed in live]
+        again: bool = torch._C._autograd._get_current_graph_task_keep_graph()
+        return torch.autograd.grad(outputs, targets, weights, retain_graph=again)
+
+    return Delivered.apply(live[0][1].new_zeros(()), update, *targets)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _is_of_its_own(node: Any) -> bool:
+    return isinstance(node, BackwardCFunction)
+
+
+def _any_complex(seeds: Sequence[Seed]) -> bool:
+    return any(output.is_complex() or seed.is_complex() for output, seed in seeds)
