@@ -19,6 +19,7 @@ from lightning_ebm.closure import Closure, checked_loss
 from lightning_ebm.errors import ConfigurationError, LayerDiscoveryError, UnsupportedModuleError
 from lightning_ebm.purity import Snapshot
 from lightning_ebm.substitution import Pass, StateKey, at_prediction, clean, substituted
+from lightning_ebm.tree import modules_of, parameters_of
 from lightning_ebm.wiring import Plan, Wiring, sum_of_ends
 
 log = logging.getLogger(__name__)
@@ -69,12 +70,12 @@ class LayerFinder:
         self._layers = layers
         self._output: Output = output
         self._quiet = quiet
-        self._signature: tuple[bool, ...] = ()
+        self._signature: tuple[list[bool], list[bool]] = ([], [])
 
     def look(self, closure: Closure, snapshot: Snapshot | None = None) -> Plan:
         """The plan for this module as it is now."""
-        modes = (m.training for m in self._module.modules())
-        signature = (*modes, *(p.requires_grad for p in self._module.parameters()))
+        modules = modules_of(self._module)
+        signature = [m.training for m in modules], [p.requires_grad for p in parameters_of(modules)]
         if self.plan is None or signature != self._signature:
             self.search(closure, snapshot or Snapshot(self._module))
             self._signature = signature

@@ -149,11 +149,15 @@ class Network:
         with torch.enable_grad():
             seen = self._at_errors(errors)
             loss = self.loss(seen)
-            signals = [_holomorphic(strength * signal) for signal in self._signals(seen, loss)]
+            signals = self._signals(seen, loss)
+            if isinstance(strength, complex) or strength != 1:
+                signals = [_holomorphic(strength * signal) for signal in signals]
         precisions = self._precisions(seen)
+        pulls = [s if _is_one(p) else s / p for s, p in zip(signals, precisions, strict=True)]
+        if _same(errors, self.no_errors):
+            return Forces(self.free[0].new_zeros(self.batch_size), loss.detach(), pulls)
         internal = self.per_sample([0.5 * p * e.square() for p, e in zip(precisions, errors, strict=True)])
-        gradients = [e + s / p for e, s, p in zip(errors, signals, precisions, strict=True)]
-        return Forces(internal, loss.detach(), gradients)
+        return Forces(internal, loss.detach(), [e + pull for e, pull in zip(errors, pulls, strict=True)])
 
     def per_sample(self, tensors: Sequence[Tensor]) -> Tensor:
         """See `Landscape.per_sample`."""
@@ -192,8 +196,9 @@ class Network:
         Args:
             phases: strength, weight and end of each.
         """
-        terms = [weight * self.energy_at(found, strength) for strength, weight, found in phases]
-        reals = [term.real if term.is_complex() else term for term in terms]
+        terms = [(weight, self.energy_at(found, strength)) for strength, weight, found in phases]
+        weighted = [term if _is_one(weight) else weight * term for weight, term in terms]
+        reals = [term.real if term.is_complex() else term for term in weighted]
         return reals[0] if len(reals) == 1 else torch.stack(reals).sum()
 
     def held(self, found: Relaxation) -> Relaxation:
@@ -231,7 +236,7 @@ class Network:
                 terms = [(internal, torch.ones_like(internal))]
             else:
                 parts = zip(self._precisions(seen), errors, seen.layers, strict=True)
-                terms = [(call.prediction, -p * e) for p, e, call in parts]
+                terms = [(call.prediction, -e if _is_one(p) else -p * e) for p, e, call in parts]
             if strength:
                 terms.append((seen.loss, strength * self.loss_scale * torch.ones_like(seen.loss)))
             return slopes_of(terms, seen.states)
@@ -260,8 +265,7 @@ class Network:
 
     def views(self, seen: Pass) -> list[LayerView]:
         """What the energy may know of each layer."""
-        pairs = zip(seen.layers, self._above, strict=True)
-        return [dataclasses.replace(call.view, above=above) for call, above in pairs]
+        return [call.view(above) for call, above in zip(seen.layers, self._above, strict=True)]
 
     def loss_slopes(self, states: Sequence[Tensor]) -> list[Tensor]:
         """dL/dx of what enters the loss directly, L per sample; 0 for the other layers."""
@@ -390,6 +394,10 @@ class Network:
 def _holomorphic(slope: Tensor) -> Tensor:
     """autograd gives the conjugate of a holomorphic function's derivative."""
     return slope.conj() if slope.is_complex() else slope
+
+
+def _is_one(factor: complex | Tensor) -> bool:
+    return not isinstance(factor, Tensor) and factor == 1
 
 
 def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

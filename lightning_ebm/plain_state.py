@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_ebm.tree import modules_of, parameters_of
+
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 _LIBRARIES = (
     *("torch", "torchmetrics", "numpy", "wandb", "lightning", "lightning_fabric", "lightning_utilities"),
@@ -26,7 +28,8 @@ class RandomState:
     """The global generators: torch on the CPU and on the module's devices, Python's, NumPy's if it is loaded."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
+        held = parameters_of(modules_of(module)) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+        self._devices = sorted({p.device.index or 0 for p in held if p.device.type == "cuda"})
         self._read()
 
     def _read(self) -> None:
@@ -80,7 +83,7 @@ class PlainState:
         self._module = module
         self._undo: list[Callable[[], None]] = []
         seen: set[int] = set()
-        for owner in module.modules():
+        for owner in modules_of(module):
             # Modules of torch and torchmetrics keep no state outside of buffers and metrics.
             if not type(owner).__module__.startswith(("torch.", "torchmetrics.")):
                 values = {k: v for k, v in vars(owner).items() if k not in _MODULE_INTERNALS}

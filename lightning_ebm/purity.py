@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_ebm.plain_state import PlainState, RandomState
+from lightning_ebm.tree import modules_of, parameters_of
 
 
 class Snapshot:
@@ -36,10 +37,11 @@ class Snapshot:
     def __init__(self, module: nn.Module, tensors: frozenset[str] | None = None) -> None:
         self._module = module
         self._tensors = _copies(module, tensors)
-        self._trainable = [(p, p.requires_grad) for p in module.parameters()]
+        modules = modules_of(module)
+        self._trainable = [(p, p.requires_grad) for p in parameters_of(modules)]
         self._random = RandomState(module)
         self._plain = PlainState(module)
-        self._metrics = [MetricTape(m) for m in _outermost_metrics(module)]
+        self._metrics = [MetricTape(m) for m in _outermost_metrics(modules)]
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -124,8 +126,8 @@ def _swapped(owner: nn.Module, name: str, value: Tensor) -> Callable[[], None]:
     return partial(setattr, parameter, "data", storage)
 
 
-def _outermost_metrics(module: nn.Module) -> list[nn.Module]:
-    metrics = [m for m in module.modules() if isinstance(m, Metric | MetricCollection)]
+def _outermost_metrics(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    metrics = [m for m in modules if isinstance(m, (Metric, MetricCollection))]
     inside = {id(child) for m in metrics for child in m.modules() if child is not m}
     return [m for m in metrics if id(m) not in inside]
 

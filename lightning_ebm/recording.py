@@ -19,7 +19,7 @@ from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import QuadraticEnergy, is_bounded
 from lightning_ebm.faster import faster
 from lightning_ebm.lowering import NotRepeatable
-from lightning_ebm.network import Network, Run
+from lightning_ebm.network import Network, Run, _is_one
 from lightning_ebm.program import Program, Record, compiled_program
 from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.substitution import Pass, StateOf
@@ -316,10 +316,6 @@ def _gradients(seeds: Sequence[Seed], inputs: Sequence[Tensor]) -> list[Tensor |
 
 def _is_quadratic(energy: Energy) -> bool:
     return isinstance(energy, QuadraticEnergy) and type(energy).layer_energy is QuadraticEnergy.layer_energy
-
-
-def _is_one(precision: float | Tensor) -> bool:
-    return not isinstance(precision, Tensor) and precision == 1
 
 
 def _root(precision: float | Tensor) -> float | Tensor:

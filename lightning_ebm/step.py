@@ -1,5 +1,6 @@
 """One batch: its first pass, its relaxations, and the scalar whose gradient is the update."""
 
+import cmath
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -107,7 +108,7 @@ class Step:
                 yield
             return
         if self._algorithm.energy.divergence:
-            state_of, taped = self._tape.cutting(at_prediction(frozenset(self._plan.states))), self._taped()
+            state_of, taped = self._cut(at_prediction(frozenset(self._plan.states))), self._taped()
         else:  # the network, and the tape, are those of the quiet pass at the predictions
             self._settle()
             assert self._free is not None
@@ -190,7 +191,7 @@ class Step:
     def _opened(self, loss: Tensor, scale: float) -> Network:
         """The network of this step, after checking what only now is known."""
         assert self._plan is not None
-        if not bool(torch.isfinite(loss)):
+        if not cmath.isfinite(loss.item()):
             raise RelaxationDivergedError(
                 f"The loss of the forward pass is {float(loss.detach())}: there is nothing finite to relax towards."
                 " The weights or the batch hold nan or inf already; look for it with Trainer(detect_anomaly=True) under"
@@ -340,7 +341,10 @@ class Step:
     def _first_again(self, plan: Plan) -> Pass:
         self._tape = Tape()
         with self._taped():
-            return self._run(self._tape.cutting(at_prediction(frozenset(plan.states))))
+            return self._run(self._cut(at_prediction(frozenset(plan.states))))
+
+    def _cut(self, state_of: StateOf) -> StateOf:
+        return state_of if self._captures is None else self._tape.cutting(state_of)
 
     def _taped(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._captures is None else self._tape

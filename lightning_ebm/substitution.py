@@ -7,6 +7,7 @@ whatever happens; the user's own hooks run as ever, before.
 import copy
 import dataclasses
 import itertools
+import operator
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_ebm.energies import LayerView
+from lightning_ebm.tree import modules_of, parameters_of
 
 
 class StateKey(NamedTuple):
@@ -50,10 +52,9 @@ class Call:
     state: Tensor | None = None
     handed_out: Tensor | None = None
 
-    @property
-    def view(self) -> LayerView:
+    def view(self, above: int) -> LayerView:
         activation = None if self.drive is self.prediction else self.module
-        return LayerView(self.key.name, self.key.call, self.drive, self.prediction, activation)
+        return LayerView(self.key.name, self.key.call, self.drive, self.prediction, activation, above)
 
     @property
     def written(self) -> bool:
@@ -191,7 +192,7 @@ def substituted(
                 add(module.register_forward_pre_hook(before_in_place).remove)
             add(module.register_forward_hook(after, with_kwargs=True).remove)
         add(root.register_forward_pre_hook(note_batch, with_kwargs=True).remove)
-        if any(name.startswith("_orig_mod") or "._orig_mod" in name for name, _ in root.named_modules()):
+        if any("_orig_mod" in module._modules for module in modules_of(root)):
             # A compiled network would not see the hooks: for these passes it runs as it was written.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield observed
@@ -210,6 +211,8 @@ def _flattened(output: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
             return again
 
         return leaves, rebuild
+    if isinstance(output, Tensor):
+        return [output], operator.itemgetter(0)
     leaves, structure = pytree.tree_flatten(output)
     return leaves, lambda others: pytree.tree_unflatten(others, structure)
 
@@ -235,7 +238,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 def is_activation(module: nn.Module) -> bool:
     """Whether a layer at this module is a nonlinearity of its drive, not a block with weights of its own."""
-    return isinstance(module, nn.PReLU) or next(module.parameters(), None) is None
+    return isinstance(module, nn.PReLU) or not parameters_of(modules_of(module))
 
 
 def clean(name: str) -> str:

@@ -41,7 +41,7 @@ ORDER = [
     {"energies", "nudges"},
     {"relaxers"},
     {"automatic"},
-    {"samples", "stamps"},
+    {"samples", "stamps", "tree"},
     {"algorithm", "closure", "plain_state", "promotion", "purity", "substitution", "wiring"},
     {"delivery", "layers", "network"},
     {"holding", "linearization", "state_memory", "watching"},

@@ -1,0 +1,24 @@
+"""The modules below a module and their parameters, several times sooner than by torch's walks, which make names too.
+
+They are asked for at every step, as users may add, replace and freeze parts between any two of them.
+"""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+
+def modules_of(root: nn.Module) -> list[nn.Module]:
+    """The module and all below it, each once, level by level."""
+    found, seen = [root], {root}
+    for module in found:  # grows on the way
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
+
+
+def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Those that the modules themselves hold; shared ones as often as they are held."""
+    return [p for module in modules for p in module._parameters.values() if p is not None]
