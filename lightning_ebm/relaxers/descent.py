@@ -81,11 +81,6 @@ def descend(
             overshot = active  # over a hump the forces do not tell whose energy it was: all are more careful
         kept = torch.zeros_like(active) if rose else active & ~overshot
 
-        newton = torch.where(curvature > 0, 1 / curvature, math.inf)
-        shorter = torch.where(curvature > 0, newton.clamp_max(0.5 * step_size), 0.1 * step_size)
-        longer = newton.minimum(4 * step_size).clamp_max(longest)
-        step_size = torch.where(overshot, shorter, torch.where(kept, longer, step_size))
-
         if not rose:
             if bool(overshot.any()):  # a mixture that was never evaluated: the energy of before still bounds its own
                 masks = landscape.spread(~overshot, point)
@@ -97,6 +92,16 @@ def descend(
                 point, gradients, energy = trial, forces.gradients, reached
             norm = force_norm(landscape, gradients)
         energies.append(energy)
+        ran_away |= ~(norm <= 1e3 * first)  # nan counts
+        active = active & (norm > settled_at) & ~ran_away
+        if not bool(active.any()):  # nothing is left to choose a step for, which takes longer than to take it
+            break
+
+        newton = torch.where(curvature > 0, 1 / curvature, math.inf)
+        shorter = torch.where(curvature > 0, newton.clamp_max(0.5 * step_size), 0.1 * step_size)
+        longer = newton.minimum(4 * step_size).clamp_max(longest)
+        step_size = torch.where(overshot, shorter, torch.where(kept, longer, step_size))
+
         travelled = landscape.per_sample([(x - x0).square() for x, x0 in zip(point, start, strict=True)]).sqrt()
         short = step_size * norm / travelled.clamp_min(torch.finfo(norm.dtype).tiny)
         stuck = (overshoots > 2) & (short <= tol) | (short <= 1e-3 * tol)
@@ -106,8 +111,7 @@ def descend(
             if len(falls) > _PATIENCE and bool(sum(falls[-_PATIENCE:]) <= least_fall * whole_fall):
                 stuck = active
         stalled |= active & stuck
-        ran_away |= ~(norm <= 1e3 * first)  # nan counts
-        active &= (norm > settled_at) & ~stuck & ~ran_away
+        active = active & ~stuck
 
     residual = norm / first.clamp_min(torch.finfo(first.dtype).tiny)
     if strength < 0:  # at a positive nudge the energy is bounded below, and a kink may push harder than the start did
