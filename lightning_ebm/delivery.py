@@ -43,20 +43,13 @@ def slopes_of(seeds: Sequence[Seed], states: Collection[Tensor]) -> Tensor:
     targets = [leaf for i, leaf in region.leaves.items() if i not in held]
     # Hooks of parameters would act twice, and those in custom functions may expect gradients to have arrived.
     hooked = any(leaf._backward_hooks for leaf in targets)
-    if not targets or hooked or any(_is_of_its_own(node) for node in region.nodes) or _any_complex(live):
+    custom = any(isinstance(node, BackwardCFunction) for node in region.nodes)
+    if not targets or hooked or custom or any(t.is_complex() for pair in live for t in pair):
         return torch.stack([(seed * output).sum() for output, seed in seeds]).sum()
 
     def update(scale: Tensor) -> tuple[Tensor, ...]:
         outputs, weights = [output for output, _ in live], [(scale * seed).to(output.dtype) for output, seed in live]
         again: bool = torch._C._autograd._get_current_graph_task_keep_graph()
-        return torch.autograd.grad(outputs, targets, weights, retain_graph=again)
+        return torch.autograd.grad(outputs, targets, weights, retain_graph=again, allow_unused=True)
 
     return Delivered.apply(live[0][1].new_zeros(()), update, *targets)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _is_of_its_own(node: Any) -> bool:
-    return isinstance(node, BackwardCFunction)
-
-
-def _any_complex(seeds: Sequence[Seed]) -> bool:
-    return any(output.is_complex() or seed.is_complex() for output, seed in seeds)

@@ -20,6 +20,8 @@ _LIBRARIES = (
     *("pytorch_lightning", "builtins", "functools", "types", "logging", "threading", "pathlib", "lightning_ebm"),
 )
 _LEAVES = (int, float, str, bytes, type(None), Tensor, nn.Module, type, FunctionType, MethodType, ModuleType)
+_MOST_LEAVES = frozenset({int, float, bool, str, type(None)})
+"""Looked up sooner than asked for as instances."""
 _WALKED_ITEMS = 256
 """Containers longer than this are copied, but not searched for containers within: histories hold numbers."""
 
@@ -101,7 +103,7 @@ class PlainState:
             undo()
 
     def _read(self, value: Any, seen: set[int]) -> None:
-        if isinstance(value, _LEAVES) or id(value) in seen:
+        if type(value) in _MOST_LEAVES or isinstance(value, _LEAVES) or id(value) in seen:
             return
         seen.add(id(value))
         items: list[Any] = []
