@@ -21,10 +21,23 @@ class NotRepeatable(Exception):  # not an error: the reason to do it the plain w
 
 
 class Lines:
-    """From recorded nodes to operations: no writing, no aliases, nothing twice."""
+    """From recorded nodes to operations: no writing, no aliases, nothing twice.
+
+    Args:
+        tape: the record.
+        known: the values that the comparison with another first pass covers.
+        first_pass: how many of the recorded operations belong to the first pass.
+        defined: inputs that are the sum of two other values.
+        still: inputs that are what the first pass had there, which is what it computed as these values.
+    """
 
     def __init__(
-        self, tape: Tape, known: Set[Value], first_pass: int, defined: Mapping[Value, tuple[Value, Value]]
+        self,
+        tape: Tape,
+        known: Set[Value],
+        first_pass: int,
+        defined: Mapping[Value, tuple[Value, Value]],
+        still: Mapping[Value, Value],
     ) -> None:
         self.bound: list[Value] = []
         self.nodes: set[Node] = set()
@@ -35,8 +48,13 @@ class Lines:
         self._first_pass = first_pass
         self._defined = defined
         self._instead: dict[Value, Value] = {}
-        self._levels: dict[Value, int] = {}
+        self._levels = _levels_with(tape, still)
         self._made: dict[Value, Op] = {}
+        # Where nothing below has moved either, the state is the very prediction, and their difference is 0.
+        self._same = {state: mu for state, mu in still.items() if self._level(mu) == CONSTANT}
+
+    def _level(self, value: Value) -> int:
+        return self._levels.get(value, value.level)
 
     def of(self, outputs: Sequence[Value]) -> list[Op]:
         """The operations that the outputs need, in order."""
@@ -44,6 +62,7 @@ class Lines:
         done: dict[Any, Op] = {}
         ops: list[Op] = []
         self._instead.update({state: state.like() for state in self._defined})
+        self._instead.update(self._same)
         pending = dict(self._defined)
         for node in sorted(self.nodes, key=lambda n: n.index):
             for state in [s for s in node.values() if s in pending]:
@@ -87,14 +106,17 @@ class Lines:
             if value in self._defined:
                 queue.extend(self._defined[value])
                 continue
+            if value in self._same:
+                queue.append(self._same[value])
+                continue
             node = value.node
             if node is None:
-                if value.level == CONSTANT:
+                if self._level(value) == CONSTANT:
                     self._bind(value)
                 continue
             early, kind = node.index < self._first_pass, traits(node.func)
             saved = value not in self._known and kind.name in _SAVED
-            if value.level == CONSTANT and early and not kind.views and not saved:
+            if self._level(value) == CONSTANT and early and not kind.views and not saved:
                 self._bind(value)
                 continue
             if node not in self.nodes:
@@ -146,7 +168,7 @@ class Lines:
         single = func is _dropped or (len(returns) == 1 and not isinstance(returns[0].type, torch.ListType))
         op = Op(func, args, kwargs, results, single, CONSTANT)
         # Not the node's: what only needs the shape of something does not depend on it, but has to come after it.
-        op.level = max((self._levels.get(v, v.level) for v in op.reads()), default=CONSTANT)
+        op.level = max(map(self._level, op.reads()), default=CONSTANT)
         return op
 
     def _plain(self, arg: Any) -> Any:
@@ -157,6 +179,16 @@ class Lines:
         if type(arg) is dict:
             return {name: self._plain(a) for name, a in arg.items()}
         return arg
+
+
+def _levels_with(tape: Tape, still: Iterable[Value]) -> dict[Value, int]:
+    """Levels that are lower than noted where some inputs are constants."""
+    levels = dict.fromkeys(still, CONSTANT)
+    for node in tape.nodes if levels else ():
+        level = max((levels.get(value, value.level) for value in node.values()), default=CONSTANT)
+        if level < node.level:
+            levels.update((value, level) for value in node.results if value is not None and value.level > level)
+    return levels
 
 
 def _kept(node: Node) -> Iterable[Value]:

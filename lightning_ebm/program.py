@@ -70,6 +70,7 @@ class Record:
         outputs: what every evaluation gives besides.
         slopes: what the update gives.
         defined: inputs that are the sum of two other values: states, in error coordinates.
+        still: inputs that are where the forward pass left them, and what they are then equal to.
         phases: how many phases the update sums over, each with a point, a strength and a scale of its own.
     """
 
@@ -83,6 +84,7 @@ class Record:
     outputs: Sequence[Value]
     slopes: Sequence[Value]
     defined: Mapping[Value, tuple[Value, Value]]
+    still: Mapping[Value, Value] = field(default_factory=dict)
     phases: int = 1
 
 
@@ -101,7 +103,7 @@ def compiled_program(
     Raises:
         NotRepeatable: an operation cannot be repeated at other states.
     """
-    lines = Lines(record.tape, record.known, record.first_pass, record.defined)
+    lines = Lines(record.tape, record.known, record.first_pass, record.defined, record.still)
     energy = [] if record.energy is None else [record.energy]
     wanted = [*energy, *record.outputs, *record.slopes]
     ops, found = simplified(lines.of(wanted), [lines.plain(v) for v in wanted])

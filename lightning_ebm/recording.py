@@ -5,7 +5,7 @@ that as little as possible is left to do at every point.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -18,10 +18,12 @@ from lightning_ebm.comparison import known_by
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import QuadraticEnergy, is_bounded
 from lightning_ebm.faster import faster
+from lightning_ebm.front import Front
 from lightning_ebm.lowering import NotRepeatable
 from lightning_ebm.network import Network, Run, _is_one
 from lightning_ebm.program import Program, Record, compiled_program
 from lightning_ebm.relaxers import Forces, Relaxation
+from lightning_ebm.relaxers.fixed_steps import moved
 from lightning_ebm.substitution import Pass, StateOf
 from lightning_ebm.tape import PHASE, SEED, STATE, Tape, Value
 from lightning_ebm.wiring import Plan, Region
@@ -37,12 +39,24 @@ class Mode(NamedTuple):
         nudged: whether the loss pulls.
         layers: of answers, whose.
         phases: of an update, how many phases it sums over.
+        lr: of forces, the step that is taken along them: the next point is given in their place, and no update.
+        moved: of forces, the states that may be elsewhere than the forward pass left them, see `Front`; None is all.
+        wanted: of those, the layers whose forces, or next states, are given; None is all.
     """
 
     kind: Kind
     nudged: bool
     layers: tuple[int, ...] = ()
     phases: int = 1
+    lr: float | None = None
+    moved: frozenset[int] | None = None
+    wanted: tuple[int, ...] | None = None
+
+    @property
+    def updates(self) -> bool:
+        """Whether it gives dE/dtheta too."""
+        kinds = ("forces", "error_forces", "update")
+        return self.kind in kinds and self.lr is None and self.moved is None
 
     @property
     def has_energy(self) -> bool:
@@ -67,6 +81,7 @@ class RecordingNetwork(Network):
 
     def __init__(self, energy: Energy, plan: Plan, first: Pass, run: Run, batch_size: int, loss_scale: float) -> None:
         super().__init__(energy, plan, first, run, batch_size, loss_scale)
+        self._front = Front(plan)
         self._probes: dict[tuple[bool, int], list[Tensor]] = {}
 
     def recorded(
@@ -108,7 +123,8 @@ class RecordingNetwork(Network):
                     defined[tape.value(state)] = tape.value(call.prediction), error
                 energy, outputs, seeds = self._in_errors(first, errors, strength)
             elif mode.kind == "forces":
-                energy, outputs, seeds = self._in_states(first, nudge)
+                wrong = range(len(point)) if mode.moved is None else sorted(self._front.wrong(mode.moved))
+                energy, outputs, seeds = self._in_states(first, nudge, wrong)
             elif mode.kind == "update":
                 outputs, seeds = [], self._seeds(first, nudge)
             elif mode.kind == "energy":
@@ -119,6 +135,13 @@ class RecordingNetwork(Network):
             if mode.kind == "responses":
                 gradients = [state.detach() - answer for state, answer in zip(first.states, outputs, strict=True)]
                 energy, outputs = self.internal(first).detach(), [self.loss(first).detach(), *gradients]
+            if mode.lr is not None:
+                here = errors if mode.in_errors else [state.detach() for state in first.states]
+                outputs = [outputs[0], *moved(here, outputs[1:], mode.lr)]
+            if mode.wanted is not None:
+                outputs = [outputs[0], *(outputs[1 + k] for k in mode.wanted)]
+            if not mode.updates:
+                outside = []
             slopes = _gradients([(top, seed * scale) for top, seed in seeds], [tensor for _, tensor in outside])
         if tape.problem is not None:
             raise NotRepeatable(f"cannot be recorded ({tape.problem})")
@@ -133,12 +156,22 @@ class RecordingNetwork(Network):
             outputs=[tape.value(output) for output in outputs],
             slopes=[tape.value(slope) for _, slope in reached],
             defined=defined,
+            still={} if mode.moved is None else self._ahead_of(mode.moved, tape),
             phases=mode.phases,
         )
         on_cpu = self.free[0].device.type == "cpu"
         rewrite = partial(faster, compiler is not None) if on_cpu else None
         program = compiled_program(record, rewrite, compiler)
         return program, [value for value, _ in reached]
+
+    def _ahead_of(self, moved: Collection[int], tape: Tape) -> dict[Value, Value]:
+        """The states that have not moved, and their predictions."""
+        layers = enumerate(self._first.layers)
+        return {
+            tape.value(call.state): tape.value(call.prediction)
+            for k, call in layers
+            if k not in moved and call.state is not None
+        }
 
     def _seeds(self, first: Pass, strength: Tensor | None) -> list[Seed]:
         """What to differentiate, with which weight, for dE/dtheta; a part of that for dE/dx, see `_in_states`."""
@@ -152,18 +185,20 @@ class RecordingNetwork(Network):
             seeds = [(self.internal(first).sum(), self.scalar(1.0))]
         return seeds if strength is None else [*seeds, (first.loss, self.loss_scale * strength)]
 
-    def _in_states(self, first: Pass, strength: Tensor | None) -> tuple[Tensor, list[Tensor], list[Seed]]:
-        """I_b; loss and dE/dx; and what to differentiate, with which weight, for dE/dtheta."""
+    def _in_states(
+        self, first: Pass, strength: Tensor | None, wrong: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor], list[Seed]]:
+        """I_b; loss and dE/dx; and what to differentiate, with which weight, for dE/dtheta.
+
+        Errors of all layers but `wrong` are known to be 0.
+        """
         loss, states = self.loss_scale * first.loss.detach(), first.states
         seeds = self._seeds(first, None)
         slopes = self._pulls(first, seeds, strength, range(len(states)))
         if _is_quadratic(self.energy):
-            internal = 0.5 * self.squares(
-                [
-                    seed if _is_one(p) else seed / _root(p)
-                    for (_, seed), p in zip(seeds, self._precisions(first), strict=True)
-                ]
-            )
+            precisions = self._precisions(first)
+            errors = [seed if _is_one(p) else seed / _root(p) for (_, seed), p in zip(seeds, precisions, strict=True)]
+            internal = 0.5 * self.squares(errors, wrong)
             gradients = [-own if s is None else s - own for s, (_, own) in zip(slopes, seeds, strict=True)]
         else:
             internal = self.internal(first)
@@ -235,7 +270,7 @@ class RecordingNetwork(Network):
             outputs = self._plain_outputs(mode, points[0], strengths[0])
         if watch.reads:
             raise NotRepeatable(f"reads numbers that depend on its states into Python ({watch.reads[0]})")
-        if mode.kind not in ("forces", "error_forces", "update"):
+        if not mode.updates:
             return points, outputs, None
         found: dict[int, Tensor] = {}
         for point, strength, weight in zip(points, strengths, weights, strict=True):
@@ -257,7 +292,9 @@ class RecordingNetwork(Network):
             seen = self.at_states(point)
             return [self.internal(seen).sum().detach(), self.loss(seen).detach()] if mode.kind == "energy" else []
         found: Forces = getattr(Network, mode.kind)(self, point, strength)
-        return [found.internal, found.loss, *found.gradients]
+        ahead = found.gradients if mode.lr is None else moved(point, found.gradients, mode.lr)
+        wanted = range(len(ahead)) if mode.wanted is None else mode.wanted
+        return [found.internal, found.loss, *(ahead[k] for k in wanted)]
 
     def _elsewhere(self, mode: Mode, number: int) -> list[Tensor]:
         """Points near the forward pass, the same ones for every mode."""
@@ -269,7 +306,9 @@ class RecordingNetwork(Network):
                 noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
                 point.append(x + (0.05 * like.abs().mean() + 0.01) * noise)
             self._probes[key] = point if mode.in_errors else self.feasible(point)
-        return self._probes[key]
+        if mode.moved is None:
+            return self._probes[key]
+        return [x if k in mode.moved else self.free[k] for k, x in enumerate(self._probes[key])]
 
     def must_equal(self, plain: Sequence[Tensor], got: Sequence[Tensor]) -> None:
         """Raises `NotRepeatable` unless these are equal up to rounding.
