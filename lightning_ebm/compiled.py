@@ -32,18 +32,16 @@ class Compiled:
         self._function = function
         self._lengths: list[int] = []
         self._run: Callable[..., Any] | None = None
+        self._strides: list[tuple[int, ...]] = []
         self._gave_up = False
 
     def __call__(self, *arguments: Tensors) -> Sequence[Tensors]:
         if self._gave_up:
             return self._function(*arguments)
-        if self._run is None:
-            return self._compiled_for(arguments)
-        try:
-            flat = self._run(*[tensor for tensors in arguments for tensor in tensors])
-        except AssertionError:  # sizes or strides: the code checks them before it computes anything
-            return self._compiled_for(arguments)
-        return self._parted(flat)
+        flat = [tensor for tensors in arguments for tensor in tensors]
+        if self._run is None or [tensor.stride() for tensor in flat] != self._strides:
+            return self._compiled_for(arguments, flat)
+        return self._parted(self._run(*flat))
 
     def _parted(self, flat: Tensors) -> list[Tensors]:
         parts, start = [], 0
@@ -52,8 +50,7 @@ class Compiled:
             start += length
         return parts
 
-    def _compiled_for(self, arguments: Sequence[Tensors]) -> Sequence[Tensors]:
-        flat = [tensor for tensors in arguments for tensor in tensors]
+    def _compiled_for(self, arguments: Sequence[Tensors], flat: list[Tensor]) -> Sequence[Tensors]:
         counts = [len(tensors) for tensors in arguments]
 
         def flattened(*tensors: Tensor) -> list[Tensor]:
@@ -66,8 +63,9 @@ class Compiled:
             return [tensor for part in found for tensor in part]
 
         try:
-            self._run = _compiled(flattened, flat)
-            return self._parted(self._run(*flat))
+            run = _compiled(flattened, flat)
+            self._run, self._strides = run, [tensor.stride() for tensor in flat]
+            return self._parted(run(*flat))
         except Exception as error:  # no compiler, or one that gives up: the code itself is right
             _say_once(f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}")
             self._gave_up = True
@@ -80,7 +78,9 @@ def _compiled(function: Callable[..., list[Tensor]], example: list[Tensor]) -> C
 
     with torch.no_grad():
         graph = make_fx(function, decomposition_table=select_decomp_table())(*example)
-        return torch._inductor.compile(graph, list(example))  # type: ignore[no-any-return]
+        # Sizes are those captured, strides are looked at above: no need to have each tensor checked at every call.
+        unchecked = dict.fromkeys(("size_asserts", "scalar_asserts", "alignment_asserts"), False)
+        return torch._inductor.compile(graph, list(example), options=unchecked)  # type: ignore[no-any-return]
 
 
 @functools.cache

@@ -198,7 +198,15 @@ def _found(module: nn.Module) -> Iterator[dict[nn.Module, str]]:
 
 
 def _planned(module: nn.Module, candidates: Mapping[nn.Module, str], output: Output, probe: Probe) -> Plan:
-    wiring = Wiring(module, probe(candidates, None))
+    candidates, states = _carrying(Wiring(module, probe(candidates, None)), candidates, output)
+    # Once more, cut at the states alone, so that parents and drives are those of the passes to come.
+    return Wiring(module, probe(candidates, frozenset(states))).plan(candidates)
+
+
+def _carrying(
+    wiring: Wiring, candidates: Mapping[nn.Module, str], output: Output
+) -> tuple[Mapping[nn.Module, str], set[StateKey]]:
+    """The modules to watch, and those of their calls that are to carry a state."""
     states = wiring.useful()
     if output == "readout":
         states -= wiring.ends()
@@ -208,8 +216,7 @@ def _planned(module: nn.Module, candidates: Mapping[nn.Module, str], output: Out
         heads = wiring.heads()
         candidates = {**candidates, **{head.module: head.key.name for head in heads}}
         states |= {head.key for head in heads}
-    # Once more, cut at the states alone, so that parents and drives are those of the passes to come.
-    return Wiring(module, probe(candidates, frozenset(states))).plan(candidates)
+    return candidates, states
 
 
 def _say_what_goes_around(plan: Plan, module: nn.Module) -> None:

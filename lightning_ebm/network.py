@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_ebm.delivery import slopes_of
 from lightning_ebm.energies import Energy
-from lightning_ebm.energies.base import LayerView, QuadraticEnergy, is_bounded
+from lightning_ebm.energies.base import LayerView, QuadraticEnergy, is_bounded, reads_drive
 from lightning_ebm.errors import LayerDiscoveryError, UnsupportedModuleError
 from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.relaxers.forces import total_energy
@@ -58,6 +58,7 @@ class Network:
         self._latest: tuple[Stamps, Pass] | None = None
         self._moved = False
         self._known_analytic = False
+        self._let_go(first)
         energy.check_layers({key.name for key in plan.states})
 
     # The point of view of a relaxer
@@ -65,7 +66,7 @@ class Network:
     @cached_property
     def no_errors(self) -> Sequence[Tensor]:
         """See `Landscape.no_errors`."""
-        return [torch.zeros_like(state) for state in self.free]
+        return [state.new_zeros(()).expand(state.shape) for state in self.free]
 
     def forces(self, states: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.forces`."""
@@ -362,8 +363,15 @@ class Network:
                 f" First pass: {[str(key) for key in self._plan.calls]}; now: {[str(key) for key in seen.keys]}."
                 " Make the flow depend on the inputs alone, or take whole blocks as layers, layers=[...]."
             )
+        self._let_go(seen)
         self._latest = (stamps(point), seen)
         return seen
+
+    def _let_go(self, seen: Pass) -> None:
+        """Of the drives of a pass, each as large as a state, where the energy does not read them."""
+        if not reads_drive(self.energy):
+            for call in seen.layers:
+                call.drive = call.prediction
 
     def _precisions(self, seen: Pass) -> list[float | Tensor]:
         assert isinstance(self.energy, QuadraticEnergy)

@@ -8,6 +8,7 @@ which is the only one to compute gradients of parameters. The last sums of the `
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from lightning_ebm.contrast import Contrast
 from lightning_ebm.lowering import Lines
+from lightning_ebm.order import streamed
 from lightning_ebm.simplify import needed, simplified
 from lightning_ebm.tape import CONSTANT, PHASE, SEED, STATE, Tape, Value
 from lightning_ebm.writing import Names, Op, source
@@ -44,15 +46,10 @@ class Program:
     once: Callable[..., tuple[Any, ...]]
     phase: Callable[..., tuple[Any, ...]]
     point: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]]
-    energy: Callable[..., tuple[Any, ...]]
+    energy: Callable[[Sequence[Tensor]], Tensor]
     update: Callable[..., tuple[Any, ...]]
     fixed: dict[Value, Tensor]
     sources: dict[str, str] = field(default_factory=dict)
-
-    def finish(self, parts: Sequence[Tensor]) -> Tensor:
-        """`energy`, for `Forces`."""
-        (found,) = self.energy(parts)
-        return found  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -136,7 +133,9 @@ def compiled_program(
     sources: dict[str, str] = {}
 
     def code(name: str, level: int, arguments: list[list[Value]], results: list[list[Value]]) -> Callable[..., Any]:
-        stage = stages[level] if rewrite is None else rewrite(stages[level], {v for r in results for v in r})
+        wanted = [v for r in results for v in r]
+        stage = streamed(stages[level], wanted)
+        stage = stage if rewrite is None else rewrite(stage, set(wanted))
         sources[name] = source(name, stage, arguments, results, names)
         space = dict(names.constants)
         exec(compile(sources[name], f"<lightning_ebm {name}>", "exec"), space)
@@ -149,11 +148,15 @@ def compiled_program(
         once=code("once", CONSTANT, [lines.bound], [once]),
         phase=code("phase", PHASE, [once, inputs[PHASE]], [phase]),
         point=evaluate if compiler is None else compiler(evaluate),
-        energy=code("energy", _ENERGY, [parts], [energy]),
+        energy=partial(_first_of, code("energy", _ENERGY, [parts], [energy])),
         update=code("update", SEED, [once, phase, kept, inputs[SEED]], [slopes]),
         fixed=lines.fixed,
         sources=sources,
     )
+
+
+def _first_of(function: Callable[..., tuple[Any, ...]], parts: Sequence[Tensor]) -> Tensor:
+    return function(parts)[0]  # type: ignore[no-any-return]
 
 
 def _staged(

@@ -82,7 +82,6 @@ class RecordingNetwork(Network):
     def __init__(self, energy: Energy, plan: Plan, first: Pass, run: Run, batch_size: int, loss_scale: float) -> None:
         super().__init__(energy, plan, first, run, batch_size, loss_scale)
         self._front = Front(plan)
-        self._probes: dict[tuple[bool, int], list[Tensor]] = {}
 
     def recorded(
         self, tape: Tape, first_pass: int, roots: Sequence[Value], mode: Mode, compiler: Compiler | None
@@ -112,7 +111,7 @@ class RecordingNetwork(Network):
         inputs = tape.input(strength, PHASE), tape.input(scale, SEED)
         nudge = strength if mode.nudged else None
         defined: dict[Value, tuple[Value, Value]] = {}
-        with tape, torch.enable_grad():
+        with self._watching(tape), torch.enable_grad():
             point = [tape.value(state) for state in first.states]
             seeds: list[Seed] = []
             energy: Tensor | None = None
@@ -121,10 +120,9 @@ class RecordingNetwork(Network):
                 point = [tape.input(error, STATE) for error in errors]
                 for call, state, error in zip(first.layers, first.states, point, strict=True):
                     defined[tape.value(state)] = tape.value(call.prediction), error
-                energy, outputs, seeds = self._in_errors(first, errors, strength)
+                energy, outputs, seeds = self._in_errors(first, errors, strength, mode)
             elif mode.kind == "forces":
-                wrong = range(len(point)) if mode.moved is None else sorted(self._front.wrong(mode.moved))
-                energy, outputs, seeds = self._in_states(first, nudge, wrong)
+                energy, outputs, seeds = self._in_states(first, nudge, mode)
             elif mode.kind == "update":
                 outputs, seeds = [], self._seeds(first, nudge)
             elif mode.kind == "energy":
@@ -162,6 +160,9 @@ class RecordingNetwork(Network):
         on_cpu = self.free[0].device.type == "cpu"
         rewrite = partial(faster, compiler is not None) if on_cpu else None
         program = compiled_program(record, rewrite, compiler)
+        for node in tape.nodes[first_pass:]:
+            for value in node.results:
+                tape.contents.pop(value, None)  # type: ignore[arg-type]  # None is in no dictionary of values
         return program, [value for value, _ in reached]
 
     def _ahead_of(self, moved: Collection[int], tape: Tape) -> dict[Value, Value]:
@@ -185,29 +186,36 @@ class RecordingNetwork(Network):
             seeds = [(self.internal(first).sum(), self.scalar(1.0))]
         return seeds if strength is None else [*seeds, (first.loss, self.loss_scale * strength)]
 
-    def _in_states(
-        self, first: Pass, strength: Tensor | None, wrong: Sequence[int]
-    ) -> tuple[Tensor, list[Tensor], list[Seed]]:
-        """I_b; loss and dE/dx; and what to differentiate, with which weight, for dE/dtheta.
-
-        Errors of all layers but `wrong` are known to be 0.
-        """
+    def _in_states(self, first: Pass, strength: Tensor | None, mode: Mode) -> tuple[Tensor, list[Tensor], list[Seed]]:
+        """I_b, or their sum; loss and dE/dx; and what to differentiate, with which weight, for dE/dtheta."""
         loss, states = self.loss_scale * first.loss.detach(), first.states
         seeds = self._seeds(first, None)
         slopes = self._pulls(first, seeds, strength, range(len(states)))
         if _is_quadratic(self.energy):
             precisions = self._precisions(first)
             errors = [seed if _is_one(p) else seed / _root(p) for (_, seed), p in zip(seeds, precisions, strict=True)]
-            internal = 0.5 * self.squares(errors, wrong)
+            internal = self._half_squares(errors, mode)
             gradients = [-own if s is None else s - own for s, (_, own) in zip(slopes, seeds, strict=True)]
         else:
-            internal = self.internal(first)
+            internal = self.internal(first) if mode.lr is None else self.internal(first).sum()
             gradients = [torch.zeros_like(x) if s is None else s for s, x in zip(slopes, self.free, strict=True)]
         if is_bounded(self.energy):
             found = zip(gradients, states, self.views(first), strict=True)
             gradients = [self.energy.tangent(gradient, state.detach(), view) for gradient, state, view in found]
         nudge = [] if strength is None else [(first.loss, self.loss_scale * strength)]
         return internal.detach(), [loss, *gradients], [*seeds, *nudge]
+
+    def _half_squares(self, errors: Sequence[Tensor], mode: Mode) -> Tensor:
+        """sum_l 1/2 |e_l|^2 of each sample, ``(B,)``; of the batch, where a step is taken and nobody asks for more.
+
+        Left out are layers that are known to be where they were predicted.
+        """
+        layers = range(len(errors)) if mode.moved is None else sorted(self._front.wrong(mode.moved))
+        if mode.lr is None:
+            return 0.5 * self.squares(errors, layers)
+        if not layers:
+            return self.scalar(0.0)
+        return 0.5 * torch.stack([torch.linalg.vector_norm(errors[k]).square() for k in layers]).sum()
 
     def _pulls(
         self, first: Pass, seeds: Sequence[Seed], strength: Tensor | None, layers: Sequence[int]
@@ -232,15 +240,14 @@ class RecordingNetwork(Network):
         return answers
 
     def _in_errors(
-        self, first: Pass, errors: Sequence[Tensor], strength: Tensor
+        self, first: Pass, errors: Sequence[Tensor], strength: Tensor, mode: Mode
     ) -> tuple[Tensor, list[Tensor], list[Seed]]:
         loss = self.loss_scale * first.loss
         signals = self._signals(first, loss)
         precisions = self._precisions(first)
         weighted = [e if _is_one(p) else p * e for e, p in zip(errors, precisions, strict=True)]
-        internal = 0.5 * self.squares(
-            [e if _is_one(p) else _root(p) * e for e, p in zip(errors, precisions, strict=True)]
-        )
+        rooted = [e if _is_one(p) else _root(p) * e for e, p in zip(errors, precisions, strict=True)]
+        internal = self._half_squares(rooted, mode)
         pulls = [strength * s if _is_one(p) else strength * s / p for s, p in zip(signals, precisions, strict=True)]
         gradients = [e + pull for e, pull in zip(errors, pulls, strict=True)]
         seeds = [(call.prediction, -w) for call, w in zip(first.layers, weighted, strict=True)]
@@ -294,21 +301,21 @@ class RecordingNetwork(Network):
         found: Forces = getattr(Network, mode.kind)(self, point, strength)
         ahead = found.gradients if mode.lr is None else moved(point, found.gradients, mode.lr)
         wanted = range(len(ahead)) if mode.wanted is None else mode.wanted
-        return [found.internal, found.loss, *(ahead[k] for k in wanted)]
+        internal = found.internal if mode.lr is None else found.internal.sum()
+        return [internal, found.loss, *(ahead[k] for k in wanted)]
 
     def _elsewhere(self, mode: Mode, number: int) -> list[Tensor]:
         """Points near the forward pass, the same ones for every mode."""
-        key = mode.in_errors, number
-        if key not in self._probes:
-            generator = torch.Generator().manual_seed(number)
-            point = []
-            for x, like in zip(self.no_errors if mode.in_errors else self.free, self.free, strict=True):
-                noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
-                point.append(x + (0.05 * like.abs().mean() + 0.01) * noise)
-            self._probes[key] = point if mode.in_errors else self.feasible(point)
-        if mode.moved is None:
-            return self._probes[key]
-        return [x if k in mode.moved else self.free[k] for k, x in enumerate(self._probes[key])]
+        generator = torch.Generator().manual_seed(number)
+        point = []
+        for k, like in enumerate(self.free):
+            noise = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+            if mode.moved is not None and k not in mode.moved:
+                point.append(like)
+                continue
+            here = torch.zeros_like(like) if mode.in_errors else like
+            point.append(here + (0.05 * like.abs().mean() + 0.01) * noise)
+        return point if mode.in_errors or mode.moved is not None else self.feasible(point)
 
     def must_equal(self, plain: Sequence[Tensor], got: Sequence[Tensor]) -> None:
         """Raises `NotRepeatable` unless these are equal up to rounding.
@@ -329,9 +336,20 @@ class RecordingNetwork(Network):
         return torch.full((), number, dtype=self.free[0].dtype, device=self.free[0].device)
 
     @contextmanager
+    def _watching(self, tape: Tape) -> Iterator[None]:
+        """Records; what it computes is only held where it will be differentiated in its turn."""
+        tape.keeps = not _is_quadratic(self.energy)
+        try:
+            with tape:
+                yield
+        finally:
+            tape.keeps = True
+
+    @contextmanager
     def _watched(self) -> Iterator[Tape]:
         """Records the passes made inside."""
         watch, run = Tape(), self._run
+        watch.keeps = False
 
         def watched(state_of: StateOf) -> Pass:
             with watch:

@@ -92,6 +92,8 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Operations that turned something computed from states into a Python number."""
         self.contents: dict[Value, Tensor] = {}
         """What values can be read from when the pass is over."""
+        self.keeps = True
+        """Whether what operations on states give is to be among them."""
         self.outside: dict[Value, Tensor] = {}
         """The tensors that came from outside."""
         self._known: dict[int, tuple[Callable[[], Tensor | None], Value]] = {}
@@ -184,7 +186,8 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             mask = kind.name == "native_dropout" and part == 1
             value = self._put(tensor, Value(node, CONSTANT if mask else node.level))
             node.results.append(value)
-            if not kind.views:  # those must not be held: autograd would then hand out a copy of it, unknown here
+            # Views must not be held: autograd would then hand out a copy, unknown here.
+            if not kind.views and (self.keeps or value.level == CONSTANT):
                 self.contents[value] = tensor.detach() if kind.writes else tensor
         if kind.shares:
             for tensor, shared in zip(results, node.results, strict=True):

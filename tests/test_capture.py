@@ -276,8 +276,8 @@ def test_the_drive_of_the_input_is_computed_once_and_no_weight_gradient_before_t
     assert shapes.count((5, 9, 3)) == points - 1 + 1
     assert shapes.count((5, 9, 8)) == points - 1
     assert shapes.count((5, 8, 9)) == points - 2 + 1
-    assert shapes.count((5, 3, 9)) == points + 1  # the loss pulls at every point, at the first for two kinds of code
-    assert len(shapes) == 1 + 3 + 6 + 5 + 5 + 7
+    assert shapes.count((5, 3, 9)) == points  # the loss pulls at every point
+    assert len(shapes) == 1 + 3 + 6 + 5 + 5 + 6
 
 
 # ------------------------------------------------------------------------------- what changes behind its back
@@ -486,12 +486,12 @@ def test_training_and_evaluation_mode_are_different_steps() -> None:
 
 
 def test_without_capture_the_step_runs_at_every_point() -> None:
-    """Two captures cost three passes each: to find the layers, to check before the front, and behind it."""
+    """A capture looks for the layers twice, and checks each kind of code once; all else is one pass a step."""
     _, captures, plain = trained(mlp, pc(), False)
     _, _, fast = trained(mlp, pc(), True)
     assert captures is None
     assert plain >= 8 * 6
-    assert fast <= 8 + 2 * 3
+    assert fast <= 8 + 2 + 2 * 3  # steps of one front and of none, and the forces at the end
 
 
 def test_nothing_of_the_batch_is_kept_when_the_step_is_over() -> None:

@@ -192,7 +192,7 @@ def test_evaluation_at_the_free_equilibrium() -> None:
                 net[0].weight *= 1.01
         outputs.append(found)
     assert learner._captures[-1].refused is None
-    assert runs < 4 + 2 * 4  # quietly at the predictions; two captures look for layers, and check
+    assert runs <= 4 + 2 + 2 * 3  # quietly at the predictions; to find layers; three kinds of code, captured twice
     assert all(torch.allclose(a, b, rtol=0, atol=1e-13) for a, b in zip(*outputs, strict=True))
     assert not torch.allclose(outputs[0][0], net(batches()[0][0]), atol=1e-3)
 

@@ -49,7 +49,7 @@ ORDER = [
     {"tape"},
     {"comparison", "writing"},
     {"contrast", "elementwise", "kernels", "lowering", "remember", "simplify"},
-    {"reuse"},
+    {"order", "reuse"},
     {"faster"},
     {"compiled", "program"},
     {"recording"},

@@ -43,6 +43,10 @@ class Energy(ABC):
     """True promises e >= 0, and e = 0 with zero gradient exactly at x = rho(a): then the free equilibrium is the
     feed-forward pass, costs nothing, and contributes nothing to the update (theory: dI/dtheta vanishes there)."""
 
+    reads_drive: ClassVar[bool] = True
+    """False promises that neither energy nor response looks at ``layer.drive``, which then is not kept: memory. It does
+    not pass to subclasses, which may look; each class says it for itself."""
+
     @abstractmethod
     def layer_energy(self, state: Tensor, layer: LayerView) -> Tensor:
         """e(x_l, a_l, rho_l), batch first. Any trailing shape: it is summed over all but the batch dimension."""
@@ -76,6 +80,11 @@ class Energy(ABC):
     def tangent(self, gradient: Tensor, state: Tensor, layer: LayerView) -> Tensor:
         """The gradient without what descent along it would leave the domain by; all of it unless e is bounded."""
         return gradient
+
+
+def reads_drive(energy: Energy) -> bool:
+    """Whether the energy may look at the drives: unless its very class, no parent of it, says that it does not."""
+    return bool(type(energy).__dict__.get("reads_drive", True))
 
 
 def has_best_response(energy: Energy) -> bool:

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class PredictiveCoding(QuadraticEnergy):
     Source:
         Rao and Ballard 1999; Whittington and Bogacz 2017; Millidge et al. 2023 (arXiv 2206.02629).
     """
+
+    reads_drive: ClassVar[bool] = False
 
     precision: Precision | Mapping[str, Precision] | LearnedPrecision = 1.0
 

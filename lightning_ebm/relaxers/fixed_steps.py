@@ -61,9 +61,9 @@ def fixed_steps(
         ended = step == max_steps
         watched = ended or step == 0 or (descends and step > max_steps - 4)
         found = None
-        if descended is not None and not ended:
+        if descended is not None and step and not ended:
             found = descended(landscape, point, strength, descends, coordinates)
-        if found is not None and step:
+        if found is not None:
             ahead, forces = found
             if watched:
                 norms.append(force_norm(landscape, [x - y for x, y in zip(point, ahead, strict=True)]) / descends)
@@ -71,7 +71,10 @@ def fixed_steps(
             forces = evaluate(point, strength)
             if watched:
                 norms.append(force_norm(landscape, forces.gradients))
-            ahead = found[0] if found is not None else [] if ended else next_point(point, forces.gradients)
+            ahead = [] if ended else next_point(point, forces.gradients)
+            if descended is not None and not step:  # where nothing pulls, the very state of before: it will be known
+                pulls = zip(forces.gradients, landscape.no_errors, point, ahead, strict=True)
+                ahead = [x if gradient is nothing else y for gradient, nothing, x, y in pulls]
         energies.add(forces)
         if step == 0:
             start_energy = total_energy(forces, strength)

@@ -71,9 +71,9 @@ class Energies(Sequence[Tensor]):
     def add(self, forces: Forces) -> None:
         """Notes the energies of the next point."""
         tensors = [*forces.parts, forces.loss]
-        shapes = [tensor.shape for tensor in tensors]
         block = self._blocks[-1] if self._blocks else None
-        if block is None or block.shapes != shapes or block.finish != forces.finish:  # other code, other sums
+        if block is None or block.finish is not forces.finish:  # other code, other sums
+            shapes = [tensor.shape for tensor in tensors]
             dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
             size = self._length - len(self._rows), sum(shape.numel() for shape in shapes)
             block = _Block(shapes, forces.finish, iter(tensors[0].new_empty(size, dtype=dtype).unbind()))
