@@ -151,7 +151,7 @@ class Network:
             loss = self.loss(seen)
             signals = self._signals(seen, loss)
             if isinstance(strength, complex) or strength != 1:
-                signals = [_holomorphic(strength * signal) for signal in signals]
+                signals = [strength * _holomorphic(signal) for signal in signals]
         precisions = self._precisions(seen)
         pulls = [s if _is_one(p) else s / p for s, p in zip(signals, precisions, strict=True)]
         if _same(errors, self.no_errors):
