@@ -149,6 +149,8 @@ class Network:
         with torch.enable_grad():
             seen = self._at_errors(errors)
             loss = self.loss(seen)
+            if loss.is_complex() and not self._known_analytic:
+                self._check_analytic(seen)
             signals = self._signals(seen, loss)
             if isinstance(strength, complex) or strength != 1:
                 signals = [strength * _holomorphic(signal) for signal in signals]
@@ -295,7 +297,6 @@ class Network:
 
     def _check_analytic(self, seen: Pass) -> None:
         """Cauchy and Riemann: multiplied by i on one side, an analytic slope is multiplied by i on the other."""
-        self._known_analytic = True
         tops = [(call.key.name, call.prediction) for call in seen.layers] + [("the loss", self.loss(seen))]
         for name, top in tops:
             if not top.is_complex() or not top.requires_grad:
@@ -312,6 +313,7 @@ class Network:
                         " (abs, a real part, a conjugate, a maximum): a holomorphic nudge would give a number that is"
                         " no gradient. Take ebm.Centered(...), or tanh, sigmoid and linear maps throughout."
                     )
+        self._known_analytic = True
 
     # Passes
 

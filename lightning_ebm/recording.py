@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from lightning_ebm.comparison import known_by
+from lightning_ebm.continuation import continued
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import QuadraticEnergy, is_bounded
 from lightning_ebm.faster import faster
 from lightning_ebm.lowering import NotRepeatable
-from lightning_ebm.network import Network, Run, _is_one
+from lightning_ebm.network import Network, Run, _holomorphic, _is_one
 from lightning_ebm.program import Program, Record, compiled_program
 from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.substitution import Pass, StateOf
@@ -37,12 +38,14 @@ class Mode(NamedTuple):
         nudged: whether the loss pulls.
         layers: of answers, whose.
         phases: of an update, how many phases it sums over.
+        continued: whether states and nudge are complex.
     """
 
     kind: Kind
     nudged: bool
     layers: tuple[int, ...] = ()
     phases: int = 1
+    continued: bool = False
 
     @property
     def has_energy(self) -> bool:
@@ -67,7 +70,7 @@ class RecordingNetwork(Network):
 
     def __init__(self, energy: Energy, plan: Plan, first: Pass, run: Run, batch_size: int, loss_scale: float) -> None:
         super().__init__(energy, plan, first, run, batch_size, loss_scale)
-        self._probes: dict[tuple[bool, int], list[Tensor]] = {}
+        self._probes: dict[tuple[bool, bool, int], list[Tensor]] = {}
 
     def recorded(
         self, tape: Tape, first_pass: int, roots: Sequence[Value], mode: Mode, compiler: Compiler | None
@@ -93,16 +96,22 @@ class RecordingNetwork(Network):
             self.internal(first)  # what an energy makes when it is first asked is not to be a part of the record
         known = known_by(roots)
         outside = [(v, t) for v, t in tape.outside.items() if v in known and t.requires_grad]
-        strength, scale = self.scalar(1.0), self.scalar(1.0)
+        one = 1j if mode.continued else 1.0
+        strength, scale = self.scalar(one), self.scalar(one)
         inputs = tape.input(strength, PHASE), tape.input(scale, SEED)
         nudge = strength if mode.nudged else None
         defined: dict[Value, tuple[Value, Value]] = {}
         with tape, torch.enable_grad():
+            if mode.continued:
+                leaves = [torch.complex(x, torch.zeros_like(x)).requires_grad_() for x in self.free]
+                for leaf in leaves:
+                    tape.input(leaf, STATE)
+                first = continued(tape, first, leaves)
             point = [tape.value(state) for state in first.states]
             seeds: list[Seed] = []
             energy: Tensor | None = None
             if mode.in_errors:
-                errors = [torch.zeros_like(state) for state in self.free]
+                errors = [torch.zeros_like(state) for state in first.states]
                 point = [tape.input(error, STATE) for error in errors]
                 for call, state, error in zip(first.layers, first.states, point, strict=True):
                     defined[tape.value(state)] = tape.value(call.prediction), error
@@ -135,6 +144,7 @@ class RecordingNetwork(Network):
             defined=defined,
             phases=mode.phases,
         )
+        compiler = None if mode.continued else compiler  # which has no complex numbers
         on_cpu = self.free[0].device.type == "cpu"
         rewrite = partial(faster, compiler is not None) if on_cpu else None
         program = compiled_program(record, rewrite, compiler)
@@ -157,17 +167,20 @@ class RecordingNetwork(Network):
         loss, states = self.loss_scale * first.loss.detach(), first.states
         seeds = self._seeds(first, None)
         slopes = self._pulls(first, seeds, strength, range(len(states)))
-        if _is_quadratic(self.energy):
+        if _is_quadratic(self.energy) and not loss.is_complex():
             internal = 0.5 * self.squares(
                 [
                     seed if _is_one(p) else seed / _root(p)
                     for (_, seed), p in zip(seeds, self._precisions(first), strict=True)
                 ]
             )
-            gradients = [-own if s is None else s - own for s, (_, own) in zip(slopes, seeds, strict=True)]
         else:
             internal = self.internal(first)
-            gradients = [torch.zeros_like(x) if s is None else s for s, x in zip(slopes, self.free, strict=True)]
+        if _is_quadratic(self.energy):
+            gradients = [-own if s is None else s - own for s, (_, own) in zip(slopes, seeds, strict=True)]
+        else:
+            still = self._like(first)
+            gradients = [torch.zeros_like(x) if s is None else s for s, x in zip(slopes, still, strict=True)]
         if is_bounded(self.energy):
             found = zip(gradients, states, self.views(first), strict=True)
             gradients = [self.energy.tangent(gradient, state.detach(), view) for gradient, state, view in found]
@@ -190,22 +203,29 @@ class RecordingNetwork(Network):
         """Best responses of these layers."""
         others = self.internal(first, own=False).sum()
         slopes = self._pulls(first, [(others, self.scalar(1.0))], strength, layers)
-        views, answers = self.views(first), []
+        views, answers, still = self.views(first), [], self._like(first)
         for k, slope in zip(layers, slopes, strict=True):
-            pull = torch.zeros_like(self.free[k]) if slope is None else -slope
+            pull = torch.zeros_like(still[k]) if slope is None else -slope
             answers.append(self.energy.best_response(pull, views[k]).detach())
         return answers
+
+    def _like(self, first: Pass) -> Sequence[Tensor]:
+        """Tensors of the states' kind, which in real numbers need not be the states themselves."""
+        return first.states if first.states[0].is_complex() else self.free
 
     def _in_errors(
         self, first: Pass, errors: Sequence[Tensor], strength: Tensor
     ) -> tuple[Tensor, list[Tensor], list[Seed]]:
         loss = self.loss_scale * first.loss
-        signals = self._signals(first, loss)
+        signals = [_holomorphic(signal) for signal in self._signals(first, loss)]
         precisions = self._precisions(first)
         weighted = [e if _is_one(p) else p * e for e, p in zip(errors, precisions, strict=True)]
-        internal = 0.5 * self.squares(
-            [e if _is_one(p) else _root(p) * e for e, p in zip(errors, precisions, strict=True)]
-        )
+        if loss.is_complex():
+            internal = self.per_sample([0.5 * e * w for e, w in zip(errors, weighted, strict=True)])
+        else:
+            internal = 0.5 * self.squares(
+                [e if _is_one(p) else _root(p) * e for e, p in zip(errors, precisions, strict=True)]
+            )
         pulls = [strength * s if _is_one(p) else strength * s / p for s, p in zip(signals, precisions, strict=True)]
         gradients = [e + pull for e, pull in zip(errors, pulls, strict=True)]
         seeds = [(call.prediction, -w) for call, w in zip(first.layers, weighted, strict=True)]
@@ -219,7 +239,7 @@ class RecordingNetwork(Network):
             raise NotRepeatable(f"uses a custom autograd function ({type(own[0]).__name__})")
 
     def plainly(
-        self, mode: Mode, strengths: Sequence[float], weights: Sequence[float]
+        self, mode: Mode, strengths: Sequence[complex], weights: Sequence[complex]
     ) -> tuple[list[list[Tensor]], list[Tensor], dict[int, Tensor] | None]:
         """The plain way, once, at points of its own: what a program must give there.
 
@@ -250,7 +270,7 @@ class RecordingNetwork(Network):
                     found[id(target)] = found[id(target)] + slope if id(target) in found else slope
         return points, outputs, found
 
-    def _plain_outputs(self, mode: Mode, point: Sequence[Tensor], strength: float) -> list[Tensor]:
+    def _plain_outputs(self, mode: Mode, point: Sequence[Tensor], strength: complex) -> list[Tensor]:
         if mode.kind == "answers":
             return Network.answers(self, point, strength, mode.layers)
         if mode.kind in ("energy", "update"):
@@ -261,13 +281,16 @@ class RecordingNetwork(Network):
 
     def _elsewhere(self, mode: Mode, number: int) -> list[Tensor]:
         """Points near the forward pass, the same ones for every mode."""
-        key = mode.in_errors, number
+        key = mode.in_errors, mode.continued, number
         if key not in self._probes:
             generator = torch.Generator().manual_seed(number)
             point = []
             for x, like in zip(self.no_errors if mode.in_errors else self.free, self.free, strict=True):
                 noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
-                point.append(x + (0.05 * like.abs().mean() + 0.01) * noise)
+                size = 0.05 * like.abs().mean() + 0.01
+                point.append(
+                    torch.complex(x + size * noise, size * noise.flip(0)) if mode.continued else x + size * noise
+                )
             self._probes[key] = point if mode.in_errors else self.feasible(point)
         return self._probes[key]
 
@@ -285,9 +308,12 @@ class RecordingNetwork(Network):
             if one.shape != other.shape or not torch.allclose(other, one, rtol=0.0, atol=room, equal_nan=True):
                 raise NotRepeatable("gives other values when it is repeated")
 
-    def scalar(self, number: float) -> Tensor:
+    def scalar(self, number: complex) -> Tensor:
         """A number as a tensor, in the states' arithmetic."""
-        return torch.full((), number, dtype=self.free[0].dtype, device=self.free[0].device)
+        dtype = self.free[0].dtype
+        if isinstance(number, complex):
+            dtype = dtype.to_complex()
+        return torch.full((), number, dtype=dtype, device=self.free[0].device)
 
     @contextmanager
     def _watched(self) -> Iterator[Tape]:
@@ -306,12 +332,17 @@ class RecordingNetwork(Network):
 
 
 def _gradients(seeds: Sequence[Seed], inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """sum_k <seed_k, d output_k / d input>; None where nothing leads there."""
+    """sum_k <seed_k, d output_k / d input>, its real part for a real input; None where nothing leads there."""
     live = [(output, seed) for output, seed in seeds if output.requires_grad]
     if not live or not inputs:
         return [None] * len(inputs)
-    outputs, weights = [output for output, _ in live], [seed.to(output.dtype) for output, seed in live]
-    return list(torch.autograd.grad(outputs, inputs, weights, retain_graph=True, allow_unused=True))
+    outputs = [output for output, _ in live]
+    weights = [  # autograd conjugates: what it is given, and what it gives
+        _holomorphic(seed.real if seed.is_complex() and not output.is_complex() else seed.to(output.dtype))
+        for output, seed in live
+    ]
+    slopes = torch.autograd.grad(outputs, inputs, weights, retain_graph=True, allow_unused=True)
+    return [slope if slope is None else _holomorphic(slope) for slope in slopes]
 
 
 def _is_quadratic(energy: Energy) -> bool:

@@ -97,8 +97,13 @@ class CapturedNetwork(RecordingNetwork):
         """See `Network.energy_at`; the gradients of the parameters are computed when they are asked for."""
         read_plainly = found.displacement is not None or found.dyad is not None
         mode = Mode("error_forces" if found.coordinates == "errors" else "forces", strength != 0)
+        mode = _continued(mode, found.point)
         ran = None if read_plainly else self._ran(mode, found.point, strength)
-        return super().energy_at(found, strength) if ran is None else self._delivered(mode, ran)
+        return (
+            super().energy_at(found, strength)
+            if ran is None
+            else self._delivered(mode, ran, (1.0,), 0j if mode.continued else 0.0)
+        )
 
     def contrast(self, phases: Sequence[tuple[complex, complex, Relaxation]]) -> Tensor:
         """See `Network.contrast`; one program for all phases."""
@@ -109,27 +114,33 @@ class CapturedNetwork(RecordingNetwork):
             f.coordinates == "errors" or f.displacement is not None or f.dyad is not None for f in found
         ):
             return super().contrast(phases)
-        mode = Mode("update", any(strengths), phases=len(phases))
+        kinds = [any(x.is_complex() for x in f.point) for f in found]
+        if len(set(kinds)) > 1:  # real phases by themselves: complex arithmetic would only cost more
+            halves = [[p for p, kind in zip(phases, kinds, strict=True) if kind is wanted] for wanted in (False, True)]
+            return self.contrast(halves[0]) + self.contrast(halves[1])
+        mode = _continued(Mode("update", any(strengths), phases=len(phases)), found[0].point)
         ran = self._ran(mode, [x for f in found for x in f.point], *strengths)
         if ran is None:
             return super().contrast(phases)
-        return self._delivered(mode, ran, weights)
+        return self._delivered(mode, ran, weights, 0.0)
 
-    def _delivered(self, mode: Mode, ran: "_Run", weights: Sequence[complex] = (1.0,)) -> Tensor:
-        scales = [self.scalar(weight.real) for weight in weights]
+    def _delivered(self, mode: Mode, ran: "_Run", weights: Sequence[complex], value: complex) -> Tensor:
+        """A scalar of this value whose gradient is that of sum_p weight_p E(x_p, theta), of its real part if real."""
+        scales = [self.scalar(complex(weight) if mode.continued else weight.real) for weight in weights]
 
         def update(scale: Tensor) -> tuple[Tensor, ...]:
-            return ran.update(tuple(scale * s for s in scales))
+            return ran.update(tuple(scale.conj() * s for s in scales))
 
         assert self._found is not None
         captured, bound = self._found
         targets = [self._tape.outside[bound.get(value, value)] for value in captured.targets[mode]]
-        return Delivered.apply(self.scalar(0.0), update, *targets)  # type: ignore[no-any-return, no-untyped-call]
+        return Delivered.apply(self.scalar(value), update, *targets)  # type: ignore[no-any-return, no-untyped-call]
 
     def _ran(self, mode: Mode, point: Sequence[Tensor], *strengths: complex) -> "_Run | None":
         """The evaluation at a point by captured code, or None where there is none."""
-        if self._found is None or any(isinstance(s, complex) for s in strengths) or any(x.is_complex() for x in point):
+        if self._found is None:
             return None
+        mode = _continued(mode, point)
         latest = self._latest_run
         if (
             latest is not None
@@ -140,7 +151,7 @@ class CapturedNetwork(RecordingNetwork):
             return latest
         self._latest_run = latest = None
         try:
-            program = self._program(mode, strengths)  # type: ignore[arg-type]  # none is complex
+            program = self._program(mode, strengths)
         except Exception as error:  # whatever goes wrong in capturing: the plain way stays right
             self._latest = None
             self._captures.refuse(str(error) if isinstance(error, NotRepeatable) else f"raises in capturing: {error!r}")
@@ -148,11 +159,11 @@ class CapturedNetwork(RecordingNetwork):
             return None
         if program is None:
             return None
-        self._latest_run = self._run_of(program, mode, point, strengths)  # type: ignore[arg-type]
+        self._latest_run = self._run_of(program, mode, point, strengths)
         return self._latest_run
 
     @torch.no_grad()
-    def _run_of(self, program: Program, mode: Mode, point: Sequence[Tensor], strengths: tuple[float, ...]) -> "_Run":
+    def _run_of(self, program: Program, mode: Mode, point: Sequence[Tensor], strengths: tuple[complex, ...]) -> "_Run":
         assert self._found is not None
         bound = self._found[1]
         if mode not in self._fixed:
@@ -163,7 +174,8 @@ class CapturedNetwork(RecordingNetwork):
             self._fixed[mode] = program.once(contents)
         once = self._fixed[mode]
         if (mode, strengths) not in self._fixed:
-            self._fixed[mode, strengths] = program.phase(once, tuple(self.scalar(s) for s in strengths))
+            given = [complex(s) if mode.continued else s for s in strengths]
+            self._fixed[mode, strengths] = program.phase(once, tuple(self.scalar(s) for s in given))
         phase = self._fixed[mode, strengths]
         outputs, kept, parts = program.point(once, phase, point)
         if mode.kind == "answers":
@@ -174,7 +186,7 @@ class CapturedNetwork(RecordingNetwork):
 
     # Capturing
 
-    def _program(self, mode: Mode, strengths: tuple[float, ...]) -> Program | None:
+    def _program(self, mode: Mode, strengths: tuple[complex, ...]) -> Program | None:
         assert self._found is not None
         captured, bound = self._found
         if mode in captured.programs:
@@ -189,7 +201,9 @@ class CapturedNetwork(RecordingNetwork):
         for node in self._tape.nodes[first_pass:]:
             for value in node.results:
                 self._tape.contents.pop(value, None)  # type: ignore[arg-type]  # None is in no dictionary of values
-        weights = [1.0, *[-0.5] * (len(strengths) - 1)]
+        weights = [1.0 + 0.3j, *[-0.5 + 0.2j] * (len(strengths) - 1)]
+        if not mode.continued:
+            weights = [weight.real for weight in weights]
         points, expected, slopes = self.plainly(mode, strengths, weights)
         point = [x for p in points for x in p]
         run = self._run_of(program, mode, point, strengths)
@@ -228,6 +242,11 @@ class _Run:
         """Whether its update is that of the end of this phase."""
         fits = self.mode.kind == ("error_forces" if found.coordinates == "errors" else "forces")
         return fits and self.strengths == (strength,) and self.point == stamps(found.point)
+
+
+def _continued(mode: Mode, point: Sequence[Tensor]) -> Mode:
+    """The same evaluation at this point, whether its states are complex or not."""
+    return mode._replace(continued=True) if any(x.is_complex() for x in point) else mode
 
 
 class _Same:
