@@ -198,6 +198,13 @@ class Network:
         Args:
             phases: strength, weight and end of each.
         """
+        if len(phases) > 1 and all(self._is_at_forward_pass(found) for _, _, found in phases):
+            shared = [  # the graph of the forward pass is there once
+                (output, weight.real * seed)
+                for strength, weight, found in phases
+                for output, seed in self._terms_of(self._first, found, strength)
+            ]
+            return slopes_of(shared, self._first.states)
         terms = [(weight, self.energy_at(found, strength)) for strength, weight, found in phases]
         weighted = [term if _is_one(weight) else weight * term for weight, term in terms]
         reals = [term.real if term.is_complex() else term for term in weighted]
@@ -224,7 +231,15 @@ class Network:
         layers = self.at_states(found.point).layers
         return [(x - call.prediction).detach() for x, call in zip(found.point, layers, strict=True)]
 
+    def _is_at_forward_pass(self, found: Relaxation) -> bool:
+        """Whether something else than its point's own errors is read, against the predictions of the forward pass."""
+        return found.displacement is not None and _same(found.point, self.no_errors)
+
     def _energy_of(self, seen: Pass, found: Relaxation, strength: complex) -> Tensor:
+        return slopes_of(self._terms_of(seen, found, strength), seen.states)
+
+    def _terms_of(self, seen: Pass, found: Relaxation, strength: complex) -> list[tuple[Tensor, Tensor]]:
+        """What is differentiated for the update, and the weight of each of its elements."""
         errors = found.displacement
         if errors is None and found.coordinates == "errors":
             errors = found.point
@@ -241,7 +256,7 @@ class Network:
                 terms = [(call.prediction, -e if _is_one(p) else -p * e) for p, e, call in parts]
             if strength:
                 terms.append((seen.loss, strength * self.loss_scale * torch.ones_like(seen.loss)))
-            return slopes_of(terms, seen.states)
+            return terms
 
     def loss(self, seen: Pass) -> Tensor:
         """L summed over the batch."""
