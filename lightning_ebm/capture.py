@@ -43,10 +43,10 @@ class Captures:
     def wanted(self, algorithm: Algorithm) -> bool:
         """Whether passes are worth recording: repeated ones, of forces or best responses.
 
-        An update read at first arrival needs no further pass; pairs of states and frozen predictions are evaluated the
-        plain way, and so are second derivatives (the free phase before them is not).
+        An update read at first arrival needs no further pass; second derivatives are evaluated the plain way (the free
+        phase before them is not).
         """
-        contrasts = algorithm.read_as in ("contrast", "multipliers")
+        contrasts = algorithm.read_as in ("contrast", "multipliers", "dyadic", "fixed-prediction")
         frees = algorithm.read_as == "cross-derivative" and not algorithm.energy.divergence
         return self.refused is None and (contrasts or frees)
 

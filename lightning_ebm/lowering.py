@@ -21,10 +21,23 @@ class NotRepeatable(Exception):  # not an error: the reason to do it the plain w
 
 
 class Lines:
-    """From recorded nodes to operations: no writing, no aliases, nothing twice."""
+    """From recorded nodes to operations: no writing, no aliases, nothing twice.
+
+    Args:
+        tape: the record.
+        known: the values that the comparison with another first pass covers.
+        first_pass: how many of the recorded operations belong to the first pass.
+        defined: inputs that are the sum of two other values.
+        frozen: states stay where the first pass has them, and all that it has computed is taken from there.
+    """
 
     def __init__(
-        self, tape: Tape, known: Set[Value], first_pass: int, defined: Mapping[Value, tuple[Value, Value]]
+        self,
+        tape: Tape,
+        known: Set[Value],
+        first_pass: int,
+        defined: Mapping[Value, tuple[Value, Value]],
+        frozen: bool = False,
     ) -> None:
         self.bound: list[Value] = []
         self.nodes: set[Node] = set()
@@ -34,6 +47,7 @@ class Lines:
         self._early = {value for node in tape.nodes[:first_pass] for value in node.values()}
         self._first_pass = first_pass
         self._defined = defined
+        self._frozen = frozen
         self._instead: dict[Value, Value] = {}
         self._levels: dict[Value, int] = {}
         self._made: dict[Value, Op] = {}
@@ -72,6 +86,12 @@ class Lines:
             value = self._instead[value]
         return value
 
+    def _named(self, value: Value, level: int) -> Value:
+        """A name for a value that depends on less than it did in the record."""
+        name = self._instead[value] = value.like()
+        name.level = level
+        return name
+
     def _define(self, state: Value, pending: dict[Value, tuple[Value, Value]], ops: list[Op]) -> None:
         prediction, error = pending.pop(state)
         total = self.plain(state)
@@ -89,12 +109,12 @@ class Lines:
                 continue
             node = value.node
             if node is None:
-                if value.level == CONSTANT:
+                if value.level == CONSTANT or (self._frozen and value in self._early):
                     self._bind(value)
                 continue
             early, kind = node.index < self._first_pass, traits(node.func)
             saved = value not in self._known and kind.name in _SAVED
-            if value.level == CONSTANT and early and not kind.views and not saved:
+            if (value.level == CONSTANT or self._frozen) and early and not kind.views and not saved:
                 self._bind(value)
                 continue
             if node not in self.nodes:
@@ -113,6 +133,8 @@ class Lines:
         elif value not in self._known:
             raise NotRepeatable(f"has gradients that need {value.node} besides what its loss and layers do")
         self.bound.append(value)
+        if value.level != CONSTANT:
+            self._named(value, CONSTANT)
 
     def _op(self, node: Node) -> Op | None:
         kind = traits(node.func)
@@ -147,6 +169,8 @@ class Lines:
         op = Op(func, args, kwargs, results, single, CONSTANT)
         # Not the node's: what only needs the shape of something does not depend on it, but has to come after it.
         op.level = max((self._levels.get(v, v.level) for v in op.reads()), default=CONSTANT)
+        if self._frozen:
+            op.results = [None if v is None else self._named(v, op.level) for v in op.results]
         return op
 
     def _plain(self, arg: Any) -> Any:

@@ -123,7 +123,12 @@ class Network:
         """See `Landscape.dyads`."""
         with torch.enable_grad():
             seen = self.at_states(mean)
-            loss = self.loss(seen)
+        ahead, behind = self._halves(seen, strength)
+        gradients = [m - 0.5 * (p + q) for m, p, q in zip(mean, ahead, behind, strict=True)]
+        return ahead, behind, Forces(self.internal(seen).detach(), self.loss(seen).detach(), gradients)
+
+    def _halves(self, seen: Pass, strength: float | Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Both ends of each pair, drives and Jacobians taken from a pass at their means."""
         views, ahead, behind = self.views(seen), list(self.free), list(self.free)
 
         def answer(k: int, slope: Tensor) -> Tensor:
@@ -133,9 +138,8 @@ class Network:
             return next(ends) - next(ends)
 
         with torch.enable_grad():
-            self._signals(seen, strength * loss, answer)
-        gradients = [m - 0.5 * (p + q) for m, p, q in zip(mean, ahead, behind, strict=True)]
-        return ahead, behind, Forces(self.internal(seen).detach(), loss.detach(), gradients)
+            self._signals(seen, strength * self.loss(seen), answer)
+        return ahead, behind
 
     def feasible(self, states: list[Tensor]) -> list[Tensor]:
         """See `Landscape.feasible`."""
@@ -390,7 +394,8 @@ class Network:
             if not parents:
                 return
             into = [leaves[p] for p in parents]
-            weight = torch.ones_like(output) if weight is None else weight
+            if weight is None:  # not "like" the output, whose value nobody may need
+                weight = torch.ones(output.shape, dtype=output.dtype, device=output.device)
             parts = torch.autograd.grad(output, into, weight, retain_graph=True, allow_unused=True)
             for p, part in zip(parents, parts, strict=True):
                 before = signals[p]

@@ -72,6 +72,7 @@ class Record:
         slopes: what the update gives.
         defined: inputs that are the sum of two other values: states, in error coordinates.
         phases: how many phases the update sums over, each with a point, a strength and a scale of its own.
+        frozen: whether states stay where the first pass has them.
     """
 
     tape: Tape
@@ -85,6 +86,7 @@ class Record:
     slopes: Sequence[Value]
     defined: Mapping[Value, tuple[Value, Value]]
     phases: int = 1
+    frozen: bool = False
 
 
 def compiled_program(
@@ -102,13 +104,14 @@ def compiled_program(
     Raises:
         NotRepeatable: an operation cannot be repeated at other states.
     """
-    lines = Lines(record.tape, record.known, record.first_pass, record.defined)
+    lines = Lines(record.tape, record.known, record.first_pass, record.defined, record.frozen)
     energy = [] if record.energy is None else [record.energy]
     wanted = [*energy, *record.outputs, *record.slopes]
     recorded = lines.of(wanted)
     ops, found = simplified(*in_pairs(recorded, [lines.plain(v) for v in wanted]))
     outputs, slopes = found[: len(wanted) - len(record.slopes)], found[len(wanted) - len(record.slopes) :]
-    inputs: list[list[Value]] = [lines.bound, [record.strength], list(record.point), [record.scale], []]
+    bound = [lines.plain(value) for value in lines.bound]
+    inputs: list[list[Value]] = [bound, [record.strength], list(record.point), [record.scale], []]
     if record.phases > 1:
         own = [{v: v.like() for level in inputs[PHASE:] for v in level} for _ in range(record.phases)]
         contrast = Contrast(ops, own)
@@ -146,7 +149,7 @@ def compiled_program(
     evaluate = code("point", STATE, [once, phase, inputs[STATE]], [outputs, kept, parts])
     return Program(
         bound=lines.bound,
-        once=code("once", CONSTANT, [lines.bound], [once]),
+        once=code("once", CONSTANT, [bound], [once]),
         phase=code("phase", PHASE, [once, inputs[PHASE]], [phase]),
         point=evaluate if compiler is None else compiler(evaluate),
         energy=code("energy", _ENERGY, [parts], [energy]),

@@ -16,6 +16,7 @@ from torch.autograd.function import BackwardCFunction
 
 from lightning_ebm.comparison import known_by
 from lightning_ebm.continuation import continued
+from lightning_ebm.dyads import Dyads
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import QuadraticEnergy, is_bounded
 from lightning_ebm.faster import faster
@@ -27,14 +28,15 @@ from lightning_ebm.substitution import Pass, StateOf
 from lightning_ebm.tape import PHASE, SEED, STATE, Tape, Value
 from lightning_ebm.wiring import Plan, Region
 
-Kind = Literal["forces", "error_forces", "responses", "answers", "energy", "update"]
+Kind = Literal["forces", "error_forces", "responses", "answers", "energy", "update", "dyads", "dyadic update", "hops"]
 
 
 class Mode(NamedTuple):
     """Which evaluation.
 
     Attributes:
-        kind: the method of the landscape that it stands for; "energy" is I and L, "update" dE/dtheta alone.
+        kind: the method of the landscape that it stands for; "energy" is I and L, "update" dE/dtheta alone, "dyadic
+            update" that of pairs, whose point is their means, then their leading and their trailing states.
         nudged: whether the loss pulls.
         layers: of answers, whose.
         phases: of an update, how many phases it sums over.
@@ -50,12 +52,12 @@ class Mode(NamedTuple):
     @property
     def has_energy(self) -> bool:
         """Whether it gives the energy of each sample."""
-        return self.kind in ("forces", "error_forces", "responses")
+        return self.kind in ("forces", "error_forces", "responses", "hops")
 
     @property
     def in_errors(self) -> bool:
         """Whether the point is one of errors."""
-        return self.kind == "error_forces"
+        return self.kind in ("error_forces", "hops")
 
 
 Seed = tuple[Tensor, Tensor]
@@ -65,7 +67,7 @@ Seed = tuple[Tensor, Tensor]
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-class RecordingNetwork(Network):
+class RecordingNetwork(Dyads):
     """`Network` that can write down what it does at one point as a program for all points."""
 
     def __init__(self, energy: Energy, plan: Plan, first: Pass, run: Run, batch_size: int, loss_scale: float) -> None:
@@ -113,6 +115,9 @@ class RecordingNetwork(Network):
             if mode.in_errors:
                 errors = [torch.zeros_like(state) for state in first.states]
                 point = [tape.input(error, STATE) for error in errors]
+            if mode.kind == "hops":
+                energy, outputs, seeds = self._frozen(first, errors, strength)
+            elif mode.in_errors:
                 for call, state, error in zip(first.layers, first.states, point, strict=True):
                     defined[tape.value(state)] = tape.value(call.prediction), error
                 energy, outputs, seeds = self._in_errors(first, errors, strength)
@@ -120,8 +125,14 @@ class RecordingNetwork(Network):
                 energy, outputs, seeds = self._in_states(first, nudge)
             elif mode.kind == "update":
                 outputs, seeds = [], self._seeds(first, nudge)
+            elif mode.kind == "dyads":
+                outputs = self._in_pairs(first, strength)
+            elif mode.kind == "dyadic update":
+                halves = [[state.detach().clone() for state in first.states] for _ in range(2)]
+                point += [tape.input(state, STATE) for half in halves for state in half]
+                outputs, seeds = [], self._seeds_of_pairs(first, halves[0], halves[1], nudge)
             elif mode.kind == "energy":
-                outputs = [self.internal(first).sum().detach(), self.loss(first).detach()]
+                outputs = [self.internal(first).detach(), self.loss(first).detach()]
             else:
                 layers = mode.layers if mode.kind == "answers" else range(len(point))
                 outputs = self._answers(first, nudge, layers)
@@ -143,6 +154,7 @@ class RecordingNetwork(Network):
             slopes=[tape.value(slope) for _, slope in reached],
             defined=defined,
             phases=mode.phases,
+            frozen=mode.kind == "hops",
         )
         compiler = None if mode.continued else compiler  # which has no complex numbers
         on_cpu = self.free[0].device.type == "cpu"
@@ -231,6 +243,22 @@ class RecordingNetwork(Network):
         seeds = [(call.prediction, -w) for call, w in zip(first.layers, weighted, strict=True)]
         return internal, [loss.detach(), *gradients], [*seeds, (first.loss, self.loss_scale * strength)]
 
+    def _frozen(
+        self, first: Pass, errors: Sequence[Tensor], strength: Tensor
+    ) -> tuple[Tensor, list[Tensor], list[Seed]]:
+        """`Network.hops`: I_b; loss and slopes; and what to differentiate, with which weight, for dE/dtheta."""
+        precisions = self._precisions(first)
+        internal = 0.5 * self.squares(
+            [e if _is_one(p) else _root(p) * e for e, p in zip(errors, precisions, strict=True)]
+        )
+        pairs = zip(first.layers, errors, precisions, strict=True)
+        seeds = [(call.prediction, -e if _is_one(p) else -p * e) for call, e, p in pairs]
+        slopes = self._pulls(first, seeds, strength, range(len(errors)))
+        parts = zip(errors, slopes, precisions, strict=True)
+        gradients = [e.clone() if s is None else e + s if _is_one(p) else e + s / p for e, s, p in parts]
+        nudge = (first.loss, self.loss_scale * strength)
+        return internal, [self.loss_scale * first.loss.detach(), *gradients], [*seeds, nudge]
+
     def _refuse_hidden_gradients(self, first: Pass) -> None:
         """Backward code of the user's own is not part of what the records of two first passes are compared by."""
         region = Region([first.loss, *(call.prediction for call in first.layers)])
@@ -251,15 +279,17 @@ class RecordingNetwork(Network):
             NotRepeatable: the pass reads values computed from states into Python.
         """
         points = [self._elsewhere(mode, number) for number in range(mode.phases)]
+        if mode.kind == "dyadic update":
+            points[0] = [x for number in range(3) for x in self._elsewhere(mode, number)]
         with self._watched() as watch:
             outputs = self._plain_outputs(mode, points[0], strengths[0])
         if watch.reads:
             raise NotRepeatable(f"reads numbers that depend on its states into Python ({watch.reads[0]})")
-        if mode.kind not in ("forces", "error_forces", "update"):
+        if mode.kind not in ("forces", "error_forces", "update", "dyadic update", "hops"):
             return points, outputs, None
         found: dict[int, Tensor] = {}
         for point, strength, weight in zip(points, strengths, weights, strict=True):
-            ended = Relaxation(point, "errors" if mode.in_errors else "states", "fixed", 0, self.first_loss)
+            ended = self._ended(mode, point)
             energy = Network.energy_at(self, ended, strength)
             states = self._latest[1].states if self._latest is not None else []
             leaves = Region([energy]).leaves
@@ -270,12 +300,27 @@ class RecordingNetwork(Network):
                     found[id(target)] = found[id(target)] + slope if id(target) in found else slope
         return points, outputs, found
 
+    def _ended(self, mode: Mode, point: list[Tensor]) -> Relaxation:
+        """The end of a phase whose update a mode gives."""
+        coordinates: Literal["errors", "states"] = "errors" if mode.in_errors else "states"
+        ended = Relaxation(point, coordinates, "fixed", 0, self.first_loss)
+        if mode.kind == "hops":
+            ended.point, ended.displacement = list(self.no_errors), point
+        if mode.kind == "dyadic update":
+            count = len(self.free)
+            ended.point, ahead, behind = (point[k : k + count] for k in (0, count, 2 * count))
+            ended.dyad = ahead, behind
+        return ended
+
     def _plain_outputs(self, mode: Mode, point: Sequence[Tensor], strength: complex) -> list[Tensor]:
         if mode.kind == "answers":
             return Network.answers(self, point, strength, mode.layers)
-        if mode.kind in ("energy", "update"):
-            seen = self.at_states(point)
-            return [self.internal(seen).sum().detach(), self.loss(seen).detach()] if mode.kind == "energy" else []
+        if mode.kind == "dyads":
+            ahead, behind, forces = Network.dyads(self, point, strength)  # type: ignore[arg-type]  # none is complex
+            return [forces.loss, *forces.gradients, *ahead, *behind]
+        if mode.kind in ("energy", "update", "dyadic update"):
+            seen = self.at_states(point[: len(self.free)])
+            return [self.internal(seen).detach(), self.loss(seen).detach()] if mode.kind == "energy" else []
         found: Forces = getattr(Network, mode.kind)(self, point, strength)
         return [found.internal, found.loss, *found.gradients]
 

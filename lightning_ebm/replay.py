@@ -81,6 +81,20 @@ class CapturedNetwork(RecordingNetwork):
         ran = self._ran(Mode("answers", strength != 0, tuple(layers)), states, strength)
         return super().answers(states, strength, layers) if ran is None else list(ran.outputs)
 
+    def hops(self, errors: Sequence[Tensor], strength: complex) -> Forces:
+        """See `Landscape.hops`."""
+        ran = self._ran(Mode("hops", True), errors, strength)
+        return super().hops(errors, strength) if ran is None else ran.forces()
+
+    def dyads(self, mean: Sequence[Tensor], strength: float) -> tuple[list[Tensor], list[Tensor], Forces]:
+        """See `Landscape.dyads`."""
+        ran = self._ran(Mode("dyads", True), mean, strength)
+        if ran is None:
+            return super().dyads(mean, strength)
+        loss, *found = ran.outputs
+        gradients, ahead, behind = (found[k : k + len(mean)] for k in range(0, len(found), len(mean)))
+        return ahead, behind, Forces(mean, loss, gradients, self._internal_at)
+
     def energy_of(self, states: Sequence[Tensor], strength: complex) -> Tensor:
         """See `Landscape.energy_of`; one phase ends where the next may begin."""
         here = stamps(states)
@@ -93,21 +107,36 @@ class CapturedNetwork(RecordingNetwork):
             self._energies = [*self._energies[-2:], (here, *known)]
         return total_energy(Forces(*known, []), strength)
 
+    def _internal_at(self, states: Sequence[Tensor]) -> Tensor:
+        """I_b of states, for whoever looks at it."""
+        ran = self._ran(Mode("energy", True), states, 0.0)
+        if ran is not None:
+            return ran.outputs[0]
+        with torch.no_grad():
+            return self.internal(self.at_states(states))
+
     def energy_at(self, found: Relaxation, strength: complex) -> Tensor:
         """See `Network.energy_at`; the gradients of the parameters are computed when they are asked for."""
-        read_plainly = found.displacement is not None or found.dyad is not None
-        mode = Mode("error_forces" if found.coordinates == "errors" else "forces", strength != 0)
-        mode = _continued(mode, found.point)
-        ran = None if read_plainly else self._ran(mode, found.point, strength)
-        return (
-            super().energy_at(found, strength)
-            if ran is None
-            else self._delivered(mode, ran, (1.0,), 0j if mode.continued else 0.0)
-        )
+        mode, point = Mode("error_forces" if found.coordinates == "errors" else "forces", strength != 0), found.point
+        if found.dyad is not None:
+            mode, point = Mode("dyadic update", strength != 0), [*point, *found.dyad[0], *found.dyad[1]]
+        elif self._is_at_forward_pass(found) and found.displacement is not None:
+            mode, point = Mode("hops", True), found.displacement
+        elif found.displacement is not None:  # multipliers, once a step
+            return super().energy_at(found, strength)
+        mode = _continued(mode, point)
+        ran = self._ran(mode, point, strength)
+        if ran is None:
+            return super().energy_at(found, strength)
+        return self._delivered(mode, ran, (1.0,), 0j if mode.continued else 0.0)
 
     def contrast(self, phases: Sequence[tuple[complex, complex, Relaxation]]) -> Tensor:
         """See `Network.contrast`; one program for all phases."""
         strengths, weights, found = zip(*phases, strict=True)
+        if all(self._is_at_forward_pass(f) for f in found) and self._found is not None:
+            terms = [w.real * self.energy_at(f, s) for s, w, f in phases]
+            if self._found is not None:  # all of them are captured
+                return torch.stack(terms).sum()
         latest = self._latest_run
         read_here = len(phases) == 1 and latest is not None and latest.is_at(found[0], strengths[0])
         if read_here or any(
