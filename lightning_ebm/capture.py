@@ -107,6 +107,7 @@ class Captured:
     def __init__(self, tape: Tape, first: Pass, key: tuple[Any, ...]) -> None:
         self.programs: dict[Mode, Program] = {}
         self.targets: dict[Mode, list[Value]] = {}
+        self.fronts = True
         self.first_pass = len(tape.nodes)
         self.roots = _roots(tape, first)
         self._key = key

@@ -183,20 +183,32 @@ def _opaque(function: Callable[..., Tensor]) -> Callable[..., Any]:
     library.impl(name, function, "CPU")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"lightning_ebm::{name}", of_shape, lib=library)
     _libraries.append(library)  # an operator lives as long as its library
+    _lower(name)
     return getattr(torch.ops.lightning_ebm, name).default  # type: ignore[no-any-return]
 
 
 _libraries: list[Any] = []
 
 
-def _worth_it(x: Value, matrix: Value, result: Value) -> bool:
-    if result.shape is None or result.dtype != torch.float32:
-        return False
-    shape = x.shape or matrix.shape
-    if shape is None:
-        return False
-    inner = shape[1] if x.shape else shape[0]
-    return inner * result.shape.numel() > _WORTH_IT and available()
+def _lower(name: str) -> None:
+    """Compiled code calls oneDNN itself instead of coming back to Python for it, where this torch can be told so."""
+    try:
+        from torch._inductor.lowering import fallback_handler, permute, register_lowering
+    except ImportError:
+        return
+    linear = torch.ops.mkldnn._linear_pointwise
+    handler: Any = fallback_handler
+    plain, added = (handler(op, add_to_fallback_set=False) for op in (linear.default, linear.binary))
+
+    def lowered(x: Any, matrix: Any, *others: Any) -> Any:
+        turned = permute(matrix, [1, 0])
+        if name == "product":
+            bias, activation = others
+            return plain(x, turned, bias, activation, [], "")
+        (term,) = others
+        return added(x, term, turned, None, "add")
+
+    register_lowering(getattr(torch.ops.lightning_ebm, name).default, type_promotion_kind=None)(lowered)
 
 
 @functools.cache

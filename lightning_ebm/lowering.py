@@ -28,7 +28,7 @@ class Lines:
         known: the values that the comparison with another first pass covers.
         first_pass: how many of the recorded operations belong to the first pass.
         defined: inputs that are the sum of two other values.
-        frozen: states stay where the first pass has them, and all that it has computed is taken from there.
+        still: inputs that are what the first pass had there, which is what it computed as these values.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Lines:
         known: Set[Value],
         first_pass: int,
         defined: Mapping[Value, tuple[Value, Value]],
-        frozen: bool = False,
+        still: Mapping[Value, Value],
     ) -> None:
         self.bound: list[Value] = []
         self.nodes: set[Node] = set()
@@ -47,10 +47,14 @@ class Lines:
         self._early = {value for node in tape.nodes[:first_pass] for value in node.values()}
         self._first_pass = first_pass
         self._defined = defined
-        self._frozen = frozen
         self._instead: dict[Value, Value] = {}
-        self._levels: dict[Value, int] = {}
+        self._levels = _levels_with(tape, still)
         self._made: dict[Value, Op] = {}
+        # Where nothing below has moved either, the state is the very prediction, and their difference is 0.
+        self._same = {state: mu for state, mu in still.items() if self._level(mu) == CONSTANT}
+
+    def _level(self, value: Value) -> int:
+        return self._levels.get(value, value.level)
 
     def of(self, outputs: Sequence[Value]) -> list[Op]:
         """The operations that the outputs need, in order."""
@@ -58,6 +62,7 @@ class Lines:
         done: dict[Any, Op] = {}
         ops: list[Op] = []
         self._instead.update({state: state.like() for state in self._defined})
+        self._instead.update(self._same)
         pending = dict(self._defined)
         for node in sorted(self.nodes, key=lambda n: n.index):
             for state in [s for s in node.values() if s in pending]:
@@ -86,12 +91,6 @@ class Lines:
             value = self._instead[value]
         return value
 
-    def _named(self, value: Value, level: int) -> Value:
-        """A name for a value that depends on less than it did in the record."""
-        name = self._instead[value] = value.like()
-        name.level = level
-        return name
-
     def _define(self, state: Value, pending: dict[Value, tuple[Value, Value]], ops: list[Op]) -> None:
         prediction, error = pending.pop(state)
         total = self.plain(state)
@@ -107,14 +106,17 @@ class Lines:
             if value in self._defined:
                 queue.extend(self._defined[value])
                 continue
+            if value in self._same:
+                queue.append(self._same[value])
+                continue
             node = value.node
             if node is None:
-                if value.level == CONSTANT or (self._frozen and value in self._early):
+                if self._level(value) == CONSTANT:
                     self._bind(value)
                 continue
             early, kind = node.index < self._first_pass, traits(node.func)
             saved = value not in self._known and kind.name in _SAVED
-            if (value.level == CONSTANT or self._frozen) and early and not kind.views and not saved:
+            if self._level(value) == CONSTANT and early and not kind.views and not saved:
                 self._bind(value)
                 continue
             if node not in self.nodes:
@@ -133,8 +135,6 @@ class Lines:
         elif value not in self._known:
             raise NotRepeatable(f"has gradients that need {value.node} besides what its loss and layers do")
         self.bound.append(value)
-        if value.level != CONSTANT:
-            self._named(value, CONSTANT)
 
     def _op(self, node: Node) -> Op | None:
         kind = traits(node.func)
@@ -168,9 +168,7 @@ class Lines:
         single = func is _dropped or (len(returns) == 1 and not isinstance(returns[0].type, torch.ListType))
         op = Op(func, args, kwargs, results, single, CONSTANT)
         # Not the node's: what only needs the shape of something does not depend on it, but has to come after it.
-        op.level = max((self._levels.get(v, v.level) for v in op.reads()), default=CONSTANT)
-        if self._frozen:
-            op.results = [None if v is None else self._named(v, op.level) for v in op.results]
+        op.level = max(map(self._level, op.reads()), default=CONSTANT)
         return op
 
     def _plain(self, arg: Any) -> Any:
@@ -181,6 +179,16 @@ class Lines:
         if type(arg) is dict:
             return {name: self._plain(a) for name, a in arg.items()}
         return arg
+
+
+def _levels_with(tape: Tape, still: Iterable[Value]) -> dict[Value, int]:
+    """Levels that are lower than noted where some inputs are constants."""
+    levels = dict.fromkeys(still, CONSTANT)
+    for node in tape.nodes if levels else ():
+        level = max((levels.get(value, value.level) for value in node.values()), default=CONSTANT)
+        if level < node.level:
+            levels.update((value, level) for value in node.results if value is not None and value.level > level)
+    return levels
 
 
 def _kept(node: Node) -> Iterable[Value]:

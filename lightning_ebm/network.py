@@ -175,9 +175,17 @@ class Network:
         precisions = self._precisions(self._first)
         return self.per_sample([p * a * b for p, a, b in zip(precisions, left, right, strict=True)])
 
-    def squares(self, tensors: Sequence[Tensor]) -> Tensor:
-        """See `Landscape.squares`. Reads each tensor once where its samples lie in rows, and makes none of its size."""
-        rows = [squares_by_sample(t, layout, self.batch_size) for t, layout in zip(tensors, self._layouts, strict=True)]
+    def squares(self, tensors: Sequence[Tensor], layers: Sequence[int] | None = None) -> Tensor:
+        """See `Landscape.squares`. Reads each tensor once where its samples lie in rows, and makes none of its size.
+
+        Args:
+            tensors: one a layer.
+            layers: those that count, all others being 0; None is all.
+        """
+        layers = range(len(tensors)) if layers is None else layers
+        rows = [squares_by_sample(tensors[k], self._layouts[k], self.batch_size) for k in layers]
+        if not rows:
+            return self.free[0].new_zeros(self.batch_size)
         return rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
 
     def spread(self, values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

@@ -71,8 +71,8 @@ class Record:
         outputs: what every evaluation gives besides.
         slopes: what the update gives.
         defined: inputs that are the sum of two other values: states, in error coordinates.
+        still: inputs that are where the forward pass left them, and what they are then equal to.
         phases: how many phases the update sums over, each with a point, a strength and a scale of its own.
-        frozen: whether states stay where the first pass has them.
     """
 
     tape: Tape
@@ -85,8 +85,8 @@ class Record:
     outputs: Sequence[Value]
     slopes: Sequence[Value]
     defined: Mapping[Value, tuple[Value, Value]]
+    still: Mapping[Value, Value] = field(default_factory=dict)
     phases: int = 1
-    frozen: bool = False
 
 
 def compiled_program(
@@ -104,14 +104,13 @@ def compiled_program(
     Raises:
         NotRepeatable: an operation cannot be repeated at other states.
     """
-    lines = Lines(record.tape, record.known, record.first_pass, record.defined, record.frozen)
+    lines = Lines(record.tape, record.known, record.first_pass, record.defined, record.still)
     energy = [] if record.energy is None else [record.energy]
     wanted = [*energy, *record.outputs, *record.slopes]
     recorded = lines.of(wanted)
     ops, found = simplified(*in_pairs(recorded, [lines.plain(v) for v in wanted]))
     outputs, slopes = found[: len(wanted) - len(record.slopes)], found[len(wanted) - len(record.slopes) :]
-    bound = [lines.plain(value) for value in lines.bound]
-    inputs: list[list[Value]] = [bound, [record.strength], list(record.point), [record.scale], []]
+    inputs: list[list[Value]] = [lines.bound, [record.strength], list(record.point), [record.scale], []]
     if record.phases > 1:
         own = [{v: v.like() for level in inputs[PHASE:] for v in level} for _ in range(record.phases)]
         contrast = Contrast(ops, own)
@@ -149,7 +148,7 @@ def compiled_program(
     evaluate = code("point", STATE, [once, phase, inputs[STATE]], [outputs, kept, parts])
     return Program(
         bound=lines.bound,
-        once=code("once", CONSTANT, [bound], [once]),
+        once=code("once", CONSTANT, [lines.bound], [once]),
         phase=code("phase", PHASE, [once, inputs[PHASE]], [phase]),
         point=evaluate if compiler is None else compiler(evaluate),
         energy=code("energy", _ENERGY, [parts], [energy]),

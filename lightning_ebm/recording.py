@@ -5,7 +5,7 @@ that as little as possible is left to do at every point.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -20,10 +20,12 @@ from lightning_ebm.dyads import Dyads
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import QuadraticEnergy, is_bounded
 from lightning_ebm.faster import faster
+from lightning_ebm.front import Front
 from lightning_ebm.lowering import NotRepeatable
 from lightning_ebm.network import Network, Run, _holomorphic, _is_one
 from lightning_ebm.program import Program, Record, compiled_program
 from lightning_ebm.relaxers import Forces, Relaxation
+from lightning_ebm.relaxers.fixed_steps import moved
 from lightning_ebm.substitution import Pass, StateOf
 from lightning_ebm.tape import PHASE, SEED, STATE, Tape, Value
 from lightning_ebm.wiring import Plan, Region
@@ -40,6 +42,9 @@ class Mode(NamedTuple):
         nudged: whether the loss pulls.
         layers: of answers, whose.
         phases: of an update, how many phases it sums over.
+        lr: of forces, the step that is taken along them: the next point is given in their place, and no update.
+        moved: of forces, the states that may be elsewhere than the forward pass left them, see `Front`; None is all.
+        wanted: of those, the layers whose forces, or next states, are given; None is all.
         continued: whether states and nudge are complex.
     """
 
@@ -47,7 +52,16 @@ class Mode(NamedTuple):
     nudged: bool
     layers: tuple[int, ...] = ()
     phases: int = 1
+    lr: float | None = None
+    moved: frozenset[int] | None = None
+    wanted: tuple[int, ...] | None = None
     continued: bool = False
+
+    @property
+    def updates(self) -> bool:
+        """Whether it gives dE/dtheta too."""
+        kinds = ("forces", "error_forces", "update", "dyadic update", "hops")
+        return self.kind in kinds and self.lr is None and self.moved is None
 
     @property
     def has_energy(self) -> bool:
@@ -72,6 +86,7 @@ class RecordingNetwork(Dyads):
 
     def __init__(self, energy: Energy, plan: Plan, first: Pass, run: Run, batch_size: int, loss_scale: float) -> None:
         super().__init__(energy, plan, first, run, batch_size, loss_scale)
+        self._front = Front(plan)
         self._probes: dict[tuple[bool, bool, int], list[Tensor]] = {}
 
     def recorded(
@@ -122,7 +137,8 @@ class RecordingNetwork(Dyads):
                     defined[tape.value(state)] = tape.value(call.prediction), error
                 energy, outputs, seeds = self._in_errors(first, errors, strength)
             elif mode.kind == "forces":
-                energy, outputs, seeds = self._in_states(first, nudge)
+                wrong = range(len(point)) if mode.moved is None else sorted(self._front.wrong(mode.moved))
+                energy, outputs, seeds = self._in_states(first, nudge, wrong)
             elif mode.kind == "update":
                 outputs, seeds = [], self._seeds(first, nudge)
             elif mode.kind == "dyads":
@@ -139,10 +155,18 @@ class RecordingNetwork(Dyads):
             if mode.kind == "responses":
                 gradients = [state.detach() - answer for state, answer in zip(first.states, outputs, strict=True)]
                 energy, outputs = self.internal(first).detach(), [self.loss(first).detach(), *gradients]
+            if mode.lr is not None:
+                here = errors if mode.in_errors else [state.detach() for state in first.states]
+                outputs = [outputs[0], *moved(here, outputs[1:], mode.lr)]
+            if mode.wanted is not None:
+                outputs = [outputs[0], *(outputs[1 + k] for k in mode.wanted)]
+            if not mode.updates:
+                outside = []
             slopes = _gradients([(top, seed * scale) for top, seed in seeds], [tensor for _, tensor in outside])
         if tape.problem is not None:
             raise NotRepeatable(f"cannot be recorded ({tape.problem})")
         reached = [(v, slope) for (v, _), slope in zip(outside, slopes, strict=True) if slope is not None]
+        some_moved: frozenset[int] | None = frozenset() if mode.kind == "hops" else mode.moved
         record = Record(
             tape,
             known,
@@ -153,14 +177,23 @@ class RecordingNetwork(Dyads):
             outputs=[tape.value(output) for output in outputs],
             slopes=[tape.value(slope) for _, slope in reached],
             defined=defined,
+            still={} if some_moved is None else self._ahead_of(some_moved, tape),
             phases=mode.phases,
-            frozen=mode.kind == "hops",
         )
         compiler = None if mode.continued else compiler  # which has no complex numbers
         on_cpu = self.free[0].device.type == "cpu"
         rewrite = partial(faster, compiler is not None) if on_cpu else None
         program = compiled_program(record, rewrite, compiler)
         return program, [value for value, _ in reached]
+
+    def _ahead_of(self, moved: Collection[int], tape: Tape) -> dict[Value, Value]:
+        """The states that have not moved, and their predictions."""
+        layers = enumerate(self._first.layers)
+        return {
+            tape.value(call.state): tape.value(call.prediction)
+            for k, call in layers
+            if k not in moved and call.state is not None
+        }
 
     def _seeds(self, first: Pass, strength: Tensor | None) -> list[Seed]:
         """What to differentiate, with which weight, for dE/dtheta; a part of that for dE/dx, see `_in_states`."""
@@ -174,24 +207,23 @@ class RecordingNetwork(Dyads):
             seeds = [(self.internal(first).sum(), self.scalar(1.0))]
         return seeds if strength is None else [*seeds, (first.loss, self.loss_scale * strength)]
 
-    def _in_states(self, first: Pass, strength: Tensor | None) -> tuple[Tensor, list[Tensor], list[Seed]]:
-        """I_b; loss and dE/dx; and what to differentiate, with which weight, for dE/dtheta."""
+    def _in_states(
+        self, first: Pass, strength: Tensor | None, wrong: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor], list[Seed]]:
+        """I_b; loss and dE/dx; and what to differentiate, with which weight, for dE/dtheta.
+
+        Errors of all layers but `wrong` are known to be 0.
+        """
         loss, states = self.loss_scale * first.loss.detach(), first.states
         seeds = self._seeds(first, None)
         slopes = self._pulls(first, seeds, strength, range(len(states)))
-        if _is_quadratic(self.energy) and not loss.is_complex():
-            internal = 0.5 * self.squares(
-                [
-                    seed if _is_one(p) else seed / _root(p)
-                    for (_, seed), p in zip(seeds, self._precisions(first), strict=True)
-                ]
-            )
-        else:
-            internal = self.internal(first)
         if _is_quadratic(self.energy):
+            precisions = self._precisions(first)
+            errors = [seed if _is_one(p) else seed / _root(p) for (_, seed), p in zip(seeds, precisions, strict=True)]
+            internal = self.internal(first) if loss.is_complex() else 0.5 * self.squares(errors, wrong)
             gradients = [-own if s is None else s - own for s, (_, own) in zip(slopes, seeds, strict=True)]
         else:
-            still = self._like(first)
+            internal, still = self.internal(first), self._like(first)
             gradients = [torch.zeros_like(x) if s is None else s for s, x in zip(slopes, still, strict=True)]
         if is_bounded(self.energy):
             found = zip(gradients, states, self.views(first), strict=True)
@@ -285,7 +317,7 @@ class RecordingNetwork(Dyads):
             outputs = self._plain_outputs(mode, points[0], strengths[0])
         if watch.reads:
             raise NotRepeatable(f"reads numbers that depend on its states into Python ({watch.reads[0]})")
-        if mode.kind not in ("forces", "error_forces", "update", "dyadic update", "hops"):
+        if not mode.updates:
             return points, outputs, None
         found: dict[int, Tensor] = {}
         for point, strength, weight in zip(points, strengths, weights, strict=True):
@@ -322,7 +354,9 @@ class RecordingNetwork(Dyads):
             seen = self.at_states(point[: len(self.free)])
             return [self.internal(seen).detach(), self.loss(seen).detach()] if mode.kind == "energy" else []
         found: Forces = getattr(Network, mode.kind)(self, point, strength)
-        return [found.internal, found.loss, *found.gradients]
+        ahead = found.gradients if mode.lr is None else moved(point, found.gradients, mode.lr)
+        wanted = range(len(ahead)) if mode.wanted is None else mode.wanted
+        return [found.internal, found.loss, *(ahead[k] for k in wanted)]
 
     def _elsewhere(self, mode: Mode, number: int) -> list[Tensor]:
         """Points near the forward pass, the same ones for every mode."""
@@ -337,7 +371,9 @@ class RecordingNetwork(Dyads):
                     torch.complex(x + size * noise, size * noise.flip(0)) if mode.continued else x + size * noise
                 )
             self._probes[key] = point if mode.in_errors else self.feasible(point)
-        return self._probes[key]
+        if mode.moved is None:
+            return self._probes[key]
+        return [x if k in mode.moved else self.free[k] for k, x in enumerate(self._probes[key])]
 
     def must_equal(self, plain: Sequence[Tensor], got: Sequence[Tensor]) -> None:
         """Raises `NotRepeatable` unless these are equal up to rounding.

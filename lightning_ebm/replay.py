@@ -3,14 +3,16 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_ebm.capture import Captures
+from lightning_ebm.compiled import Compiled
 from lightning_ebm.delivery import Delivered
 from lightning_ebm.energies import Energy
+from lightning_ebm.energies.base import is_bounded
 from lightning_ebm.lowering import NotRepeatable
 from lightning_ebm.network import Run
 from lightning_ebm.program import Program
@@ -55,18 +57,61 @@ class CapturedNetwork(RecordingNetwork):
             tape.contents = {v: t for v, t in tape.contents.items() if v in needed}
         self._fixed: dict[Any, tuple[Tensor, ...]] = {}
         self._latest_run: _Run | None = None
-        self._ready: dict[tuple[complex, ...], Callable[..., Sequence[tuple[Tensor, ...]]]] = {}
+        self._ready: dict[tuple[Mode, complex], tuple[Program, Callable[..., Sequence[Sequence[Tensor]]]]] = {}
         self._energies: list[tuple[Stamps, Tensor, Tensor]] = []
+
+    def _behind_front(self, mode: Mode, states: Sequence[Tensor]) -> Mode:
+        """The same evaluation without what is known of states that are still those of the forward pass."""
+        moved = None
+        if self.energy.divergence and not self._moved and self._found is not None and self._found[0].fronts:
+            moved = self._front.around([k for k, x in enumerate(states) if x is not self.free[k]])
+        if moved is None:
+            return mode
+        return mode._replace(moved=moved, wanted=tuple(sorted(self._front.reached(moved))))
 
     def forces(self, states: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.forces`."""
-        ran = self._ran(Mode("forces", strength != 0), states, strength)
-        return super().forces(states, strength) if ran is None else ran.forces()
+        mode = self._behind_front(Mode("forces", strength != 0), states)
+        ran = self._ran(mode, states, strength)
+        if ran is None and mode.moved is not None:
+            mode = Mode("forces", strength != 0)
+            ran = self._ran(mode, states, strength)
+        if ran is None:
+            return super().forces(states, strength)
+        found = ran.forces()
+        return (
+            found if mode.wanted is None else found.with_gradients(_put(self.no_errors, mode.wanted, found.gradients))
+        )
 
     def error_forces(self, errors: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.error_forces`."""
         ran = self._ran(Mode("error_forces", strength != 0), errors, strength)
         return super().error_forces(errors, strength) if ran is None else ran.forces()
+
+    def descended(
+        self, point: Sequence[Tensor], strength: complex, lr: float, coordinates: Literal["states", "errors"]
+    ) -> tuple[list[Tensor], Forces] | None:
+        """x - lr dE/dx, and the energies at x, as forces without gradients; None where there is no code for it.
+
+        One piece of code takes the whole step, which keeps nothing for an update: less memory, and more for a compiler
+        to put together.
+        """
+        if coordinates == "errors":
+            mode = Mode("error_forces", strength != 0, lr=lr)
+        else:
+            mode = self._behind_front(Mode("forces", strength != 0, lr=lr), point)
+        mode = _continued(mode, point)
+        if is_bounded(self.energy):
+            return None
+        if (ready := self._ready.get((mode, strength))) is not None:  # the inner loop of a relaxation
+            outputs, _, parts = ready[1](point)
+            found = Forces(parts, outputs[0], list(outputs[1:]), ready[0].finish)
+        elif (ran := self._ran(mode, point, strength)) is not None:
+            found = ran.forces()
+        else:
+            return None
+        ahead = found.gradients if mode.wanted is None else _put(point, mode.wanted, found.gradients)
+        return ahead, found.with_gradients([])
 
     def responses(self, states: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.responses`."""
@@ -75,10 +120,11 @@ class CapturedNetwork(RecordingNetwork):
 
     def answers(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]) -> list[Tensor]:
         """See `Landscape.answers`."""
-        ready = self._ready.get((strength, *layers))
+        mode = _continued(Mode("answers", strength != 0, tuple(layers)), states)
+        ready = self._ready.get((mode, strength))
         if ready is not None and not torch.is_grad_enabled():  # the inner loop of a relaxation
-            return list(ready(states)[0])
-        ran = self._ran(Mode("answers", strength != 0, tuple(layers)), states, strength)
+            return list(ready[1](states)[0])
+        ran = self._ran(mode, states, strength)
         return super().answers(states, strength, layers) if ran is None else list(ran.outputs)
 
     def hops(self, errors: Sequence[Tensor], strength: complex) -> Forces:
@@ -189,6 +235,9 @@ class CapturedNetwork(RecordingNetwork):
         if program is None:
             return None
         self._latest_run = self._run_of(program, mode, point, strengths)
+        if mode.kind == "answers" or mode.lr is not None:  # not before the code has passed its check
+            once, phase = self._fixed[mode], self._fixed[mode, strengths]
+            self._ready[mode, strengths[0]] = program, partial(program.point, once, phase)
         return self._latest_run
 
     @torch.no_grad()
@@ -207,9 +256,6 @@ class CapturedNetwork(RecordingNetwork):
             self._fixed[mode, strengths] = program.phase(once, tuple(self.scalar(s) for s in given))
         phase = self._fixed[mode, strengths]
         outputs, kept, parts = program.point(once, phase, point)
-        if mode.kind == "answers":
-            asked = strengths[0], *mode.layers
-            self._ready[asked] = partial(program.point, once, phase)
         update = partial(program.update, once, phase, kept)
         return _Run(mode, strengths, stamps(point), outputs, parts, program.finish, update)
 
@@ -226,7 +272,13 @@ class CapturedNetwork(RecordingNetwork):
             return None
         compiler = _compiler(self.free[0].device) if self._captures.compile else None
         first_pass, roots = captured.first_pass, captured.roots
-        program, targets = self.recorded(self._tape, first_pass, roots, mode, compiler)
+        try:
+            program, targets = self.recorded(self._tape, first_pass, roots, mode, compiler)
+        except NotRepeatable:
+            if mode.moved is None:
+                raise
+            captured.fronts = False  # what a front needs is not kept by this pass; all else may be
+            return None
         for node in self._tape.nodes[first_pass:]:
             for value in node.results:
                 self._tape.contents.pop(value, None)  # type: ignore[arg-type]  # None is in no dictionary of values
@@ -278,6 +330,14 @@ def _continued(mode: Mode, point: Sequence[Tensor]) -> Mode:
     return mode._replace(continued=True) if any(x.is_complex() for x in point) else mode
 
 
+def _put(values: Sequence[Tensor], places: Sequence[int], others: Sequence[Tensor]) -> list[Tensor]:
+    """The values, those at some places replaced by others."""
+    found = list(values)
+    for k, other in zip(places, others, strict=True):
+        found[k] = other
+    return found
+
+
 class _Same:
     """A tensor, equal to itself alone: what it holds may change."""
 
@@ -300,9 +360,9 @@ def _identity(settings: Any) -> Any:
 
 
 def _compiler(device: torch.device) -> Compiler:
-    """Inductor; on CUDA with its graphs, whose outputs the next run overwrites: they are copied."""
+    """Inductor; on CUDA with its graphs, by torch.compile, whose outputs the next run overwrites: they are copied."""
     if device.type != "cuda":
-        return partial(torch.compile, dynamic=False, fullgraph=True)
+        return Compiled
 
     def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
         fast = torch.compile(function, dynamic=False, fullgraph=True, mode="reduce-overhead")

@@ -1,4 +1,6 @@
-"""Straight-line code without what arithmetic makes superfluous: factors of 1, signs that cancel, separate additions.
+"""Straight-line code without what arithmetic makes superfluous: zeros, factors of 1, signs that cancel, separate sums.
+
+Errors of layers that no signal has reached are x - x, and so is 0 whatever they are sent through.
 
 Gradients come with factors of one (the seed of a sum, spread over its shape) and a sign for every difference. Nothing
 here changes a result by more than the order in which a product and a sum are rounded.
@@ -29,6 +31,15 @@ _ODD = frozenset(
     }
 )  # fmt: skip
 """f(-x, ...) = -f(x, ...), at least for the first result."""
+
+
+_ZERO_AT_ZERO = frozenset(
+    {
+        _aten.mm.default, _aten.bmm.default, _aten.convolution.default, _aten._to_copy.default, _aten.sum.dim_IntList,
+        _aten.linalg_vector_norm.default,
+    }
+)  # fmt: skip
+"""f(0, ...) = 0, as for all slopes of functions: without a bias."""
 
 
 class _Simpler:
@@ -89,8 +100,14 @@ class _Simpler:
             return 1.0
         if op.func is _aten.full.default:
             return op.args[1] if type(op.args[1]) in (int, float) else None
-        if not op.args or op.args[0] not in self._number:
+        if op.func is _aten.sub.Tensor and op.args[0] is op.args[1] and not op.kwargs:
+            return 0.0
+        if op.func is _aten.mul.Tensor and 0 in (self._number.get(arg) for arg in op.args if type(arg) is Value):
+            return 0.0
+        if not op.args or type(op.args[0]) is not Value or op.args[0] not in self._number:
             return None
+        if self._number[op.args[0]] == 0 and _is_zero_at_zero(op):
+            return 0.0
         if op.func in _SPREAD:
             return self._number[op.args[0]]
         if op.func is _aten.neg.default:
@@ -166,6 +183,13 @@ class _Simpler:
         left, right = op.args
         if op.kwargs or type(left) is not Value or type(right) is not Value or left.dtype != right.dtype:
             return None
+        if self._number.get(right) == 0 and left.shape == result.shape:
+            return left
+        if self._number.get(left) == 0 and right.shape == result.shape:
+            if op.func is _aten.add.Tensor:
+                return right
+            op.func, op.args = _aten.neg.default, (right,)
+            return self.negation(op, result)
         if op.func is _aten.sub.Tensor:
             less = self._less(right)
             if less is None:
@@ -180,6 +204,13 @@ class _Simpler:
                 op.func, op.args = _aten.addmm.default, (term, *made.args)
                 break
         return None
+
+
+def _is_zero_at_zero(op: Op) -> bool:
+    if op.func is _aten.convolution.default and op.args[2] is not None:
+        return False
+    name = getattr(getattr(op.func, "_schema", None), "name", "")
+    return op.func in _ZERO_AT_ZERO or name.endswith(("_backward", "_backward_data"))
 
 
 def _transpose(op: Op) -> None:

@@ -128,7 +128,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def cut(key: StateKey, prediction: Tensor) -> Tensor | None:
             state = state_of(key, prediction)
             if state is not None:
-                self.contents[self.input(state, STATE)] = state.detach()
+                self.input(state, STATE)
             return state
 
         return cut

@@ -36,7 +36,7 @@ MUTATIONS = [
     ),
     Mutation("the nudge shrinks with the batch", "network.py", "self.loss_scale * seen.loss\n", "seen.loss\n"),
     Mutation("descent climbs", "relaxers/gradient_descent.py", "alpha=self.lr)", "alpha=-self.lr)"),
-    Mutation("read a step early", "relaxers/base.py", "if step < max_steps:", "if step < max_steps - 1:"),
+    Mutation("read a step early", "relaxers/fixed_steps.py", "if not ended:", "if step < max_steps - 1:"),
     Mutation(
         "errors forget the precision",
         "network.py",

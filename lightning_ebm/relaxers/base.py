@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
-import torch
 from torch import Tensor
 
-from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
-from lightning_ebm.relaxers.forces import Energies, Forces, total_energy
+from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.relaxers.forces import Forces
 
 Status = Literal["converged", "stalled", "max_steps", "fixed"]
 
@@ -55,6 +54,8 @@ class Landscape(Protocol):
         z_l^+- = argmin_x [e_l(x, a_l) -+ <pull_l, x> / 2], pull_l = -d/dx_l [sum_k e_k(z_k^+) - e_k(z_k^-) + lambda L],
         with every drive and Jacobian taken at the mean. As gradients: mean - (z^+ + z^-) / 2.
         """
+
+    # A landscape may also have `descended`, see `CapturedNetwork.descended`: a step along the forces in one piece.
 
     def feasible(self, states: list[Tensor]) -> list[Tensor]:
         """The nearest states at which the energy is finite."""
@@ -154,125 +155,6 @@ def force_norm(landscape: Landscape, gradients: Sequence[Tensor]) -> Tensor:
     return landscape.squares(gradients).sqrt()
 
 
-def fixed_steps(
-    owner: Relaxer,
-    landscape: Landscape,
-    coordinates: Literal["states", "errors"],
-    move: Callable[[list[Tensor], list[Tensor]], list[Tensor]],
-    start: Sequence[Tensor],
-    strength: complex,
-    max_steps: int,
-    descends: float = 0.0,
-) -> Relaxation:
-    """Exactly `max_steps` moves, and a refusal to return a runaway.
-
-    The forces at the final point are evaluated too: an update read there must not come from a last step that left the
-    basin, and the network keeps that pass for the update.
-
-    Args:
-        owner: in whose name to complain.
-        landscape: the network.
-        coordinates: what `start` and `move` are written in.
-        move: the next point from a point and the gradient there.
-        start: where to begin.
-        strength: lambda.
-        max_steps: how many moves.
-        descends: step size, where each move follows the force: then at a positive nudge a rise of the energy proves
-            that a step was too large, and so does a force that grows along a curvature above 2 / step size. 0 is for
-            adaptive optimizers, which may climb without that: a rise is said, only growing forces raise.
-    """
-    evaluate = landscape.forces if coordinates == "states" else landscape.error_forces
-
-    def next_point(point: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        moved = move(point, gradients)
-        return landscape.feasible(moved) if coordinates == "states" else moved
-
-    def onwards(count: int) -> list[tuple[list[Tensor], list[Tensor]]]:
-        """Points and gradients from the last point on: only a suspect relaxation is looked at that closely."""
-        found = [(point, forces.gradients)]
-        while len(found) <= count:
-            here = next_point(*found[-1])
-            found.append((here, evaluate(here, strength).gradients))
-        return found
-
-    point = as_complex(start, strength)
-    energies = Energies(max_steps + 1, strength)
-    norms: list[Tensor] = []
-    for step in range(max_steps + 1):
-        forces = evaluate(point, strength)
-        energies.add(forces)
-        if step in (0, max_steps) or (descends and step > max_steps - 4):
-            norms.append(force_norm(landscape, forces.gradients))
-        if step == 0:
-            start_energy = total_energy(forces, strength)
-        if step < max_steps:
-            point = next_point(point, forces.gradients)
-            del forces  # as large as the states: not held through the next evaluation
-    first, last = norms[0], norms[-1]
-    ends = torch.stack([start_energy, total_energy(forces, strength)])
-    tiny = torch.finfo(first.dtype).tiny
-    # Force of the whole batch, so that one sample at rest from the start does not divide by nothing.
-    growth = last.norm() / first.norm().clamp_min(tiny)
-    # At a negative nudge the energy may fall without bound, and only the growing force tells.
-    room = max(1e-4, 16 * landscape.rounding) * ends[0].abs()
-    rose = not isinstance(strength, complex) and strength >= 0 and bool(ends[1] > ends[0] + room)
-    finite = bool(torch.isfinite(ends).all()) and bool(torch.isfinite(last).all())
-    moving = bool(growth > landscape.rounding**0.5)  # below, forces are rounding
-    growing = descends and max_steps > 2 and bool((torch.stack(norms[-4:]).norm(dim=1).diff() > 0).all())
-    unstable = bool(growing) and moving and _unstable([gradients for _, gradients in onwards(2)], descends)
-    if not finite or (rose and descends) or unstable or bool(growth > 10):
-        before, after = onwards(1) if finite else [(point, forces.gradients)] * 2
-        raise diverged(landscape, owner, before, after, strength, ends, float(growth))
-    status: Status = "max_steps" if rose else "fixed"
-    return Relaxation(point, coordinates, status, max_steps, last / first.clamp_min(tiny), energies)
-
-
 def as_complex(states: Sequence[Tensor], strength: complex) -> list[Tensor]:
     """The states, complex where the nudge is."""
     return [state + 0j for state in states] if isinstance(strength, complex) else list(states)
-
-
-def _unstable(gradients: list[list[Tensor]], lr: float) -> bool:
-    """Whether a fixed step is past 2 / curvature, seen from three forces in a row.
-
-    With g' = (1 - lr H) g the change v = g' - g lies along the stiffest directions, and <v, Hv> / |v|^2 is never above
-    the largest curvature: beyond 2 / lr it proves divergence. At a kink it may be met without any, so the force must
-    have grown in three steps on end before.
-    """
-    change, turned = 0.0, 0.0
-    for first, second, third in zip(*gradients, strict=True):
-        v = second - first
-        change += float(v.abs().square().sum())
-        turned += float((v.conj() * (third - second - v)).sum().real)
-    return change > 0 and -turned / change > 2.0  # lr times the curvature
-
-
-def diverged(
-    landscape: Landscape,
-    owner: Relaxer,
-    before: tuple[list[Tensor], list[Tensor]],
-    after: tuple[list[Tensor], list[Tensor]],
-    strength: complex,
-    energies: Tensor,
-    growth: float,
-) -> RelaxationDivergedError:
-    """The error that names the layer that ran furthest, and the step size its curvature would have allowed."""
-    (point_0, gradient_0), (point_1, gradient_1) = before, after
-    norms = [float(gradient.norm()) for gradient in gradient_1]
-    worst = max(range(len(norms)), key=lambda k: norms[k] if norms[k] == norms[k] else float("inf"))
-    moved = sum(float((b - a).abs().square().sum()) for a, b in zip(point_0, point_1, strict=True))
-    turned = sum(
-        float(((h - g) * (b - a).conj()).sum().real)
-        for a, b, g, h in zip(point_0, point_1, gradient_0, gradient_1, strict=True)
-    )
-    curvature = turned / moved if moved else 0.0
-    hint = (
-        f"below {2 / curvature:.2g} (2 / {curvature:.3g}, the curvature met here)" if 0 < curvature < 1e30 else "lower"
-    )
-    return RelaxationDivergedError(
-        f"{type(owner).__name__} diverged at nudge {strength:g}: the force grew to {growth:.3g} times its start, the"
-        f" energy went from {float(energies[0]):.4g} to {float(energies[-1]):.4g}; layer {landscape.names[worst]!r} ran"
-        " furthest. A step larger than 2 / (largest curvature of the energy) grows every time, and weights that grow in"
-        f" training raise the curvature: an update read here would be noise. Take a learning rate of the states {hint},"
-        " a smaller nudge, or a relaxer that chooses its own step: ebm.ErrorCoordinates(max_steps=64, tol=1e-3)."
-    )

@@ -7,8 +7,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, checked_steps, fixed_steps
+from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, checked_steps
 from lightning_ebm.relaxers.descent import descend
+from lightning_ebm.relaxers.fixed_steps import fixed_steps, moved
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,6 @@ class ErrorCoordinates(Relaxer):
             return descend(landscape, "errors", errors, strength, self.lr, self.max_steps, self.tol, longest)
 
         def step(point: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-            return [error.sub(gradient, alpha=self.lr) for error, gradient in zip(point, gradients, strict=True)]
+            return moved(point, gradients, self.lr)
 
         return fixed_steps(self, landscape, "errors", step, errors, strength, self.max_steps, self.lr)

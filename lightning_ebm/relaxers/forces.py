@@ -1,8 +1,8 @@
 """What an evaluation of the network gives: energies and their slope."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import overload
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -65,27 +65,25 @@ class Energies(Sequence[Tensor]):
     def __init__(self, length: int, strength: complex) -> None:
         self._length = length
         self._strength = strength
-        self._count = 0
-        self._kept = torch.empty(0)
-        self._shapes: list[torch.Size] = []
-        self._finish: Callable[[Sequence[Tensor]], Tensor] | None = None
+        self._blocks: list[_Block] = []
+        self._rows: list[tuple[_Block, Tensor]] = []
 
     def add(self, forces: Forces) -> None:
         """Notes the energies of the next point."""
         tensors = [*forces.parts, forces.loss]
-        if not self._count:
-            self._shapes = [tensor.shape for tensor in tensors]
-            self._finish = forces.finish
-            size = sum(tensor.numel() for tensor in tensors)
+        shapes = [tensor.shape for tensor in tensors]
+        block = self._blocks[-1] if self._blocks else None
+        if block is None or block.shapes != shapes or block.finish != forces.finish:  # other code, other sums
             dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
-            self._kept = tensors[0].new_empty((self._length, size), dtype=dtype)
-        assert [tensor.shape for tensor in tensors] == self._shapes
-        flat = [tensor if tensor.ndim == 1 else tensor.reshape(-1) for tensor in tensors]
-        torch.cat(flat, out=self._kept[self._count])
-        self._count += 1
+            size = self._length - len(self._rows), sum(shape.numel() for shape in shapes)
+            block = _Block(shapes, forces.finish, iter(tensors[0].new_empty(size, dtype=dtype).unbind()))
+            self._blocks.append(block)
+        row = next(block.rows)
+        torch.cat([tensor if tensor.ndim == 1 else tensor.reshape(-1) for tensor in tensors], out=row)
+        self._rows.append((block, row))
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._rows)
 
     @overload
     def __getitem__(self, index: int) -> Tensor: ...
@@ -93,10 +91,16 @@ class Energies(Sequence[Tensor]):
     def __getitem__(self, index: slice) -> list[Tensor]: ...
     def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
         if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(self._count))]
-        if not -self._count <= index < self._count:
-            raise IndexError(index)
-        row = self._kept[index % self._count]
-        *parts, loss = torch.split(row, [shape.numel() for shape in self._shapes])
-        parts = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=False)]
-        return total_energy(Forces(parts, loss.view(self._shapes[-1]), [], self._finish), self._strength)
+            return [self[k] for k in range(*index.indices(len(self)))]
+        block, row = self._rows[index]
+        *parts, loss = torch.split(row, [shape.numel() for shape in block.shapes])
+        parts = [part.view(shape) for part, shape in zip(parts, block.shapes, strict=False)]
+        return total_energy(Forces(parts, loss.view(block.shapes[-1]), [], block.finish), self._strength)
+
+
+class _Block(NamedTuple):
+    """Points whose energies are finished by the same sums."""
+
+    shapes: list[torch.Size]
+    finish: Callable[[Sequence[Tensor]], Tensor] | None
+    rows: Iterator[Tensor]

@@ -7,8 +7,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Stepper, checked_steps, fixed_steps
+from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Stepper, checked_steps
 from lightning_ebm.relaxers.descent import descend
+from lightning_ebm.relaxers.fixed_steps import fixed_steps, moved
 
 
 @dataclass(frozen=True)
@@ -55,4 +56,4 @@ class GradientDescent(Relaxer):
         return self._euler
 
     def _euler(self, states: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        return [state.sub(gradient, alpha=self.lr) for state, gradient in zip(states, gradients, strict=True)]
+        return moved(states, gradients, self.lr)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Stepper, checked_steps, fixed_steps
+from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Stepper, checked_steps
+from lightning_ebm.relaxers.fixed_steps import fixed_steps
 
 
 class StateOptimizer(Relaxer):
