@@ -197,12 +197,14 @@ def test_output_states(last: Callable[[], nn.Module]) -> None:
     captured(small(lambda: nn.Sequential(*mlp(), last())), around(), squared)
 
 
-def test_reports_are_those_of_the_plain_engine() -> None:
+@pytest.mark.parametrize("relaxer", [*RELAXERS])
+def test_reports_are_those_of_the_plain_engine(relaxer: str) -> None:
     reports = []
     for capture in (False, True):
         torch.manual_seed(0)
         net = small(mlp)().double()
-        learner = ebm.Learner(net, around(relaxer=ebm.FixedPoint(50, tol=1e-6)), capture=capture)
+        algorithm = around(relaxer=RELAXERS[relaxer], free_relaxer=None, energy=ebm.PredictiveCoding())
+        learner = ebm.Learner(net, algorithm, capture=capture)
         for x, y in batches():
             learner.gradients(lambda net=net, x=x, y=y: F.cross_entropy(net(x), y))
         reports.append(learner.report)
