@@ -16,7 +16,6 @@ from typing import Any
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.comparison import same_computation
-from lightning_ebm.nudges import Holomorphic
 from lightning_ebm.program import Program
 from lightning_ebm.recording import Mode
 from lightning_ebm.substitution import Pass
@@ -42,14 +41,14 @@ class Captures:
         self._made = self._used = 0
 
     def wanted(self, algorithm: Algorithm) -> bool:
-        """Whether passes are worth recording: repeated ones, of forces or best responses in real numbers.
+        """Whether passes are worth recording: repeated ones, of forces or best responses.
 
-        An update read at first arrival needs no further pass; pairs of states, frozen predictions and complex states
-        are evaluated the plain way, and so are second derivatives (the free phase before them is not).
+        An update read at first arrival needs no further pass; second derivatives are evaluated the plain way (the free
+        phase before them is not).
         """
-        contrasts = algorithm.read_as in ("contrast", "multipliers")
+        contrasts = algorithm.read_as in ("contrast", "multipliers", "dyadic", "fixed-prediction")
         frees = algorithm.read_as == "cross-derivative" and not algorithm.energy.divergence
-        return self.refused is None and (contrasts or frees) and not isinstance(algorithm.nudge, Holomorphic)
+        return self.refused is None and (contrasts or frees)
 
     def of(self, tape: Tape, first: Pass, key: tuple[Any, ...]) -> "tuple[Captured, Binding] | None":
         """The captured step that the first pass repeats, and its values in it; a new one if it repeats none."""

@@ -163,7 +163,7 @@ class Lines:
         elif kind.name == "native_batch_norm_backward":
             args = (*args[:3], None, None, *args[5:]) if args[7] else args
         elif kind.writes:
-            func = _without_writing(node)
+            func = without_writing(node)
         returns = node.func._schema.returns
         single = func is _dropped or (len(returns) == 1 and not isinstance(returns[0].type, torch.ListType))
         op = Op(func, args, kwargs, results, single, CONSTANT)
@@ -207,7 +207,7 @@ def _dropped(x: Tensor, mask: Tensor, scale: float) -> Tensor:
     return x * mask * scale
 
 
-def _without_writing(node: Node) -> Callable[..., Any]:
+def without_writing(node: Node) -> Callable[..., Any]:
     """The same operation with a result of its own."""
     name = traits(node.func).name
     packet = getattr(_aten, name.removesuffix("_"), None)

@@ -124,7 +124,12 @@ class Network:
         """See `Landscape.dyads`."""
         with torch.enable_grad():
             seen = self.at_states(mean)
-            loss = self.loss(seen)
+        ahead, behind = self._halves(seen, strength)
+        gradients = [m - 0.5 * (p + q) for m, p, q in zip(mean, ahead, behind, strict=True)]
+        return ahead, behind, Forces(self.internal(seen).detach(), self.loss(seen).detach(), gradients)
+
+    def _halves(self, seen: Pass, strength: float | Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Both ends of each pair, drives and Jacobians taken from a pass at their means."""
         views, ahead, behind = self.views(seen), list(self.free), list(self.free)
 
         def answer(k: int, slope: Tensor) -> Tensor:
@@ -134,9 +139,8 @@ class Network:
             return next(ends) - next(ends)
 
         with torch.enable_grad():
-            self._signals(seen, strength * loss, answer)
-        gradients = [m - 0.5 * (p + q) for m, p, q in zip(mean, ahead, behind, strict=True)]
-        return ahead, behind, Forces(self.internal(seen).detach(), loss.detach(), gradients)
+            self._signals(seen, strength * self.loss(seen), answer)
+        return ahead, behind
 
     def feasible(self, states: list[Tensor]) -> list[Tensor]:
         """See `Landscape.feasible`."""
@@ -150,9 +154,11 @@ class Network:
         with torch.enable_grad():
             seen = self._at_errors(errors)
             loss = self.loss(seen)
+            if loss.is_complex() and not self._known_analytic:
+                self._check_analytic(seen)
             signals = self._signals(seen, loss)
             if isinstance(strength, complex) or strength != 1:
-                signals = [_holomorphic(strength * signal) for signal in signals]
+                signals = [strength * _holomorphic(signal) for signal in signals]
         precisions = self._precisions(seen)
         pulls = [s if _is_one(p) else s / p for s, p in zip(signals, precisions, strict=True)]
         if _same(errors, self.no_errors):
@@ -205,6 +211,13 @@ class Network:
         Args:
             phases: strength, weight and end of each.
         """
+        if len(phases) > 1 and all(self._is_at_forward_pass(found) for _, _, found in phases):
+            shared = [  # the graph of the forward pass is there once
+                (output, weight.real * seed)
+                for strength, weight, found in phases
+                for output, seed in self._terms_of(self._first, found, strength)
+            ]
+            return slopes_of(shared, self._first.states)
         terms = [(weight, self.energy_at(found, strength)) for strength, weight, found in phases]
         weighted = [term if _is_one(weight) else weight * term for weight, term in terms]
         reals = [term.real if term.is_complex() else term for term in weighted]
@@ -231,7 +244,15 @@ class Network:
         layers = self.at_states(found.point).layers
         return [(x - call.prediction).detach() for x, call in zip(found.point, layers, strict=True)]
 
+    def _is_at_forward_pass(self, found: Relaxation) -> bool:
+        """Whether something else than its point's own errors is read, against the predictions of the forward pass."""
+        return found.displacement is not None and _same(found.point, self.no_errors)
+
     def _energy_of(self, seen: Pass, found: Relaxation, strength: complex) -> Tensor:
+        return slopes_of(self._terms_of(seen, found, strength), seen.states)
+
+    def _terms_of(self, seen: Pass, found: Relaxation, strength: complex) -> list[tuple[Tensor, Tensor]]:
+        """What is differentiated for the update, and the weight of each of its elements."""
         errors = found.displacement
         if errors is None and found.coordinates == "errors":
             errors = found.point
@@ -248,7 +269,7 @@ class Network:
                 terms = [(call.prediction, -e if _is_one(p) else -p * e) for p, e, call in parts]
             if strength:
                 terms.append((seen.loss, strength * self.loss_scale * torch.ones_like(seen.loss)))
-            return slopes_of(terms, seen.states)
+            return terms
 
     def loss(self, seen: Pass) -> Tensor:
         """L summed over the batch."""
@@ -304,7 +325,6 @@ class Network:
 
     def _check_analytic(self, seen: Pass) -> None:
         """Cauchy and Riemann: multiplied by i on one side, an analytic slope is multiplied by i on the other."""
-        self._known_analytic = True
         tops = [(call.key.name, call.prediction) for call in seen.layers] + [("the loss", self.loss(seen))]
         for name, top in tops:
             if not top.is_complex() or not top.requires_grad:
@@ -321,6 +341,7 @@ class Network:
                         " (abs, a real part, a conjugate, a maximum): a holomorphic nudge would give a number that is"
                         " no gradient. Take ebm.Centered(...), or tanh, sigmoid and linear maps throughout."
                     )
+        self._known_analytic = True
 
     # Passes
 
@@ -389,7 +410,8 @@ class Network:
             if not parents:
                 return
             into = [leaves[p] for p in parents]
-            weight = torch.ones_like(output) if weight is None else weight
+            if weight is None:  # not "like" the output, whose value nobody may need
+                weight = torch.ones(output.shape, dtype=output.dtype, device=output.device)
             parts = torch.autograd.grad(output, into, weight, retain_graph=True, allow_unused=True)
             for p, part in zip(parents, parts, strict=True):
                 before = signals[p]

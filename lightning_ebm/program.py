@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_ebm.contrast import Contrast
 from lightning_ebm.lowering import Lines
 from lightning_ebm.order import streamed
+from lightning_ebm.pair_rules import in_pairs
 from lightning_ebm.simplify import needed, simplified
 from lightning_ebm.tape import CONSTANT, PHASE, SEED, STATE, Tape, Value
 from lightning_ebm.writing import Names, Op, source
@@ -103,7 +104,8 @@ def compiled_program(
     lines = Lines(record.tape, record.known, record.first_pass, record.defined, record.still)
     energy = [] if record.energy is None else [record.energy]
     wanted = [*energy, *record.outputs, *record.slopes]
-    ops, found = simplified(lines.of(wanted), [lines.plain(v) for v in wanted])
+    recorded = lines.of(wanted)
+    ops, found = simplified(*in_pairs(recorded, [lines.plain(v) for v in wanted]))
     outputs, slopes = found[: len(wanted) - len(record.slopes)], found[len(wanted) - len(record.slopes) :]
     inputs: list[list[Value]] = [lines.bound, [record.strength], list(record.point), [record.scale], []]
     if record.phases > 1:

@@ -81,10 +81,14 @@ def _real(leaf: Any) -> Any:
     return leaf.real if isinstance(leaf, Tensor) and leaf.is_complex() else leaf
 
 
-def _log_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
-    axis = -1 if dim is None else dim
-    shifted = input - input.real.detach().amax(axis, keepdim=True)
+def log_softmax(x: Tensor, axis: int) -> Tensor:
+    """x - log sum exp x along the axis, of complex numbers."""
+    shifted = x - x.real.detach().amax(axis, keepdim=True)
     return shifted - shifted.exp().sum(axis, keepdim=True).log()
+
+
+def _log_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
+    return log_softmax(input, -1 if dim is None else dim)
 
 
 def _softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
@@ -107,16 +111,19 @@ def _cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: Any = None, ignore_index: int = -100,
     reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    if weight is not None or bool((target == ignore_index).any()):
-        raise UnsupportedModuleError(
-            "cross_entropy with class weights or ignored targets has no complex form here: a holomorphic nudge needs"
-            " one. Take ebm.Centered(...), or an unweighted loss."
-        )
     axis = 1 if input.ndim > 1 else 0
-    if not target.is_floating_point():
-        target = F.one_hot(target, input.shape[axis]).movedim(-1, axis).to(input.real.dtype)
-    target = (1 - label_smoothing) * target + label_smoothing / input.shape[axis]
-    return _reduced(-(target * _log_softmax(input, axis)).sum(axis), reduction)
+    terms, even = -_log_softmax(input, axis), label_smoothing / input.shape[axis]
+    if weight is not None:
+        terms = terms * weight.view([-1 if d == axis else 1 for d in range(input.ndim)])
+    if target.is_floating_point():
+        return _reduced((((1 - label_smoothing) * target + even) * terms).sum(axis), reduction)
+    kept = target != ignore_index
+    safe = target.masked_fill(~kept, 0)
+    losses = (1 - label_smoothing) * terms.gather(axis, safe.unsqueeze(axis)).squeeze(axis)
+    losses = kept * (losses + even * terms.sum(axis) if label_smoothing else losses)
+    if reduction != "mean":
+        return _reduced(losses, reduction)
+    return losses.sum() / (kept.sum() if weight is None else (kept * weight[safe]).sum())
 
 
 _CONTINUED: dict[Any, Callable[..., Tensor]] = {

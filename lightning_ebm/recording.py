@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from lightning_ebm.comparison import known_by
+from lightning_ebm.continuation import continued
+from lightning_ebm.dyads import Dyads
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import QuadraticEnergy, is_bounded
 from lightning_ebm.faster import faster
 from lightning_ebm.front import Front
 from lightning_ebm.lowering import NotRepeatable
-from lightning_ebm.network import Network, Run, _is_one
+from lightning_ebm.network import Network, Run, _holomorphic, _is_one
 from lightning_ebm.program import Program, Record, compiled_program
 from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.relaxers.fixed_steps import moved
@@ -28,20 +30,22 @@ from lightning_ebm.substitution import Pass, StateOf
 from lightning_ebm.tape import PHASE, SEED, STATE, Tape, Value
 from lightning_ebm.wiring import Plan, Region
 
-Kind = Literal["forces", "error_forces", "responses", "answers", "energy", "update"]
+Kind = Literal["forces", "error_forces", "responses", "answers", "energy", "update", "dyads", "dyadic update", "hops"]
 
 
 class Mode(NamedTuple):
     """Which evaluation.
 
     Attributes:
-        kind: the method of the landscape that it stands for; "energy" is I and L, "update" dE/dtheta alone.
+        kind: the method of the landscape that it stands for; "energy" is I and L, "update" dE/dtheta alone, "dyadic
+            update" that of pairs, whose point is their means, then their leading and their trailing states.
         nudged: whether the loss pulls.
         layers: of answers, whose.
         phases: of an update, how many phases it sums over.
         lr: of forces, the step that is taken along them: the next point is given in their place, and no update.
         moved: of forces, the states that may be elsewhere than the forward pass left them, see `Front`; None is all.
         wanted: of those, the layers whose forces, or next states, are given; None is all.
+        continued: whether states and nudge are complex.
     """
 
     kind: Kind
@@ -51,22 +55,23 @@ class Mode(NamedTuple):
     lr: float | None = None
     moved: frozenset[int] | None = None
     wanted: tuple[int, ...] | None = None
+    continued: bool = False
 
     @property
     def updates(self) -> bool:
         """Whether it gives dE/dtheta too."""
-        kinds = ("forces", "error_forces", "update")
+        kinds = ("forces", "error_forces", "update", "dyadic update", "hops")
         return self.kind in kinds and self.lr is None and self.moved is None
 
     @property
     def has_energy(self) -> bool:
         """Whether it gives the energy of each sample."""
-        return self.kind in ("forces", "error_forces", "responses")
+        return self.kind in ("forces", "error_forces", "responses", "hops")
 
     @property
     def in_errors(self) -> bool:
         """Whether the point is one of errors."""
-        return self.kind == "error_forces"
+        return self.kind in ("error_forces", "hops")
 
 
 Seed = tuple[Tensor, Tensor]
@@ -76,7 +81,7 @@ Seed = tuple[Tensor, Tensor]
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-class RecordingNetwork(Network):
+class RecordingNetwork(Dyads):
     """`Network` that can write down what it does at one point as a program for all points."""
 
     def __init__(self, energy: Energy, plan: Plan, first: Pass, run: Run, batch_size: int, loss_scale: float) -> None:
@@ -107,17 +112,26 @@ class RecordingNetwork(Network):
             self.internal(first)  # what an energy makes when it is first asked is not to be a part of the record
         known = known_by(roots)
         outside = [(v, t) for v, t in tape.outside.items() if v in known and t.requires_grad]
-        strength, scale = self.scalar(1.0), self.scalar(1.0)
+        one = 1j if mode.continued else 1.0
+        strength, scale = self.scalar(one), self.scalar(one)
         inputs = tape.input(strength, PHASE), tape.input(scale, SEED)
         nudge = strength if mode.nudged else None
         defined: dict[Value, tuple[Value, Value]] = {}
-        with self._watching(tape), torch.enable_grad():
+        with self._watching(tape, mode), torch.enable_grad():
+            if mode.continued:
+                leaves = [torch.complex(x, torch.zeros_like(x)).requires_grad_() for x in self.free]
+                for leaf in leaves:
+                    tape.input(leaf, STATE)
+                first = continued(tape, first, leaves)
             point = [tape.value(state) for state in first.states]
             seeds: list[Seed] = []
             energy: Tensor | None = None
             if mode.in_errors:
-                errors = [torch.zeros_like(state) for state in self.free]
+                errors = [torch.zeros_like(state) for state in first.states]
                 point = [tape.input(error, STATE) for error in errors]
+            if mode.kind == "hops":
+                energy, outputs, seeds = self._frozen(first, errors, strength)
+            elif mode.in_errors:
                 for call, state, error in zip(first.layers, first.states, point, strict=True):
                     defined[tape.value(state)] = tape.value(call.prediction), error
                 energy, outputs, seeds = self._in_errors(first, errors, strength, mode)
@@ -125,8 +139,14 @@ class RecordingNetwork(Network):
                 energy, outputs, seeds = self._in_states(first, nudge, mode)
             elif mode.kind == "update":
                 outputs, seeds = [], self._seeds(first, nudge)
+            elif mode.kind == "dyads":
+                outputs = self._in_pairs(first, strength)
+            elif mode.kind == "dyadic update":
+                halves = [[state.detach().clone() for state in first.states] for _ in range(2)]
+                point += [tape.input(state, STATE) for half in halves for state in half]
+                outputs, seeds = [], self._seeds_of_pairs(first, halves[0], halves[1], nudge)
             elif mode.kind == "energy":
-                outputs = [self.internal(first).sum().detach(), self.loss(first).detach()]
+                outputs = [self.internal(first).detach(), self.loss(first).detach()]
             else:
                 layers = mode.layers if mode.kind == "answers" else range(len(point))
                 outputs = self._answers(first, nudge, layers)
@@ -144,6 +164,7 @@ class RecordingNetwork(Network):
         if tape.problem is not None:
             raise NotRepeatable(f"cannot be recorded ({tape.problem})")
         reached = [(v, slope) for (v, _), slope in zip(outside, slopes, strict=True) if slope is not None]
+        some_moved: frozenset[int] | None = frozenset() if mode.kind == "hops" else mode.moved
         record = Record(
             tape,
             known,
@@ -154,9 +175,10 @@ class RecordingNetwork(Network):
             outputs=[tape.value(output) for output in outputs],
             slopes=[tape.value(slope) for _, slope in reached],
             defined=defined,
-            still={} if mode.moved is None else self._ahead_of(mode.moved, tape),
+            still={} if some_moved is None else self._ahead_of(some_moved, tape),
             phases=mode.phases,
         )
+        compiler = None if mode.continued else compiler  # which has no complex numbers
         on_cpu = self.free[0].device.type == "cpu"
         rewrite = partial(faster, compiler is not None) if on_cpu else None
         program = compiled_program(record, rewrite, compiler)
@@ -194,16 +216,17 @@ class RecordingNetwork(Network):
         if _is_quadratic(self.energy):
             precisions = self._precisions(first)
             errors = [seed if _is_one(p) else seed / _root(p) for (_, seed), p in zip(seeds, precisions, strict=True)]
-            internal = self._half_squares(errors, mode)
+            internal = self.internal(first) if loss.is_complex() else self._half_squares(errors, mode)
             gradients = [-own if s is None else s - own for s, (_, own) in zip(slopes, seeds, strict=True)]
         else:
-            internal = self.internal(first) if mode.lr is None else self.internal(first).sum()
-            gradients = [torch.zeros_like(x) if s is None else s for s, x in zip(slopes, self.free, strict=True)]
+            internal, still = self.internal(first), self._like(first)
+            gradients = [torch.zeros_like(x) if s is None else s for s, x in zip(slopes, still, strict=True)]
         if is_bounded(self.energy):
             found = zip(gradients, states, self.views(first), strict=True)
             gradients = [self.energy.tangent(gradient, state.detach(), view) for gradient, state, view in found]
         nudge = [] if strength is None else [(first.loss, self.loss_scale * strength)]
-        return internal.detach(), [loss, *gradients], [*seeds, *nudge]
+        internal = internal.detach() if mode.lr is None else internal.detach().sum()
+        return internal, [loss, *gradients], [*seeds, *nudge]
 
     def _half_squares(self, errors: Sequence[Tensor], mode: Mode) -> Tensor:
         """sum_l 1/2 |e_l|^2 of each sample, ``(B,)``; of the batch, where a step is taken and nobody asks for more.
@@ -233,25 +256,49 @@ class RecordingNetwork(Network):
         """Best responses of these layers."""
         others = self.internal(first, own=False).sum()
         slopes = self._pulls(first, [(others, self.scalar(1.0))], strength, layers)
-        views, answers = self.views(first), []
+        views, answers, still = self.views(first), [], self._like(first)
         for k, slope in zip(layers, slopes, strict=True):
-            pull = torch.zeros_like(self.free[k]) if slope is None else -slope
+            pull = torch.zeros_like(still[k]) if slope is None else -slope
             answers.append(self.energy.best_response(pull, views[k]).detach())
         return answers
+
+    def _like(self, first: Pass) -> Sequence[Tensor]:
+        """Tensors of the states' kind, which in real numbers need not be the states themselves."""
+        return first.states if first.states[0].is_complex() else self.free
 
     def _in_errors(
         self, first: Pass, errors: Sequence[Tensor], strength: Tensor, mode: Mode
     ) -> tuple[Tensor, list[Tensor], list[Seed]]:
         loss = self.loss_scale * first.loss
-        signals = self._signals(first, loss)
+        signals = [_holomorphic(signal) for signal in self._signals(first, loss)]
         precisions = self._precisions(first)
         weighted = [e if _is_one(p) else p * e for e, p in zip(errors, precisions, strict=True)]
-        rooted = [e if _is_one(p) else _root(p) * e for e, p in zip(errors, precisions, strict=True)]
-        internal = self._half_squares(rooted, mode)
+        if loss.is_complex():
+            internal = self.per_sample([0.5 * e * w for e, w in zip(errors, weighted, strict=True)])
+        else:
+            rooted = [e if _is_one(p) else _root(p) * e for e, p in zip(errors, precisions, strict=True)]
+            internal = self._half_squares(rooted, mode)
         pulls = [strength * s if _is_one(p) else strength * s / p for s, p in zip(signals, precisions, strict=True)]
         gradients = [e + pull for e, pull in zip(errors, pulls, strict=True)]
         seeds = [(call.prediction, -w) for call, w in zip(first.layers, weighted, strict=True)]
+        internal = internal if mode.lr is None else internal.sum()
         return internal, [loss.detach(), *gradients], [*seeds, (first.loss, self.loss_scale * strength)]
+
+    def _frozen(
+        self, first: Pass, errors: Sequence[Tensor], strength: Tensor
+    ) -> tuple[Tensor, list[Tensor], list[Seed]]:
+        """`Network.hops`: I_b; loss and slopes; and what to differentiate, with which weight, for dE/dtheta."""
+        precisions = self._precisions(first)
+        internal = 0.5 * self.squares(
+            [e if _is_one(p) else _root(p) * e for e, p in zip(errors, precisions, strict=True)]
+        )
+        pairs = zip(first.layers, errors, precisions, strict=True)
+        seeds = [(call.prediction, -e if _is_one(p) else -p * e) for call, e, p in pairs]
+        slopes = self._pulls(first, seeds, strength, range(len(errors)))
+        parts = zip(errors, slopes, precisions, strict=True)
+        gradients = [e.clone() if s is None else e + s if _is_one(p) else e + s / p for e, s, p in parts]
+        nudge = (first.loss, self.loss_scale * strength)
+        return internal, [self.loss_scale * first.loss.detach(), *gradients], [*seeds, nudge]
 
     def _refuse_hidden_gradients(self, first: Pass) -> None:
         """Backward code of the user's own is not part of what the records of two first passes are compared by."""
@@ -261,7 +308,7 @@ class RecordingNetwork(Network):
             raise NotRepeatable(f"uses a custom autograd function ({type(own[0]).__name__})")
 
     def plainly(
-        self, mode: Mode, strengths: Sequence[float], weights: Sequence[float]
+        self, mode: Mode, strengths: Sequence[complex], weights: Sequence[complex]
     ) -> tuple[list[list[Tensor]], list[Tensor], dict[int, Tensor] | None]:
         """The plain way, once, at points of its own: what a program must give there.
 
@@ -273,6 +320,8 @@ class RecordingNetwork(Network):
             NotRepeatable: the pass reads values computed from states into Python.
         """
         points = [self._elsewhere(mode, number) for number in range(mode.phases)]
+        if mode.kind == "dyadic update":
+            points[0] = [x for number in range(3) for x in self._elsewhere(mode, number)]
         with self._watched() as watch:
             outputs = self._plain_outputs(mode, points[0], strengths[0])
         if watch.reads:
@@ -281,7 +330,7 @@ class RecordingNetwork(Network):
             return points, outputs, None
         found: dict[int, Tensor] = {}
         for point, strength, weight in zip(points, strengths, weights, strict=True):
-            ended = Relaxation(point, "errors" if mode.in_errors else "states", "fixed", 0, self.first_loss)
+            ended = self._ended(mode, point)
             energy = Network.energy_at(self, ended, strength)
             states = self._latest[1].states if self._latest is not None else []
             leaves = Region([energy]).leaves
@@ -292,12 +341,27 @@ class RecordingNetwork(Network):
                     found[id(target)] = found[id(target)] + slope if id(target) in found else slope
         return points, outputs, found
 
-    def _plain_outputs(self, mode: Mode, point: Sequence[Tensor], strength: float) -> list[Tensor]:
+    def _ended(self, mode: Mode, point: list[Tensor]) -> Relaxation:
+        """The end of a phase whose update a mode gives."""
+        coordinates: Literal["errors", "states"] = "errors" if mode.in_errors else "states"
+        ended = Relaxation(point, coordinates, "fixed", 0, self.first_loss)
+        if mode.kind == "hops":
+            ended.point, ended.displacement = list(self.no_errors), point
+        if mode.kind == "dyadic update":
+            count = len(self.free)
+            ended.point, ahead, behind = (point[k : k + count] for k in (0, count, 2 * count))
+            ended.dyad = ahead, behind
+        return ended
+
+    def _plain_outputs(self, mode: Mode, point: Sequence[Tensor], strength: complex) -> list[Tensor]:
         if mode.kind == "answers":
             return Network.answers(self, point, strength, mode.layers)
-        if mode.kind in ("energy", "update"):
-            seen = self.at_states(point)
-            return [self.internal(seen).sum().detach(), self.loss(seen).detach()] if mode.kind == "energy" else []
+        if mode.kind == "dyads":
+            ahead, behind, forces = Network.dyads(self, point, strength)  # type: ignore[arg-type]  # none is complex
+            return [forces.loss, *forces.gradients, *ahead, *behind]
+        if mode.kind in ("energy", "update", "dyadic update"):
+            seen = self.at_states(point[: len(self.free)])
+            return [self.internal(seen).detach(), self.loss(seen).detach()] if mode.kind == "energy" else []
         found: Forces = getattr(Network, mode.kind)(self, point, strength)
         ahead = found.gradients if mode.lr is None else moved(point, found.gradients, mode.lr)
         wanted = range(len(ahead)) if mode.wanted is None else mode.wanted
@@ -313,8 +377,9 @@ class RecordingNetwork(Network):
             if mode.moved is not None and k not in mode.moved:
                 point.append(like)
                 continue
-            here = torch.zeros_like(like) if mode.in_errors else like
-            point.append(here + (0.05 * like.abs().mean() + 0.01) * noise)
+            size = 0.05 * like.abs().mean() + 0.01
+            here = size * noise if mode.in_errors else like + size * noise
+            point.append(torch.complex(here, size * noise.flip(0)) if mode.continued else here)
         return point if mode.in_errors or mode.moved is not None else self.feasible(point)
 
     def must_equal(self, plain: Sequence[Tensor], got: Sequence[Tensor]) -> None:
@@ -331,14 +396,18 @@ class RecordingNetwork(Network):
             if one.shape != other.shape or not torch.allclose(other, one, rtol=0.0, atol=room, equal_nan=True):
                 raise NotRepeatable("gives other values when it is repeated")
 
-    def scalar(self, number: float) -> Tensor:
+    def scalar(self, number: complex) -> Tensor:
         """A number as a tensor, in the states' arithmetic."""
-        return torch.full((), number, dtype=self.free[0].dtype, device=self.free[0].device)
+        dtype = self.free[0].dtype
+        if isinstance(number, complex):
+            dtype = dtype.to_complex()
+        return torch.full((), number, dtype=dtype, device=self.free[0].device)
 
     @contextmanager
-    def _watching(self, tape: Tape) -> Iterator[None]:
+    def _watching(self, tape: Tape, mode: Mode) -> Iterator[None]:
         """Records; what it computes is only held where it will be differentiated in its turn."""
-        tape.keeps = not _is_quadratic(self.energy)
+        once = mode.kind in ("forces", "error_forces", "hops", "update") and not mode.continued
+        tape.keeps = not (once and _is_quadratic(self.energy))
         try:
             with tape:
                 yield
@@ -363,12 +432,17 @@ class RecordingNetwork(Network):
 
 
 def _gradients(seeds: Sequence[Seed], inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """sum_k <seed_k, d output_k / d input>; None where nothing leads there."""
+    """sum_k <seed_k, d output_k / d input>, its real part for a real input; None where nothing leads there."""
     live = [(output, seed) for output, seed in seeds if output.requires_grad]
     if not live or not inputs:
         return [None] * len(inputs)
-    outputs, weights = [output for output, _ in live], [seed.to(output.dtype) for output, seed in live]
-    return list(torch.autograd.grad(outputs, inputs, weights, retain_graph=True, allow_unused=True))
+    outputs = [output for output, _ in live]
+    weights = [  # autograd conjugates: what it is given, and what it gives
+        _holomorphic(seed.real if seed.is_complex() and not output.is_complex() else seed.to(output.dtype))
+        for output, seed in live
+    ]
+    slopes = torch.autograd.grad(outputs, inputs, weights, retain_graph=True, allow_unused=True)
+    return [slope if slope is None else _holomorphic(slope) for slope in slopes]
 
 
 def _is_quadratic(energy: Energy) -> bool:

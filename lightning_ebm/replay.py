@@ -100,6 +100,7 @@ class CapturedNetwork(RecordingNetwork):
             mode = Mode("error_forces", strength != 0, lr=lr)
         else:
             mode = self._behind_front(Mode("forces", strength != 0, lr=lr), point)
+        mode = _continued(mode, point)
         if is_bounded(self.energy):
             return None
         if (ready := self._ready.get((mode, strength))) is not None:  # the inner loop of a relaxation
@@ -119,12 +120,26 @@ class CapturedNetwork(RecordingNetwork):
 
     def answers(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]) -> list[Tensor]:
         """See `Landscape.answers`."""
-        mode = Mode("answers", strength != 0, tuple(layers))
+        mode = _continued(Mode("answers", strength != 0, tuple(layers)), states)
         ready = self._ready.get((mode, strength))
         if ready is not None and not torch.is_grad_enabled():  # the inner loop of a relaxation
             return list(ready[1](states)[0])
         ran = self._ran(mode, states, strength)
         return super().answers(states, strength, layers) if ran is None else list(ran.outputs)
+
+    def hops(self, errors: Sequence[Tensor], strength: complex) -> Forces:
+        """See `Landscape.hops`."""
+        ran = self._ran(Mode("hops", True), errors, strength)
+        return super().hops(errors, strength) if ran is None else ran.forces()
+
+    def dyads(self, mean: Sequence[Tensor], strength: float) -> tuple[list[Tensor], list[Tensor], Forces]:
+        """See `Landscape.dyads`."""
+        ran = self._ran(Mode("dyads", True), mean, strength)
+        if ran is None:
+            return super().dyads(mean, strength)
+        loss, *found = ran.outputs
+        gradients, ahead, behind = (found[k : k + len(mean)] for k in range(0, len(found), len(mean)))
+        return ahead, behind, Forces(mean, loss, gradients, self._internal_at)
 
     def energy_of(self, states: Sequence[Tensor], strength: complex) -> Tensor:
         """See `Landscape.energy_of`; one phase ends where the next may begin."""
@@ -138,52 +153,75 @@ class CapturedNetwork(RecordingNetwork):
             self._energies = [*self._energies[-2:], (here, *known)]
         return total_energy(Forces(*known, []), strength)
 
+    def _internal_at(self, states: Sequence[Tensor]) -> Tensor:
+        """I_b of states, for whoever looks at it."""
+        ran = self._ran(Mode("energy", True), states, 0.0)
+        if ran is not None:
+            return ran.outputs[0]
+        with torch.no_grad():
+            return self.internal(self.at_states(states))
+
     def energy_at(self, found: Relaxation, strength: complex) -> Tensor:
         """See `Network.energy_at`; the gradients of the parameters are computed when they are asked for."""
-        mode = Mode("error_forces" if found.coordinates == "errors" else "forces", strength != 0)
-        ran = self._latest_run
-        if found.displacement is not None or found.dyad is not None:
-            ran = None
-        elif ran is None or not ran.repeats(mode, found.point, (strength,)):
-            ran = self._ran(mode, found.point, strength)
-        return super().energy_at(found, strength) if ran is None else self._delivered(mode, ran)
+        mode, point = Mode("error_forces" if found.coordinates == "errors" else "forces", strength != 0), found.point
+        if found.dyad is not None:
+            mode, point = Mode("dyadic update", strength != 0), [*point, *found.dyad[0], *found.dyad[1]]
+        elif self._is_at_forward_pass(found) and found.displacement is not None:
+            mode, point = Mode("hops", True), found.displacement
+        elif found.displacement is not None:  # multipliers, once a step
+            return super().energy_at(found, strength)
+        mode, ran = _continued(mode, point), self._latest_run
+        if ran is None or not ran.repeats(mode, point, (strength,)):
+            ran = self._ran(mode, point, strength)
+        if ran is None:
+            return super().energy_at(found, strength)
+        return self._delivered(mode, ran, (1.0,), 0j if mode.continued else 0.0)
 
     def contrast(self, phases: Sequence[tuple[complex, complex, Relaxation]]) -> Tensor:
         """See `Network.contrast`; one program for all phases."""
         strengths, weights, found = zip(*phases, strict=True)
+        if all(self._is_at_forward_pass(f) for f in found) and self._found is not None:
+            terms = [w.real * self.energy_at(f, s) for s, w, f in phases]
+            if self._found is not None:  # all of them are captured
+                return torch.stack(terms).sum()
         latest = self._latest_run
         read_here = len(phases) == 1 and latest is not None and latest.is_at(found[0], strengths[0])
         if read_here or any(
             f.coordinates == "errors" or f.displacement is not None or f.dyad is not None for f in found
         ):
             return super().contrast(phases)
-        mode = Mode("update", any(strengths), phases=len(phases))
+        kinds = [any(x.is_complex() for x in f.point) for f in found]
+        if len(set(kinds)) > 1:  # real phases by themselves: complex arithmetic would only cost more
+            halves = [[p for p, kind in zip(phases, kinds, strict=True) if kind is wanted] for wanted in (False, True)]
+            return self.contrast(halves[0]) + self.contrast(halves[1])
+        mode = _continued(Mode("update", any(strengths), phases=len(phases)), found[0].point)
         ran = self._ran(mode, [x for f in found for x in f.point], *strengths)
         if ran is None:
             return super().contrast(phases)
-        return self._delivered(mode, ran, weights)
+        return self._delivered(mode, ran, weights, 0.0)
 
-    def _delivered(self, mode: Mode, ran: "_Run", weights: Sequence[complex] = (1.0,)) -> Tensor:
-        scales = [self.scalar(weight.real) for weight in weights]
+    def _delivered(self, mode: Mode, ran: "_Run", weights: Sequence[complex], value: complex) -> Tensor:
+        """A scalar of this value whose gradient is that of sum_p weight_p E(x_p, theta), of its real part if real."""
+        scales = [self.scalar(complex(weight) if mode.continued else weight.real) for weight in weights]
 
         def update(scale: Tensor) -> tuple[Tensor, ...]:
-            return ran.update(tuple(scale * s for s in scales))
+            return ran.update(tuple(scale.conj() * s for s in scales))
 
         assert self._found is not None
         captured, bound = self._found
         targets = [self._tape.outside[bound.get(value, value)] for value in captured.targets[mode]]
-        return Delivered.apply(self.scalar(0.0), update, *targets)  # type: ignore[no-any-return, no-untyped-call]
+        return Delivered.apply(self.scalar(value), update, *targets)  # type: ignore[no-any-return, no-untyped-call]
 
     def _ran(self, mode: Mode, point: Sequence[Tensor], *strengths: complex) -> "_Run | None":
         """The evaluation at a point by captured code, or None where there is none."""
-        latest = self._latest_run
+        mode, latest = _continued(mode, point), self._latest_run
         if latest is not None and latest.outputs and latest.repeats(mode, point, strengths):
             return latest
-        if self._found is None or any(isinstance(s, complex) for s in strengths) or any(x.is_complex() for x in point):
+        if self._found is None:
             return None
         self._latest_run = latest = None
         try:
-            program = self._program(mode, strengths)  # type: ignore[arg-type]  # none is complex
+            program = self._program(mode, strengths)
         except Exception as error:  # whatever goes wrong in capturing: the plain way stays right
             self._latest = None
             self._captures.refuse(str(error) if isinstance(error, NotRepeatable) else f"raises in capturing: {error!r}")
@@ -191,7 +229,7 @@ class CapturedNetwork(RecordingNetwork):
             return None
         if program is None:
             return None
-        run = self._run_of(program, mode, point, strengths)  # type: ignore[arg-type]
+        run = self._run_of(program, mode, point, strengths)
         if mode.kind == "answers" or mode.lr is not None:  # not before the code has passed its check
             once, phase = self._fixed[mode], self._fixed[mode, strengths]
             self._ready[mode, strengths[0]] = program, partial(program.point, once, phase)
@@ -200,7 +238,7 @@ class CapturedNetwork(RecordingNetwork):
         return run
 
     @torch.no_grad()
-    def _run_of(self, program: Program, mode: Mode, point: Sequence[Tensor], strengths: tuple[float, ...]) -> "_Run":
+    def _run_of(self, program: Program, mode: Mode, point: Sequence[Tensor], strengths: tuple[complex, ...]) -> "_Run":
         assert self._found is not None
         bound = self._found[1]
         if mode not in self._fixed:
@@ -211,7 +249,8 @@ class CapturedNetwork(RecordingNetwork):
             self._fixed[mode] = program.once(contents)
         once = self._fixed[mode]
         if (mode, strengths) not in self._fixed:
-            self._fixed[mode, strengths] = program.phase(once, tuple(self.scalar(s) for s in strengths))
+            given = [complex(s) if mode.continued else s for s in strengths]
+            self._fixed[mode, strengths] = program.phase(once, tuple(self.scalar(s) for s in given))
         phase = self._fixed[mode, strengths]
         outputs, kept, parts = program.point(once, phase, point)
         update = partial(program.update, once, phase, kept)
@@ -219,7 +258,7 @@ class CapturedNetwork(RecordingNetwork):
 
     # Capturing
 
-    def _program(self, mode: Mode, strengths: tuple[float, ...]) -> Program | None:
+    def _program(self, mode: Mode, strengths: tuple[complex, ...]) -> Program | None:
         assert self._found is not None
         captured, bound = self._found
         if mode in captured.programs:
@@ -237,7 +276,9 @@ class CapturedNetwork(RecordingNetwork):
                 raise
             captured.fronts = False  # what a front needs is not kept by this pass; all else may be
             return None
-        weights = [1.0, *[-0.5] * (len(strengths) - 1)]
+        weights = [1.0 + 0.3j, *[-0.5 + 0.2j] * (len(strengths) - 1)]
+        if not mode.continued:
+            weights = [weight.real for weight in weights]
         points, expected, slopes = self.plainly(mode, strengths, weights)
         self._latest = None  # as large as all states
         run = self._run_of(program, mode, [x for p in points for x in p], strengths)
@@ -281,6 +322,11 @@ class _Run:
         """Whether its update is that of the end of this phase."""
         fits = self.mode.kind == ("error_forces" if found.coordinates == "errors" else "forces")
         return fits and self.strengths == (strength,) and self.point == stamps(found.point)
+
+
+def _continued(mode: Mode, point: Sequence[Tensor]) -> Mode:
+    """The same evaluation at this point, whether its states are complex or not."""
+    return mode._replace(continued=True) if any(x.is_complex() for x in point) else mode
 
 
 def _put(values: Sequence[Tensor], places: Sequence[int], others: Sequence[Tensor]) -> list[Tensor]:

@@ -96,7 +96,7 @@ class _Simpler:
 
     def _uniform(self, op: Op) -> float | None:
         """The number that every element of the result is."""
-        if op.func is _aten.ones_like.default:
+        if op.func in (_aten.ones_like.default, _aten.ones.default):
             return 1.0
         if op.func is _aten.full.default:
             return op.args[1] if type(op.args[1]) in (int, float) else None

@@ -119,13 +119,18 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Makes a tensor an input of what is computed from it from now on."""
         return self._put(tensor, Value(None, level))
 
+    def known_as(self, tensor: Tensor, value: Value) -> Tensor:
+        """Notes that a tensor holds a value, though another one did when it was recorded."""
+        self._put(tensor, value)
+        return tensor
+
     def cutting(self, state_of: StateOf) -> StateOf:
         """The same choice of states, each noted as an input."""
 
         def cut(key: StateKey, prediction: Tensor) -> Tensor | None:
             state = state_of(key, prediction)
             if state is not None:
-                self.contents[self.input(state, STATE)] = state.detach()
+                self.input(state, STATE)
             return state
 
         return cut

@@ -63,11 +63,21 @@ MUTATIONS = [
     Mutation("odd layers move alone", "relaxers/fixed_point.py", "else [odd, even]", "else [odd]"),
     Mutation("a changed constant is not seen", "comparison.py", "return bool(old == new) or", "return True or"),
     Mutation("a mean of four is their half", "kernels.py", "total.mul_(0.25)", "total.mul_(0.5)"),
+    Mutation(
+        "errors are pulled by the conjugate", "network.py", "strength * _holomorphic(signal)", "strength * signal"
+    ),
+    Mutation(
+        "no slope is analytic", "network.py", "self._check_analytic(seen)\n        return", "pass\n        return"
+    ),
+    Mutation("a real part is added", "pairs.py", "shape, less=True)", "shape)"),
+    Mutation("masks of the record", "continuation.py", "return x * mask * (0.0", "return x * (0.0"),
+    Mutation("only one end of a pair", "dyads.py", "0.5 * (p + q)", "p"),
     Mutation("what is read again is overwritten", "reuse.py", "and last[first] == index", ""),
     Mutation("a dead gradient reads nan", "metrics.py", "torch.where(dead_g | dead_r, zero, dot", "(0 + dot"),
 ]
 TESTS = ["predictive_coding", "infinitesimal_limit", "purity", "relaxers", "layers", "metrics", "bad_input"]
 TESTS += ["gradient_alignment", "capture", "capture_fixed_points", "equilibrium_propagation", "conformance"]
+TESTS += ["capture_complex", "capture_dyads", "theory"]
 
 
 def caught(copy: Path) -> bool:

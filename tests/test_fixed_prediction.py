@@ -83,3 +83,14 @@ def test_the_estimate_does_not_depend_on_lambda() -> None:
         library_gradients(net, problem, with_fixed_predictions(lam, 0.3, 9), "after", "readout") for lam in (0.02, 5.0)
     )
     assert worst_relative_error(small, large) < 1e-12
+
+
+@pytest.mark.parametrize("relaxer", [ebm.FixedPrediction(), ebm.Sweep()], ids=["relaxed", "first arrival"])
+@pytest.mark.parametrize("nudge", [ebm.Centered(0.3), ebm.OneSided(-2.0), ebm.Holomorphic(0.3, 2)], ids=str)
+def test_several_phases_share_the_graph_of_the_forward_pass(nudge: ebm.Nudge, relaxer: ebm.Relaxer) -> None:
+    """Through `backward`, which frees what it went through."""
+    net, problem = make_net(), make_problem()
+    learner = ebm.Learner(net, ebm.Algorithm(ebm.PredictiveCoding(), nudge, relaxer), layers=LAYERS["after"])
+    learner.backward(lambda: problem.loss(net(problem.x), problem.y))
+    found = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    assert worst_relative_error(found, backprop(Chain.copy_of(net, "after", "readout"), problem)[0]) < 1e-12

@@ -84,9 +84,12 @@ def test_q3_a_negative_nudge_has_a_minimum_up_to_the_loss_curvature() -> None:
         library_gradients(net, problem, ebm.OneSided(-1.3 * limit), relaxer, layers=nn.Linear)
 
 
+@pytest.mark.parametrize(
+    "relaxer", [ebm.GradientDescent(lr=0.3, max_steps=400), ebm.ErrorCoordinates(max_steps=400, lr=0.3, tol=0.0)]
+)
 @pytest.mark.parametrize("fraction", [0.1, 0.5])
 @pytest.mark.parametrize("points", [2, 4, 8])
-def test_q4_the_contour_on_a_linear_net(points: int, fraction: float) -> None:
+def test_q4_the_contour_on_a_linear_net(points: int, fraction: float, relaxer: ebm.Relaxer) -> None:
     """The N-point estimate of eps_L / lambda is (1 - (-lambda S)^N)^-1 r in closed form, hence so are all bias
     gradients, -J_{L<-l}^T of it; `fraction` is lambda times the largest eigenvalue of S.
     """
@@ -102,7 +105,7 @@ def test_q4_the_contour_on_a_linear_net(points: int, fraction: float) -> None:
         net,
         problem,
         ebm.Holomorphic(lam, points=points),
-        ebm.GradientDescent(lr=0.3, max_steps=400),
+        relaxer,
         "state",
         layers=nn.Linear,
     )

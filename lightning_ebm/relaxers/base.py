@@ -87,7 +87,7 @@ class Relaxation:
         residual: |force| at the end over |force| at the start, per sample, ``(B,)``; 0 where nothing pulled.
         energies: total energy I + lambda L of the batch, scalars: at the start and after each step. Where
             only some samples took a step, the value before it, which bounds theirs. Of relaxers that need no energy
-            to move (`FixedPoint`), at the start and at the end only.
+            to move (`FixedPoint`, `Dyadic`), at the start and at the end only.
         displacement: what is to be read against each layer's prediction instead of its error at `point`: the error as
             it first arrives, with everything else still at the forward pass, or a multiplier over the precision.
         dyad: two more lists of states, whose energies, with the drives of `point`, are to be contrasted.

@@ -17,7 +17,8 @@ class Dyadic(Relaxer):
 
     Both phases of a centred nudge at once: the output is pulled by +-lambda/2. Each round is one pass at the means and
     one way down; where rho is linear between the pair (ReLU away from its kink), the first round is exact already. The
-    update contrasts the energies of the two halves at the drives of their mean, -(z^+ - z^-) da/dtheta.
+    update contrasts the energies of the two halves at the drives of their mean, -(z^+ - z^-) da/dtheta. Energies are
+    those of the means at the start and the end: no round needs them.
 
     Args:
         max_steps: how many rounds, or how many at most.
@@ -44,7 +45,8 @@ class Dyadic(Relaxer):
         steps = 0
         while True:
             ahead, behind, forces = landscape.dyads(mean, strength)
-            energies.append(total_energy(forces, strength))
+            if not steps:
+                energies.append(total_energy(forces, strength))
             norm = force_norm(landscape, forces.gradients)
             apart = force_norm(landscape, [p - q for p, q in zip(ahead, behind, strict=True)])
             settled = norm <= max(self.tol, 4 * landscape.rounding) * apart
@@ -57,6 +59,8 @@ class Dyadic(Relaxer):
                 masks = landscape.spread(torch.zeros_like(settled), mean)
             moved = [m - g for m, g in zip(mean, forces.gradients, strict=True)]
             mean = [torch.where(k, m, x) for k, m, x in zip(masks, mean, moved, strict=True)]
+        if steps:
+            energies.append(total_energy(forces, strength))
         residual = norm / apart.clamp_min(torch.finfo(norm.dtype).tiny)
         status: Status = "fixed" if not self.tol else "converged" if bool(settled.all()) else "max_steps"
         return Relaxation(mean, "states", status, max(steps, 1), residual, energies, dyad=(ahead, behind))

@@ -76,7 +76,8 @@ class Energies(Sequence[Tensor]):
             shapes = [tensor.shape for tensor in tensors]
             dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
             size = self._length - len(self._rows), sum(shape.numel() for shape in shapes)
-            block = _Block(shapes, forces.finish, iter(tensors[0].new_empty(size, dtype=dtype).unbind()))
+            real = [not tensor.is_complex() for tensor in tensors]
+            block = _Block(shapes, real, forces.finish, iter(tensors[0].new_empty(size, dtype=dtype).unbind()))
             self._blocks.append(block)
         row = next(block.rows)
         torch.cat([tensor if tensor.ndim == 1 else tensor.reshape(-1) for tensor in tensors], out=row)
@@ -93,14 +94,16 @@ class Energies(Sequence[Tensor]):
         if isinstance(index, slice):
             return [self[k] for k in range(*index.indices(len(self)))]
         block, row = self._rows[index]
-        *parts, loss = torch.split(row, [shape.numel() for shape in block.shapes])
-        parts = [part.view(shape) for part, shape in zip(parts, block.shapes, strict=False)]
-        return total_energy(Forces(parts, loss.view(block.shapes[-1]), [], block.finish), self._strength)
+        tensors = torch.split(row, [shape.numel() for shape in block.shapes])
+        parts = zip(tensors, block.shapes, block.real, strict=True)
+        *internal, loss = [t.view(shape).real if real else t.view(shape) for t, shape, real in parts]
+        return total_energy(Forces(internal, loss, [], block.finish), self._strength)
 
 
 class _Block(NamedTuple):
     """Points whose energies are finished by the same sums."""
 
     shapes: list[torch.Size]
+    real: list[bool]
     finish: Callable[[Sequence[Tensor]], Tensor] | None
     rows: Iterator[Tensor]
