@@ -1,4 +1,4 @@
-"""Odd-even sweeps, extrapolated along the last two moves."""
+"""Odd-even sweeps as the slopes of conjugate gradients."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,30 +12,31 @@ from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Status, 
 from lightning_ebm.relaxers.fixed_point import FixedPoint, halves_of, ran_away, rounding_of
 
 _FURTHEST = 1e3
-"""Longest extrapolation, in moves: beyond a rate of .999 per sweep, what looks like a slope may be rounding."""
+"""Longest step, in sweeps: beyond a rate of .999 per sweep, what looks like a slope may be rounding."""
 
-_INDEPENDENT = 1 - 1e-4
-"""Squared cosine, in the metric of the curvature, above which two moves are one direction and some rounding."""
+_LEFT = 0.1
+"""Share of the slope along the last direction that a later sweep may find there again; in a linear network, none."""
 
 
 @dataclass(frozen=True)
 class AcceleratedFixedPoint(Relaxer):
-    """x <- S(x) + c_1 d_1 + c_2 d_2: S is a sweep of `FixedPoint`, d_i are how S(x) has changed in the last two steps.
+    """x <- x + alpha p, p <- r(x) + beta p: conjugate gradients whose slope is how far a sweep goes, r(x) = S(x) - x.
 
-    With r = S(x) - x, and m_i, t_i how x and r have changed in the last two steps, c makes what a sweep would still do
-    orthogonal to the last moves, <m_i, r + sum_j c_j t_j> = 0, in each sample by itself. The products are those of the
-    layers at even depth alone: in a chain, they are all that the next sweep depends on.
+    S is the odd-even sweep of `FixedPoint`. In a chain the even layers are all that S depends on, r is minus the slope
+    of the energy of what they leave the odd ones to answer, in the metric of their responses, and conjugate gradients
+    need the square root of the plain count: a rate of rho a sweep becomes (1 - s) / (1 + s), s = sqrt(1 - rho).
 
-    There r is minus the slope of the energy once the odd layers have answered, in a metric that responses bring with
-    them, and -<m_i, t_j> its curvature: the condition is that of conjugate gradients, and the number of sweeps goes as
-    the square root of the plain one's. It is used where that curvature is positive: elsewhere the energy is lower
-    further out, and least squares on r (`Anderson`), which do not ask, would be drawn to the saddle. What is not
-    positive along both moves is tried along the last one, and then left to the plain sweep. A step that leaves
-    a sample with a larger residual than it began with is taken back for that sample, to where the plain sweep had brought it.
+    One sweep a step, at y = x + p: it is the trial that measures the curvature along p, alpha = <r(x), p> / <p, r(x) -
+    r(y)>, and where the next step would end. r at the new x follows from those at the old one and at y as in a linear
+    network; beta makes the new p conjugate to the old one. Products are those of even layers, each sample's own.
 
-    The residual is that of `FixedPoint`, how far the sweep moved each sample, as are the meaning of `tol`, the
-    statuses and the energies. The last step is a sweep with nothing added. A graph (`Equilibrium.exported`) has plain
-    sweeps.
+    At first x + p = S(x), and again wherever a sample starts anew: where the curvature is not positive (least squares
+    on r, as `Anderson` takes them, do not ask, and would be drawn to saddles), where a sweep finds more than a tenth of
+    the slope along the last p back, as across kinks, and where nan came back or ten times the first residual: then
+    from where the last sweep but one had ended. Samples that have settled take plain sweeps.
+
+    The residual is that of `FixedPoint`, how far a sweep moved each sample, as are the meaning of `tol`, statuses and
+    energies. The last step is a sweep, with nothing added. A graph (`Equilibrium.exported`) has plain sweeps.
 
     Args:
         max_steps: how many sweeps, or how many at most.
@@ -43,11 +44,11 @@ class AcceleratedFixedPoint(Relaxer):
 
     Raises:
         ConfigurationError: an argument out of range; (in use) an energy that has no best response.
-        RelaxationDivergedError: (in use) states ran away, as they would by plain sweeps.
+        RelaxationDivergedError: (in use) states ran away.
 
     Source:
-        Type I of Fang and Saad 2009 (Numer. Linear Algebra Appl. 16), with two differences; the condition on the
-        curvature is this library's. Over-relaxation (Young 1954) took more sweeps on all networks it was measured on.
+        Hestenes and Stiefel 1952; with every other block eliminated Hageman and Young, Applied Iterative Methods, 1981.
+        Over-relaxation (Young 1954) and the types of Anderson's took more sweeps on almost all that was measured.
     """
 
     complex_states: ClassVar[bool] = True
@@ -63,7 +64,7 @@ class AcceleratedFixedPoint(Relaxer):
             return FixedPoint(self.max_steps).relax(landscape, start, strength)
         point = as_complex(start, strength)
         halves = halves_of(landscape.depths)
-        path = _Path(landscape, halves[-1])
+        search = _Search(landscape, halves[-1])
         energies = [landscape.energy_of(point, strength)]
         for steps in range(1, self.max_steps + 1):  # read after the loop
             before = point
@@ -77,20 +78,20 @@ class AcceleratedFixedPoint(Relaxer):
             if steps == 1:
                 first, settled_at = norm, (self.tol * norm).maximum(rounding_of(landscape, point))
                 bound = 1e6 * first.max().clamp_min(1)
-            lost = path.extrapolated & ~(norm <= first)  # nan is not
+            lost = search.elsewhere & ~(norm <= 10 * first)  # nan is not
+            unsettled = ~(norm <= settled_at)
             away = ~(norm <= bound) & ~lost
-            unsettled = norm > settled_at
             moving, failed, diverged = torch.stack([unsettled, lost, away]).any(1).tolist()  # asked for once
             if diverged:
                 raise ran_away(self, landscape, strength, steps, before, point)
-            step = _Step(before, moved, point, norm)
+            step = _Sweep(moved, point, norm)
             if failed:
-                step = path.without(step, lost)
-                point, norm = step.swept, step.norm
-                unsettled = norm > settled_at
+                step = search.without(step, lost)
+                point, norm = step.ended, step.norm
+                unsettled &= ~lost
             if steps == self.max_steps or (self.tol and not moving):
                 break
-            point = path.onwards(step, unsettled)
+            point = search.onwards(step, unsettled)
         settled = bool((norm <= settled_at).all())
         residual = norm / first.clamp_min(torch.finfo(first.dtype).tiny)
         grew = bool(norm.norm() > first.norm()) and not settled
@@ -100,17 +101,16 @@ class AcceleratedFixedPoint(Relaxer):
 
 
 @dataclass
-class _Step:
-    """A sweep: from where, by how much, to where, and how far each sample went."""
+class _Sweep:
+    """By how much it moved each layer, where it ended, and how far each sample went."""
 
-    start: list[Tensor]
     moved: list[Tensor]
-    swept: list[Tensor]
+    ended: list[Tensor]
     norm: Tensor
 
 
-class _Path:
-    """Where the last sweeps began and led.
+class _Search:
+    """x, p and r(x) of every sample, written as S(x) = x + r(x), which for odd layers is what they answer to x.
 
     Args:
         landscape: tells samples apart.
@@ -120,71 +120,65 @@ class _Path:
     def __init__(self, landscape: Landscape, layers: list[int]) -> None:
         self._landscape = landscape
         self._layers = layers
-        self._last: _Step | None = None
-        self._changes: list[list[Tensor]] = []  # d_1, d_2, of all layers
-        self._moves: list[list[Tensor]] = []  # m_1, m_2, as r below of the layers that matter
-        self._residuals: list[list[Tensor]] = []  # r of the last step and the one before
-        self._slope = self._curvature = torch.zeros(())  # <m_1, r> and -<m_1, t_1> of the last step
-        self.extrapolated = torch.zeros((), dtype=torch.bool)
-        """Which samples were sent elsewhere than the sweep went."""
+        self._last: _Sweep | None = None
+        self._swept: list[Tensor] = []  # S(x)
+        self._slope: list[Tensor] = []  # r(x), of `layers`
+        self._ahead: list[Tensor] = []  # p, of `layers`
+        self._behind: list[Tensor] = []  # the p before
+        self._descent = torch.zeros(())  # <r, p> at the x before
+        self.elsewhere = torch.zeros((), dtype=torch.bool)
+        """Which samples were sent elsewhere than the last sweep went."""
 
-    def onwards(self, step: _Step, unsettled: Tensor) -> list[Tensor]:
-        """Where the next sweep begins: S(x) + c_1 d_1 + c_2 d_2 for samples that are `unsettled`, S(x) for others."""
-        last, self._last = self._last, step
-        residual = [step.moved[k] for k in self._layers]
-        if last is None:
-            self._residuals = [residual]
-            return step.swept
-        self._moves = [[step.start[k] - last.start[k] for k in self._layers], *self._moves[:1]]
-        reach = self._reach(residual, unsettled)
-        self._residuals = [residual, *self._residuals[:1]]
-        # What is as large as all states is written over what is no longer needed: fresh memory costs more than sums.
-        spare: Sequence[Tensor | None] = self._changes[1] if len(self._changes) > 1 else [None] * len(step.swept)
-        ends = zip(step.swept, last.swept, spare, strict=True)
-        self._changes = [[torch.sub(y, x, out=old) for y, x, old in ends], *self._changes[:1]]
-        point = step.swept
-        for order, (c, changes) in enumerate(zip(reach, self._changes, strict=True)):
-            far = self._landscape.spread(c, point)
-            sums = zip(point, far, changes, strict=True)
-            point = [x.addcmul_(s, d) if order else torch.addcmul(x, s, d) for x, s, d in sums]
+    def onwards(self, sweep: _Sweep, searching: Tensor) -> list[Tensor]:
+        """Where the next sweep begins; samples that are not `searching` start anew from where this one ended."""
+        self._last = sweep
+        slope = [sweep.moved[k] for k in self._layers]
+        if not self._swept:
+            # Copies, as they will be written over.
+            self._swept = [x.clone() for x in sweep.ended]
+            self._slope = self._ahead = slope
+            return sweep.ended
+        alpha, beta = self._steps(slope, searching)
+        dtype = sweep.ended[0].dtype
+        by_alpha, by_beta, by_both = (
+            self._landscape.spread(c.to(dtype), sweep.ended) for c in (alpha, beta, alpha + beta)
+        )
+        point = list(sweep.ended)
+        for k, swept in enumerate(self._swept):
+            if k not in self._layers:
+                point[k] = torch.lerp(swept, sweep.ended[k], by_both[k])
+            swept.lerp_(sweep.ended[k], by_alpha[k])
+        ends = zip(self._layers, self._slope, slope, strict=True)
+        self._slope = [torch.lerp(r_x, r, by_alpha[k]) for k, r_x, r in ends]
+        self._behind, self._ahead = self._ahead, []
+        for k, r_x, p in zip(self._layers, self._slope, self._behind, strict=True):
+            point[k] = torch.addcmul(self._swept[k], by_beta[k], p)
+            self._ahead.append(torch.addcmul(r_x, by_beta[k], p))
         return self._landscape.feasible(point)
 
-    def without(self, step: _Step, lost: Tensor) -> _Step:
-        """The step with these samples back where the last sweep had brought them, as if that had been this one."""
+    def without(self, sweep: _Sweep, lost: Tensor) -> _Sweep:
+        """The sweep with the last one in its place for these samples."""
         last = self._last
         assert last is not None  # without which nobody is sent elsewhere
-
-        def back(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
-            marks = self._landscape.spread(lost.to(step.norm.dtype), new)
-            return [torch.where(mark > 0, x, y) for mark, x, y in zip(marks, old, new, strict=True)]
-
-        return _Step(
-            back(last.start, step.start),
-            back(last.moved, step.moved),
-            back(last.swept, step.swept),
-            torch.where(lost, last.norm, step.norm),
+        marks = [mark > 0 for mark in self._landscape.spread(lost.to(sweep.norm.dtype), sweep.ended)]
+        moved, ended = (
+            [torch.where(mark, x, y) for mark, x, y in zip(marks, old, new, strict=True)]
+            for old, new in ((last.moved, sweep.moved), (last.ended, sweep.ended))
         )
+        return _Sweep(moved, ended, torch.where(lost, last.norm, sweep.norm))
 
-    def _reach(self, residual: list[Tensor], unsettled: Tensor) -> list[Tensor]:
-        """c_1, and c_2 once there is a d_2, ``(B,)`` each; 0 along what has no positive curvature."""
-        move, before = self._moves[0], self._residuals
-        slope, before_slope = self._product(move, residual), self._product(move, before[0])
-        curvature = before_slope - slope
-        self.extrapolated = unsettled & (curvature > 0)
-        alone = torch.where(self.extrapolated, slope / curvature, 0.0)
-        found = [alone]
-        if len(self._moves) > 1:
-            other_slope, other_curvature = self._product(self._moves[1], residual), self._curvature
-            across = self._product(move, before[1]) - before_slope  # -<m_1, t_2>
-            back = self._slope - other_slope  # -<m_2, t_1>
-            square = curvature * other_curvature
-            both = self.extrapolated & (other_curvature > 0) & ((across + back).square() < 4 * _INDEPENDENT * square)
-            room = square - across * back
-            first = (other_curvature * slope - across * other_slope) / room
-            second = (curvature * other_slope - back * slope) / room
-            found = [torch.where(both, first, alone), torch.where(both, second, 0.0)]
-        self._slope, self._curvature = slope, curvature
-        return [c.clamp(-_FURTHEST, _FURTHEST) for c in found]
+    def _steps(self, slope: list[Tensor], searching: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and beta, ``(B,)``: 1 and 0 where a sample starts anew."""
+        turn = [r_x - r for r_x, r in zip(self._slope, slope, strict=True)]  # what the sweep loses along p
+        descent, curvature = self._product(self._slope, self._ahead), self._product(self._ahead, turn)
+        searching = searching & (descent > 0) & (curvature > 0)
+        if self._behind:
+            linear = self._product(self._behind, slope).abs() <= _LEFT * self._descent
+            searching &= linear | ~self.elsewhere
+        self.elsewhere, self._descent = searching, descent
+        alpha = (descent / curvature).clamp(max=_FURTHEST)
+        beta = (alpha * self._product(turn, turn) - self._product(self._slope, turn)) / curvature
+        return torch.where(searching, alpha, 1.0), torch.where(searching, beta.clamp(0, _FURTHEST), 0.0)
 
     def _product(self, left: list[Tensor], right: list[Tensor]) -> Tensor:
         return self._landscape.products(left, right, self._layers)
