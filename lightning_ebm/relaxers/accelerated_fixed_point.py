@@ -33,7 +33,11 @@ class AcceleratedFixedPoint(Relaxer):
     At first x + p = S(x), and again wherever a sample starts anew: where the curvature is not positive (least squares
     on r, as `Anderson` takes them, do not ask, and would be drawn to saddles), where a sweep finds more than a tenth of
     the slope along the last p back, as across kinks, and where nan came back or ten times the first residual: then
-    from where the last sweep but one had ended. Samples that have settled take plain sweeps.
+    from where the last sweep but one had ended. Starting anew from no smaller a residual than before quarters the
+    longest step, and at 1 the sweeps stay plain, which in a chain end in any case. So they are once settled.
+
+    Links within the odd or the even layers, as in residual networks, make the sweep unsymmetric: what ends is the same,
+    but it is hardly sooner.
 
     The residual is that of `FixedPoint`, how far a sweep moved each sample, as are the meaning of `tol`, statuses and
     energies. The last step is a sweep, with nothing added. A graph (`Equilibrium.exported`) has plain sweeps.
@@ -126,6 +130,8 @@ class _Search:
         self._ahead: list[Tensor] = []  # p, of `layers`
         self._behind: list[Tensor] = []  # the p before
         self._descent = torch.zeros(())  # <r, p> at the x before
+        self._longest = torch.full((), _FURTHEST)  # alpha that each sample may take
+        self._least = torch.full((), torch.inf)  # residual of each sample where it started anew
         self.elsewhere = torch.zeros((), dtype=torch.bool)
         """Which samples were sent elsewhere than the last sweep went."""
 
@@ -134,22 +140,20 @@ class _Search:
         self._last = sweep
         slope = [sweep.moved[k] for k in self._layers]
         if not self._swept:
-            # Copies, as they will be written over.
-            self._swept = [x.clone() for x in sweep.ended]
-            self._slope = self._ahead = slope
+            self._swept, self._slope, self._ahead = sweep.ended, slope, slope
             return sweep.ended
-        alpha, beta = self._steps(slope, searching)
+        alpha, beta = self._steps(slope, sweep.norm, searching)
         dtype = sweep.ended[0].dtype
         by_alpha, by_beta, by_both = (
             self._landscape.spread(c.to(dtype), sweep.ended) for c in (alpha, beta, alpha + beta)
         )
-        point = list(sweep.ended)
-        for k, swept in enumerate(self._swept):
-            if k not in self._layers:
-                point[k] = torch.lerp(swept, sweep.ended[k], by_both[k])
-            swept.lerp_(sweep.ended[k], by_alpha[k])
-        ends = zip(self._layers, self._slope, slope, strict=True)
-        self._slope = [torch.lerp(r_x, r, by_alpha[k]) for k, r_x, r in ends]
+        point, ends = list(sweep.ended), list(zip(self._swept, sweep.ended, strict=True))
+        for k in set(range(len(point))).difference(self._layers):
+            point[k] = torch.lerp(*ends[k], by_both[k])
+        # Written over where they are this search's own: fresh memory costs more than the sums.
+        self._swept = [(x.lerp_ if self._behind else x.lerp)(y, by_alpha[k]) for k, (x, y) in enumerate(ends)]
+        slopes = zip(self._layers, self._slope, slope, strict=True)
+        self._slope = [torch.lerp(r_x, r, by_alpha[k]) for k, r_x, r in slopes]
         self._behind, self._ahead = self._ahead, []
         for k, r_x, p in zip(self._layers, self._slope, self._behind, strict=True):
             point[k] = torch.addcmul(self._swept[k], by_beta[k], p)
@@ -160,6 +164,7 @@ class _Search:
         """The sweep with the last one in its place for these samples."""
         last = self._last
         assert last is not None  # without which nobody is sent elsewhere
+        self._longest = torch.where(lost, self._longest / 4, self._longest)
         marks = [mark > 0 for mark in self._landscape.spread(lost.to(sweep.norm.dtype), sweep.ended)]
         moved, ended = (
             [torch.where(mark, x, y) for mark, x, y in zip(marks, old, new, strict=True)]
@@ -167,18 +172,22 @@ class _Search:
         )
         return _Sweep(moved, ended, torch.where(lost, last.norm, sweep.norm))
 
-    def _steps(self, slope: list[Tensor], searching: Tensor) -> tuple[Tensor, Tensor]:
+    def _steps(self, slope: list[Tensor], norm: Tensor, searching: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and beta, ``(B,)``: 1 and 0 where a sample starts anew."""
         turn = [r_x - r for r_x, r in zip(self._slope, slope, strict=True)]  # what the sweep loses along p
         descent, curvature = self._product(self._slope, self._ahead), self._product(self._ahead, turn)
-        searching = searching & (descent > 0) & (curvature > 0)
+        good = searching & (descent > 0) & (curvature > 0)
         if self._behind:
-            linear = self._product(self._behind, slope).abs() <= _LEFT * self._descent
-            searching &= linear | ~self.elsewhere
-        self.elsewhere, self._descent = searching, descent
-        alpha = (descent / curvature).clamp(max=_FURTHEST)
+            found = self._product(self._behind, slope).abs() > _LEFT * self._descent
+            bent = searching & self.elsewhere & found
+            # Without this a sample could go round and round between the same kinks.
+            self._longest = torch.where(bent & (norm > 0.9 * self._least), self._longest / 4, self._longest)
+            self._least = torch.where(bent, norm.minimum(self._least), self._least)
+            good &= ~bent & (self._longest > 1)
+        self.elsewhere, self._descent = good, descent
+        alpha = (descent / curvature).minimum(self._longest)
         beta = (alpha * self._product(turn, turn) - self._product(self._slope, turn)) / curvature
-        return torch.where(searching, alpha, 1.0), torch.where(searching, beta.clamp(0, _FURTHEST), 0.0)
+        return torch.where(good, alpha, 1.0), torch.where(good, beta.clamp(0, _FURTHEST), 0.0)
 
     def _product(self, left: list[Tensor], right: list[Tensor]) -> Tensor:
         return self._landscape.products(left, right, self._layers)
