@@ -17,6 +17,9 @@ _FURTHEST = 1e3
 _LEFT = 0.1
 """Share of the slope along the last direction that a later sweep may find there again; in a linear network, none."""
 
+_ALONE = 2
+"""Plain sweeps before a search where only the loss comes back to a layer: most settle within them and one more."""
+
 
 @dataclass(frozen=True)
 class AcceleratedFixedPoint(Relaxer):
@@ -34,7 +37,8 @@ class AcceleratedFixedPoint(Relaxer):
     on r, as `Anderson` takes them, do not ask, and would be drawn to saddles), where a sweep finds more than a tenth of
     the slope along the last p back, as across kinks, and where nan came back or ten times the first residual: then
     from where the last sweep but one had ended. Starting anew from no smaller a residual than before quarters the
-    longest step, and at 1 the sweeps stay plain, which in a chain end in any case. So they are once settled.
+    longest step, and at 1 the sweeps stay plain. They are plain for samples that have settled, and the first ones of a
+    network with one hidden layer.
 
     Links within the odd or the even layers, as in residual networks, make the sweep unsymmetric: what ends is the same,
     but it is hardly sooner.
@@ -95,7 +99,8 @@ class AcceleratedFixedPoint(Relaxer):
                 unsettled &= ~lost
             if steps == self.max_steps or (self.tol and not moving):
                 break
-            point = search.onwards(step, unsettled)
+            if len(halves) > 1 or steps > _ALONE:
+                point = search.onwards(step, unsettled)
         settled = bool((norm <= settled_at).all())
         residual = norm / first.clamp_min(torch.finfo(first.dtype).tiny)
         grew = bool(norm.norm() > first.norm()) and not settled
