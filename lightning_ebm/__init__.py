@@ -27,6 +27,7 @@ from lightning_ebm.nudges import (
 )
 from lightning_ebm.presets import algorithm, algorithms
 from lightning_ebm.relaxers import (
+    AcceleratedFixedPoint,
     Anderson,
     AugmentedLagrangian,
     Cheapest,
@@ -46,11 +47,11 @@ from lightning_ebm.summary import Summary, summary
 __version__ = "0.1.0"
 
 __all__ = [
-    "Algorithm", "Anderson", "AugmentedLagrangian", "Centered", "Cheapest", "Clamped", "ConfigurationError",
-    "Coupled", "Dyadic", "EBMDDPStrategy", "EBMError", "EBMFSDP2Strategy", "EBMStrategy", "Energy", "Equilibrium",
-    "ErrorCoordinates", "FenchelYoung", "FixedPoint", "FixedPrediction", "GradientAlignment", "GradientDescent",
-    "Holomorphic", "Hopfield", "Infinitesimal", "LayerDiscoveryError", "LayerView", "LearnedPrecision", "Learner",
-    "Nudge", "OneSided", "Phase", "PredictiveCoding", "RandomSign", "Relaxation", "RelaxationDivergedError",
-    "RelaxationMonitor", "Relaxer", "StateOptimizer", "Summary", "Sweep", "UnsupportedModuleError", "algorithm",
-    "algorithms", "metrics", "reference", "regime", "summary", "testing",
+    "AcceleratedFixedPoint", "Algorithm", "Anderson", "AugmentedLagrangian", "Centered", "Cheapest", "Clamped",
+    "ConfigurationError", "Coupled", "Dyadic", "EBMDDPStrategy", "EBMError", "EBMFSDP2Strategy", "EBMStrategy",
+    "Energy", "Equilibrium", "ErrorCoordinates", "FenchelYoung", "FixedPoint", "FixedPrediction", "GradientAlignment",
+    "GradientDescent", "Holomorphic", "Hopfield", "Infinitesimal", "LayerDiscoveryError", "LayerView",
+    "LearnedPrecision", "Learner", "Nudge", "OneSided", "Phase", "PredictiveCoding", "RandomSign", "Relaxation",
+    "RelaxationDivergedError", "RelaxationMonitor", "Relaxer", "StateOptimizer", "Summary", "Sweep",
+    "UnsupportedModuleError", "algorithm", "algorithms", "metrics", "reference", "regime", "summary", "testing",
 ]  # fmt: skip

@@ -4,7 +4,15 @@ from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import QuadraticEnergy, has_best_response
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.nudges import Clamped, Coupled, Holomorphic, Nudge
-from lightning_ebm.relaxers import Anderson, Cheapest, ErrorCoordinates, FixedPoint, GradientDescent, Relaxer
+from lightning_ebm.relaxers import (
+    AcceleratedFixedPoint,
+    Anderson,
+    Cheapest,
+    ErrorCoordinates,
+    FixedPoint,
+    GradientDescent,
+    Relaxer,
+)
 
 
 def automatic(energy: Energy, nudge: Nudge, tol: float = 1e-3, max_steps: int = 100) -> Cheapest:
@@ -30,7 +38,8 @@ def automatic(energy: Energy, nudge: Nudge, tol: float = 1e-3, max_steps: int = 
         candidates = [ErrorCoordinates(max_steps, tol=tol)]
         candidates += [Anderson(max_steps, memory, tol, coordinates="errors") for memory in (1, 4)]
     elif has_best_response(energy):
-        candidates = [FixedPoint(max_steps, tol=tol), FixedPoint(max_steps, "synchronous", tol)]
+        candidates = [FixedPoint(max_steps, tol=tol), AcceleratedFixedPoint(max_steps, tol)]
+        candidates += [FixedPoint(max_steps, "synchronous", tol)]
         candidates += [] if analytic else [Anderson(max_steps, memory, tol) for memory in (2, 4)]
         candidates += [FixedPoint(max_steps, "synchronous", tol, damping=0.5)]
         candidates += [] if analytic else [GradientDescent(0.5, 2 * max_steps, tol)]

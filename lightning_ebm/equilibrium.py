@@ -11,7 +11,7 @@ from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.layers import Layers, Output
 from lightning_ebm.learner import Learner
-from lightning_ebm.relaxers import FixedPoint
+from lightning_ebm.relaxers import AcceleratedFixedPoint, FixedPoint
 
 
 class Equilibrium(nn.Module):
@@ -59,17 +59,18 @@ class Equilibrium(nn.Module):
         """The whole evaluation as one graph of tensor operations, to save with `torch.export.save` and run elsewhere.
 
         The graph holds the parameters of now, and needs neither this library nor autograd. It is for inputs of these
-        shapes, and takes all `max_steps` sweeps: a graph cannot ask whether it has arrived.
+        shapes, and takes all `max_steps` sweeps, plain ones: a graph cannot ask whether it has arrived.
 
         Args:
             args: inputs; what they hold is of no consequence.
 
         Raises:
-            ConfigurationError: the free phase is not that of a `FixedPoint`; others choose their steps by looking.
+            ConfigurationError: the free phase is not that of a `FixedPoint`, accelerated or not; others choose their
+                steps by looking.
         """
         algorithm = self._learned().algorithm
         relaxer = algorithm.free_relaxer or algorithm.relaxer
-        if not algorithm.energy.divergence and not isinstance(relaxer, FixedPoint):
+        if not algorithm.energy.divergence and not isinstance(relaxer, FixedPoint | AcceleratedFixedPoint):
             raise ConfigurationError(
                 f"Equilibrium.exported: the free phase is relaxed by {relaxer!r}, which chooses its steps by looking at"
                 " energies, as no graph can. Take free_relaxer=ebm.FixedPoint(max_steps)."

@@ -189,6 +189,14 @@ class Network:
             return self.free[0].new_zeros(self.batch_size)
         return rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
 
+    def products(self, left: Sequence[Tensor], right: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
+        """See `Landscape.products`."""
+        rows = [
+            by_sample((a.conj() * b).real if a.is_complex() else a * b, self._layouts[k], self.batch_size)
+            for k, a, b in zip(layers, left, right, strict=True)
+        ]
+        return rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
+
     def spread(self, values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         """See `Landscape.spread`."""
         return [to_samples(values, t, layout) for t, layout in zip(like, self._layouts, strict=True)]

@@ -88,6 +88,7 @@ RELAXERS = {
     "odd-even": ebm.FixedPoint(5),
     "synchronous": ebm.FixedPoint(5, order="synchronous", damping=0.3),
     "by tolerance": ebm.FixedPoint(50, tol=1e-6),
+    "accelerated": ebm.AcceleratedFixedPoint(5, tol=0.0),
     "anderson": ebm.Anderson(6, tol=0.0),
     "euler": ebm.GradientDescent(0.1, 5),
     "euler by tolerance": ebm.GradientDescent(0.3, 30, tol=1e-4),
@@ -100,7 +101,7 @@ def test_every_relaxer_on_a_bounded_energy(relaxer: str, act: type[nn.Module]) -
     captured(small(chain(act)), hopfield(relaxer=RELAXERS[relaxer], free_relaxer=None))
 
 
-@pytest.mark.parametrize("relaxer", ["odd-even", "synchronous", "anderson", "euler"])
+@pytest.mark.parametrize("relaxer", ["odd-even", "synchronous", "accelerated", "anderson", "euler"])
 @pytest.mark.parametrize("energy", [ebm.FenchelYoung(), ebm.PredictiveCoding(), ebm.Hopfield(0.3)], ids=str)
 @pytest.mark.parametrize("nudge", [ebm.OneSided(0.3), ebm.Centered(0.1)], ids=str)
 def test_every_energy_and_nudge(energy: ebm.Energy, nudge: ebm.Nudge, relaxer: str) -> None:

@@ -252,6 +252,15 @@ def test_the_choice_is_the_one_that_asks_least_counted_from_outside():
     assert learner.report["steps"] < 0.7 * steps[algorithm.relaxer.candidates[0]]
 
 
+def test_sweeps_are_accelerated_where_they_are_many():
+    net, algorithm = mlp(5, 32, 32, 3, gain=2.0), ebm.algorithm("equilibrium-propagation", relaxer="auto")
+    _, learner = gradients(net, algorithm)
+    assert {type(chosen) for chosen in algorithm.relaxer.chosen.values()} == {ebm.AcceleratedFixedPoint}
+    _, plain = gradients(net, ebm.algorithm(algorithm, relaxer=ebm.FixedPoint(1000, tol=1e-4)))
+    assert learner.report["result"] == "converged"
+    assert learner.report["steps"] < 0.7 * plain.report["steps"]
+
+
 def test_auto_keeps_the_presets_tolerance_and_the_report_names_the_choice():
     algorithm = ebm.algorithm("contrastive-hebbian", relaxer="auto")
     assert {c.tol for c in algorithm.relaxer.candidates} == {1e-6}

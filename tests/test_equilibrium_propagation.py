@@ -436,6 +436,16 @@ def test_the_holomorphic_preset() -> None:
     assert worst_relative_error(library_gradients(net, problem, algorithm), expected) < 1e-9
 
 
+def test_the_holomorphic_preset_settles_where_plain_sweeps_do() -> None:
+    """Complex states, accelerated: the contour sum to the preset's own tolerance."""
+    net, problem = make(), make_problem()
+    found = library_gradients(net, problem, "holomorphic-ep")
+    expected = holomorphic(Hopfield.copy_of(net), problem, 0.2, 4)
+    assert worst_relative_error(found, expected) < 1e-2
+    algorithm = ebm.algorithm("holomorphic-ep", relaxer=ebm.AcceleratedFixedPoint(300, tol=1e-12))
+    assert worst_relative_error(library_gradients(net, problem, algorithm), expected) < 1e-9
+
+
 def test_a_module_that_is_not_holomorphic_is_refused_by_name() -> None:
     """A kink has no complex derivative: ReLU "1" must be named, not silently continued."""
     net, problem = make("relu"), make_problem()

@@ -1,5 +1,6 @@
 """Relaxers: how states find a point of low or stationary energy. One solver a file; none of them sees a module."""
 
+from lightning_ebm.relaxers.accelerated_fixed_point import AcceleratedFixedPoint
 from lightning_ebm.relaxers.anderson import Anderson
 from lightning_ebm.relaxers.augmented_lagrangian import AugmentedLagrangian
 from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer
@@ -14,6 +15,7 @@ from lightning_ebm.relaxers.state_optimizer import StateOptimizer
 from lightning_ebm.relaxers.sweep import Sweep
 
 __all__ = [
+    "AcceleratedFixedPoint",
     "Anderson",
     "AugmentedLagrangian",
     "Cheapest",

@@ -69,6 +69,9 @@ class Landscape(Protocol):
     def squares(self, tensors: Sequence[Tensor]) -> Tensor:
         """`per_sample` of |t|^2: ``(B,)``."""
 
+    def products(self, left: Sequence[Tensor], right: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
+        """sum_k Re <left_k, right_k> over these layers, of which both lists hold one tensor each: ``(B,)``."""
+
     def spread(self, values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         """One number a sample ``(B,)`` shaped to multiply each tensor of the list."""
 

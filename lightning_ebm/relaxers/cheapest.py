@@ -273,6 +273,11 @@ class _Counting:
         self._spend(_REDUCTION)
         return self._landscape.squares(tensors)
 
+    def products(self, left: Sequence[Tensor], right: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
+        """See `Landscape.products`."""
+        self._spend(_REDUCTION * len(layers) / len(self._landscape.names))
+        return self._landscape.products(left, right, layers)
+
     def _spend(self, cost: float) -> None:
         self.cost += cost
         if self.cost > self._limit:

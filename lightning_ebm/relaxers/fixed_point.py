@@ -61,7 +61,7 @@ class FixedPoint(Relaxer):
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
         point = as_complex(start, strength)
-        halves = self._halves(landscape.depths)
+        halves = halves_of(landscape.depths) if self.order == "odd-even" else [list(range(len(point)))]
         if get_proxy_mode() is not None:  # a graph is being made
             return self._unrolled(landscape, point, strength, halves)
         energies = [landscape.energy_of(point, strength)]
@@ -75,7 +75,7 @@ class FixedPoint(Relaxer):
                 first, settled_at = norm, (self.tol * norm).maximum(rounding_of(landscape, point))
                 bound = 1e6 * float(first.max().clamp_min(1))
             if not float(norm.max()) <= bound:  # nan is not
-                raise _ran_away(self, landscape, strength, steps, before, point)
+                raise ran_away(self, landscape, strength, steps, before, point)
             if self.tol and bool((norm <= settled_at).all()):
                 break
         settled = bool((norm <= settled_at).all())
@@ -101,12 +101,6 @@ class FixedPoint(Relaxer):
             point = self._moved(point, landscape.answers(point, strength, layers), layers)
         return point
 
-    def _halves(self, depths: Sequence[int]) -> list[list[int]]:
-        """The layers that move together, in turn."""
-        layers = range(len(depths))
-        odd, even = [k for k in layers if depths[k] % 2], [k for k in layers if depths[k] % 2 == 0]
-        return [list(layers)] if self.order == "synchronous" or not even else [odd, even]
-
     def _moved(self, point: list[Tensor], answers: list[Tensor], layers: Sequence[int]) -> list[Tensor]:
         moved = list(point)
         for k, answer in zip(layers, answers, strict=True):
@@ -120,9 +114,17 @@ def rounding_of(landscape: Landscape, point: Sequence[Tensor]) -> Tensor:
     return 4 * max(landscape.rounding, torch.finfo(size.dtype).eps) * size
 
 
-def _ran_away(
+def halves_of(depths: Sequence[int]) -> list[list[int]]:
+    """The layers that move together, in turn: those at odd depth, then those at even depth."""
+    layers = range(len(depths))
+    odd, even = [k for k in layers if depths[k] % 2], [k for k in layers if depths[k] % 2 == 0]
+    return [odd, even] if even else [odd]
+
+
+def ran_away(
     owner: Relaxer, landscape: Landscape, strength: complex, steps: int, before: list[Tensor], point: list[Tensor]
 ) -> RelaxationDivergedError:
+    """The error that names the layer that ran furthest."""
     sizes = [float((y - x).norm()) for x, y in zip(before, point, strict=True)]
     worst = landscape.names[max(range(len(sizes)), key=lambda k: sizes[k] if sizes[k] == sizes[k] else float("inf"))]
     return RelaxationDivergedError(
