@@ -66,7 +66,7 @@ class Mode(NamedTuple):
     @property
     def has_energy(self) -> bool:
         """Whether it gives the energy of each sample."""
-        return self.kind in ("forces", "error_forces", "responses", "hops")
+        return self.kind in ("forces", "error_forces", "responses", "hops") and self.lr is None
 
     @property
     def in_errors(self) -> bool:
@@ -153,9 +153,10 @@ class RecordingNetwork(Dyads):
             if mode.kind == "responses":
                 gradients = [state.detach() - answer for state, answer in zip(first.states, outputs, strict=True)]
                 energy, outputs = self.internal(first).detach(), [self.loss(first).detach(), *gradients]
-            if mode.lr is not None:
+            if mode.lr is not None and energy is not None:
+                total = energy if nudge is None else energy + nudge * outputs[0]
                 here = errors if mode.in_errors else [state.detach() for state in first.states]
-                outputs = [outputs[0], *moved(here, outputs[1:], mode.lr)]
+                energy, outputs = None, [total, *moved(here, outputs[1:], mode.lr)]
             if mode.wanted is not None:
                 outputs = [outputs[0], *(outputs[1 + k] for k in mode.wanted)]
             if not mode.updates:
@@ -238,7 +239,7 @@ class RecordingNetwork(Dyads):
             return 0.5 * self.squares(errors, layers)
         if not layers:
             return self.scalar(0.0)
-        return 0.5 * torch.stack([torch.linalg.vector_norm(errors[k]).square() for k in layers]).sum()
+        return 0.5 * torch.stack([torch.linalg.vector_norm(errors[k]) for k in layers]).square().sum()
 
     def _pulls(
         self, first: Pass, seeds: Sequence[Seed], strength: Tensor | None, layers: Sequence[int]
@@ -364,9 +365,10 @@ class RecordingNetwork(Dyads):
             return [self.internal(seen).detach(), self.loss(seen).detach()] if mode.kind == "energy" else []
         found: Forces = getattr(Network, mode.kind)(self, point, strength)
         ahead = found.gradients if mode.lr is None else moved(point, found.gradients, mode.lr)
-        wanted = range(len(ahead)) if mode.wanted is None else mode.wanted
-        internal = found.internal if mode.lr is None else found.internal.sum()
-        return [internal, found.loss, *(ahead[k] for k in wanted)]
+        energies = [found.internal, found.loss]
+        if mode.lr is not None:
+            energies = [found.internal.sum() + strength * found.loss]
+        return [*energies, *(ahead[k] for k in (range(len(ahead)) if mode.wanted is None else mode.wanted))]
 
     def _elsewhere(self, mode: Mode, number: int) -> list[Tensor]:
         """Points near the forward pass, the same ones for every mode."""

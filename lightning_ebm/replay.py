@@ -57,7 +57,7 @@ class CapturedNetwork(RecordingNetwork):
             tape.contents = {v: t for v, t in tape.contents.items() if v in needed}
         self._fixed: dict[Any, tuple[Tensor, ...]] = {}
         self._latest_run: _Run | None = None
-        self._ready: dict[tuple[Mode, complex], tuple[Program, Callable[..., Sequence[Sequence[Tensor]]]]] = {}
+        self._ready: dict[tuple[Mode, complex], Callable[..., Sequence[Sequence[Tensor]]]] = {}
         self._energies: list[tuple[Stamps, Tensor, Tensor]] = []
 
     def _behind_front(self, mode: Mode, states: Sequence[Tensor]) -> Mode:
@@ -90,8 +90,8 @@ class CapturedNetwork(RecordingNetwork):
 
     def descended(
         self, point: Sequence[Tensor], strength: complex, lr: float, coordinates: Literal["states", "errors"]
-    ) -> tuple[list[Tensor], Forces] | None:
-        """x - lr dE/dx, and the batch's energy at x, as forces without gradients; None where there is no code for it.
+    ) -> tuple[list[Tensor], Tensor] | None:
+        """x - lr dE/dx, and the energy of the batch at x; None where there is no code for it.
 
         One piece of code takes the whole step, which keeps nothing for an update: less memory, and more for a compiler
         to put together.
@@ -104,14 +104,13 @@ class CapturedNetwork(RecordingNetwork):
         if is_bounded(self.energy):
             return None
         if (ready := self._ready.get((mode, strength))) is not None:  # the inner loop of a relaxation
-            outputs, _, parts = ready[1](point)
-            found = Forces(parts, outputs[0], list(outputs[1:]), ready[0].energy)
+            energy, *ahead = ready(point)[0]
         elif (ran := self._ran(mode, point, strength)) is not None:
-            found = ran.forces()
+            energy, *ahead = ran.outputs
         else:
             return None
-        ahead = found.gradients if mode.wanted is None else _put(point, mode.wanted, found.gradients)
-        return ahead, found.with_gradients([])
+        energy = energy.real if mode.continued else energy
+        return ahead if mode.wanted is None else _put(point, mode.wanted, ahead), energy
 
     def responses(self, states: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.responses`."""
@@ -123,7 +122,7 @@ class CapturedNetwork(RecordingNetwork):
         mode = _continued(Mode("answers", strength != 0, tuple(layers)), states)
         ready = self._ready.get((mode, strength))
         if ready is not None and not torch.is_grad_enabled():  # the inner loop of a relaxation
-            return list(ready[1](states)[0])
+            return list(ready(states)[0])
         ran = self._ran(mode, states, strength)
         return super().answers(states, strength, layers) if ran is None else list(ran.outputs)
 
@@ -232,7 +231,7 @@ class CapturedNetwork(RecordingNetwork):
         run = self._run_of(program, mode, point, strengths)
         if mode.kind == "answers" or mode.lr is not None:  # not before the code has passed its check
             once, phase = self._fixed[mode], self._fixed[mode, strengths]
-            self._ready[mode, strengths[0]] = program, partial(program.point, once, phase)
+            self._ready[mode, strengths[0]] = partial(program.point, once, phase)
         else:
             self._latest_run = run
         return run

@@ -1,5 +1,7 @@
 """A given number of moves, and a refusal to return a runaway."""
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from lightning_ebm.errors import RelaxationDivergedError
 from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Status, as_complex, force_norm
-from lightning_ebm.relaxers.forces import Energies, total_energy
+from lightning_ebm.relaxers.forces import total_energy
 
 
 def fixed_steps(
@@ -46,15 +48,15 @@ def fixed_steps(
 
     def onwards(count: int) -> list[tuple[list[Tensor], list[Tensor]]]:
         """Points and gradients from the last point on: only a suspect relaxation is looked at that closely."""
-        found = [(point, forces.gradients)]
+        found = [(point, pulls)]
         while len(found) <= count:
             here = next_point(*found[-1])
             found.append((here, evaluate(here, strength).gradients))
         return found
 
     point = as_complex(start, strength)
-    energies = Energies(max_steps + 1, strength)
-    norms: list[Tensor] = []
+    norms: list[Tensor] = []  # of each sample, at the start and at the end
+    sizes: list[Tensor] = []  # of the batch, so that one sample at rest from the start does not divide by nothing
     # Looked up where only the network itself has it: whoever stands in between wants to see the forces.
     descended = getattr(type(landscape), "descended", None) if descends else None
     for step in range(max_steps + 1):
@@ -64,40 +66,48 @@ def fixed_steps(
         if descended is not None and step and not ended:
             found = descended(landscape, point, strength, descends, coordinates)
         if found is not None:
-            ahead, forces = found
+            ahead, energy = found
             if watched:
-                norms.append(force_norm(landscape, [x - y for x, y in zip(point, ahead, strict=True)]) / descends)
+                sizes.append(_size([x - y for x, y in zip(point, ahead, strict=True)]) / descends)
         else:
             forces = evaluate(point, strength)
+            energy, pulls = total_energy(forces, strength), forces.gradients
+            del forces
             if watched:
-                norms.append(force_norm(landscape, forces.gradients))
-            ahead = [] if ended else next_point(point, forces.gradients)
+                norms.append(force_norm(landscape, pulls))
+                sizes.append(torch.linalg.vector_norm(norms[-1]))
+            ahead = [] if ended else next_point(point, pulls)
             if descended is not None and not step:  # where nothing pulls, the very state of before: it will be known
-                pulls = zip(forces.gradients, landscape.no_errors, point, ahead, strict=True)
-                ahead = [x if gradient is nothing else y for gradient, nothing, x, y in pulls]
-        energies.add(forces)
-        if step == 0:
-            start_energy = total_energy(forces, strength)
+                layers = zip(pulls, landscape.no_errors, point, ahead, strict=True)
+                ahead = [x if pull is nothing else y for pull, nothing, x, y in layers]
+        if step == 0:  # one tensor: small ones between two large ones would leave memory in pieces
+            energies = energy.new_empty(max_steps + 1)
+        energies[step].copy_(energy)
         if not ended:
             point = ahead
-            del forces, ahead, found  # as large as the states: not held through the next evaluation
-    first, last = norms[0], norms[-1]
-    ends = torch.stack([start_energy, total_energy(forces, strength)])
-    tiny = torch.finfo(first.dtype).tiny
-    # Force of the whole batch, so that one sample at rest from the start does not divide by nothing.
-    growth = last.norm() / first.norm().clamp_min(tiny)
+            pulls = ahead = found = []  # as large as the states: not held through the next evaluation
+    tiny = torch.finfo(norms[0].dtype).tiny
+    before, after, *force = torch.stack([energies[0], energies[-1], *sizes]).tolist()  # all that is asked, at once
+    growth = force[-1] / max(force[0], tiny)
     # At a negative nudge the energy may fall without bound, and only the growing force tells.
-    room = max(1e-4, 16 * landscape.rounding) * ends[0].abs()
-    rose = not isinstance(strength, complex) and strength >= 0 and bool(ends[1] > ends[0] + room)
-    finite = bool(torch.isfinite(ends).all()) and bool(torch.isfinite(last).all())
-    moving = bool(growth > landscape.rounding**0.5)  # below, forces are rounding
-    growing = descends and max_steps > 2 and bool((torch.stack(norms[-4:]).norm(dim=1).diff() > 0).all())
-    unstable = bool(growing) and moving and _unstable([gradients for _, gradients in onwards(2)], descends)
-    if not finite or (rose and descends) or unstable or bool(growth > 10):
-        before, after = onwards(1) if finite else [(point, forces.gradients)] * 2
-        raise diverged(landscape, owner, before, after, strength, ends, float(growth))
+    room = max(1e-4, 16 * landscape.rounding) * abs(before)
+    rose = not isinstance(strength, complex) and strength >= 0 and after > before + room
+    finite = all(map(math.isfinite, (before, after, force[-1])))
+    moving = growth > landscape.rounding**0.5  # below, forces are rounding
+    growing = descends and max_steps > 2 and all(x < y for x, y in itertools.pairwise(force[-4:]))
+    unstable = growing and moving and _unstable([gradients for _, gradients in onwards(2)], descends)
+    if not finite or (rose and descends) or unstable or growth > 10:
+        last = point, pulls
+        one, other = onwards(1) if finite else [last, last]
+        raise diverged(landscape, owner, one, other, strength, (before, after), growth)
     status: Status = "max_steps" if rose else "fixed"
-    return Relaxation(point, coordinates, status, max_steps, last / first.clamp_min(tiny), energies)
+    residual = norms[-1] / norms[0].clamp_min(tiny)
+    return Relaxation(point, coordinates, status, max_steps, residual, energies.unbind())
+
+
+def _size(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of all of them together."""
+    return torch.stack([tensor.norm() for tensor in tensors]).norm()
 
 
 def moved(point: Sequence[Tensor], gradients: Sequence[Tensor], lr: float) -> list[Tensor]:
@@ -126,7 +136,7 @@ def diverged(
     before: tuple[list[Tensor], list[Tensor]],
     after: tuple[list[Tensor], list[Tensor]],
     strength: complex,
-    energies: Tensor,
+    energies: tuple[float, float],
     growth: float,
 ) -> RelaxationDivergedError:
     """The error that names the layer that ran furthest, and the step size its curvature would have allowed."""
@@ -144,7 +154,7 @@ def diverged(
     )
     return RelaxationDivergedError(
         f"{type(owner).__name__} diverged at nudge {strength:g}: the force grew to {growth:.3g} times its start, the"
-        f" energy went from {float(energies[0]):.4g} to {float(energies[-1]):.4g}; layer {landscape.names[worst]!r} ran"
+        f" energy went from {energies[0]:.4g} to {energies[1]:.4g}; layer {landscape.names[worst]!r} ran"
         " furthest. A step larger than 2 / (largest curvature of the energy) grows every time, and weights that grow in"
         f" training raise the curvature: an update read here would be noise. Take a learning rate of the states {hint},"
         " a smaller nudge, or a relaxer that chooses its own step: ebm.ErrorCoordinates(max_steps=64, tol=1e-3)."
