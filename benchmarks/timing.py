@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from by_hand import by_hand
@@ -45,12 +46,13 @@ class Contest:
         net: which.
         gain: factor on the freshly drawn weights; above 1 as after some training, where relaxations take longer.
         lr: of Adam; 0 does all its arithmetic on weights that stay as they are.
+        fused: Adam in one kernel, as others have it.
     """
 
-    def __init__(self, net: Net, gain: float = 1.0, lr: float = 1e-4) -> None:
+    def __init__(self, net: Net, gain: float = 1.0, lr: float = 1e-4, fused: bool = False) -> None:
         torch.manual_seed(0)
         self.net = net
-        self._lr = lr
+        self._adam: dict[str, Any] = {"lr": lr, "fused": fused}
         self._module = net.make()
         with torch.no_grad():
             for parameter in self._module.parameters():
@@ -77,7 +79,7 @@ class Contest:
 
     def _add(self, name: str, gradients: Callable[[nn.Module], Callable[[], object]]) -> None:
         own = copy.deepcopy(self._module)
-        optimizer = torch.optim.Adam(own.parameters(), lr=self._lr)
+        optimizer = torch.optim.Adam(own.parameters(), **self._adam)
         fill = gradients(own)
 
         def step() -> None:

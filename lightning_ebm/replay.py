@@ -145,10 +145,14 @@ class CapturedNetwork(RecordingNetwork):
         here = stamps(states)
         known = next(((internal, loss) for at, internal, loss in self._energies if at == here), None)
         if known is None:
-            ran = self._ran(Mode("energy", True), states, strength)
-            if ran is None:
+            mode = _continued(Mode("energy", True), states)
+            if (ready := self._ready.get((mode, 0.0))) is not None and not torch.is_grad_enabled():
+                internal, loss = ready(states)[0]
+            elif (ran := self._ran(mode, states, 0.0)) is not None:  # I and L apart: no nudge is in them
+                internal, loss = ran.outputs
+            else:
                 return super().energy_of(states, strength)
-            known = ran.outputs[0], ran.outputs[1]
+            known = internal, loss
             self._energies = [*self._energies[-2:], (here, *known)]
         return total_energy(Forces(*known, []), strength)
 
@@ -229,7 +233,7 @@ class CapturedNetwork(RecordingNetwork):
         if program is None:
             return None
         run = self._run_of(program, mode, point, strengths)
-        if mode.kind == "answers" or mode.lr is not None:  # not before the code has passed its check
+        if mode.kind in ("answers", "energy") or mode.lr is not None:  # not before the code has passed its check
             once, phase = self._fixed[mode], self._fixed[mode, strengths]
             self._ready[mode, strengths[0]] = partial(program.point, once, phase)
         else:

@@ -107,7 +107,8 @@ def fixed_steps(
 
 def _size(tensors: Sequence[Tensor]) -> Tensor:
     """The norm of all of them together."""
-    return torch.stack([tensor.norm() for tensor in tensors]).norm()
+    total: Tensor = torch.stack([tensor.norm() for tensor in tensors]).norm()
+    return total
 
 
 def moved(point: Sequence[Tensor], gradients: Sequence[Tensor], lr: float) -> list[Tensor]:
