@@ -1,0 +1,70 @@
+"""Operations ordered by what they lead to: the same ones, in an order that can be carried out, with less alive."""
+
+from typing import Any
+
+import torch
+from hypothesis import given, settings, strategies as st
+
+from lightning_ebm.order import streamed
+from lightning_ebm.tape import STATE, Value
+from lightning_ebm.writing import Op
+
+
+def value(size: int) -> Value:
+    made = Value(None, STATE)
+    made.shape, made.dtype = torch.Size([size]), torch.float32
+    return made
+
+
+def operation(reads: list[Value], size: int = 100) -> Op:
+    return Op(torch.add, tuple(reads), {}, [value(size)], True, STATE)
+
+
+def most_alive(ops: list[Op], outputs: list[Value]) -> int:
+    """The largest number of elements of results that are still to be read, or are outputs, at any time."""
+    last = {v: index for index, op in enumerate(ops) for v in op.reads()}
+    made, most = {}, 0
+    for index, op in enumerate(ops):
+        made.update({v: v.shape.numel() for v in op.results})
+        most = max(most, sum(made.values()))
+        made = {v: size for v, size in made.items() if v in outputs or last.get(v, -1) > index}
+    return most
+
+
+@st.composite
+def records(draw: Any) -> tuple[list[Op], list[Value]]:
+    inputs, ops = [value(100)], []
+    for _ in range(draw(st.integers(1, 25))):
+        known = [*inputs, *(v for op in ops for v in op.results)]
+        reads = draw(st.lists(st.sampled_from(known), min_size=1, max_size=3))
+        ops.append(operation(reads, draw(st.sampled_from([1, 100]))))
+    return ops, draw(st.lists(st.sampled_from([op.results[0] for op in ops]), unique=True))
+
+
+@settings(max_examples=150, deadline=None)
+@given(records())
+def test_the_same_operations_each_after_what_it_reads(record) -> None:
+    ops, outputs = record
+    ordered = streamed(ops, outputs)
+    assert sorted(map(id, ordered)) == sorted(map(id, ops))
+    here = set()
+    made = {v for op in ops for v in op.results}
+    for op in ordered:
+        assert op.reads() & made <= here
+        here.update(op.results)
+
+
+def test_layers_are_finished_one_by_one() -> None:
+    """x_l' from x_l, mu_l and mu_{l+1}: as recorded all mu come first, and all errors, and all pulls."""
+    layers = 8
+    states = [value(100) for _ in range(layers)]
+    mu = [operation([x]) for x in states]
+    errors = [operation([x, m.results[0]]) for x, m in zip(states[1:], mu, strict=False)]
+    norms = [operation([e.results[0]], 1) for e in errors]
+    pulls = [operation([e.results[0], m.results[0]]) for e, m in zip(errors, mu, strict=False)]
+    new = [operation([x, p.results[0]]) for x, p in zip(states, pulls, strict=False)]
+    recorded = [*mu, *errors, *pulls, *norms, *new]
+    outputs = [op.results[0] for op in (*new, *norms)]
+    ordered = streamed(recorded, outputs)
+    assert most_alive(recorded, outputs) > 1.8 * layers * 100
+    assert most_alive(ordered, outputs) < (layers + 5) * 100
