@@ -16,8 +16,8 @@ from typing import Any
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.comparison import same_computation
+from lightning_ebm.mode import Mode
 from lightning_ebm.program import Program
-from lightning_ebm.recording import Mode
 from lightning_ebm.substitution import Pass
 from lightning_ebm.tape import Tape, Value
 

@@ -67,9 +67,14 @@ class Compiled:
             self._run, self._strides = run, [tensor.stride() for tensor in flat]
             return self._parted(run(*flat))
         except Exception as error:  # no compiler, or one that gives up: the code itself is right
-            _say_once(f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}")
-            self._gave_up = True
+            said = str(error).strip().splitlines()
+            self.give_up(f"{type(error).__name__}: {said[-1] if said else ''}")
             return self._function(*arguments)
+
+    def give_up(self, why: str) -> None:
+        """Runs the function as it is from now on."""
+        _say_once(why)
+        self._gave_up = True
 
 
 def _compiled(function: Callable[..., list[Tensor]], example: list[Tensor]) -> Callable[..., Any]:
@@ -86,7 +91,7 @@ def _compiled(function: Callable[..., list[Tensor]], example: list[Tensor]) -> C
 @functools.cache
 def _say_once(why: str) -> None:
     log.warning(
-        "compile=True: the captured code runs uncompiled, which gives the same and is slower, as torch could not"
-        " compile it (%s). On a CPU it needs a C++ compiler, such as g++. (Said once.)",
+        "compile=True: captured code runs uncompiled, which gives the same and is slower, as it could not be compiled, or"
+        " gave other numbers (%s). On a CPU it needs a C++ compiler, such as g++. (Said once.)",
         why,
     )

@@ -158,9 +158,9 @@ class Network:
                 self._check_analytic(seen)
             signals = self._signals(seen, loss)
             if isinstance(strength, complex) or strength != 1:
-                signals = [strength * _holomorphic(signal) for signal in signals]
+                signals = [strength * holomorphic(signal) for signal in signals]
         precisions = self._precisions(seen)
-        pulls = [s if _is_one(p) else s / p for s, p in zip(signals, precisions, strict=True)]
+        pulls = [s if is_one(p) else s / p for s, p in zip(signals, precisions, strict=True)]
         if _same(errors, self.no_errors):
             return Forces(self.free[0].new_zeros(self.batch_size), loss.detach(), pulls)
         internal = self.per_sample([0.5 * p * e.square() for p, e in zip(precisions, errors, strict=True)])
@@ -227,7 +227,7 @@ class Network:
             ]
             return slopes_of(shared, self._first.states)
         terms = [(weight, self.energy_at(found, strength)) for strength, weight, found in phases]
-        weighted = [term if _is_one(weight) else weight * term for weight, term in terms]
+        weighted = [term if is_one(weight) else weight * term for weight, term in terms]
         reals = [term.real if term.is_complex() else term for term in weighted]
         return reals[0] if len(reals) == 1 else torch.stack(reals).sum()
 
@@ -274,7 +274,7 @@ class Network:
                 terms = [(internal, torch.ones_like(internal))]
             else:
                 parts = zip(self._precisions(seen), errors, seen.layers, strict=True)
-                terms = [(call.prediction, -e if _is_one(p) else -p * e) for p, e, call in parts]
+                terms = [(call.prediction, -e if is_one(p) else -p * e) for p, e, call in parts]
             if strength:
                 terms.append((seen.loss, strength * self.loss_scale * torch.ones_like(seen.loss)))
             return terms
@@ -327,7 +327,7 @@ class Network:
         if total.is_complex() and not self._known_analytic:
             self._check_analytic(seen)
         return [
-            torch.zeros_like(leaf) if slope is None else unit * _holomorphic(slope)
+            torch.zeros_like(leaf) if slope is None else unit * holomorphic(slope)
             for slope, leaf in zip(slopes, leaves, strict=True)
         ]
 
@@ -437,12 +437,12 @@ class Network:
         return [torch.zeros_like(x) if s is None else s for s, x in zip(signals, leaves, strict=True)]
 
 
-def _holomorphic(slope: Tensor) -> Tensor:
+def holomorphic(slope: Tensor) -> Tensor:
     """autograd gives the conjugate of a holomorphic function's derivative."""
     return slope.conj() if slope.is_complex() else slope
 
 
-def _is_one(factor: complex | Tensor) -> bool:
+def is_one(factor: complex | Tensor) -> bool:
     return not isinstance(factor, Tensor) and factor == 1
 
 

@@ -14,14 +14,15 @@ from lightning_ebm.delivery import Delivered
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import is_bounded
 from lightning_ebm.lowering import NotRepeatable
+from lightning_ebm.mode import Mode
 from lightning_ebm.network import Run
 from lightning_ebm.program import Program
-from lightning_ebm.recording import Compiler, Mode, RecordingNetwork
+from lightning_ebm.recording import Compiler, RecordingNetwork
 from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.relaxers.forces import total_energy
 from lightning_ebm.stamps import Stamps, stamps
 from lightning_ebm.substitution import Pass
-from lightning_ebm.tape import Tape
+from lightning_ebm.tape import Tape, Value
 from lightning_ebm.wiring import Plan
 
 
@@ -279,6 +280,18 @@ class CapturedNetwork(RecordingNetwork):
                 raise
             captured.fronts = False  # what a front needs is not kept by this pass; all else may be
             return None
+        try:
+            self._check(program, targets, mode, strengths)
+        except NotRepeatable as reason:
+            if not isinstance(program.point, Compiled):
+                raise
+            program.point.give_up(f"compiled, it {reason}")  # as where half precision is rounded in fewer places
+            self._check(program, targets, mode, strengths)
+        captured.programs[mode], captured.targets[mode] = program, targets
+        return program
+
+    def _check(self, program: Program, targets: Sequence[Value], mode: Mode, strengths: tuple[complex, ...]) -> None:
+        """Raises `NotRepeatable` unless the program gives at other points what the plain way gives there."""
         weights = [1.0 + 0.3j, *[-0.5 + 0.2j] * (len(strengths) - 1)]
         if not mode.continued:
             weights = [weight.real for weight in weights]
@@ -291,8 +304,6 @@ class CapturedNetwork(RecordingNetwork):
         if slopes is not None:
             updates = run.update(tuple(self.scalar(weight) for weight in weights))
             self._must_update(slopes, {id(self._tape.outside[v]): s for v, s in zip(targets, updates, strict=True)})
-        captured.programs[mode], captured.targets[mode] = program, targets
-        return program
 
     def _must_update(self, plain: Mapping[int, Tensor], got: Mapping[int, Tensor]) -> None:
         if missing := plain.keys() - got.keys():

@@ -35,12 +35,12 @@ MUTATIONS = [
         "scale\n        self._check",
     ),
     Mutation("the nudge shrinks with the batch", "network.py", "self.loss_scale * seen.loss\n", "seen.loss\n"),
-    Mutation("descent climbs", "relaxers/gradient_descent.py", "alpha=self.lr)", "alpha=-self.lr)"),
+    Mutation("descent climbs", "relaxers/fixed_steps.py", "x.sub(gradient, alpha=lr)", "x.add(gradient, alpha=lr)"),
     Mutation("read a step early", "relaxers/fixed_steps.py", "if not ended:", "if step < max_steps - 1:"),
     Mutation(
         "errors forget the precision",
         "network.py",
-        "s if _is_one(p) else s / p for s, p in",
+        "s if is_one(p) else s / p for s, p in",
         "s for s, p in",
     ),
     Mutation("the centred half is lost", "nudges/centered.py", "1 / (2 * self.strength)", "1 / self.strength"),
@@ -52,8 +52,8 @@ MUTATIONS = [
     Mutation("metrics count each pass", "purity.py", '("forward", "compute", "update", "reset")', '("forward",)'),
     Mutation(
         "a runaway is returned",
-        "relaxers/base.py",
-        "(rose and descends) or unstable or bool(growth > 10)",
+        "relaxers/fixed_steps.py",
+        "(rose and descends) or unstable or growth > 10",
         "rose is None",
     ),
     Mutation("accumulation is not undone", "strategy.py", "closure_loss, 1 / self._accumulated()", "closure_loss, 1.0"),
@@ -63,9 +63,7 @@ MUTATIONS = [
     Mutation("odd layers move alone", "relaxers/fixed_point.py", "else [odd, even]", "else [odd]"),
     Mutation("a changed constant is not seen", "comparison.py", "return bool(old == new) or", "return True or"),
     Mutation("a mean of four is their half", "kernels.py", "total.mul_(0.25)", "total.mul_(0.5)"),
-    Mutation(
-        "errors are pulled by the conjugate", "network.py", "strength * _holomorphic(signal)", "strength * signal"
-    ),
+    Mutation("errors are pulled by the conjugate", "network.py", "strength * holomorphic(signal)", "strength * signal"),
     Mutation(
         "no slope is analytic", "network.py", "self._check_analytic(seen)\n        return", "pass\n        return"
     ),
@@ -73,11 +71,26 @@ MUTATIONS = [
     Mutation("masks of the record", "continuation.py", "return x * mask * (0.0", "return x * (0.0"),
     Mutation("only one end of a pair", "dyads.py", "0.5 * (p + q)", "p"),
     Mutation("what is read again is overwritten", "reuse.py", "and last[first] == index", ""),
+    Mutation("the front leaves parents behind", "front.py", "(wrong, *(self._parents[k] for k in wrong))", "(wrong)"),
+    Mutation("the front is ahead of the signal", "front.py", "if known.issuperset(moved)", "if known"),
+    Mutation("a state is its prediction for ever", "lowering.py", "if self._level(mu) == CONSTANT}", "}"),
+    Mutation(
+        "layouts are not looked at", "compiled.py", "[tensor.stride() for tensor in flat] != self._strides", "False"
+    ),
+    Mutation(
+        "directions are not conjugate", "relaxers/accelerated_fixed_point.py", "beta.clamp(0, _FURTHEST)", "beta * 0"
+    ),
+    Mutation(
+        "operations before what they read",
+        "order.py",
+        "            if before:\n",
+        "            if before and not order:\n",
+    ),
     Mutation("a dead gradient reads nan", "metrics.py", "torch.where(dead_g | dead_r, zero, dot", "(0 + dot"),
 ]
 TESTS = ["predictive_coding", "infinitesimal_limit", "purity", "relaxers", "layers", "metrics", "bad_input"]
 TESTS += ["gradient_alignment", "capture", "capture_fixed_points", "equilibrium_propagation", "conformance"]
-TESTS += ["capture_complex", "capture_dyads", "theory"]
+TESTS += ["capture_complex", "capture_dyads", "theory", "front", "compiled", "order", "accelerated_fixed_point"]
 
 
 def caught(copy: Path) -> bool:

@@ -64,6 +64,27 @@ def test_without_a_compiler_the_code_runs_as_it_is_and_that_is_said_once(monkeyp
     assert [record.getMessage().count("no C++ compiler was found") for record in caplog.records] == [1]
 
 
+def test_compiled_code_that_gives_other_numbers_is_not_used(monkeypatch, caplog) -> None:
+    """A step off in the second decimal: seen by the comparison at capture, after which the captured code itself runs."""
+
+    def off(function, example):
+        return lambda *tensors: [tensor * 1.01 for tensor in function(*tensors)]
+
+    monkeypatch.setattr(compiled, "_compiled", off)
+    compiled._say_once.cache_clear()
+    net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y = torch.randn(4, 5, dtype=torch.float64), torch.arange(4) % 3
+    algorithm = ebm.algorithm("predictive-coding", relaxer=ebm.GradientDescent(0.1, 6))
+    learner = ebm.Learner(net, algorithm, compile=True)
+    with caplog.at_level(logging.WARNING, "lightning_ebm"):
+        found = learner.gradients(lambda: F.cross_entropy(net(x), y))
+    plain = ebm.Learner(net, algorithm, capture=False).gradients(lambda: F.cross_entropy(net(x), y))
+    for name, value in plain.items():
+        assert torch.allclose(found[name], value, rtol=0, atol=1e-13)
+    assert learner._captures[0].refused is None
+    assert [record.getMessage().count("gives other values") for record in caplog.records] == [1]
+
+
 @needs_compiler
 def test_compiled_steps_end_where_the_plain_ones_do() -> None:
     """Fronts, whole steps and forces, with dropout masks and a smaller last batch."""

@@ -1,0 +1,129 @@
+"""Whether captured code gives what the plain way gives: one plain pass, at points of its own."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_ebm.formulas import Formulas, slopes_at
+from lightning_ebm.lowering import NotRepeatable
+from lightning_ebm.mode import Mode
+from lightning_ebm.network import Network
+from lightning_ebm.relaxers import Forces, Relaxation
+from lightning_ebm.relaxers.fixed_steps import moved
+from lightning_ebm.substitution import Pass, StateOf
+from lightning_ebm.tape import Tape
+from lightning_ebm.wiring import Region
+
+
+class Checking(Formulas):
+    """`Network` that knows what a program must give."""
+
+    def plainly(
+        self, mode: Mode, strengths: Sequence[complex], weights: Sequence[complex]
+    ) -> tuple[list[list[Tensor]], list[Tensor], dict[int, Tensor] | None]:
+        """The plain way, once, at points of its own: what a program must give there.
+
+        Returns:
+            A point for each phase; the outputs; and sum_p weight_p dE/dtheta by the identity of each tensor it
+            reaches, None if the mode gives no update.
+
+        Raises:
+            NotRepeatable: the pass reads values computed from states into Python.
+        """
+        points = [self._elsewhere(mode, number) for number in range(mode.phases)]
+        if mode.kind == "dyadic update":
+            points[0] = [x for number in range(3) for x in self._elsewhere(mode, number)]
+        with self._watched() as watch:
+            outputs = self._plain_outputs(mode, points[0], strengths[0])
+        if watch.reads:
+            raise NotRepeatable(f"reads numbers that depend on its states into Python ({watch.reads[0]})")
+        if not mode.updates:
+            return points, outputs, None
+        found: dict[int, Tensor] = {}
+        for point, strength, weight in zip(points, strengths, weights, strict=True):
+            ended = self._ended(mode, point)
+            energy = Network.energy_at(self, ended, strength)
+            states = self._latest[1].states if self._latest is not None else []
+            leaves = Region([energy]).leaves
+            targets = [t for t in leaves.values() if t.requires_grad and all(t is not x for x in states)]
+            slopes = slopes_at([(energy, torch.full_like(energy, weight))], targets)
+            for target, slope in zip(targets, slopes, strict=True):
+                if slope is not None:
+                    found[id(target)] = found[id(target)] + slope if id(target) in found else slope
+        return points, outputs, found
+
+    def _ended(self, mode: Mode, point: list[Tensor]) -> Relaxation:
+        """The end of a phase whose update a mode gives."""
+        coordinates: Literal["errors", "states"] = "errors" if mode.in_errors else "states"
+        ended = Relaxation(point, coordinates, "fixed", 0, self.first_loss)
+        if mode.kind == "hops":
+            ended.point, ended.displacement = list(self.no_errors), point
+        if mode.kind == "dyadic update":
+            count = len(self.free)
+            ended.point, ahead, behind = (point[k : k + count] for k in (0, count, 2 * count))
+            ended.dyad = ahead, behind
+        return ended
+
+    def _plain_outputs(self, mode: Mode, point: Sequence[Tensor], strength: complex) -> list[Tensor]:
+        if mode.kind == "answers":
+            return Network.answers(self, point, strength, mode.layers)
+        if mode.kind == "dyads":
+            ahead, behind, forces = Network.dyads(self, point, strength)  # type: ignore[arg-type]  # none is complex
+            return [forces.loss, *forces.gradients, *ahead, *behind]
+        if mode.kind in ("energy", "update", "dyadic update"):
+            seen = self.at_states(point[: len(self.free)])
+            return [self.internal(seen).detach(), self.loss(seen).detach()] if mode.kind == "energy" else []
+        found: Forces = getattr(Network, mode.kind)(self, point, strength)
+        ahead = found.gradients if mode.lr is None else moved(point, found.gradients, mode.lr)
+        energies = [found.internal, found.loss]
+        if mode.lr is not None:
+            energies = [found.internal.sum() + strength * found.loss]
+        return [*energies, *(ahead[k] for k in (range(len(ahead)) if mode.wanted is None else mode.wanted))]
+
+    def _elsewhere(self, mode: Mode, number: int) -> list[Tensor]:
+        """Points near the forward pass, the same ones for every mode."""
+        generator = torch.Generator().manual_seed(number)
+        point = []
+        for k, like in enumerate(self.free):
+            noise = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+            if mode.moved is not None and k not in mode.moved:
+                point.append(like)
+                continue
+            size = 0.05 * like.abs().mean() + 0.01
+            here = size * noise if mode.in_errors else like + size * noise
+            point.append(torch.complex(here, size * noise.flip(0)) if mode.continued else here)
+        return point if mode.in_errors or mode.moved is not None else self.feasible(point)
+
+    def must_equal(self, plain: Sequence[Tensor], got: Sequence[Tensor]) -> None:
+        """Raises `NotRepeatable` unless these are equal up to rounding.
+
+        That is relative to the largest element of each, or to a thousandth of the largest of all: a slope that is zero
+        but for rounding, as that of a bias before a normalisation, has no digits to agree in.
+        """
+        rounding = max(self.rounding, torch.finfo(self.free[0].dtype).eps)
+        sizes = [float(one.abs().max()) if one.numel() else 0.0 for one in plain]
+        least = max([rounding, *(1e-3 * size for size in sizes if math.isfinite(size))])
+        for one, other, size in zip(plain, got, sizes, strict=True):
+            room = min(1e4 * rounding, 0.1) * max(size, least) if math.isfinite(size) else 0.0
+            if one.shape != other.shape or not torch.allclose(other, one, rtol=0.0, atol=room, equal_nan=True):
+                raise NotRepeatable("gives other values when it is repeated")
+
+    @contextmanager
+    def _watched(self) -> Iterator[Tape]:
+        """Records the passes made inside."""
+        watch, run = Tape(), self._run
+        watch.keeps = False
+
+        def watched(state_of: StateOf) -> Pass:
+            with watch:
+                return run(watch.cutting(state_of))
+
+        self._run = watched
+        try:
+            yield watch
+        finally:
+            self._run = run
