@@ -91,7 +91,7 @@ def _compiled(function: Callable[..., list[Tensor]], example: list[Tensor]) -> C
 @functools.cache
 def _say_once(why: str) -> None:
     log.warning(
-        "compile=True: captured code runs uncompiled, which gives the same and is slower, as it could not be compiled, or"
-        " gave other numbers (%s). On a CPU it needs a C++ compiler, such as g++. (Said once.)",
+        "compile=True: captured code runs uncompiled, which gives the same and is slower, as it could not be compiled,"
+        " or gave other numbers (%s). On a CPU it needs a C++ compiler, such as g++. (Said once.)",
         why,
     )

@@ -65,7 +65,7 @@ def test_without_a_compiler_the_code_runs_as_it_is_and_that_is_said_once(monkeyp
 
 
 def test_compiled_code_that_gives_other_numbers_is_not_used(monkeypatch, caplog) -> None:
-    """A step off in the second decimal: seen by the comparison at capture, after which the captured code itself runs."""
+    """A step off in the second decimal: seen by the comparison at capture, and the captured code itself runs."""
 
     def off(function, example):
         return lambda *tensors: [tensor * 1.01 for tensor in function(*tensors)]
