@@ -25,6 +25,9 @@ from lightning_ebm.substitution import Pass
 from lightning_ebm.tape import Tape, Value
 from lightning_ebm.wiring import Plan
 
+_Ready = Callable[[Sequence[Tensor]], Sequence[Sequence[Tensor]]]
+"""From a point to what the code of a point gives."""
+
 
 class CapturedNetwork(RecordingNetwork):
     """`Network` that runs a captured step where it can; what it does not know of, the plain one does.
@@ -58,7 +61,8 @@ class CapturedNetwork(RecordingNetwork):
             tape.contents = {v: t for v, t in tape.contents.items() if v in needed}
         self._fixed: dict[Any, tuple[Tensor, ...]] = {}
         self._latest_run: _Run | None = None
-        self._ready: dict[tuple[Mode, complex], Callable[..., Sequence[Sequence[Tensor]]]] = {}
+        self._gliding: dict[tuple[complex, float, str], _Ready] = {}
+        self._ready: dict[tuple[Mode, complex], _Ready] = {}
         self._energies: list[tuple[Stamps, Tensor, Tensor]] = []
 
     def _behind_front(self, mode: Mode, states: Sequence[Tensor]) -> Mode:
@@ -97,6 +101,10 @@ class CapturedNetwork(RecordingNetwork):
         One piece of code takes the whole step, which keeps nothing for an update: less memory, and more for a compiler
         to put together.
         """
+        gliding = self._gliding.get((strength, lr, coordinates))
+        if gliding is not None and not isinstance(strength, complex):  # the inner loop, once every layer has moved
+            energy, *ahead = gliding(point)[0]
+            return ahead, energy
         if coordinates == "errors":
             mode = Mode("error_forces", strength != 0, lr=lr)
         else:
@@ -104,14 +112,18 @@ class CapturedNetwork(RecordingNetwork):
         mode = _continued(mode, point)
         if is_bounded(self.energy):
             return None
-        if (ready := self._ready.get((mode, strength))) is not None:  # the inner loop of a relaxation
+        if (ready := self._ready.get((mode, strength))) is not None:
             energy, *ahead = ready(point)[0]
         elif (ran := self._ran(mode, point, strength)) is not None:
             energy, *ahead = ran.outputs
         else:
             return None
-        energy = energy.real if mode.continued else energy
-        return ahead if mode.wanted is None else _put(point, mode.wanted, ahead), energy
+        if mode.wanted is not None:
+            return _put(point, mode.wanted, ahead), energy
+        if mode.continued:
+            return ahead, energy.real
+        self._gliding[strength, lr, coordinates] = self._ready[mode, strength]
+        return ahead, energy
 
     def responses(self, states: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.responses`."""
