@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.capture import Captures
+from lightning_ebm.capture.captures import Captures
 from lightning_ebm.closure import Closure
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.layers import LayerFinder, Layers, Output

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.capture import Captures
+from lightning_ebm.capture.captures import Captures
+from lightning_ebm.capture.remember import Remembered
+from lightning_ebm.capture.replay import CapturedNetwork
+from lightning_ebm.capture.tape import Tape
 from lightning_ebm.closure import Closure, checked_loss
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.holding import Holding
@@ -23,12 +26,9 @@ from lightning_ebm.purity import Snapshot
 from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.relaxers.base import force_norm
 from lightning_ebm.relaxers.forces import total_energy
-from lightning_ebm.remember import Remembered
-from lightning_ebm.replay import CapturedNetwork
 from lightning_ebm.report import PhaseReport
 from lightning_ebm.state_memory import StateMemory
 from lightning_ebm.substitution import Pass, StateOf, at_prediction, at_states, batch_size_among, substituted
-from lightning_ebm.tape import Tape
 from lightning_ebm.watching import Recording
 from lightning_ebm.wiring import Plan, named_gradients, reached_parameters
 

@@ -60,29 +60,36 @@ MUTATIONS = [
     Mutation("a second call is forgotten", "substitution.py", "counts[module] = number + 1", "counts[module] = 0"),
     Mutation("states ignore what is above", "network.py", "best_response(-slope,", "best_response(0 * slope,"),
     Mutation("phases are added up", "nudges/centered.py", "Phase(-self.strength", "Phase(self.strength"),
-    Mutation("odd layers move alone", "relaxers/fixed_point.py", "else [odd, even]", "else [odd]"),
-    Mutation("a changed constant is not seen", "comparison.py", "return bool(old == new) or", "return True or"),
-    Mutation("a mean of four is their half", "kernels.py", "total.mul_(0.25)", "total.mul_(0.5)"),
+    Mutation(
+        "odd layers move alone", "relaxers/fixed_point.py", "return [odd, even] if even else [odd]", "return [odd]"
+    ),
+    Mutation("a changed constant is not seen", "capture/comparison.py", "return bool(old == new) or", "return True or"),
+    Mutation("a mean of four is their half", "capture/kernels.py", "total.mul_(0.25)", "total.mul_(0.5)"),
     Mutation("errors are pulled by the conjugate", "network.py", "strength * holomorphic(signal)", "strength * signal"),
     Mutation(
         "no slope is analytic", "network.py", "self._check_analytic(seen)\n        return", "pass\n        return"
     ),
-    Mutation("a real part is added", "pairs.py", "shape, less=True)", "shape)"),
-    Mutation("masks of the record", "continuation.py", "return x * mask * (0.0", "return x * (0.0"),
-    Mutation("only one end of a pair", "dyads.py", "0.5 * (p + q)", "p"),
-    Mutation("what is read again is overwritten", "reuse.py", "and last[first] == index", ""),
-    Mutation("the front leaves parents behind", "front.py", "(wrong, *(self._parents[k] for k in wrong))", "(wrong)"),
-    Mutation("the front is ahead of the signal", "front.py", "if known.issuperset(moved)", "if known"),
-    Mutation("a state is its prediction for ever", "lowering.py", "if self._level(mu) == CONSTANT}", "}"),
+    Mutation("a real part is added", "capture/pairs.py", "shape, less=True)", "shape)"),
+    Mutation("masks of the record", "capture/continuation.py", "return x * mask * (0.0", "return x * (0.0"),
+    Mutation("only one end of a pair", "capture/dyads.py", "0.5 * (p + q)", "p"),
+    Mutation("what is read again is overwritten", "capture/reuse.py", "and last[first] == index", ""),
     Mutation(
-        "layouts are not looked at", "compiled.py", "[tensor.stride() for tensor in flat] != self._strides", "False"
+        "the front leaves parents behind", "capture/front.py", "(wrong, *(self._parents[k] for k in wrong))", "(wrong)"
+    ),
+    Mutation("the front is ahead of the signal", "capture/front.py", "if known.issuperset(moved)", "if known"),
+    Mutation("a state is its prediction for ever", "capture/lowering.py", "if self._level(mu) == CONSTANT}", "}"),
+    Mutation(
+        "layouts are not looked at",
+        "capture/compiled.py",
+        "[tensor.stride() for tensor in flat] != self._strides",
+        "False",
     ),
     Mutation(
         "directions are not conjugate", "relaxers/accelerated_fixed_point.py", "beta.clamp(0, _FURTHEST)", "beta * 0"
     ),
     Mutation(
         "operations before what they read",
-        "order.py",
+        "capture/order.py",
         "            if before:\n",
         "            if before and not order:\n",
     ),

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_ebm as ebm
-from lightning_ebm import kernels
-from lightning_ebm.capture import Captures
-from lightning_ebm.program import Program
+from lightning_ebm.capture import kernels
+from lightning_ebm.capture.captures import Captures
+from lightning_ebm.capture.program import Program
 
 RELAXERS = {
     "euler": ebm.GradientDescent(lr=0.02, max_steps=5),
@@ -455,7 +455,7 @@ EITHER = [weight_by_index, constant_by_index, clamped_where_it_does_not_show, sm
 @pytest.mark.parametrize("step", [*CAPTURED, *PLAIN, *EITHER], ids=lambda step: step.__name__)
 def test_no_change_from_batch_to_batch_is_missed(step, caplog) -> None:
     """The shapes stay the same and the step does something else: every single update is the plain engine's."""
-    with caplog.at_level(logging.WARNING, "lightning_ebm.capture"):
+    with caplog.at_level(logging.WARNING, "lightning_ebm.capture.captures"):
         difference, captures = both(Box, pc(), step)
     assert difference < 1e-12
     if step in PLAIN:
@@ -468,7 +468,7 @@ def test_no_change_from_batch_to_batch_is_missed(step, caplog) -> None:
 
 
 def test_a_step_that_never_repeats_is_done_the_plain_way_and_that_is_said_once(caplog) -> None:
-    with caplog.at_level(logging.WARNING, "lightning_ebm.capture"):
+    with caplog.at_level(logging.WARNING, "lightning_ebm.capture.captures"):
         difference, captures = both(Box, pc(), weight_by_index, count=15)
     assert difference < 1e-12
     assert "aten.mul.Tensor" in (captures.refused or "")

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 import lightning_ebm as ebm
 from lightning_ebm import parts
-from lightning_ebm.capture import Captures
+from lightning_ebm.capture.captures import Captures
 from lightning_ebm.promotion import _cross_entropy
 
 
@@ -333,7 +333,7 @@ def test_cross_entropy_continued_is_torchs_on_the_real_axis(
     found = _cross_entropy(x.to(torch.complex128), y, **options)
     torch.testing.assert_close(found.real, expected, rtol=1e-13, atol=1e-13)
     if target != "probabilities" and not smoothing:
-        from lightning_ebm.continuation import _nll
+        from lightning_ebm.capture.continuation import _nll
 
         numbers = {"none": 0, "mean": 1, "sum": 2}
         again = _nll(x.log_softmax(1), y, options.get("weight"), numbers[reduction])

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_ebm as ebm
-from lightning_ebm.elementwise import quick_tanh, quick_xlogx
+from lightning_ebm.capture.elementwise import quick_tanh, quick_xlogx
 
 
 def small(make: Callable[[], nn.Module], gain: float = 0.5) -> Callable[[], nn.Module]:

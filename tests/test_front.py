@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_ebm as ebm
-from lightning_ebm.front import Front
+from lightning_ebm.capture.front import Front
 
 
 def plan(parents: Sequence[Sequence[int]], loss_parents: Sequence[int]) -> Any:

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from hypothesis import given, settings, strategies as st
 
-from lightning_ebm.order import streamed
-from lightning_ebm.tape import STATE, Value
-from lightning_ebm.writing import Op
+from lightning_ebm.capture.order import streamed
+from lightning_ebm.capture.tape import STATE, Value
+from lightning_ebm.capture.writing import Op
 
 
 def value(size: int) -> Value:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ebm.lowering import NotRepeatable, without_writing
+from lightning_ebm.capture.lowering import NotRepeatable, without_writing
+from lightning_ebm.capture.tape import CONSTANT, Node, Tape, Value
+from lightning_ebm.capture.traits import traits
 from lightning_ebm.promotion import log_softmax
 from lightning_ebm.substitution import Pass
-from lightning_ebm.tape import CONSTANT, Node, Tape, Value
-from lightning_ebm.traits import traits
 
 _aten = torch.ops.aten
 

@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_ebm.formulas import Formulas, slopes_at
-from lightning_ebm.lowering import NotRepeatable
-from lightning_ebm.mode import Mode
+from lightning_ebm.capture.formulas import Formulas, slopes_at
+from lightning_ebm.capture.lowering import NotRepeatable
+from lightning_ebm.capture.mode import Mode
+from lightning_ebm.capture.tape import Tape
 from lightning_ebm.network import Network
 from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.relaxers.fixed_steps import moved
 from lightning_ebm.substitution import Pass, StateOf
-from lightning_ebm.tape import Tape
 from lightning_ebm.wiring import Region
 
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_ebm.dyads import Dyads
+from lightning_ebm.capture.dyads import Dyads
+from lightning_ebm.capture.front import Front
+from lightning_ebm.capture.mode import Mode
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import QuadraticEnergy, is_bounded
-from lightning_ebm.front import Front
-from lightning_ebm.mode import Mode
 from lightning_ebm.network import Run, holomorphic, is_one
 from lightning_ebm.substitution import Pass
 from lightning_ebm.wiring import Plan

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 
-from lightning_ebm.elementwise import quick_activations
-from lightning_ebm.kernels import by_kernels
-from lightning_ebm.reuse import reusing
-from lightning_ebm.tape import Value
-from lightning_ebm.writing import Op
+from lightning_ebm.capture.elementwise import quick_activations
+from lightning_ebm.capture.kernels import by_kernels
+from lightning_ebm.capture.reuse import reusing
+from lightning_ebm.capture.tape import Value
+from lightning_ebm.capture.writing import Op
 
 
 def faster(opaque: bool, ops: Sequence[Op], wanted: Iterable[Value]) -> list[Op]:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ebm.contrast import Contrast
-from lightning_ebm.lowering import Lines
-from lightning_ebm.order import streamed
-from lightning_ebm.pair_rules import in_pairs
-from lightning_ebm.simplify import needed, simplified
-from lightning_ebm.tape import CONSTANT, PHASE, SEED, STATE, Tape, Value
-from lightning_ebm.writing import Names, Op, source
+from lightning_ebm.capture.contrast import Contrast
+from lightning_ebm.capture.lowering import Lines
+from lightning_ebm.capture.order import streamed
+from lightning_ebm.capture.pair_rules import in_pairs
+from lightning_ebm.capture.simplify import needed, simplified
+from lightning_ebm.capture.tape import CONSTANT, PHASE, SEED, STATE, Tape, Value
+from lightning_ebm.capture.writing import Names, Op, source
 
 Rewrite = Callable[[Sequence[Op], Iterable[Value]], list[Op]]
 """From the operations of a stage, and the values that must still be computed, to faster operations."""

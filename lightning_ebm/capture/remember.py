@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_ebm.tape import CONSTANT, Node, Tape, Value
-from lightning_ebm.traits import traits
-from lightning_ebm.writing import repeated_key
+from lightning_ebm.capture.tape import CONSTANT, Node, Tape, Value
+from lightning_ebm.capture.traits import traits
+from lightning_ebm.capture.writing import repeated_key
 
 _aten = torch.ops.aten
 _PRODUCTS = frozenset({_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.convolution.default})

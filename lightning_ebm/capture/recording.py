@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from lightning_ebm.checking import Checking
-from lightning_ebm.comparison import known_by
-from lightning_ebm.continuation import continued
-from lightning_ebm.faster import faster
-from lightning_ebm.formulas import Seed, is_quadratic, slopes_at
-from lightning_ebm.lowering import NotRepeatable
-from lightning_ebm.mode import Mode
-from lightning_ebm.program import Program, Record, compiled_program
+from lightning_ebm.capture.checking import Checking
+from lightning_ebm.capture.comparison import known_by
+from lightning_ebm.capture.continuation import continued
+from lightning_ebm.capture.faster import faster
+from lightning_ebm.capture.formulas import Seed, is_quadratic, slopes_at
+from lightning_ebm.capture.lowering import NotRepeatable
+from lightning_ebm.capture.mode import Mode
+from lightning_ebm.capture.program import Program, Record, compiled_program
+from lightning_ebm.capture.tape import PHASE, SEED, STATE, Tape, Value
 from lightning_ebm.relaxers.fixed_steps import moved
 from lightning_ebm.substitution import Pass
-from lightning_ebm.tape import PHASE, SEED, STATE, Tape, Value
 from lightning_ebm.wiring import Region
 
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]

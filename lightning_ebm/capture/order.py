@@ -6,8 +6,8 @@ operation, so the slope of one layer can be finished while its parts are at hand
 
 from collections.abc import Iterable, Sequence
 
-from lightning_ebm.tape import Value
-from lightning_ebm.writing import Op
+from lightning_ebm.capture.tape import Value
+from lightning_ebm.capture.writing import Op
 
 
 def streamed(ops: Sequence[Op], outputs: Iterable[Value]) -> list[Op]:

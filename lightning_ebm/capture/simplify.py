@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from lightning_ebm.tape import Value
-from lightning_ebm.writing import Op
+from lightning_ebm.capture.tape import Value
+from lightning_ebm.capture.writing import Op
 
 _aten = torch.ops.aten
 _SPREAD = frozenset(

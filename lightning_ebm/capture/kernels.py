@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ebm.tape import Value
-from lightning_ebm.writing import Op
+from lightning_ebm.capture.tape import Value
+from lightning_ebm.capture.writing import Op
 
 _aten = torch.ops.aten
 _FUSED: dict[Any, str] = {_aten.tanh.default: "tanh", _aten.relu.default: "relu", _aten.sigmoid.default: "sigmoid"}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ebm.writing import Op
+from lightning_ebm.capture.writing import Op
 
 _aten = torch.ops.aten
 _LARGE = 1 << 13

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from lightning_ebm.tape import CONSTANT, Value
-from lightning_ebm.writing import Op
+from lightning_ebm.capture.tape import CONSTANT, Value
+from lightning_ebm.capture.writing import Op
 
 _aten = torch.ops.aten
 _LINEAR = frozenset(

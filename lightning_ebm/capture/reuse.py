@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ebm.elementwise import quick_tanh
-from lightning_ebm.tape import Value
-from lightning_ebm.traits import traits
-from lightning_ebm.writing import Op
+from lightning_ebm.capture.elementwise import quick_tanh
+from lightning_ebm.capture.tape import Value
+from lightning_ebm.capture.traits import traits
+from lightning_ebm.capture.writing import Op
 
 _aten = torch.ops.aten
 _LARGE = 1 << 15

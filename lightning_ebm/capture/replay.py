@@ -8,21 +8,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_ebm.capture import Captures
-from lightning_ebm.compiled import Compiled
+from lightning_ebm.capture.captures import Captures
+from lightning_ebm.capture.compiled import Compiled
+from lightning_ebm.capture.lowering import NotRepeatable
+from lightning_ebm.capture.mode import Mode
+from lightning_ebm.capture.program import Program
+from lightning_ebm.capture.recording import Compiler, RecordingNetwork
+from lightning_ebm.capture.tape import Tape, Value
 from lightning_ebm.delivery import Delivered
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import is_bounded
-from lightning_ebm.lowering import NotRepeatable
-from lightning_ebm.mode import Mode
 from lightning_ebm.network import Run
-from lightning_ebm.program import Program
-from lightning_ebm.recording import Compiler, RecordingNetwork
 from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.relaxers.forces import total_energy
 from lightning_ebm.stamps import Stamps, stamps
 from lightning_ebm.substitution import Pass
-from lightning_ebm.tape import Tape, Value
 from lightning_ebm.wiring import Plan
 
 _Ready = Callable[[Sequence[Tensor]], Sequence[Sequence[Tensor]]]

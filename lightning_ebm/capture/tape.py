@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_ebm.capture.traits import BATCH_NORMS, Traits, traits
 from lightning_ebm.substitution import StateKey, StateOf
-from lightning_ebm.traits import BATCH_NORMS, Traits, traits
 
 CONSTANT, PHASE, STATE, SEED = range(4)
 """What a value depends on: batch and parameters alone; the nudge as well; the states; the scale of the update."""

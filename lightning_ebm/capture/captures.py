@@ -15,11 +15,11 @@ import logging
 from typing import Any
 
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.comparison import same_computation
-from lightning_ebm.mode import Mode
-from lightning_ebm.program import Program
+from lightning_ebm.capture.comparison import same_computation
+from lightning_ebm.capture.mode import Mode
+from lightning_ebm.capture.program import Program
+from lightning_ebm.capture.tape import Tape, Value
 from lightning_ebm.substitution import Pass
-from lightning_ebm.tape import Tape, Value
 
 log = logging.getLogger(__name__)
 
