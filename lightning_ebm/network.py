@@ -4,7 +4,7 @@ This is the plain version, one Python pass an evaluation; it stays as the oracle
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
 import torch
@@ -166,7 +166,7 @@ class Network:
         internal = self.per_sample([0.5 * p * e.square() for p, e in zip(precisions, errors, strict=True)])
         return Forces(internal, loss.detach(), [e + pull for e, pull in zip(errors, pulls, strict=True)])
 
-    def per_sample(self, tensors: Sequence[Tensor]) -> Tensor:
+    def per_sample(self, tensors: Iterable[Tensor]) -> Tensor:
         """See `Landscape.per_sample`."""
         rows = [by_sample(t, layout, self.batch_size) for t, layout in zip(tensors, self._layouts, strict=True)]
         return rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)

@@ -4,7 +4,7 @@ Letters: ``B`` samples; a list over layers holds one tensor a state, each ``(B, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
@@ -60,8 +60,8 @@ class Landscape(Protocol):
     def feasible(self, states: list[Tensor]) -> list[Tensor]:
         """The nearest states at which the energy is finite."""
 
-    def per_sample(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Sums each tensor over all but the batch, then over the list: ``(B,)``."""
+    def per_sample(self, tensors: Iterable[Tensor]) -> Tensor:
+        """Sums each tensor, one for each layer, over all but the batch, then over the layers: ``(B,)``."""
 
     def metric(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         """sum_l Pi_l <left_l, right_l> of each sample, ``(B,)``: the scalar product of errors."""

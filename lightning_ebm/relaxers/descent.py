@@ -51,7 +51,7 @@ def descend(
     energies, falls, whole_fall = [energy], [], torch.zeros_like(energy)
     first = norm = force_norm(landscape, gradients)
     # Force of a state that is one rounding error away from its prediction; 0 in error coordinates, which start at 0.
-    rounding = 4 * torch.finfo(first.dtype).eps * landscape.per_sample([x.square() for x in start]).sqrt()
+    rounding = 4 * torch.finfo(first.dtype).eps * landscape.per_sample(x.square() for x in start).sqrt()
     settled_at = (max(tol, 4 * landscape.rounding) * first).maximum(rounding)
     least_fall = max((tol / 10) ** 2, 4 * landscape.rounding)
     active = norm > settled_at
@@ -61,16 +61,22 @@ def descend(
     while steps < max_steps and bool(active.any()):
         steps += 1
         reach = torch.where(active, step_size, 0)
-        step = [-s * g for s, g in zip(landscape.spread(reach, gradients), gradients, strict=True)]
-        trial = [x + d for x, d in zip(point, step, strict=True)]
+        trial = [
+            torch.addcmul(x, s, g) for x, s, g in zip(point, landscape.spread(-reach, point), gradients, strict=True)
+        ]
         if coordinates == "states":
             trial = landscape.feasible(trial)
-            step = [y - x for x, y in zip(point, trial, strict=True)]
         forces = evaluate(trial, strength)
         reached = total(forces)
 
         slope = -reach * norm.square()
-        slope_ahead = landscape.per_sample([g * d for g, d in zip(forces.gradients, step, strict=True)])
+        # One layer at a time: the step itself, as large as all states, is not held through the evaluation.
+        if coordinates == "states":
+            ahead = zip(forces.gradients, point, trial, strict=True)
+            slope_ahead = landscape.per_sample(g * (y - x) for g, x, y in ahead)
+        else:
+            both = zip(forces.gradients, gradients, strict=True)
+            slope_ahead = -reach * landscape.per_sample(g * before for g, before in both)
         curvature = (slope_ahead - slope) / (reach * norm).square()
         overshot = active & ~(slope_ahead <= 0.9 * slope.abs())  # nan counts
         noise = 16 * landscape.rounding * (forces.internal.sum() + (strength * forces.loss).abs())
@@ -102,7 +108,7 @@ def descend(
         longer = newton.minimum(4 * step_size).clamp_max(longest)
         step_size = torch.where(overshot, shorter, torch.where(kept, longer, step_size))
 
-        travelled = landscape.per_sample([(x - x0).square() for x, x0 in zip(point, start, strict=True)]).sqrt()
+        travelled = landscape.per_sample((x - x0).square() for x, x0 in zip(point, start, strict=True)).sqrt()
         short = step_size * norm / travelled.clamp_min(torch.finfo(norm.dtype).tiny)
         stuck = (overshoots > 2) & (short <= tol) | (short <= 1e-3 * tol)
         if bool(kept.any()):  # steps that all went too far say nothing about what shorter ones would gain
