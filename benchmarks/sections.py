@@ -353,9 +353,9 @@ def memory(given: Settings) -> Lines:
     """Peak memory."""
     yield (
         f"## Peak memory\n\n{TITLE}: what a process grows by at its peak over three steps, each measured in a process"
-        " of its own."
+        " of its own; and, exactly, what is allocated at the peak of a fourth step beyond what it begins with."
     )
-    yield table("algorithm", "MiB", "of backprop's")
+    yield table("algorithm", "process, MiB", "of backprop's", "a later step, MiB")
     kinds = {
         "backprop": ("backprop", 1),
         "predictive-coding": ("equilibrium", 1),
@@ -365,7 +365,8 @@ def memory(given: Settings) -> Lines:
         "PC, 200 Euler steps, capture=False": ("plain", 200),
     }
     found = {name: growth_elsewhere(*kind) for name, kind in kinds.items()}
-    yield from (line(name, f"{value:.0f}", f"{value / found['backprop']:.2f}") for name, value in found.items())
+    stock = found["backprop"][0]
+    yield from (line(name, f"{grown:.0f}", f"{grown / stock:.2f}", step) for name, (grown, step) in found.items())
 
 
 class Sigmoid(nn.Hardtanh):
