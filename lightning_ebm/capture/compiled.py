@@ -78,13 +78,14 @@ class Compiled:
 
 
 def _compiled(function: Callable[..., list[Tensor]], example: list[Tensor]) -> Callable[..., Any]:
-    import torch._inductor  # not before it is asked for: seconds
+    import torch._inductor.config  # not before it is asked for: seconds
     from torch._inductor.decomposition import select_decomp_table
 
     with torch.no_grad():
         graph = make_fx(function, decomposition_table=select_decomp_table())(*example)
         # Sizes are those captured, strides are looked at above: no need to have each tensor checked at every call.
-        unchecked = dict.fromkeys(("size_asserts", "scalar_asserts", "alignment_asserts"), False)
+        checks = ("size_asserts", "scalar_asserts", "alignment_asserts")  # not every torch has all of them
+        unchecked = {name: False for name in checks if hasattr(torch._inductor.config, name)}
         return torch._inductor.compile(graph, list(example), options=unchecked)  # type: ignore[no-any-return]
 
 
