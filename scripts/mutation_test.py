@@ -70,7 +70,7 @@ MUTATIONS = [
         "no slope is analytic", "network.py", "self._check_analytic(seen)\n        return", "pass\n        return"
     ),
     Mutation("a real part is added", "capture/pairs.py", "shape, less=True)", "shape)"),
-    Mutation("masks of the record", "capture/continuation.py", "return x * mask * (0.0", "return x * (0.0"),
+    Mutation("masks are left out", "capture/lowering.py", "return x * mask * scale", "return x * scale"),
     Mutation("only one end of a pair", "capture/dyads.py", "0.5 * (p + q)", "p"),
     Mutation("what is read again is overwritten", "capture/reuse.py", "and last[first] == index", ""),
     Mutation(

@@ -62,6 +62,13 @@ class Attention(nn.Module):
         return self.out(self.act(self.block(x[:, None] * torch.ones(3, 1))).mean(1))
 
 
+class NativeDropout(nn.Module):
+    """What nn.Dropout is on a GPU: one operation that draws the mask and hands it out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.native_dropout(x, 0.4, self.training)[0]
+
+
 def mlp(*between: nn.Module, act: Callable[[], nn.Module] = nn.Tanh) -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), act(), nn.Linear(8, 8), *between, act(), nn.Linear(8, 3))
 
@@ -73,6 +80,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "gelu": lambda: mlp(act=nn.GELU),
     "prelu": lambda: mlp(act=nn.PReLU),
     "dropout": lambda: mlp(nn.Dropout(0.4)),
+    "dropout as on a GPU": lambda: mlp(NativeDropout()),
     "dropout in place": lambda: mlp(nn.Dropout(0.4, inplace=True)),
     "batch norm": lambda: mlp(nn.BatchNorm1d(8)),
     "batch norm without statistics": lambda: mlp(nn.BatchNorm1d(8, track_running_stats=False)),
