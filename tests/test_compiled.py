@@ -42,6 +42,24 @@ def test_tensors_that_lie_otherwise_in_memory_are_met_by_compiling_once_more(mon
     assert len(made) == 1
     same(run(*arguments(turned=True)), code(*arguments(turned=True)))
     assert len(made) == 2
+    same(run(*arguments()), code(*arguments()))
+    assert len(made) == 2
+
+
+@needs_compiler
+def test_batches_that_repeat_compile_nothing(monkeypatch) -> None:
+    """Errors start as zeros that lie nowhere in particular, and are tensors of their own from the first step on."""
+    made = []
+    original = compiled._compiled
+    monkeypatch.setattr(compiled, "_compiled", lambda *given: made.append(1) or original(*given))
+    net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    learner = ebm.Learner(net, "predictive-coding", compile=True)
+    counts = []
+    for _ in range(3):
+        learner.backward(lambda: F.cross_entropy(net(torch.ones(4, 5)), torch.arange(4) % 3))
+        counts.append(len(made))
+    assert counts[0] > 0
+    assert counts[0] == counts[1] == counts[2]
 
 
 def test_without_a_compiler_the_code_runs_as_it_is_and_that_is_said_once(monkeypatch, caplog) -> None:

@@ -19,10 +19,11 @@ Tensors = Sequence[Tensor]
 
 
 class Compiled:
-    """A function of tuples of tensors that returns tuples of tensors, compiled at its first call.
+    """A function of tuples of tensors that returns tuples of tensors, compiled when it is called.
 
-    Tensors that lie in memory otherwise than those of that call are met by compiling once more. Where there is no
-    compiler the function is called as it is, which is said once.
+    That is once for every way its arguments lie in memory: a relaxation begins at tensors of another layout (zeros that
+    are one number spread out) than those that its steps make. Where there is no compiler the function is called as it
+    is, which is said once.
 
     Args:
         function: straight-line code; it must not write to its arguments.
@@ -31,17 +32,15 @@ class Compiled:
     def __init__(self, function: Callable[..., Sequence[Tensors]]) -> None:
         self._function = function
         self._lengths: list[int] = []
-        self._run: Callable[..., Any] | None = None
-        self._strides: list[tuple[int, ...]] = []
+        self._runs: dict[tuple[tuple[int, ...], ...], Callable[..., Any]] = {}
         self._gave_up = False
 
     def __call__(self, *arguments: Tensors) -> Sequence[Tensors]:
         if self._gave_up:
             return self._function(*arguments)
         flat = [tensor for tensors in arguments for tensor in tensors]
-        if self._run is None or [tensor.stride() for tensor in flat] != self._strides:
-            return self._compiled_for(arguments, flat)
-        return self._parted(self._run(*flat))
+        run = self._runs.get(tuple([tensor.stride() for tensor in flat]))
+        return self._compiled_for(arguments, flat) if run is None else self._parted(run(*flat))
 
     def _parted(self, flat: Tensors) -> list[Tensors]:
         parts, start = [], 0
@@ -64,8 +63,9 @@ class Compiled:
 
         try:
             run = _compiled(flattened, flat)
-            self._run, self._strides = run, [tensor.stride() for tensor in flat]
-            return self._parted(run(*flat))
+            found = self._parted(run(*flat))
+            self._runs[tuple([tensor.stride() for tensor in flat])] = run
+            return found
         except Exception as error:  # no compiler, or one that gives up: the code itself is right
             said = str(error).strip().splitlines()
             self.give_up(f"{type(error).__name__}: {said[-1] if said else ''}")
