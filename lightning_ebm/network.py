@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_ebm.delivery import slopes_of
+from lightning_ebm.delivery import Seed, slopes_of
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import LayerView, QuadraticEnergy, is_bounded, reads_drive
 from lightning_ebm.errors import LayerDiscoveryError, UnsupportedModuleError
@@ -259,7 +259,7 @@ class Network:
     def _energy_of(self, seen: Pass, found: Relaxation, strength: complex) -> Tensor:
         return slopes_of(self._terms_of(seen, found, strength), seen.states)
 
-    def _terms_of(self, seen: Pass, found: Relaxation, strength: complex) -> list[tuple[Tensor, Tensor]]:
+    def _terms_of(self, seen: Pass, found: Relaxation, strength: complex) -> list[Seed]:
         """What is differentiated for the update, and the weight of each of its elements."""
         errors = found.displacement
         if errors is None and found.coordinates == "errors":

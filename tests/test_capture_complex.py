@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_ebm as ebm
-from lightning_ebm import parts
+from lightning_ebm.capture import parts
 from lightning_ebm.capture.captures import Captures
 from lightning_ebm.promotion import _cross_entropy
 

@@ -96,7 +96,7 @@ class Checking(Formulas):
             size = 0.05 * like.abs().mean() + 0.01
             here = size * noise if mode.in_errors else like + size * noise
             point.append(torch.complex(here, size * noise.flip(0)) if mode.continued else here)
-        return point if mode.in_errors or mode.moved is not None else self.feasible(point)
+        return point if mode.in_errors else self.feasible(point)
 
     def must_equal(self, plain: Sequence[Tensor], got: Sequence[Tensor]) -> None:
         """Raises `NotRepeatable` unless these are equal up to rounding.

@@ -5,11 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_ebm.delivery import Seed
 from lightning_ebm.network import Network
 from lightning_ebm.substitution import Pass
-
-Seed = tuple[Tensor, Tensor]
-"""What to differentiate, and the weight of each of its elements."""
 
 
 class Dyads(Network):

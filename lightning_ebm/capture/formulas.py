@@ -12,14 +12,12 @@ from torch import Tensor
 from lightning_ebm.capture.dyads import Dyads
 from lightning_ebm.capture.front import Front
 from lightning_ebm.capture.mode import Mode
+from lightning_ebm.delivery import Seed
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import QuadraticEnergy, is_bounded
 from lightning_ebm.network import Run, holomorphic, is_one
 from lightning_ebm.substitution import Pass
 from lightning_ebm.wiring import Plan
-
-Seed = tuple[Tensor, Tensor]
-"""What to differentiate, and the weight of each of its elements."""
 
 
 class Formulas(Dyads):
@@ -58,8 +56,7 @@ class Formulas(Dyads):
             found = zip(gradients, states, self.views(first), strict=True)
             gradients = [self.energy.tangent(gradient, state.detach(), view) for gradient, state, view in found]
         nudge = [] if strength is None else [(first.loss, self.loss_scale * strength)]
-        internal = internal.detach() if mode.lr is None else internal.detach().sum()
-        return internal, [loss, *gradients], [*seeds, *nudge]
+        return internal.detach(), [loss, *gradients], [*seeds, *nudge]
 
     def _half_squares(self, errors: Sequence[Tensor], mode: Mode) -> Tensor:
         """sum_l 1/2 |e_l|^2 of each sample, ``(B,)``; of the batch, where a step is taken and nobody asks for more.
@@ -114,7 +111,6 @@ class Formulas(Dyads):
         pulls = [strength * s if is_one(p) else strength * s / p for s, p in zip(signals, precisions, strict=True)]
         gradients = [e + pull for e, pull in zip(errors, pulls, strict=True)]
         seeds = [(call.prediction, -w) for call, w in zip(first.layers, weighted, strict=True)]
-        internal = internal if mode.lr is None else internal.sum()
         return internal, [loss.detach(), *gradients], [*seeds, (first.loss, self.loss_scale * strength)]
 
     def _frozen(

@@ -13,11 +13,12 @@ from lightning_ebm.capture.checking import Checking
 from lightning_ebm.capture.comparison import known_by
 from lightning_ebm.capture.continuation import continued
 from lightning_ebm.capture.faster import faster
-from lightning_ebm.capture.formulas import Seed, is_quadratic, slopes_at
+from lightning_ebm.capture.formulas import is_quadratic, slopes_at
 from lightning_ebm.capture.lowering import NotRepeatable
 from lightning_ebm.capture.mode import Mode
 from lightning_ebm.capture.program import Program, Record, compiled_program
 from lightning_ebm.capture.tape import PHASE, SEED, STATE, Tape, Value
+from lightning_ebm.delivery import Seed
 from lightning_ebm.relaxers.fixed_steps import moved
 from lightning_ebm.substitution import Pass
 from lightning_ebm.wiring import Region
@@ -94,7 +95,8 @@ class RecordingNetwork(Checking):
                 gradients = [state.detach() - answer for state, answer in zip(first.states, outputs, strict=True)]
                 energy, outputs = self.internal(first).detach(), [self.loss(first).detach(), *gradients]
             if mode.lr is not None and energy is not None:
-                total = energy if nudge is None else energy + nudge * outputs[0]
+                total = energy.sum() if energy.ndim else energy
+                total = total if nudge is None else total + nudge * outputs[0]
                 here = errors if mode.in_errors else [state.detach() for state in first.states]
                 energy, outputs = None, [total, *moved(here, outputs[1:], mode.lr)]
             if mode.wanted is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_ebm.capture.captures import Captures
 from lightning_ebm.capture.compiled import Compiled
 from lightning_ebm.capture.lowering import NotRepeatable
-from lightning_ebm.capture.mode import Mode
+from lightning_ebm.capture.mode import Kind, Mode
 from lightning_ebm.capture.program import Program
 from lightning_ebm.capture.recording import Compiler, RecordingNetwork
 from lightning_ebm.capture.tape import Tape, Value
@@ -84,9 +84,9 @@ class CapturedNetwork(RecordingNetwork):
         if ran is None:
             return super().forces(states, strength)
         found = ran.forces()
-        return (
-            found if mode.wanted is None else found.with_gradients(_put(self.no_errors, mode.wanted, found.gradients))
-        )
+        if mode.wanted is None:
+            return found
+        return found.with_gradients(_put(self.no_errors, mode.wanted, found.gradients))
 
     def error_forces(self, errors: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.error_forces`."""
@@ -105,13 +105,13 @@ class CapturedNetwork(RecordingNetwork):
         if gliding is not None and not isinstance(strength, complex):  # the inner loop, once every layer has moved
             energy, *ahead = gliding(point)[0]
             return ahead, energy
+        if is_bounded(self.energy):
+            return None
         if coordinates == "errors":
             mode = Mode("error_forces", strength != 0, lr=lr)
         else:
             mode = self._behind_front(Mode("forces", strength != 0, lr=lr), point)
         mode = _continued(mode, point)
-        if is_bounded(self.energy):
-            return None
         if (ready := self._ready.get((mode, strength))) is not None:
             energy, *ahead = ready(point)[0]
         elif (ran := self._ran(mode, point, strength)) is not None:
@@ -179,7 +179,7 @@ class CapturedNetwork(RecordingNetwork):
 
     def energy_at(self, found: Relaxation, strength: complex) -> Tensor:
         """See `Network.energy_at`; the gradients of the parameters are computed when they are asked for."""
-        mode, point = Mode("error_forces" if found.coordinates == "errors" else "forces", strength != 0), found.point
+        mode, point = _mode_at(found, strength), found.point
         if found.dyad is not None:
             mode, point = Mode("dyadic update", strength != 0), [*point, *found.dyad[0], *found.dyad[1]]
         elif self._is_at_forward_pass(found) and found.displacement is not None:
@@ -201,7 +201,11 @@ class CapturedNetwork(RecordingNetwork):
             if self._found is not None:  # all of them are captured
                 return torch.stack(terms).sum()
         latest = self._latest_run
-        read_here = len(phases) == 1 and latest is not None and latest.is_at(found[0], strengths[0])
+        read_here = (
+            len(phases) == 1
+            and latest is not None
+            and latest.repeats(_mode_at(found[0], strengths[0]), found[0].point, strengths)
+        )
         if read_here or any(
             f.coordinates == "errors" or f.displacement is not None or f.dyad is not None for f in found
         ):
@@ -344,10 +348,11 @@ class _Run:
         """Whether it is this evaluation."""
         return self.mode == mode and self.strengths == strengths and self.point == stamps(point)
 
-    def is_at(self, found: Relaxation, strength: complex) -> bool:
-        """Whether its update is that of the end of this phase."""
-        fits = self.mode.kind == ("error_forces" if found.coordinates == "errors" else "forces")
-        return fits and self.strengths == (strength,) and self.point == stamps(found.point)
+
+def _mode_at(found: Relaxation, strength: complex) -> Mode:
+    """The evaluation whose update is that of the end of a phase."""
+    kind: Kind = "error_forces" if found.coordinates == "errors" else "forces"
+    return _continued(Mode(kind, strength != 0), found.point)
 
 
 def _continued(mode: Mode, point: Sequence[Tensor]) -> Mode:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Status, as_complex, checked_steps, force_norm
-from lightning_ebm.relaxers.fixed_point import FixedPoint, halves_of, ran_away, rounding_of
+from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, as_complex, checked_steps, force_norm
+from lightning_ebm.relaxers.fixed_point import FixedPoint, ended, halves_of, ran_away, rounding_of, swept
 
 _FURTHEST = 1e3
 """Longest step, in sweeps: beyond a rate of .999 per sweep, what looks like a slope may be rounding."""
@@ -75,12 +75,7 @@ class AcceleratedFixedPoint(Relaxer):
         search = _Search(landscape, halves[-1])
         energies = [landscape.energy_of(point, strength)]
         for steps in range(1, self.max_steps + 1):  # read after the loop
-            before = point
-            for layers in halves:
-                swept = list(point)
-                for k, answer in zip(layers, landscape.answers(point, strength, layers), strict=True):
-                    swept[k] = answer
-                point = swept
+            before, point = point, swept(landscape, point, strength, halves)
             moved = [y - x for x, y in zip(before, point, strict=True)]
             norm = force_norm(landscape, moved)
             if steps == 1:
@@ -101,12 +96,8 @@ class AcceleratedFixedPoint(Relaxer):
                 break
             if len(halves) > 1 or steps > _ALONE:
                 point = search.onwards(step, unsettled)
-        settled = bool((norm <= settled_at).all())
-        residual = norm / first.clamp_min(torch.finfo(first.dtype).tiny)
-        grew = bool(norm.norm() > first.norm()) and not settled
-        status: Status = "fixed" if not self.tol else "converged" if settled else "max_steps"
         energies.append(landscape.energy_of(point, strength))
-        return Relaxation(point, "states", "max_steps" if grew else status, steps, residual, energies)
+        return ended(point, steps, norm, first, settled_at, self.tol, energies)
 
 
 @dataclass

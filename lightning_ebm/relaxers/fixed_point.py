@@ -67,7 +67,7 @@ class FixedPoint(Relaxer):
         energies = [landscape.energy_of(point, strength)]
         first = norm = settled_at = energies[0].new_empty(0)
         for steps in range(1, self.max_steps + 1):  # read after the loop
-            before, point = point, self._swept(landscape, point, strength, halves)
+            before, point = point, swept(landscape, point, strength, halves, self.damping)
             if not self.tol and steps % _LOOK_AT and steps not in (1, self.max_steps):
                 continue
             norm = force_norm(landscape, [y - x for x, y in zip(before, point, strict=True)]) / (1 - self.damping)
@@ -78,34 +78,56 @@ class FixedPoint(Relaxer):
                 raise ran_away(self, landscape, strength, steps, before, point)
             if self.tol and bool((norm <= settled_at).all()):
                 break
-        settled = bool((norm <= settled_at).all())
-        residual = norm / first.clamp_min(torch.finfo(first.dtype).tiny)
-        grew = bool(norm.norm() > first.norm()) and not settled
-        status: Status = "fixed" if not self.tol else "converged" if settled else "max_steps"
         energies.append(landscape.energy_of(point, strength))
-        return Relaxation(point, "states", "max_steps" if grew else status, steps, residual, energies)
+        return ended(point, steps, norm, first, settled_at, self.tol, energies)
 
     def _unrolled(
         self, landscape: Landscape, point: list[Tensor], strength: complex, halves: list[list[int]]
     ) -> Relaxation:
         """All steps, whatever the tolerance, for a graph: it cannot ask how it goes."""
         for _ in range(self.max_steps):
-            point = self._swept(landscape, point, strength, halves)
+            point = swept(landscape, point, strength, halves, self.damping)
         unknown = landscape.per_sample(point).new_full((landscape.batch_size,), float("nan"))
         return Relaxation(point, "states", "fixed", self.max_steps, unknown)
 
-    def _swept(
-        self, landscape: Landscape, point: list[Tensor], strength: complex, halves: list[list[int]]
-    ) -> list[Tensor]:
-        for layers in halves:
-            point = self._moved(point, landscape.answers(point, strength, layers), layers)
-        return point
 
-    def _moved(self, point: list[Tensor], answers: list[Tensor], layers: Sequence[int]) -> list[Tensor]:
-        moved = list(point)
-        for k, answer in zip(layers, answers, strict=True):
-            moved[k] = torch.lerp(answer, point[k], self.damping) if self.damping else answer
-        return moved
+def swept(
+    landscape: Landscape, point: list[Tensor], strength: complex, halves: list[list[int]], damping: float = 0.0
+) -> list[Tensor]:
+    """The states after each of these groups of layers in turn has gone to its best response."""
+    for layers in halves:
+        after = list(point)
+        for k, answer in zip(layers, landscape.answers(point, strength, layers), strict=True):
+            after[k] = torch.lerp(answer, point[k], damping) if damping else answer
+        point = after
+    return point
+
+
+def ended(
+    point: list[Tensor],
+    steps: int,
+    norm: Tensor,
+    first: Tensor,
+    settled_at: Tensor,
+    tol: float,
+    energies: Sequence[Tensor],
+) -> Relaxation:
+    """What sweeps report; a last residual above the first is no equilibrium, whatever was asked for.
+
+    Args:
+        point: where they ended.
+        steps: how many there were.
+        norm: how far the last one moved each sample.
+        first: how far the first one did.
+        settled_at: below which a sample has settled.
+        tol: 0 where a number of sweeps was asked for.
+        energies: at the start and at the end.
+    """
+    settled = bool((norm <= settled_at).all())
+    residual = norm / first.clamp_min(torch.finfo(first.dtype).tiny)
+    grew = bool(norm.norm() > first.norm()) and not settled
+    status: Status = "fixed" if not tol else "converged" if settled else "max_steps"
+    return Relaxation(point, "states", "max_steps" if grew else status, steps, residual, energies)
 
 
 def rounding_of(landscape: Landscape, point: Sequence[Tensor]) -> Tensor:

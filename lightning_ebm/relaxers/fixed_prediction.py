@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Status, checked_steps, force_norm
+from lightning_ebm.relaxers.fixed_steps import moved
 from lightning_ebm.relaxers.forces import total_energy
 
 
@@ -60,7 +61,7 @@ class FixedPrediction(Relaxer):
             if steps == self.max_steps or (self.tol and bool(settled.all())):
                 break
             steps += 1
-            errors = [e.sub(g, alpha=self.lr) for e, g in zip(errors, forces.gradients, strict=True)]
+            errors = moved(errors, forces.gradients, self.lr)
         residual = norms[-1] / norms[0].clamp_min(torch.finfo(norms[0].dtype).tiny)
         status: Status = "fixed" if not self.tol else "converged" if bool(settled.all()) else "max_steps"
         point = list(landscape.no_errors)
