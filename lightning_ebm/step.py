@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.capture.captures import Captures
+from lightning_ebm.capture.kernels import QUICK_PRODUCTS
 from lightning_ebm.capture.remember import Remembered
 from lightning_ebm.capture.replay import CapturedNetwork
 from lightning_ebm.capture.tape import Tape
@@ -26,6 +27,7 @@ from lightning_ebm.purity import Snapshot
 from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.relaxers.base import force_norm
 from lightning_ebm.relaxers.forces import total_energy
+from lightning_ebm.relaxers.sweeping import SweepingRelaxer
 from lightning_ebm.report import PhaseReport
 from lightning_ebm.state_memory import StateMemory
 from lightning_ebm.substitution import Pass, StateOf, at_prediction, at_states, batch_size_among, substituted
@@ -292,12 +294,13 @@ class Step:
         if algorithm.read_as == "dyadic":  # both ends of the table at once
             span = max(p.strength.real for p in table) - min(p.strength.real for p in table)
             table = (Phase(span, 1 / span),)
+        together = self._abreast(network, start, table)
         for phase in table:
             strength, weight = phase.strength, phase.weight
             if strength:
                 _announce(network, strength, phase.held)
                 with torch.no_grad():
-                    found = self._nudged(network, start, phase)
+                    found = together.get(phase) or self._nudged(network, start, phase)
                 phases.append(PhaseReport.of(strength, found))
             elif free is None:
                 continue  # dI/dtheta is exactly 0 at the forward pass of a divergence energy
@@ -312,6 +315,16 @@ class Step:
         if self._teaches and taken is not None and algorithm.energy.divergence and taken.dyad is None:
             algorithm.energy.observe(lambda: dict(zip(network.names, network.errors_at(taken), strict=True)))
         return update
+
+    def _abreast(self, network: Network, start: Sequence[Tensor], table: Sequence[Phase]) -> dict[Phase, Relaxation]:
+        """The phases that can be relaxed as one batch: by sweeps, on captured code, in real numbers."""
+        relaxer = self._algorithm.relaxer
+        phases = [p for p in table if p.strength and not p.held and not isinstance(p.strength, complex)]
+        if len(phases) < 2 or not isinstance(relaxer, SweepingRelaxer) or not isinstance(network, CapturedNetwork):
+            return {}
+        with torch.no_grad():
+            found = relaxer.relax_abreast(network, start, [phase.strength for phase in phases])
+        return dict(zip(phases, found, strict=True))
 
     def _nudged(self, network: Network, start: Sequence[Tensor], phase: Phase) -> Relaxation:
         relaxer = self._algorithm.relaxer
@@ -339,7 +352,7 @@ class Step:
         return near.loss() + near.cross_derivative(moved)
 
     def _first_again(self, plan: Plan) -> Pass:
-        self._tape = Tape()
+        self._tape = Tape(QUICK_PRODUCTS)  # where relaxation begins; what is logged comes from the user's own pass
         with self._taped():
             return self._run(self._cut(at_prediction(frozenset(plan.states))))
 

@@ -272,7 +272,10 @@ def test_what_is_not_analytic_is_an_error_in_every_step() -> None:
 
 
 def test_real_weights_are_not_multiplied_as_complex_ones() -> None:
-    """Each product with a weight is two real ones, the gradient of a weight two or, stacked, one for all phases."""
+    """Each product with a weight is two real ones, the gradient of a weight two or, stacked, one for all phases.
+
+    The two real phases sweep as one batch.
+    """
     net = nn.Sequential(nn.Linear(11, 8), nn.Tanh(), nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 3))
     x, y = torch.randn(5, 11), torch.arange(5) % 3
     learner = ebm.Learner(net, around(relaxer=ebm.FixedPoint(4), free_relaxer=ebm.FixedPoint(6)), output="state")
@@ -285,9 +288,10 @@ def test_real_weights_are_not_multiplied_as_complex_ones() -> None:
         learner.backward(closure)
     shapes = counting.shapes
     assert shapes.count((5, 11, 8)) == 1
-    sweeps, energies = 6 + 4 + 4 + 2 * 4, 2 + 1 + 2 * 2 + 2  # the complex start is another tensor than the real one
+    sweeps, energies = 6 + 2 * 4, 2 + 2 + 2 * 2  # the complex start is another tensor than the real one
     assert shapes.count((5, 9, 8)) == sweeps
     assert shapes.count((5, 8, 9)) == sweeps + energies + 2
+    assert shapes.count((10, 9, 8)) == shapes.count((10, 8, 9)) == 4
     assert shapes.count((8, 5, 11)) == 1 + 1  # real phases, and the complex one, of which the real part counts
     assert shapes.count((9, 10, 8)) == 1
     assert shapes.count((9, 5, 8)) == 2

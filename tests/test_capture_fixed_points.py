@@ -25,9 +25,12 @@ from test_capture import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_ebm as ebm
+from lightning_ebm.capture import kernels
 from lightning_ebm.capture.elementwise import quick_tanh, quick_xlogx
+from lightning_ebm.capture.tape import Tape
 
 
 def small(make: Callable[[], nn.Module], gain: float = 0.5) -> Callable[[], nn.Module]:
@@ -222,11 +225,12 @@ def test_the_drive_of_the_input_once_and_one_product_for_the_contrast() -> None:
     assert shapes.count((5, 11, 8)) == 1  # the second pass has it from the first
     assert shapes.count((8, 5, 11)) == 1  # the input is the same in both phases
     assert shapes.count((9, 10, 8)) == shapes.count((3, 10, 9)) == 1  # all others: two batches of 5, stacked
-    sweeps, energies = 6 + 4 + 4, 4
-    for up, down in (((5, 8, 9), (5, 9, 8)), ((5, 9, 3), (5, 3, 9))):
-        assert shapes.count(up) == sweeps + energies + 2
-        assert shapes.count(down) == sweeps
-    assert len(shapes) == 1 + 3 + 2 * (2 * sweeps + energies + 2)
+    free, nudged, energies = 6, 4, 4  # both signs sweep as one batch
+    for up, down in (((8, 9), (9, 8)), ((9, 3), (3, 9))):
+        assert shapes.count((5, *up)) == free + energies + 2
+        assert shapes.count((5, *down)) == free
+        assert shapes.count((10, *up)) == shapes.count((10, *down)) == nudged
+    assert len(shapes) == 1 + 3 + 2 * (2 * (free + nudged) + energies + 2)
 
 
 # ------------------------------------------------------------------------------- what changes behind its back
@@ -333,3 +337,55 @@ def test_the_slope_of_a_convolution_of_any_shape() -> None:
         return F.cross_entropy(module(image), batch[1])
 
     captured(small(made), hopfield(), step)
+
+
+class Signs(TorchDispatchMode):
+    """Counts changes of sign of more than a number."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.count += func is torch.ops.aten.neg.default and result.ndim > 0
+        return result
+
+
+@pytest.mark.parametrize("last", [nn.Identity, nn.Hardsigmoid], ids=["read-out", "state"])
+def test_the_pull_of_the_loss_changes_its_sign_once_a_phase(last: Callable[[], nn.Module]) -> None:
+    """A pull is minus a slope: the nudge carries the sign, not a tensor of every sweep."""
+    net, (x, y) = small(chain(nn.Tanh, last))().double(), batches()[0]
+    learner = ebm.Learner(net, hopfield())
+
+    def closure() -> Tensor:
+        return F.cross_entropy(net(x), y)
+
+    learner.gradients(closure)
+    step = learner.begin(closure)
+    with step.first_pass():
+        loss = closure()
+    with Signs() as signs:
+        step.surrogate(loss)
+    assert signs.count == 0
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_quiet_pass_multiplies_by_the_faster_library(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And comes to the same, up to rounding; what is small, or of other types, it leaves alone."""
+    monkeypatch.setattr(kernels, "available", lambda: True)
+    torch.manual_seed(0)
+    layer = nn.Linear(300, 64, bias=bias)
+    for x in (torch.randn(80, 300), torch.randn(2, 300), torch.randn(2, 40, 300)):
+        with Tape(kernels.QUICK_PRODUCTS) as tape:
+            got = layer(x)
+        assert [str(node.func) for node in tape.nodes].count("aten.addmm.default" if bias else "aten.mm.default") == 1
+        assert torch.allclose(got, layer(x), rtol=0, atol=1e-5)
+        assert torch.autograd.grad(got.sum(), layer.weight)[0].shape == (64, 300)
+    exact = layer.double(), torch.randn(80, 300, dtype=torch.float64)
+    with Tape(kernels.QUICK_PRODUCTS):
+        got = exact[0](exact[1])
+    assert torch.equal(got, exact[0](exact[1]))
+    for scales in ({"beta": 2}, {"alpha": 0.5}):
+        x, w, b = torch.randn(80, 300), torch.randn(300, 64), torch.randn(64)
+        with Tape(kernels.QUICK_PRODUCTS):
+            got = torch.addmm(b, x, w, **scales)
+        assert torch.equal(got, torch.addmm(b, x, w, **scales))

@@ -49,7 +49,7 @@ ORDER = [
     {"dyads", "front", "mode", "parts", "traits"},
     {"tape"},
     {"comparison", "writing"},
-    {"contrast", "elementwise", "kernels", "lowering", "pairs", "remember", "simplify"},
+    {"abreast", "contrast", "elementwise", "kernels", "lowering", "pairs", "remember", "simplify"},
     {"continuation", "order", "pair_rules", "reuse"},
     {"faster"},
     {"compiled", "formulas", "program"},

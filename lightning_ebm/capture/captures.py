@@ -108,6 +108,7 @@ class Captured:
         self.programs: dict[Mode, Program] = {}
         self.targets: dict[Mode, list[Value]] = {}
         self.fronts = True
+        self.abreast = True
         self.first_pass = len(tape.nodes)
         self.roots = _roots(tape, first)
         self._key = key

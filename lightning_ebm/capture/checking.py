@@ -39,6 +39,9 @@ class Checking(Formulas):
             points[0] = [x for number in range(3) for x in self._elsewhere(mode, number)]
         with self._watched() as watch:
             outputs = self._plain_outputs(mode, points[0], strengths[0])
+            if mode.kind == "answers":
+                for point, strength in zip(points[1:], strengths[1:], strict=True):
+                    outputs += self._plain_outputs(mode, point, strength)
         if watch.reads:
             raise NotRepeatable(f"reads numbers that depend on its states into Python ({watch.reads[0]})")
         if not mode.updates:

@@ -7,7 +7,7 @@ over windows of 2 x 2 as sums of four strided views, bit for bit the same. Other
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +99,13 @@ def _spread(op: Op, activation: str | None) -> _Found:
     return (quarter_to_four, (gradient,), False) if _is_by_two(x, window) else None
 
 
+def _joined(op: Op, activation: str | None) -> _Found:
+    parts, *dim = op.args
+    return (rows_together, parts, False) if dim in ([], [0]) else None
+
+
 _RULES: dict[Any, Callable[[Op, str | None], _Found]] = {
+    _aten.cat.default: _joined,
     _aten.mm.default: _multiplied,
     _aten.addmm.default: _multiplied,
     _aten.convolution.default: _convolved,
@@ -124,6 +130,29 @@ def _is_by_two(x: Value, window: Sequence[Any]) -> bool:
 def product(x: Tensor, matrix: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """rho(x @ matrix + bias), ``(M, N)`` from ``(M, K)``, ``(K, N)`` and ``(N,)``."""
     return torch.ops.mkldnn._linear_pointwise(x, matrix.t(), bias, activation, [], "")  # type: ignore[no-any-return]
+
+
+def quick_mm(x: Tensor, matrix: Tensor) -> Tensor | None:
+    """x @ matrix, ``(M, N)`` from ``(M, K)`` and ``(K, N)``; None where that is no faster than torch's."""
+    return product(x, matrix, None, "none") if _pays(x, matrix) else None
+
+
+def quick_addmm(bias: Tensor, x: Tensor, matrix: Tensor, **scales: Any) -> Tensor | None:
+    """x @ matrix + bias, with ``(N,)`` besides; None where that is no faster than torch's."""
+    plain = not scales and bias.ndim == 1 and bias.dtype == x.dtype
+    return product(x, matrix, bias, "none") if plain and _pays(x, matrix) else None
+
+
+def _pays(x: Tensor, matrix: Tensor) -> bool:
+    fits = x.dtype == matrix.dtype == torch.float32 and x.device.type == "cpu"
+    return fits and x.numel() * matrix.shape[1] >= _WORTH_IT and available()
+
+
+QUICK_PRODUCTS: Mapping[Any, Callable[..., Tensor | None]] = {
+    _aten.mm.default: quick_mm,
+    _aten.addmm.default: quick_addmm,
+}
+"""For passes whose numbers nobody compares with those of torch's own, bit for bit."""
 
 
 def convolution(
@@ -157,6 +186,17 @@ def quarter_to_four(gradient: Tensor) -> Tensor:
         for column in (0, 1):
             spread[..., row::2, column::2] = quarter
     return spread
+
+
+def rows_together(*parts: Tensor) -> Tensor:
+    """The rows of one after those of another; no copy where they lie in memory like that already."""
+    first, size = parts[0], parts[0].numel() * parts[0].element_size()
+    start, storage = first.data_ptr(), first.untyped_storage().data_ptr()
+    for k, part in enumerate(parts):
+        beside = part.data_ptr() == start + k * size and part.untyped_storage().data_ptr() == storage
+        if not beside or part.shape != first.shape or not part.is_contiguous():
+            return torch.cat(parts)
+    return first.as_strided((len(parts) * len(first), *first.shape[1:]), first.stride())
 
 
 def product_and(x: Tensor, matrix: Tensor, term: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ class Mode(NamedTuple):
             update" that of pairs, whose point is their means, then their leading and their trailing states.
         nudged: whether the loss pulls.
         layers: of answers, whose.
-        phases: of an update, how many phases it sums over.
+        phases: of an update, how many phases it sums over; of answers, how many phases they are given for at once.
         lr: of forces, the step that is taken along them: the next point is given in their place, and no update.
         moved: of forces, the states that may be elsewhere than the forward pass left them, see `Front`; None is all.
         wanted: of those, the layers whose forces, or next states, are given; None is all.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_ebm.capture.abreast import Abreast
 from lightning_ebm.capture.contrast import Contrast
 from lightning_ebm.capture.lowering import Lines
 from lightning_ebm.capture.order import streamed
@@ -69,7 +70,8 @@ class Record:
         slopes: what the update gives.
         defined: inputs that are the sum of two other values: states, in error coordinates.
         still: inputs that are where the forward pass left them, and what they are then equal to.
-        phases: how many phases the update sums over, each with a point, a strength and a scale of its own.
+        phases: how many phases the update sums over, or there are outputs of, each with a point, a strength and a
+            scale of its own.
     """
 
     tape: Tape
@@ -110,9 +112,14 @@ def compiled_program(
     inputs: list[list[Value]] = [lines.bound, [record.strength], list(record.point), [record.scale], []]
     if record.phases > 1:
         own = [{v: v.like() for level in inputs[PHASE:] for v in level} for _ in range(record.phases)]
-        contrast = Contrast(ops, own)
-        slopes = [contrast.sum(value) for value in slopes]
-        ops = needed(contrast.ops, slopes)
+        if slopes:
+            contrast = Contrast(ops, own)
+            slopes = [contrast.sum(value) for value in slopes]
+            ops = needed(contrast.ops, slopes)
+        else:
+            abreast = Abreast(ops, own)
+            outputs = [v for phase in zip(*map(abreast.parts, outputs), strict=True) for v in phase]
+            ops = needed(abreast.ops, outputs)
         inputs[PHASE:] = [[names[v] for names in own for v in level] for level in inputs[PHASE:]]
     outputs = _owned(ops, outputs)
     energy, outputs = outputs[: len(energy)], outputs[len(energy) :]

@@ -1,5 +1,6 @@
 """The network of a step whose passes are run as captured code."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,8 @@ from lightning_ebm.relaxers.forces import total_energy
 from lightning_ebm.stamps import Stamps, stamps
 from lightning_ebm.substitution import Pass
 from lightning_ebm.wiring import Plan
+
+log = logging.getLogger(__name__)
 
 _Ready = Callable[[Sequence[Tensor]], Sequence[Sequence[Tensor]]]
 """From a point to what the code of a point gives."""
@@ -62,7 +65,7 @@ class CapturedNetwork(RecordingNetwork):
         self._fixed: dict[Any, tuple[Tensor, ...]] = {}
         self._latest_run: _Run | None = None
         self._gliding: dict[tuple[complex, float, str], _Ready] = {}
-        self._ready: dict[tuple[Mode, complex], _Ready] = {}
+        self._ready: dict[tuple[Mode, tuple[complex, ...]], _Ready] = {}
         self._energies: list[tuple[Stamps, Tensor, Tensor]] = []
 
     def _behind_front(self, mode: Mode, states: Sequence[Tensor]) -> Mode:
@@ -112,7 +115,7 @@ class CapturedNetwork(RecordingNetwork):
         else:
             mode = self._behind_front(Mode("forces", strength != 0, lr=lr), point)
         mode = _continued(mode, point)
-        if (ready := self._ready.get((mode, strength))) is not None:
+        if (ready := self._ready.get((mode, (strength,)))) is not None:
             energy, *ahead = ready(point)[0]
         elif (ran := self._ran(mode, point, strength)) is not None:
             energy, *ahead = ran.outputs
@@ -122,7 +125,7 @@ class CapturedNetwork(RecordingNetwork):
             return _put(point, mode.wanted, ahead), energy
         if mode.continued:
             return ahead, energy.real
-        self._gliding[strength, lr, coordinates] = self._ready[mode, strength]
+        self._gliding[strength, lr, coordinates] = self._ready[mode, (strength,)]
         return ahead, energy
 
     def responses(self, states: Sequence[Tensor], strength: complex) -> Forces:
@@ -133,11 +136,29 @@ class CapturedNetwork(RecordingNetwork):
     def answers(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]) -> list[Tensor]:
         """See `Landscape.answers`."""
         mode = _continued(Mode("answers", strength != 0, tuple(layers)), states)
-        ready = self._ready.get((mode, strength))
+        ready = self._ready.get((mode, (strength,)))
         if ready is not None and not torch.is_grad_enabled():  # the inner loop of a relaxation
             return list(ready(states)[0])
         ran = self._ran(mode, states, strength)
         return super().answers(states, strength, layers) if ran is None else list(ran.outputs)
+
+    def answers_abreast(
+        self, points: Sequence[Sequence[Tensor]], strengths: Sequence[float], layers: Sequence[int]
+    ) -> list[list[Tensor]]:
+        """`answers` at several points, each at a strength of its own, the samples of all of them as one batch."""
+        mode, given, count = Mode("answers", True, tuple(layers), phases=len(points)), tuple(strengths), len(layers)
+        flat = [x for point in points for x in point]
+        found: Sequence[Tensor] | None = None
+        if (ready := self._ready.get((mode, given))) is not None:
+            found = ready(flat)[0]
+        elif self._found is not None and self._found[0].abreast:
+            new = mode not in self._found[0].programs
+            found = None if (ran := self._ran(mode, flat, *given)) is None else ran.outputs
+            if new and found is not None:  # a phase may outlast the others in any later batch
+                self.answers(points[0], given[0], layers)
+        if found is None:
+            return [self.answers(point, strength, layers) for point, strength in zip(points, given, strict=True)]
+        return [list(found[k : k + count]) for k in range(0, len(found), count)]
 
     def hops(self, errors: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.hops`."""
@@ -159,7 +180,7 @@ class CapturedNetwork(RecordingNetwork):
         known = next(((internal, loss) for at, internal, loss in self._energies if at == here), None)
         if known is None:
             mode = _continued(Mode("energy", True), states)
-            if (ready := self._ready.get((mode, 0.0))) is not None and not torch.is_grad_enabled():
+            if (ready := self._ready.get((mode, (0.0,)))) is not None and not torch.is_grad_enabled():
                 internal, loss = ready(states)[0]
             elif (ran := self._ran(mode, states, 0.0)) is not None:  # I and L apart: no nudge is in them
                 internal, loss = ran.outputs
@@ -244,6 +265,10 @@ class CapturedNetwork(RecordingNetwork):
             program = self._program(mode, strengths)
         except Exception as error:  # whatever goes wrong in capturing: the plain way stays right
             self._latest = None
+            if mode.kind == "answers" and mode.phases > 1:
+                log.debug("Phases are swept one after the other: %r", error)  # the same, in more calls
+                self._found[0].abreast = False
+                return None
             self._captures.refuse(str(error) if isinstance(error, NotRepeatable) else f"raises in capturing: {error!r}")
             self._found = None
             return None
@@ -252,7 +277,7 @@ class CapturedNetwork(RecordingNetwork):
         run = self._run_of(program, mode, point, strengths)
         if mode.kind in ("answers", "energy") or mode.lr is not None:  # not before the code has passed its check
             once, phase = self._fixed[mode], self._fixed[mode, strengths]
-            self._ready[mode, strengths[0]] = partial(program.point, once, phase)
+            self._ready[mode, strengths] = partial(program.point, once, phase)
         else:
             self._latest_run = run
         return run

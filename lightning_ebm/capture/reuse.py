@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.capture.elementwise import quick_tanh
+from lightning_ebm.capture.kernels import rows_together
 from lightning_ebm.capture.tape import Value
 from lightning_ebm.capture.traits import traits
 from lightning_ebm.capture.writing import Op
@@ -55,8 +56,8 @@ def reusing(ops: Sequence[Op], wanted: Collection[Value]) -> list[Op]:
     return [_in_place(op, index, last, own - shared) for index, op in enumerate(ops)]
 
 
-_MAYBE_SAME = frozenset({_aten.reshape.default, _aten.contiguous.default})
-"""What they return may be their argument."""
+_MAYBE_SAME = frozenset({_aten.reshape.default, _aten.contiguous.default, rows_together})
+"""What they return may lie where their argument does."""
 
 
 def _in_place(op: Op, index: int, last: dict[Value, int], own: Collection[Value]) -> Op:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lightning_ebm.capture.tape import Value
+from lightning_ebm.capture.tape import PHASE, Value
 from lightning_ebm.capture.writing import Op
 
 _aten = torch.ops.aten
@@ -30,7 +30,7 @@ _ODD = frozenset(
         _aten.expand.default, _aten.unsqueeze.default,
     }
 )  # fmt: skip
-"""f(-x, ...) = -f(x, ...), at least for the first result."""
+"""f(-x, ...) = -f(x, ...), at least for the first result; as for all slopes of functions, see `_is_slope`."""
 
 
 _ZERO_AT_ZERO = frozenset(
@@ -165,8 +165,11 @@ class _Simpler:
         """The value that is minus this one, if it can be had without changing a sign."""
         if value in self._negated:
             return self._negated[value]
+        if value.shape == () and value.level == PHASE:  # once a phase
+            self._negated[value] = less = self._new(_aten.neg.default, (value,), value)
+            return less
         op = self._made.get(value)
-        if op is None or op.func not in _ODD or (op.func is _aten.convolution.default and op.args[2] is not None):
+        if op is None or not _is_odd(op):
             return None
         if [r for r in op.results if r is not None] != [value]:
             return None
@@ -209,8 +212,19 @@ class _Simpler:
 def _is_zero_at_zero(op: Op) -> bool:
     if op.func is _aten.convolution.default and op.args[2] is not None:
         return False
+    return op.func in _ZERO_AT_ZERO or _is_slope(op)
+
+
+def _is_odd(op: Op) -> bool:
+    if op.func is _aten.convolution.default and op.args[2] is not None:
+        return False
+    return op.func in _ODD or _is_slope(op)
+
+
+def _is_slope(op: Op) -> bool:
+    """Whether it is linear in its first argument, the slope above."""
     name = getattr(getattr(op.func, "_schema", None), "name", "")
-    return op.func in _ZERO_AT_ZERO or name.endswith(("_backward", "_backward_data"))
+    return name.endswith(("_backward", "_backward_data"))
 
 
 def _transpose(op: Op) -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +104,13 @@ def values_in(arg: Any) -> Iterable[Value]:
     elif type(arg) is tuple:
         for a in arg:
             yield from values_in(a)
+
+
+def renamed(arg: Any, names: Mapping[Value, Value]) -> Any:
+    """The argument with other values in place of some."""
+    if type(arg) is Value:
+        return names.get(arg, arg)
+    return tuple(renamed(a, names) for a in arg) if type(arg) is tuple else arg
 
 
 def repeated_key(func: Any, args: tuple[Any, ...], kwargs: tuple[Any, ...] = ()) -> Any:

@@ -1,15 +1,14 @@
 """Odd-even sweeps as the slopes of conjugate gradients."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, as_complex, checked_steps, force_norm
-from lightning_ebm.relaxers.fixed_point import FixedPoint, ended, halves_of, ran_away, rounding_of, swept
+from lightning_ebm.relaxers.base import Landscape, checked_steps, force_norm
+from lightning_ebm.relaxers.fixed_point import ended, ran_away, rounding_of
+from lightning_ebm.relaxers.sweeping import SweepingRelaxer, Sweeps
 
 _FURTHEST = 1e3
 """Longest step, in sweeps: beyond a rate of .999 per sweep, what looks like a slope may be rounding."""
@@ -22,7 +21,7 @@ _ALONE = 2
 
 
 @dataclass(frozen=True)
-class AcceleratedFixedPoint(Relaxer):
+class AcceleratedFixedPoint(SweepingRelaxer):
     """x <- x + alpha p, p <- r(x) + beta p: conjugate gradients whose slope is how far a sweep goes, r(x) = S(x) - x.
 
     S is the odd-even sweep of `FixedPoint`. In a chain the even layers are all that S depends on, r is minus the slope
@@ -67,24 +66,23 @@ class AcceleratedFixedPoint(Relaxer):
     def __post_init__(self) -> None:
         checked_steps(self, self.max_steps, self.tol)
 
-    def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
-        if get_proxy_mode() is not None:  # a graph is being made
-            return FixedPoint(self.max_steps).relax(landscape, start, strength)
-        point = as_complex(start, strength)
-        halves = halves_of(landscape.depths)
+    def sweeps(self, landscape: Landscape, point: list[Tensor], strength: complex) -> Sweeps:
+        halves = self.groups(landscape)
         search = _Search(landscape, halves[-1])
         energies = [landscape.energy_of(point, strength)]
         for steps in range(1, self.max_steps + 1):  # read after the loop
-            before, point = point, swept(landscape, point, strength, halves)
+            before, point = point, (yield point)
             moved = [y - x for x, y in zip(before, point, strict=True)]
             norm = force_norm(landscape, moved)
             if steps == 1:
                 first, settled_at = norm, (self.tol * norm).maximum(rounding_of(landscape, point))
                 bound = 1e6 * first.max().clamp_min(1)
-            lost = search.elsewhere & ~(norm <= 10 * first)  # nan is not
-            unsettled = ~(norm <= settled_at)
-            away = ~(norm <= bound) & ~lost
-            moving, failed, diverged = torch.stack([unsettled, lost, away]).any(1).tolist()  # asked for once
+            unsettled, away = ~(norm <= settled_at), ~(norm <= bound)  # nan is
+            if search.elsewhere is not None:
+                lost = search.elsewhere & ~(norm <= 10 * first)
+                moving, diverged, failed = torch.stack([unsettled, away & ~lost, lost]).any(1).tolist()  # asked once
+            else:
+                (moving, diverged), failed = torch.stack([unsettled, away]).any(1).tolist(), False
             if diverged:
                 raise ran_away(self, landscape, strength, steps, before, point)
             step = _Sweep(moved, point, norm)
@@ -128,8 +126,8 @@ class _Search:
         self._descent = torch.zeros(())  # <r, p> at the x before
         self._longest = torch.full((), _FURTHEST)  # alpha that each sample may take
         self._least = torch.full((), torch.inf)  # residual of each sample where it started anew
-        self.elsewhere = torch.zeros((), dtype=torch.bool)
-        """Which samples were sent elsewhere than the last sweep went."""
+        self.elsewhere: Tensor | None = None
+        """Which samples were sent elsewhere than the last sweep went; None before any was."""
 
     def onwards(self, sweep: _Sweep, searching: Tensor) -> list[Tensor]:
         """Where the next sweep begins; samples that are not `searching` start anew from where this one ended."""
@@ -173,7 +171,7 @@ class _Search:
         turn = [r_x - r for r_x, r in zip(self._slope, slope, strict=True)]  # what the sweep loses along p
         descent, curvature = self._product(self._slope, self._ahead), self._product(self._ahead, turn)
         good = searching & (descent > 0) & (curvature > 0)
-        if self._behind:
+        if self.elsewhere is not None:
             found = self._product(self._behind, slope).abs() > _LEFT * self._descent
             bent = searching & self.elsewhere & found
             # Without this a sample could go round and round between the same kinks.

@@ -55,7 +55,8 @@ class Landscape(Protocol):
         with every drive and Jacobian taken at the mean. As gradients: mean - (z^+ + z^-) / 2.
         """
 
-    # A landscape may also have `descended`, see `CapturedNetwork.descended`: a step along the forces in one piece.
+    # A landscape may also have `descended`, a step along the forces in one piece, and `answers_abreast`, the answers at
+    # several points at once: see `CapturedNetwork`.
 
     def feasible(self, states: list[Tensor]) -> list[Tensor]:
         """The nearest states at which the energy is finite."""

@@ -6,17 +6,17 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Status, as_complex, checked_steps, force_norm
+from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Status, checked_steps, force_norm
+from lightning_ebm.relaxers.sweeping import SweepingRelaxer, Sweeps, halves_of
 
 _LOOK_AT = 10
 """Every how many of a fixed number of steps it is asked whether states run away."""
 
 
 @dataclass(frozen=True)
-class FixedPoint(Relaxer):
+class FixedPoint(SweepingRelaxer):
     """x_l <- (1 - damping) argmin_x [e_l(x, a_l) - <pull_l, x>] + damping x_l, until nothing moves.
 
     For the Hopfield energy that is x_l <- rho(a_l + W_{l+1}' x_{l+1} - lambda dL/dx_l), for predictive coding
@@ -59,15 +59,14 @@ class FixedPoint(Relaxer):
                 f"FixedPoint(damping={self.damping!r}): expected 0 <= damping < 1; at 1 no state would ever move."
             )
 
-    def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
-        point = as_complex(start, strength)
-        halves = halves_of(landscape.depths) if self.order == "odd-even" else [list(range(len(point)))]
-        if get_proxy_mode() is not None:  # a graph is being made
-            return self._unrolled(landscape, point, strength, halves)
+    def groups(self, landscape: Landscape) -> list[list[int]]:
+        return halves_of(landscape.depths) if self.order == "odd-even" else [list(range(len(landscape.depths)))]
+
+    def sweeps(self, landscape: Landscape, point: list[Tensor], strength: complex) -> Sweeps:
         energies = [landscape.energy_of(point, strength)]
         first = norm = settled_at = energies[0].new_empty(0)
         for steps in range(1, self.max_steps + 1):  # read after the loop
-            before, point = point, swept(landscape, point, strength, halves, self.damping)
+            before, point = point, (yield point)
             if not self.tol and steps % _LOOK_AT and steps not in (1, self.max_steps):
                 continue
             norm = force_norm(landscape, [y - x for x, y in zip(before, point, strict=True)]) / (1 - self.damping)
@@ -80,27 +79,6 @@ class FixedPoint(Relaxer):
                 break
         energies.append(landscape.energy_of(point, strength))
         return ended(point, steps, norm, first, settled_at, self.tol, energies)
-
-    def _unrolled(
-        self, landscape: Landscape, point: list[Tensor], strength: complex, halves: list[list[int]]
-    ) -> Relaxation:
-        """All steps, whatever the tolerance, for a graph: it cannot ask how it goes."""
-        for _ in range(self.max_steps):
-            point = swept(landscape, point, strength, halves, self.damping)
-        unknown = landscape.per_sample(point).new_full((landscape.batch_size,), float("nan"))
-        return Relaxation(point, "states", "fixed", self.max_steps, unknown)
-
-
-def swept(
-    landscape: Landscape, point: list[Tensor], strength: complex, halves: list[list[int]], damping: float = 0.0
-) -> list[Tensor]:
-    """The states after each of these groups of layers in turn has gone to its best response."""
-    for layers in halves:
-        after = list(point)
-        for k, answer in zip(layers, landscape.answers(point, strength, layers), strict=True):
-            after[k] = torch.lerp(answer, point[k], damping) if damping else answer
-        point = after
-    return point
 
 
 def ended(
@@ -132,15 +110,8 @@ def ended(
 
 def rounding_of(landscape: Landscape, point: Sequence[Tensor]) -> Tensor:
     """The residual of states that are one rounding error away from their response, ``(B,)``."""
-    size = landscape.per_sample([x.abs().square() for x in point]).sqrt()
+    size = landscape.squares(point).sqrt()
     return 4 * max(landscape.rounding, torch.finfo(size.dtype).eps) * size
-
-
-def halves_of(depths: Sequence[int]) -> list[list[int]]:
-    """The layers that move together, in turn: those at odd depth, then those at even depth."""
-    layers = range(len(depths))
-    odd, even = [k for k in layers if depths[k] % 2], [k for k in layers if depths[k] % 2 == 0]
-    return [odd, even] if even else [odd]
 
 
 def ran_away(

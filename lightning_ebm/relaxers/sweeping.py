@@ -1,0 +1,94 @@
+"""Relaxers that move by sweeps: every layer to its best response, one group of layers after another."""
+
+from abc import abstractmethod
+from collections.abc import Generator, Sequence
+
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, as_complex
+
+Sweeps = Generator[list[Tensor], list[Tensor], Relaxation]
+"""Yields where a sweep is to begin, is sent where it ended, and returns how it all ended."""
+
+
+class SweepingRelaxer(Relaxer):
+    """What is done between sweeps, by `sweeps`; the sweeps themselves are made here, for several phases at once.
+
+    Attributes:
+        max_steps: how many sweeps at most.
+        damping: how much of the old state stays.
+    """
+
+    max_steps: int
+    damping: float = 0.0
+
+    @abstractmethod
+    def sweeps(self, landscape: Landscape, point: list[Tensor], strength: complex) -> Sweeps:
+        """One relaxation from `point`, see `Sweeps`."""
+
+    def groups(self, landscape: Landscape) -> list[list[int]]:
+        """The layers that move together, in turn."""
+        return halves_of(landscape.depths)
+
+    def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
+        if get_proxy_mode() is not None:  # a graph is being made
+            return self._unrolled(landscape, as_complex(start, strength), strength)
+        return self.relax_abreast(landscape, start, [strength])[0]
+
+    def relax_abreast(
+        self, landscape: Landscape, start: Sequence[Tensor], strengths: Sequence[complex]
+    ) -> list[Relaxation]:
+        """What `relax` gives at each strength, whose sweeps are made together as long as there are several.
+
+        Args:
+            landscape: the network; for more than one strength it must have `answers_abreast`.
+            start: where each begins.
+            strengths: the nudges, real if there are several.
+        """
+        runs = [self.sweeps(landscape, as_complex(start, strength), strength) for strength in strengths]
+        points, found = {k: next(run) for k, run in enumerate(runs)}, {}
+        while points:
+            for k, point in self._swept(landscape, points, strengths).items():
+                try:
+                    points[k] = runs[k].send(point)
+                except StopIteration as end:
+                    found[k] = end.value
+                    del points[k]
+        return [found[k] for k in range(len(runs))]
+
+    def _swept(
+        self, landscape: Landscape, points: dict[int, list[Tensor]], strengths: Sequence[complex]
+    ) -> dict[int, list[Tensor]]:
+        """The states after each group of layers in turn has gone to its best response."""
+        given = [strengths[k] for k in points]
+        for layers in self.groups(landscape):
+            if len(given) > 1:
+                answered = landscape.answers_abreast(list(points.values()), given, layers)  # type: ignore[attr-defined]
+            else:
+                answered = [landscape.answers(point, given[0], layers) for point in points.values()]
+            points = {
+                k: self._put(point, layers, answers)
+                for (k, point), answers in zip(points.items(), answered, strict=True)
+            }
+        return points
+
+    def _put(self, point: list[Tensor], layers: list[int], answers: list[Tensor]) -> list[Tensor]:
+        after = list(point)
+        for k, answer in zip(layers, answers, strict=True):
+            after[k] = answer.lerp(point[k], self.damping) if self.damping else answer
+        return after
+
+    def _unrolled(self, landscape: Landscape, point: list[Tensor], strength: complex) -> Relaxation:
+        """All steps, whatever the tolerance, for a graph: it cannot ask how it goes."""
+        for _ in range(self.max_steps):
+            point = self._swept(landscape, {0: point}, [strength])[0]
+        unknown = landscape.per_sample(point).new_full((landscape.batch_size,), float("nan"))
+        return Relaxation(point, "states", "fixed", self.max_steps, unknown)
+
+
+def halves_of(depths: Sequence[int]) -> list[list[int]]:
+    """The layers that move together, in turn: those at odd depth, then those at even depth."""
+    layers = range(len(depths))
+    odd, even = [k for k in layers if depths[k] % 2], [k for k in layers if depths[k] % 2 == 0]
+    return [odd, even] if even else [odd]
