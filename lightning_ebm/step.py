@@ -297,10 +297,13 @@ class Step:
         together = self._abreast(network, start, table)
         for phase in table:
             strength, weight = phase.strength, phase.weight
-            if strength:
+            if phase in together:
+                found = together[phase]
+                phases.append(PhaseReport.of(strength, found))
+            elif strength:
                 _announce(network, strength, phase.held)
                 with torch.no_grad():
-                    found = together.get(phase) or self._nudged(network, start, phase)
+                    found = self._nudged(network, start, phase)
                 phases.append(PhaseReport.of(strength, found))
             elif free is None:
                 continue  # dI/dtheta is exactly 0 at the forward pass of a divergence energy
@@ -320,10 +323,14 @@ class Step:
         """The phases that can be relaxed as one batch: by sweeps, on captured code, in real numbers."""
         relaxer = self._algorithm.relaxer
         phases = [p for p in table if p.strength and not p.held and not isinstance(p.strength, complex)]
-        if len(phases) < 2 or not isinstance(relaxer, SweepingRelaxer) or not isinstance(network, CapturedNetwork):
+        captured = isinstance(getattr(network, "unwatched", network), CapturedNetwork)
+        if len(phases) < 2 or not isinstance(relaxer, SweepingRelaxer) or not captured:
             return {}
+        strengths = [phase.strength for phase in phases]
+        if isinstance(network, Recording):
+            network.begin_abreast(strengths)
         with torch.no_grad():
-            found = relaxer.relax_abreast(network, start, [phase.strength for phase in phases])
+            found = relaxer.relax_abreast(network, start, strengths)
         return dict(zip(phases, found, strict=True))
 
     def _nudged(self, network: Network, start: Sequence[Tensor], phase: Phase) -> Relaxation:

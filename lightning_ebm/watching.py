@@ -81,6 +81,16 @@ class Trace:
         }
 
 
+@dataclass
+class _Phase:
+    """One that is being recorded: what was announced of it, its trace, and the point and gradients seen last."""
+
+    announced: tuple[complex, bool] | None = None
+    trace: Trace | None = None
+    before: tuple[list[Tensor], list[Tensor]] | None = None
+    looked: Stamps = field(default_factory=list)
+
+
 class Recording:
     """A `Landscape` that passes every question on to another and notes what it saw.
 
@@ -95,14 +105,17 @@ class Recording:
 
     def __init__(self, landscape: Landscape) -> None:
         self._landscape = landscape
-        self._before: tuple[list[Tensor], list[Tensor]] | None = None
-        self._announced: tuple[complex, bool] | None = None
-        self._looked: Stamps = []
+        self._phase = _Phase()
+        self._abreast: dict[complex, _Phase] = {}
         self.traces: list[Trace] = []
 
     def begin(self, nudge: complex, held: bool = False) -> None:
         """The next question belongs to a new phase; a held one asks at strength 0."""
-        self._announced = nudge, held
+        self._phase, self._abreast = _Phase((nudge, held)), {}
+
+    def begin_abreast(self, nudges: Sequence[complex]) -> None:
+        """The next questions belong to new phases, which are told apart by the strength they ask at."""
+        self._abreast = {nudge: _Phase((nudge, False)) for nudge in nudges}
 
     @property
     def unwatched(self) -> Landscape:
@@ -136,16 +149,26 @@ class Recording:
             self._look(states, strength)
         return self._landscape.answers(states, strength, layers)
 
+    def answers_abreast(
+        self, points: Sequence[Sequence[Tensor]], strengths: Sequence[float], layers: Sequence[int]
+    ) -> list[list[Tensor]]:
+        """See `CapturedNetwork.answers_abreast`."""
+        if 0 in layers:
+            for states, strength in zip(points, strengths, strict=True):
+                self._look(states, strength)
+        found: list[list[Tensor]] = self._landscape.answers_abreast(points, strengths, layers)  # type: ignore[attr-defined]
+        return found
+
     def energy_of(self, states: Sequence[Tensor], strength: complex) -> Tensor:
         """See `Landscape.energy_of`. Asked for at the start and at the end."""
         self._look(states, strength)
         return self._landscape.energy_of(states, strength)
 
     def _look(self, states: Sequence[Tensor], strength: complex) -> None:
-        here = stamps(states)
-        if self._announced is not None or self._looked != here:
+        phase, here = self._abreast.get(strength, self._phase), stamps(states)
+        if phase.announced is not None or phase.looked != here:
             self._note("states", states, strength, self._landscape.responses(states, strength))
-        self._looked = here
+        phase.looked = here
 
     def hops(self, errors: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.hops`."""
@@ -161,24 +184,25 @@ class Recording:
 
     @torch.no_grad()
     def _note(self, coordinates: Coordinates, point: Sequence[Tensor], strength: complex, found: Forces) -> None:
-        last = self.traces[-1] if self.traces else None
+        phase = self._abreast.get(strength, self._phase)
+        last = phase.trace
         asked = last is not None and (0 if last.held else last.nudge) == strength
-        if last is None or self._announced is not None or not asked or last.coordinates != coordinates:
-            nudge, held = self._announced or (strength, False)
-            self._before = self._announced = None
-            last = Trace(nudge, held, coordinates, [x.detach().clone() for x in point])
+        if last is None or phase.announced is not None or not asked or last.coordinates != coordinates:
+            nudge, held = phase.announced or (strength, False)
+            phase.before = phase.announced = None
+            last = phase.trace = Trace(nudge, held, coordinates, [x.detach().clone() for x in point])
             self.traces.append(last)
         # Copies: a relaxer may move its states, or reuse its gradients, in place.
         here = [x.detach().clone() for x in point]
         gradients = [g.detach().clone() for g in found.gradients]
-        if self._before is not None:
-            steps = [b - a for a, b in zip(self._before[0], here, strict=True)]
-            turns = [h - g for g, h in zip(self._before[1], gradients, strict=True)]
-            force = _total([g.abs().double().square().sum() for g in self._before[1]])
+        if phase.before is not None:
+            steps = [b - a for a, b in zip(phase.before[0], here, strict=True)]
+            turns = [h - g for g, h in zip(phase.before[1], gradients, strict=True)]
+            force = _total([g.abs().double().square().sum() for g in phase.before[1]])
             length = _total([d.abs().double().square().sum() for d in steps])
             turned = _total([(t * d.conj()).sum().real.double() for t, d in zip(turns, steps, strict=True)])
             last.steps.append(torch.stack([force, length, turned]))
-        self._before = here, gradients
+        phase.before = here, gradients
         last.internal.append(found.internal.detach().sum().real.double())
         last.loss.append(found.loss.detach().real.double())
         last.residual.append(torch.stack([g.abs().double().norm() for g in gradients]))

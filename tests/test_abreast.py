@@ -15,6 +15,7 @@ from lightning_ebm.capture.abreast import Abreast
 from lightning_ebm.capture.kernels import rows_together
 from lightning_ebm.capture.tape import CONSTANT, STATE, Value
 from lightning_ebm.capture.writing import Names, Op, source
+from lightning_ebm.watching import Recording
 
 aten = torch.ops.aten
 
@@ -334,14 +335,30 @@ def test_a_wrong_rule_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert apart(fast, plain) < 1e-12
 
 
-def test_who_looks_on_changes_nothing() -> None:
-    """Whoever records is shown one phase after the other."""
-    updates = []
-    for observer in (None, ebm.watching.Recording):
+@pytest.mark.parametrize("nudge", [ebm.Centered(2.0), ebm.Holomorphic(0.5, points=6)], ids=str)
+def test_who_looks_on_changes_nothing_and_sees_each_phase_by_itself(nudge: ebm.Nudge) -> None:
+    """Bit for bit the same update; and the traces that phases relaxed one after the other leave."""
+    updates, traces = [], []
+    for capture in (True, True, False):
         torch.manual_seed(0)
         net = chain().double()
-        learner = ebm.Learner(net, centred("accelerated"))
-        learner.observer = observer  # type: ignore[assignment]
+        learner = ebm.Learner(net, ebm.algorithm(centred("accelerated"), nudge=nudge), capture=capture)
+        recordings: list[Recording] = []
+
+        def watch(network: Any, recordings: list[Recording] = recordings) -> Any:
+            recordings.append(Recording(network))
+            return recordings[-1]
+
+        learner.observer = watch if updates else None
         x, y = batches()[0]
-        updates += [learner.gradients(lambda net=net, x=x, y=y: F.cross_entropy(net(x), y)) for _ in range(2)]
-    assert apart(updates[:2], updates[2:]) < 1e-12
+        updates.append([learner.gradients(lambda net=net, x=x, y=y: F.cross_entropy(net(x), y)) for _ in range(2)])
+        traces.append([trace.read() for trace in recordings[-1].traces] if recordings else [])
+        nudges = [complex(phase["nudge"]).real for phase in learner.report["phases"]]
+        assert [trace["nudge"] for trace in traces[-1]] == (nudges if recordings else [])
+    for alone, seen in zip(updates[0], updates[1], strict=True):
+        assert all(torch.equal(alone[name], seen[name]) for name in alone)
+    assert len(traces[1]) == len(traces[2]) > 2
+    for one, other in zip(traces[1], traces[2], strict=True):
+        assert len(one["loss"]) == len(other["loss"])
+        for key in ("internal", "loss", "residual", "residual_per_sample", "step_size", "curvature"):
+            assert torch.allclose(torch.tensor(one[key]), torch.tensor(other[key]), rtol=1e-4, atol=1e-9), key

@@ -42,12 +42,12 @@ class Holomorphic(Nudge):
             )
 
     def phases(self) -> tuple[Phase, ...]:
-        rows = []
+        real, others = [], []
         for k in range(self.points // 2 + 1):
             root = cmath.exp(2j * math.pi * k / self.points)
             weight = 1 / (self.points * self.strength * root)
             if k == 0 or 2 * k == self.points:  # on the real axis, where real arithmetic is exact and cheaper
-                rows.append(Phase(self.strength * round(root.real), weight.real))
+                real.append(Phase(self.strength * round(root.real), weight.real))
             else:
-                rows.append(Phase(self.strength * root, 2 * weight))
-        return tuple(rows)
+                others.append(Phase(self.strength * root, 2 * weight))
+        return (*real, *others)  # real ones one after the other: they can be relaxed together
