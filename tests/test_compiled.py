@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_ebm as ebm
-from lightning_ebm.capture import compiled
+from lightning_ebm.capture import compiled, kernels
 from lightning_ebm.capture.compiled import Compiled
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on the CPU")
@@ -130,3 +130,26 @@ def test_compiled_steps_end_where_the_plain_ones_do() -> None:
     for one, other in zip(fast, plain, strict=True):
         for name, value in other.items():
             assert torch.allclose(one[name], value, rtol=0, atol=1e-12)
+
+
+@needs_compiler
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Hardsigmoid])
+def test_products_of_the_faster_library_are_compiled_with_what_is_done_to_them(activation, monkeypatch, caplog) -> None:
+    """A pull is added to a drive, and both signs of the nudge come as one batch: no code is given up, none differs."""
+    monkeypatch.setattr(kernels, "available", lambda: True)
+    compiled._say_once.cache_clear()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 128), activation(), nn.Linear(128, 128), activation(), nn.Linear(128, 10))
+    x, y = torch.randn(64, 20), torch.arange(64) % 10
+    algorithm = ebm.Algorithm(ebm.Hopfield(), ebm.Centered(0.5), ebm.FixedPoint(5))
+    found = []
+    with caplog.at_level(logging.WARNING, "lightning_ebm"):
+        for compile in (False, True):
+            learner = ebm.Learner(net, algorithm, compile=compile)
+            learner.gradients(lambda: F.cross_entropy(net(x), y))
+            found.append(learner.gradients(lambda: F.cross_entropy(net(x), y)))
+    assert not caplog.records
+    codes = [program.point for captured in learner._captures[0]._kept for program in captured.programs.values()]
+    assert all(isinstance(code, Compiled) and not code._gave_up for code in codes)
+    for name, gradient in found[0].items():
+        assert float((gradient - found[1][name]).abs().max()) < 1e-4 * float(gradient.abs().max()), name

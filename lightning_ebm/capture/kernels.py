@@ -233,20 +233,19 @@ _libraries: list[Any] = []
 def _lower(name: str) -> None:
     """Compiled code calls oneDNN itself instead of coming back to Python for it, where this torch can be told so."""
     try:
-        from torch._inductor.lowering import fallback_handler, permute, register_lowering
+        from torch._inductor.lowering import fallback_handler, lowerings, permute, register_lowering
     except ImportError:
         return
-    linear = torch.ops.mkldnn._linear_pointwise
     handler: Any = fallback_handler
-    plain, added = (handler(op, add_to_fallback_set=False) for op in (linear.default, linear.binary))
+    plain = handler(torch.ops.mkldnn._linear_pointwise.default, add_to_fallback_set=False)
 
     def lowered(x: Any, matrix: Any, *others: Any) -> Any:
         turned = permute(matrix, [1, 0])
         if name == "product":
             bias, activation = others
             return plain(x, turned, bias, activation, [], "")
-        (term,) = others
-        return added(x, term, turned, None, "add")
+        (term,) = others  # added with whatever else is done to the elements
+        return lowerings[_aten.add.Tensor](plain(x, turned, None, "none", [], ""), term)
 
     register_lowering(getattr(torch.ops.lightning_ebm, name).default, type_promotion_kind=None)(lowered)
 
