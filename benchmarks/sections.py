@@ -70,13 +70,17 @@ def equilibrium_propagation(given: Settings) -> Lines:
     }
     for title, (net, free, nudged) in nets.items():
         contest = Contest(net)
-        contest.add(f"{free} + {nudged} + {nudged} sweeps", sweeps(free, nudged))
+        published = f"{free} + {nudged} + {nudged} sweeps"
+        contest.add(published, sweeps(free, nudged))
         settles = ebm.algorithm("equilibrium-propagation", relaxer=ebm.FixedPoint(200, tol=1e-3))
         contest.add("to 1e-3, plain sweeps", settles)
         accelerated = ebm.AcceleratedFixedPoint(200, tol=1e-3)
         contest.add("to 1e-3, accelerated", ebm.algorithm(settles, relaxer=accelerated))
         contest.add('to 1e-3, relaxer="auto"', ebm.algorithm(settles, relaxer="auto"))
-        found = contest.medians(min(given.repeats, 5))
+        if given.compile:
+            contest.add(f"{published}, compile=True", sweeps(free, nudged), compile=True)
+            contest.add("to 1e-3, accelerated, compile=True", ebm.algorithm(settles, relaxer=accelerated), compile=True)
+        found = contest.medians(min(given.repeats, 5) if title == conv else given.repeats)
         for name, value in found.items():
             report = contest.learners[name].report if name in contest.learners else None
             ended = (

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import time
 
 import pytest
 import torch
@@ -60,6 +61,26 @@ def test_batches_that_repeat_compile_nothing(monkeypatch) -> None:
         counts.append(len(made))
     assert counts[0] > 0
     assert counts[0] == counts[1] == counts[2]
+
+
+@pytest.mark.parametrize("slow", ["compiled", "plain"])
+def test_the_faster_of_both_is_kept(slow, monkeypatch) -> None:
+    ran = []
+
+    def taking(name, function):
+        def run(*args):
+            ran.append(name)
+            time.sleep(0.02 if name == slow else 0)
+            return function(*args)
+
+        return run
+
+    monkeypatch.setattr(compiled, "_compiled", lambda function, example: taking("compiled", function))
+    run = Compiled(code, taking("plain", code))
+    same(run(*arguments()), code(*arguments()))
+    ran.clear()
+    same(run(*arguments()), code(*arguments()))
+    assert ran == ["plain" if slow == "compiled" else "compiled"]
 
 
 def test_without_a_compiler_the_code_runs_as_it_is_and_that_is_said_once(monkeypatch, caplog) -> None:

@@ -9,14 +9,14 @@ from lightning_ebm.capture.tape import Value
 from lightning_ebm.capture.writing import Op
 
 
-def faster(opaque: bool, ops: Sequence[Op], wanted: Iterable[Value]) -> list[Op]:
+def faster(to_compile: bool, ops: Sequence[Op], wanted: Iterable[Value]) -> list[Op]:
     """Rewrites the operations of a stage.
 
     Args:
-        opaque: leave to a compiler what it does itself.
+        to_compile: leave to a compiler what it does itself.
         ops: the operations, in order.
         wanted: values that must still be computed.
     """
     kept = set(wanted)
-    rewritten = by_kernels(opaque, ops, kept)
-    return rewritten if opaque else reusing(quick_activations(rewritten), kept)
+    rewritten = by_kernels(to_compile, ops, kept)
+    return rewritten if to_compile else reusing(quick_activations(rewritten), kept)

@@ -258,13 +258,13 @@ def available() -> bool:
     with torch.no_grad():
         x, matrix = torch.ones(128, 256), torch.ones(256, 256)
         try:
-            fast = _least(lambda: product(x, matrix, None, "none"))
+            fast = least_time(lambda: product(x, matrix, None, "none"))
         except RuntimeError:
             return False
-        return fast < 0.8 * _least(lambda: torch.mm(x, matrix))
+        return fast < 0.8 * least_time(lambda: torch.mm(x, matrix))
 
 
-def _least(function: Callable[[], Tensor]) -> float:
+def least_time(function: Callable[[], object]) -> float:
     """The shortest of ten runs, in seconds: what else the machine does makes none of them shorter."""
     times = []
     for _ in range(10):

@@ -23,8 +23,12 @@ from lightning_ebm.capture.simplify import needed, simplified
 from lightning_ebm.capture.tape import CONSTANT, PHASE, SEED, STATE, Tape, Value
 from lightning_ebm.capture.writing import Names, Op, source
 
-Rewrite = Callable[[Sequence[Op], Iterable[Value]], list[Op]]
-"""From the operations of a stage, and the values that must still be computed, to faster operations."""
+Rewrite = Callable[[bool, Sequence[Op], Iterable[Value]], list[Op]]
+"""From whether they are for a compiler, the operations of a stage, and the values that must still be computed, to
+faster operations."""
+
+Compiler = Callable[[Callable[..., Any], Callable[..., Any]], Callable[..., Any]]
+"""From code written for it, and the same code as it would run without, to faster code."""
 
 _ENERGY = SEED + 1
 """The stage that finishes the energy."""
@@ -91,7 +95,7 @@ class Record:
 def compiled_program(
     record: Record,
     rewrite: Rewrite | None = None,
-    compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+    compiler: Compiler | None = None,
 ) -> Program:
     """Sorts what the outputs depend on into stages, and writes the code.
 
@@ -141,22 +145,28 @@ def compiled_program(
     names = Names()
     sources: dict[str, str] = {}
 
-    def code(name: str, level: int, arguments: list[list[Value]], results: list[list[Value]]) -> Callable[..., Any]:
+    def code(
+        name: str, level: int, arguments: list[list[Value]], results: list[list[Value]], to_compile: bool = False
+    ) -> Callable[..., Any]:
         wanted = [v for r in results for v in r]
         stage = streamed(stages[level], wanted)
-        stage = stage if rewrite is None else rewrite(stage, set(wanted))
-        sources[name] = source(name, stage, arguments, results, names)
+        stage = stage if rewrite is None else rewrite(to_compile, stage, set(wanted))
+        text = source(name, stage, arguments, results, names)
+        sources[f"compiled {name}" if to_compile else name] = text
         space = dict(names.constants)
-        exec(compile(sources[name], f"<lightning_ebm {name}>", "exec"), space)
+        exec(compile(text, f"<lightning_ebm {name}>", "exec"), space)
         function: Callable[..., Any] = space[name]
         return function
 
-    evaluate = code("point", STATE, [once, phase, inputs[STATE]], [outputs, kept, parts])
+    given, made = [once, phase, inputs[STATE]], [outputs, kept, parts]
+    evaluate = code("point", STATE, given, made)
+    if compiler is not None:
+        evaluate = compiler(code("point", STATE, given, made, to_compile=True), evaluate)
     return Program(
         bound=lines.bound,
         once=code("once", CONSTANT, [lines.bound], [once]),
         phase=code("phase", PHASE, [once, inputs[PHASE]], [phase]),
-        point=evaluate if compiler is None else compiler(evaluate),
+        point=evaluate,
         energy=partial(_first_of, code("energy", _ENERGY, [parts], [energy])),
         update=code("update", SEED, [once, phase, kept, inputs[SEED]], [slopes]),
         fixed=lines.fixed,

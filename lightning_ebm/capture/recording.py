@@ -1,9 +1,7 @@
 """From the record of a first pass to code: its energies and gradients are recorded too."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +14,12 @@ from lightning_ebm.capture.faster import faster
 from lightning_ebm.capture.formulas import is_quadratic, slopes_at
 from lightning_ebm.capture.lowering import NotRepeatable
 from lightning_ebm.capture.mode import Mode
-from lightning_ebm.capture.program import Program, Record, compiled_program
+from lightning_ebm.capture.program import Compiler, Program, Record, compiled_program
 from lightning_ebm.capture.tape import PHASE, SEED, STATE, Tape, Value
 from lightning_ebm.delivery import Seed
 from lightning_ebm.relaxers.fixed_steps import moved
 from lightning_ebm.substitution import Pass
 from lightning_ebm.wiring import Region
-
-Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class RecordingNetwork(Checking):
@@ -122,9 +118,7 @@ class RecordingNetwork(Checking):
             phases=mode.phases,
         )
         compiler = None if mode.continued else compiler  # which has no complex numbers
-        on_cpu = self.free[0].device.type == "cpu"
-        rewrite = partial(faster, compiler is not None) if on_cpu else None
-        program = compiled_program(record, rewrite, compiler)
+        program = compiled_program(record, faster if self.free[0].device.type == "cpu" else None, compiler)
         for node in tape.nodes[first_pass:]:
             for value in node.results:
                 tape.contents.pop(value, None)  # type: ignore[arg-type]  # None is in no dictionary of values

@@ -13,8 +13,8 @@ from lightning_ebm.capture.captures import Captures
 from lightning_ebm.capture.compiled import Compiled
 from lightning_ebm.capture.lowering import NotRepeatable
 from lightning_ebm.capture.mode import Kind, Mode
-from lightning_ebm.capture.program import Program
-from lightning_ebm.capture.recording import Compiler, RecordingNetwork
+from lightning_ebm.capture.program import Compiler, Program
+from lightning_ebm.capture.recording import RecordingNetwork
 from lightning_ebm.capture.tape import Tape, Value
 from lightning_ebm.delivery import Delivered
 from lightning_ebm.energies import Energy
@@ -419,7 +419,7 @@ def _compiler(device: torch.device) -> Compiler:
     if device.type != "cuda":
         return Compiled
 
-    def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
+    def compiler(function: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
         fast = torch.compile(function, dynamic=False, fullgraph=True, mode="reduce-overhead")
 
         def run(*args: Any) -> Any:
