@@ -24,7 +24,7 @@ from lightning_ebm.network import Network
 from lightning_ebm.nudges import Holomorphic, Infinitesimal, Phase
 from lightning_ebm.promotion import Promoted
 from lightning_ebm.purity import Snapshot
-from lightning_ebm.relaxers import Relaxation
+from lightning_ebm.relaxers import Cheapest, Relaxation
 from lightning_ebm.relaxers.base import force_norm
 from lightning_ebm.relaxers.forces import total_energy
 from lightning_ebm.relaxers.sweeping import SweepingRelaxer
@@ -324,7 +324,7 @@ class Step:
         relaxer = self._algorithm.relaxer
         phases = [p for p in table if p.strength and not p.held and not isinstance(p.strength, complex)]
         captured = isinstance(getattr(network, "unwatched", network), CapturedNetwork)
-        if len(phases) < 2 or not isinstance(relaxer, SweepingRelaxer) or not captured:
+        if len(phases) < 2 or not isinstance(relaxer, SweepingRelaxer | Cheapest) or not captured:
             return {}
         strengths = [phase.strength for phase in phases]
         if isinstance(network, Recording):

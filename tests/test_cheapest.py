@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_ebm as ebm
-from lightning_ebm.relaxers import Forces, Relaxation
+from lightning_ebm.relaxers import Cheapest, Forces, Relaxation
 
 
 class Line:
@@ -222,6 +222,37 @@ def test_auto_finds_what_its_choice_finds_by_itself(preset, parts, net, capture)
     alone, _ = gradients(net, by_itself, 1, capture)
     for name, value in alone.items():
         torch.testing.assert_close(first[name], value, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("max_steps", [100, 3], ids=["settles", "never settles"])
+def test_phases_side_by_side_choose_count_and_fail_as_one_after_the_other(max_steps, monkeypatch):
+    """Twelve batches, over the comparison that is due at the tenth; with too few steps, by way of failures."""
+
+    def train():
+        net = mlp(5, 12, 12, 3, gain=0.8)
+        sweeping = (ebm.FixedPoint(max_steps, tol=1e-5), ebm.AcceleratedFixedPoint(max_steps, tol=1e-5))
+        algorithm = ebm.Algorithm(ebm.Hopfield(0.5), ebm.Centered(0.3), Cheapest(*sweeping))
+        generator, found = torch.Generator().manual_seed(2), []
+        learner = ebm.Learner(net, algorithm)
+        for _ in range(12):
+            x = torch.randn(8, 5, generator=generator, dtype=torch.float64)
+            found.append(learner.gradients(lambda x=x: F.cross_entropy(net(x), torch.arange(8) % 3)))
+        phases = [mode.phases for mode in learner._captures[0]._kept[0].programs if mode.kind == "answers"]
+        return found, algorithm.relaxer.state_dict(), learner.report["phases"], phases
+
+    together, state, report, phases = train()
+    one_by_one = lambda self, landscape, start, strengths: [self.relax(landscape, start, s) for s in strengths]  # noqa: E731
+    monkeypatch.setattr(Cheapest, "relax_abreast", one_by_one)
+    alone, expected, expected_report, expected_phases = train()
+    assert state == expected
+    assert state["counts"] == {"free": 12, "nudged": 12, "negative": 12}
+    assert bool(state["failures"]) is (max_steps == 3)
+    assert [(p["status"], p["steps"]) for p in report] == [(p["status"], p["steps"]) for p in expected_report]
+    for one, other in zip(together, alone, strict=True):
+        for name, value in other.items():
+            torch.testing.assert_close(one[name], value, rtol=1e-11, atol=1e-13)
+    assert 2 in phases
+    assert 2 not in expected_phases
 
 
 class _ByKind(ebm.Relaxer):

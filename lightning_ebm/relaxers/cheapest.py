@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer
 from lightning_ebm.relaxers.forces import Forces
+from lightning_ebm.relaxers.sweeping import SweepingRelaxer
 
 log = logging.getLogger(__name__)
 
@@ -107,21 +109,42 @@ class Cheapest(Relaxer):
         return f"Cheapest({len(self.candidates)} candidates{chosen or ', none chosen yet'})"
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
-        kind = "free" if strength == 0 else "negative" if complex(strength).real < 0 else "nudged"
+        kind = _kind(strength)
         self._counts[kind] = count = self._counts.get(kind, 0) + 1
-        if kind not in self._chosen or str(count).strip("0") == "1":  # a power of 10
+        if kind not in self._chosen or _is_due(count):
             return self._compared(kind, landscape, start, strength)
-        try:
+        found = None
+        with suppress(RelaxationDivergedError):
             found = self._chosen[kind].relax(landscape, start, strength)  # type: ignore[arg-type]  # complex where it can
-        except RelaxationDivergedError:
-            self._failures[kind] = self._failures.get(kind, 0) + 1
-        else:
-            if found.status != "max_steps":
-                return found
-            self._failures[kind] = failures = self._failures.get(kind, 0) + 1
-            if failures & (failures - 1):  # not a power of 2
-                return found
-        return self._compared(kind, landscape, start, strength, failed=True)
+        kept = self._is_kept(kind, found)
+        return found if kept and found is not None else self._compared(kind, landscape, start, strength, failed=True)
+
+    def relax_abreast(
+        self, landscape: Landscape, start: Sequence[Tensor], strengths: Sequence[complex]
+    ) -> list[Relaxation]:
+        """What `relax` gives at each strength; together where all have settled on one relaxer that sweeps."""
+        kinds = [_kind(strength) for strength in strengths]
+        chosen = [self._chosen.get(kind) for kind in kinds]
+        due = any(_is_due(self._counts.get(kind, 0) + 1) for kind in kinds)
+        found: list[Relaxation] = []
+        if isinstance(chosen[0], SweepingRelaxer) and chosen.count(chosen[0]) == len(chosen) and not due:
+            with suppress(RelaxationDivergedError):
+                found = chosen[0].relax_abreast(landscape, start, strengths)
+        if not found:  # or again, if one ran away: who it was is given to all candidates
+            return [self.relax(landscape, start, strength) for strength in strengths]
+        for kind in kinds:
+            self._counts[kind] = self._counts.get(kind, 0) + 1
+        return [
+            one if self._is_kept(kind, one) else self._compared(kind, landscape, start, strength, failed=True)
+            for kind, strength, one in zip(kinds, strengths, found, strict=True)
+        ]
+
+    def _is_kept(self, kind: str, found: Relaxation | None) -> bool:
+        """Whether what the chosen relaxer has found will do; keeps count of where it will not."""
+        if found is not None and found.status != "max_steps":
+            return True
+        self._failures[kind] = failures = self._failures.get(kind, 0) + 1
+        return found is not None and failures & (failures - 1) != 0  # not a power of 2
 
     def _compared(
         self, kind: str, landscape: Landscape, start: Sequence[Tensor], strength: complex, failed: bool = False
@@ -200,6 +223,14 @@ class Cheapest(Relaxer):
         self._chosen = {kind: by_name[name] for kind, name in state["chosen"].items() if name in by_name}
         self._failures, self._counts = dict(state["failures"]), dict(state["counts"])
         self.tried = {}
+
+
+def _kind(strength: complex) -> str:
+    return "free" if strength == 0 else "negative" if complex(strength).real < 0 else "nudged"
+
+
+def _is_due(count: int) -> bool:
+    return str(count).strip("0") == "1"  # a power of 10
 
 
 def _of_those_that_arrived(costs: Sequence[float], ends: Sequence[object]) -> list[float]:
