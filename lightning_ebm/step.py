@@ -116,7 +116,7 @@ class Step:
             assert self._free is not None
             state_of = at_states(dict(zip(self._plan.states, self._free.point, strict=True)))
             taped = nullcontext() if self._captures is None else Remembered(self._tape)
-        with self._snapshot.recording(), self._substituted(self._plan, state_of) as first, taped:
+        with self._snapshot.recording(), self._substituted(self._plan, state_of) as first, taped, self._derivatives():
             yield
         self._first = first
 
@@ -384,11 +384,11 @@ class Step:
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
         """What passes need beyond the user's code: complex numbers, or second derivatives."""
-        if isinstance(self._algorithm.nudge, Holomorphic):
-            return Promoted()
-        if self._algorithm.read_as == "cross-derivative":
-            return sdpa_kernel(SDPBackend.MATH)
-        return nullcontext()
+        return Promoted() if isinstance(self._algorithm.nudge, Holomorphic) else self._derivatives()
+
+    def _derivatives(self) -> AbstractContextManager[Any]:
+        """Attention in single operations where slopes are differentiated again: its fused kernels have no second ones."""
+        return sdpa_kernel(SDPBackend.MATH) if self._algorithm.read_as == "cross-derivative" else nullcontext()
 
     def _substituted(self, plan: Plan, state_of: StateOf) -> AbstractContextManager[Pass]:
         return substituted(self._module, plan.candidates, state_of, plan.copies.__contains__)

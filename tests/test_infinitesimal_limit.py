@@ -361,3 +361,33 @@ def test_state_coordinates_do_have_one() -> None:
     net, problem = make_net(dtype=torch.float32), make_problem(dtype=torch.float32)
     in_states = library_gradients(net, problem, ebm.OneSided(1e-5), ebm.GradientDescent(lr=0.1, max_steps=400))
     assert relative_error(in_states, true_gradient(make_net(), make_problem())) > 1e-2
+
+
+class Attending(nn.Module):
+    """Two heads over five tokens by torch's fused attention, whose backward cannot be differentiated again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.act, self.middle, self.out = nn.Linear(4, 24), nn.Tanh(), nn.Linear(8, 7), nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, 5, 4)`` to ``(B, 3)``."""
+        q, k, v = self.act(self.project(x)).unflatten(-1, (3, 2, 4)).movedim(2, 0).transpose(2, 3)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.out(self.act(self.middle(mixed)).mean(1))
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_second_derivatives_through_attention(capture: bool) -> None:
+    torch.manual_seed(0)
+    net = Attending().double()
+    x, y = torch.randn(6, 5, 4).double(), torch.arange(6) % 3
+
+    def closure() -> torch.Tensor:
+        return nn.functional.cross_entropy(net(x), y)
+
+    found = ebm.Learner(net, "infinitesimal", capture=capture).gradients(closure)
+    closure().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None
+        assert torch.allclose(found[name], parameter.grad, rtol=0, atol=1e-12), name
