@@ -387,7 +387,7 @@ class Step:
         return Promoted() if isinstance(self._algorithm.nudge, Holomorphic) else self._derivatives()
 
     def _derivatives(self) -> AbstractContextManager[Any]:
-        """Attention in single operations where slopes are differentiated again: its fused kernels have no second ones."""
+        """Attention in single operations where slopes are differentiated again: fused kernels have no second ones."""
         return sdpa_kernel(SDPBackend.MATH) if self._algorithm.read_as == "cross-derivative" else nullcontext()
 
     def _substituted(self, plan: Plan, state_of: StateOf) -> AbstractContextManager[Pass]:
