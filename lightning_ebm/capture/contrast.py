@@ -45,8 +45,8 @@ class Contrast:
                     continue
                 results = [value and value.like() for value in op.results]
                 names.update({old: new for old, new in zip(op.results, results, strict=True) if old and new})
-                kwargs = {name: _renamed(arg, names) for name, arg in op.kwargs.items()}
-                self._add(Op(op.func, _renamed(op.args, names), kwargs, results, op.single, op.level))
+                kwargs = {name: renamed(arg, names) for name, arg in op.kwargs.items()}
+                self._add(Op(op.func, renamed(op.args, names), kwargs, results, op.single, op.level))
 
     def sum(self, value: Value) -> Value:
         """What stands for the sum of a value over the phases."""
@@ -128,7 +128,7 @@ class Contrast:
         return op.results[0]
 
 
-def _renamed(arg: Any, names: Mapping[Value, Value]) -> Any:
+def renamed(arg: Any, names: Mapping[Value, Value]) -> Any:
     if type(arg) is Value:
         return names.get(arg, arg)
-    return tuple(_renamed(a, names) for a in arg) if type(arg) is tuple else arg
+    return tuple(renamed(a, names) for a in arg) if type(arg) is tuple else arg
