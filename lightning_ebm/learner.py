@@ -103,8 +103,8 @@ class Learner:
         """
         step = self.begin(closure)
         with step.first_pass():
-            loss = closure()
-        surrogate = step.surrogate(loss)
+            losses = [closure()]
+        surrogate = step.surrogate(losses.pop())  # its graph is not held here
         torch.autograd.backward(surrogate)
         step.release()
         return surrogate.detach()

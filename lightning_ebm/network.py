@@ -4,6 +4,7 @@ This is the plain version, one Python pass an evaluation; it stays as the oracle
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -19,7 +20,7 @@ from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.relaxers.forces import total_energy
 from lightning_ebm.samples import by_sample, layout_of, squares_by_sample, to_samples
 from lightning_ebm.stamps import Stamps, stamps
-from lightning_ebm.substitution import Pass, StateKey, StateOf, at_states
+from lightning_ebm.substitution import Pass, StateKey, StateOf, at_prediction, at_states
 from lightning_ebm.wiring import Plan
 
 Run = Callable[[StateOf], Pass]
@@ -55,12 +56,21 @@ class Network:
         self.free: Sequence[Tensor] = [state.detach() for state in first.states]
         self._layouts = [layout_of(state.shape, batch_size) for state in self.free]
         self.rounding = first.rounding
-        self._first = first
+        self._forward: Pass | None = first
         self._latest: tuple[Stamps, Pass] | None = None
         self._moved = False
+        self._differentiated_again = True
+        """Whether a pass is, after its forces: its graph is kept until then."""
         self._known_analytic = False
         self._let_go(first)
         energy.check_layers({key.name for key in plan.states})
+
+    @property
+    def _first(self) -> Pass:
+        """The pass at the predictions; made again where it was let go of."""
+        if self._forward is None:
+            self._forward = self._run(at_prediction(frozenset(self._plan.states)))
+        return self._forward
 
     # The point of view of a relaxer
 
@@ -158,18 +168,21 @@ class Network:
             if loss.is_complex() and not self._known_analytic:
                 self._check_analytic(seen)
             signals = self._signals(seen, loss)
-            if isinstance(strength, complex) or strength != 1:
-                signals = [strength * holomorphic(signal) for signal in signals]
         precisions = self._precisions(seen)
-        pulls = [s if is_one(p) else s / p for s, p in zip(signals, precisions, strict=True)]
-        if _same(errors, self.no_errors):
-            return Forces(self.free[0].new_zeros(self.batch_size), loss.detach(), pulls)
-        internal = self.per_sample([0.5 * p * e.square() for p, e in zip(precisions, errors, strict=True)])
-        return Forces(internal, loss.detach(), [e + pull for e, pull in zip(errors, pulls, strict=True)])
+        at_rest = _same(errors, self.no_errors)
+        for k, (e, p) in enumerate(zip(errors, precisions, strict=True)):  # one layer at a time: nothing is held twice
+            if isinstance(strength, complex) or strength != 1:
+                signals[k] = strength * holomorphic(signals[k])
+            pull = signals[k] if is_one(p) else signals[k] / p
+            signals[k] = pull if at_rest else e + pull
+        if at_rest:
+            return Forces(self.free[0].new_zeros(self.batch_size), loss.detach(), signals)
+        internal = self.per_sample(0.5 * p * e.square() for p, e in zip(precisions, errors, strict=True))
+        return Forces(internal, loss.detach(), signals)
 
     def per_sample(self, tensors: Iterable[Tensor]) -> Tensor:
         """See `Landscape.per_sample`."""
-        rows = [by_sample(t, layout, self.batch_size) for t, layout in zip(tensors, self._layouts, strict=True)]
+        rows = list(map(by_sample, tensors, self._layouts, itertools.repeat(self.batch_size)))  # one tensor at a time
         return rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
 
     def metric(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
@@ -187,7 +200,8 @@ class Network:
         layers = range(len(tensors)) if layers is None else layers
         rows = [squares_by_sample(tensors[k], self._layouts[k], self.batch_size) for k in layers]
         if not rows:
-            return self.free[0].new_zeros(self.batch_size)
+            kind = self.free[0]  # not made of it: a record would have to hold that
+            return torch.zeros(self.batch_size, dtype=kind.dtype, device=kind.device)
         return rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
 
     def products(self, left: Sequence[Tensor], right: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
@@ -211,8 +225,7 @@ class Network:
         formed. For dyads it is that of E with their leading states less E with their trailing ones, all drives coming
         from `point`.
         """
-        seen = self._at_errors(found.point) if found.coordinates == "errors" else self.at_states(found.point)
-        return self._energy_of(seen, found, strength)
+        return self._energy_of(self._pass_of(found), found, strength)
 
     def contrast(self, phases: Sequence[tuple[complex, complex, Relaxation]]) -> Tensor:
         """A scalar whose gradient is that of Re sum_p weight_p E(x_p, theta), see `energy_at`.
@@ -256,6 +269,9 @@ class Network:
     def _is_at_forward_pass(self, found: Relaxation) -> bool:
         """Whether something else than its point's own errors is read, against the predictions of the forward pass."""
         return found.displacement is not None and _same(found.point, self.no_errors)
+
+    def _pass_of(self, found: Relaxation) -> Pass:
+        return self._at_errors(found.point) if found.coordinates == "errors" else self.at_states(found.point)
 
     def _energy_of(self, seen: Pass, found: Relaxation, strength: complex) -> Tensor:
         return slopes_of(self._terms_of(seen, found, strength), seen.states)
@@ -324,7 +340,8 @@ class Network:
         one = torch.ones_like(total)
         if not total.requires_grad:
             return [torch.zeros_like(leaf) for leaf in leaves]
-        slopes = torch.autograd.grad(total, leaves, one, retain_graph=True, allow_unused=True)
+        kept = self._differentiated_again or seen is self._forward or total.is_complex()
+        slopes = torch.autograd.grad(total, leaves, one, retain_graph=kept, allow_unused=True)
         if total.is_complex() and not self._known_analytic:
             self._check_analytic(seen)
         return [

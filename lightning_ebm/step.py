@@ -150,6 +150,7 @@ class Step:
             self._remember([], [], loss.detach() / scale)
             return loss
         network = self._opened(loss, scale)
+        del loss  # and with its graph the last state
         update = self._relaxed(network, network.first_loss) * (scale / network.loss_scale)
         self._check_coverage(update)
         # The value is the loss, for hooks and loggers that look at it; the gradient is the update's.
@@ -287,14 +288,15 @@ class Step:
         phases = []
         self.phases = []
         free = self._free
-        start = network.free if free is None else free.point
         if free is not None:
             phases.append(PhaseReport.of(0.0, free))
         table = algorithm.nudge.phases()
         if algorithm.read_as == "dyadic":  # both ends of the table at once
             span = max(p.strength.real for p in table) - min(p.strength.real for p in table)
             table = (Phase(span, 1 / span),)
-        together = self._abreast(network, start, table)
+        together = self._abreast(network, table)
+        nudged = [phase for phase in table if phase.strength]
+        leaves = algorithm.energy.divergence and algorithm.read_as == "contrast" and not any(p.held for p in nudged)
         for phase in table:
             strength, weight = phase.strength, phase.weight
             if phase in together:
@@ -302,8 +304,10 @@ class Step:
                 phases.append(PhaseReport.of(strength, found))
             elif strength:
                 _announce(network, strength, phase.held)
+                if leaves and phase is nudged[-1] and isinstance(network, CapturedNetwork):
+                    network.returns, self._first = False, None
                 with torch.no_grad():
-                    found = self._nudged(network, start, phase)
+                    found = self._nudged(network, phase)
                 phases.append(PhaseReport.of(strength, found))
             elif free is None:
                 continue  # dI/dtheta is exactly 0 at the forward pass of a divergence energy
@@ -312,14 +316,14 @@ class Step:
             self.phases.append((0.0 if phase.held else strength, weight, found))
         self._remember(list(network.names), phases, loss)
         if algorithm.read_as == "cross-derivative":
-            return self._cross_derivative(network, start)
+            return self._cross_derivative(network, self._start(network))
         update = network.contrast(self.phases)
         taken = next((found for strength, _, found in self.phases if strength), None)
         if self._teaches and taken is not None and algorithm.energy.divergence and taken.dyad is None:
             algorithm.energy.observe(lambda: dict(zip(network.names, network.errors_at(taken), strict=True)))
         return update
 
-    def _abreast(self, network: Network, start: Sequence[Tensor], table: Sequence[Phase]) -> dict[Phase, Relaxation]:
+    def _abreast(self, network: Network, table: Sequence[Phase]) -> dict[Phase, Relaxation]:
         """The phases that can be relaxed as one batch: by sweeps, on captured code, in real numbers."""
         relaxer = self._algorithm.relaxer
         phases = [p for p in table if p.strength and not p.held and not isinstance(p.strength, complex)]
@@ -330,13 +334,18 @@ class Step:
         if isinstance(network, Recording):
             network.begin_abreast(strengths)
         with torch.no_grad():
-            found = relaxer.relax_abreast(network, start, strengths)
+            found = relaxer.relax_abreast(network, self._start(network), strengths)
         return dict(zip(phases, found, strict=True))
 
-    def _nudged(self, network: Network, start: Sequence[Tensor], phase: Phase) -> Relaxation:
+    def _start(self, network: Network) -> Sequence[Tensor]:
+        """The free equilibrium."""
+        return network.free if self._free is None else self._free.point
+
+    def _nudged(self, network: Network, phase: Phase) -> Relaxation:
         relaxer = self._algorithm.relaxer
-        if not phase.held:
-            return relaxer.relax(network, start, phase.strength)  # type: ignore[arg-type]  # complex where it can be
+        if not phase.held:  # not held here: the network may let go of it on the way
+            return relaxer.relax(network, self._start(network), phase.strength)  # type: ignore[arg-type]
+        start = self._start(network)
         slopes = network.loss_slopes(start)
         point = list(start)
         for k in network.outputs:

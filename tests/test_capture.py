@@ -494,12 +494,15 @@ def test_training_and_evaluation_mode_are_different_steps() -> None:
 
 
 def test_without_capture_the_step_runs_at_every_point() -> None:
-    """A capture looks for the layers twice, and checks each kind of code once; all else is one pass a step."""
+    """A capture looks for the layers twice, and checks each kind of code once; all else is one pass a step.
+
+    Forces and update are checked one after the other, each with a pass that nobody holds when the other is made.
+    """
     _, captures, plain = trained(mlp, pc(), False)
     _, _, fast = trained(mlp, pc(), True)
     assert captures is None
     assert plain >= 8 * 6
-    assert fast <= 8 + 2 + 2 * 3  # steps of one front and of none, and the forces at the end
+    assert fast <= 8 + 2 + 2 * 4  # steps of one front and of none; the forces at the end, and the update there
 
 
 def test_nothing_of_the_batch_is_kept_when_the_step_is_over() -> None:

@@ -37,6 +37,8 @@ class Captures:
     def __init__(self, compile: bool = False) -> None:
         self.compile = compile
         self.refused: str | None = None
+        self.missed: dict[Mode, tuple[complex, ...]] = {}
+        """Evaluations that a captured step was asked for and had no code of, and the nudges they were asked for at."""
         self._kept: list[Captured] = []
         self._made = self._used = 0
 
@@ -82,9 +84,10 @@ class Captures:
         self._kept = [captured, *self._kept[: _KEPT - 1]]
         return captured, {}
 
-    def forget(self, captured: "Captured") -> None:
-        """Captures such a step anew when it comes again."""
+    def forget(self, captured: "Captured", mode: Mode, strengths: tuple[complex, ...]) -> None:
+        """Captures such a step anew when it comes again, with what it had no code of."""
         self._kept.remove(captured)
+        self.missed[mode] = strengths
 
     def refuse(self, why: str) -> None:
         """Does every step the plain way from now on, and says so."""

@@ -1,4 +1,4 @@
-"""Whether captured code gives what the plain way gives: one plain pass, at points of its own."""
+"""Whether captured code gives what the plain way gives, at points of its own."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,50 +14,58 @@ from lightning_ebm.capture.mode import Mode
 from lightning_ebm.capture.tape import Tape
 from lightning_ebm.network import Network
 from lightning_ebm.relaxers import Forces, Relaxation
+from lightning_ebm.relaxers.base import force_norm
 from lightning_ebm.relaxers.fixed_steps import moved
 from lightning_ebm.substitution import Pass, StateOf
 from lightning_ebm.wiring import Region
 
 
 class Checking(Formulas):
-    """`Network` that knows what a program must give."""
+    """`Network` that knows what a program must give: by the plain way, once, at points of its own."""
 
-    def plainly(
-        self, mode: Mode, strengths: Sequence[complex], weights: Sequence[complex]
-    ) -> tuple[list[list[Tensor]], list[Tensor], dict[int, Tensor] | None]:
-        """The plain way, once, at points of its own: what a program must give there.
+    def points(self, mode: Mode) -> list[list[Tensor]]:
+        """A point for each phase."""
+        points = [self._elsewhere(mode, number) for number in range(mode.phases)]
+        if mode.kind == "dyadic update":
+            points[0] = [x for number in range(3) for x in self._elsewhere(mode, number)]
+        return points
 
-        Returns:
-            A point for each phase; the outputs; and sum_p weight_p dE/dtheta by the identity of each tensor it
-            reaches, None if the mode gives no update.
+    def plain_outputs(self, mode: Mode, point: Sequence[Tensor], strength: complex) -> list[Tensor]:
+        """What the code of a point must give.
 
         Raises:
             NotRepeatable: the pass reads values computed from states into Python.
         """
-        points = [self._elsewhere(mode, number) for number in range(mode.phases)]
-        if mode.kind == "dyadic update":
-            points[0] = [x for number in range(3) for x in self._elsewhere(mode, number)]
-        with self._watched() as watch:
-            outputs = self._plain_outputs(mode, points[0], strengths[0])
-            if mode.kind == "answers":
-                for point, strength in zip(points[1:], strengths[1:], strict=True):
-                    outputs += self._plain_outputs(mode, point, strength)
+        self._differentiated_again = False
+        try:
+            with self._watched() as watch:
+                outputs = self._outputs(mode, point, strength)
+        finally:
+            self._differentiated_again, self._latest = True, None  # as large as all states
         if watch.reads:
             raise NotRepeatable(f"reads numbers that depend on its states into Python ({watch.reads[0]})")
-        if not mode.updates:
-            return points, outputs, None
+        return outputs
+
+    def plain_slopes(
+        self, mode: Mode, points: Sequence[list[Tensor]], strengths: Sequence[complex], weights: Sequence[complex]
+    ) -> dict[int, Tensor]:
+        """sum_p weight_p dE/dtheta by the identity of each tensor it reaches."""
         found: dict[int, Tensor] = {}
         for point, strength, weight in zip(points, strengths, weights, strict=True):
             ended = self._ended(mode, point)
-            energy = Network.energy_at(self, ended, strength)
-            states = self._latest[1].states if self._latest is not None else []
-            leaves = Region([energy]).leaves
-            targets = [t for t in leaves.values() if t.requires_grad and all(t is not x for x in states)]
-            slopes = slopes_at([(energy, torch.full_like(energy, weight))], targets)
-            for target, slope in zip(targets, slopes, strict=True):
-                if slope is not None:
-                    found[id(target)] = found[id(target)] + slope if id(target) in found else slope
-        return points, outputs, found
+            seen = self._pass_of(ended)
+            self._latest, frozen = None, seen is self._forward
+            terms, states = self._terms_of(seen, ended, strength), {id(x) for x in seen.states}
+            del seen  # layer by layer, its graph is let go of
+            leaves = Region([top for top, _ in terms]).leaves
+            targets = [t for i, t in leaves.items() if t.requires_grad and i not in states]
+            while terms:
+                top, seed = terms.pop()
+                slopes = slopes_at([(top, weight * seed)], targets, kept=frozen or bool(terms))
+                for target, slope in zip(targets, slopes, strict=True):
+                    if slope is not None:
+                        found[id(target)] = found[id(target)] + slope if id(target) in found else slope
+        return found
 
     def _ended(self, mode: Mode, point: list[Tensor]) -> Relaxation:
         """The end of a phase whose update a mode gives."""
@@ -71,7 +79,7 @@ class Checking(Formulas):
             ended.dyad = ahead, behind
         return ended
 
-    def _plain_outputs(self, mode: Mode, point: Sequence[Tensor], strength: complex) -> list[Tensor]:
+    def _outputs(self, mode: Mode, point: Sequence[Tensor], strength: complex) -> list[Tensor]:
         if mode.kind == "answers":
             return Network.answers(self, point, strength, mode.layers)
         if mode.kind == "dyads":
@@ -81,9 +89,12 @@ class Checking(Formulas):
             seen = self.at_states(point[: len(self.free)])
             return [self.internal(seen).detach(), self.loss(seen).detach()] if mode.kind == "energy" else []
         found: Forces = getattr(Network, mode.kind)(self, point, strength)
-        ahead = found.gradients if mode.lr is None else moved(point, found.gradients, mode.lr)
-        energies = [found.internal, found.loss]
+        energies, ahead = [found.internal, found.loss], found.gradients
+        if mode.norms:
+            return [*energies, force_norm(self, ahead)]
         if mode.lr is not None:
+            for k, x in enumerate(point):
+                ahead[k] = moved([x], [ahead[k]], mode.lr)[0]
             energies = [found.internal.sum() + strength * found.loss]
         return [*energies, *(ahead[k] for k in (range(len(ahead)) if mode.wanted is None else mode.wanted))]
 
@@ -92,13 +103,14 @@ class Checking(Formulas):
         generator = torch.Generator().manual_seed(number)
         point = []
         for k, like in enumerate(self.free):
-            noise = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+            noise = torch.randn(like.shape, generator=generator, dtype=like.dtype.to_real()).to(like)
             if mode.moved is not None and k not in mode.moved:
                 point.append(like)
                 continue
             size = 0.05 * like.abs().mean() + 0.01
-            here = size * noise if mode.in_errors else like + size * noise
-            point.append(torch.complex(here, size * noise.flip(0)) if mode.continued else here)
+            noise *= size
+            here = noise if mode.in_errors else like + noise
+            point.append(torch.complex(here, noise.flip(0)) if mode.continued else here)
         return point if mode.in_errors else self.feasible(point)
 
     def must_equal(self, plain: Sequence[Tensor], got: Sequence[Tensor]) -> None:
@@ -123,7 +135,9 @@ class Checking(Formulas):
 
         def watched(state_of: StateOf) -> Pass:
             with watch:
-                return run(watch.cutting(state_of))
+                seen = run(watch.cutting(state_of))
+            watch.contents.clear()
+            return seen
 
         self._run = watched
         try:

@@ -48,7 +48,10 @@ class Formulas(Dyads):
             precisions = self._precisions(first)
             errors = [seed if is_one(p) else seed / _root(p) for (_, seed), p in zip(seeds, precisions, strict=True)]
             internal = self.internal(first) if loss.is_complex() else self._half_squares(errors, mode)
-            gradients = [-own if s is None else s - own for s, (_, own) in zip(slopes, seeds, strict=True)]
+            for k, (_, own) in enumerate(seeds):  # in their place: all of them would be held at once
+                slope = slopes[k]
+                slopes[k] = -own if slope is None else slope - own
+            gradients: list[Tensor] = slopes  # type: ignore[assignment]  # none is None now
         else:
             internal, still = self.internal(first), self._like(first)
             gradients = [torch.zeros_like(x) if s is None else s for s, x in zip(slopes, still, strict=True)]
@@ -137,8 +140,14 @@ class Formulas(Dyads):
         return torch.full((), number, dtype=dtype, device=self.free[0].device)
 
 
-def slopes_at(seeds: Sequence[Seed], inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """sum_k <seed_k, d output_k / d input>, its real part for a real input; None where nothing leads there."""
+def slopes_at(seeds: Sequence[Seed], inputs: Sequence[Tensor], kept: bool = True) -> list[Tensor | None]:
+    """sum_k <seed_k, d output_k / d input>, its real part for a real input; None where nothing leads there.
+
+    Args:
+        seeds: outputs, and the weight of each of their elements.
+        inputs: what to differentiate by.
+        kept: whether the graph is needed once more.
+    """
     live = [(output, seed) for output, seed in seeds if output.requires_grad]
     if not live or not inputs:
         return [None] * len(inputs)
@@ -147,7 +156,7 @@ def slopes_at(seeds: Sequence[Seed], inputs: Sequence[Tensor]) -> list[Tensor | 
         holomorphic(seed.real if seed.is_complex() and not output.is_complex() else seed.to(output.dtype))
         for output, seed in live
     ]
-    slopes = torch.autograd.grad(outputs, inputs, weights, retain_graph=True, allow_unused=True)
+    slopes = torch.autograd.grad(outputs, inputs, weights, retain_graph=kept, allow_unused=True)
     return [slope if slope is None else holomorphic(slope) for slope in slopes]
 
 

@@ -18,6 +18,7 @@ class Mode(NamedTuple):
         moved: of forces, the states that may be elsewhere than the forward pass left them, see `Front`; None is all.
         wanted: of those, the layers whose forces, or next states, are given; None is all.
         continued: whether states and nudge are complex.
+        norms: of forces, whether only their norm is given, by sample.
     """
 
     kind: Kind
@@ -28,6 +29,7 @@ class Mode(NamedTuple):
     moved: frozenset[int] | None = None
     wanted: tuple[int, ...] | None = None
     continued: bool = False
+    norms: bool = False
 
     @property
     def updates(self) -> bool:

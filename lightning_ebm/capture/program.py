@@ -21,7 +21,7 @@ from lightning_ebm.capture.order import streamed
 from lightning_ebm.capture.pair_rules import in_pairs
 from lightning_ebm.capture.simplify import needed, simplified
 from lightning_ebm.capture.tape import CONSTANT, PHASE, SEED, STATE, Tape, Value
-from lightning_ebm.capture.writing import Names, Op, source
+from lightning_ebm.capture.writing import Names, Op, renamed, source
 
 Rewrite = Callable[[bool, Sequence[Op], Iterable[Value]], list[Op]]
 """From whether they are for a compiler, the operations of a stage, and the values that must still be computed, to
@@ -128,6 +128,7 @@ def compiled_program(
     outputs = _owned(ops, outputs)
     energy, outputs = outputs[: len(energy)], outputs[len(energy) :]
     stages = _staged(ops, energy, outputs, slopes)
+    stages[SEED] = _made_again(stages, inputs[STATE])
     used = [set().union(*(op.reads() for op in stage)) for stage in stages]
     used[STATE] |= set(outputs)
     used[SEED] |= set(slopes)
@@ -196,6 +197,27 @@ def _staged(
         else:
             stages[STATE].append(op)
     return stages
+
+
+_CHEAP = frozenset({torch.add, torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor})
+
+
+def _made_again(stages: Sequence[Sequence[Op]], point: Sequence[Value]) -> list[Op]:
+    """The operations of the update, and before them those sums of what it reads anyway that are not worth keeping.
+
+    x - mu takes as much memory as x, which the point holds, or mu, which slopes of activations are made of.
+    """
+    update, reads = stages[SEED], {v for op in stages[SEED] for v in op.reads()}
+    at_hand = reads.union(point, *(op.results for op in (*stages[CONSTANT], *stages[PHASE])))
+    again: list[Op] = []
+    names: dict[Value, Value] = {}
+    for op in stages[STATE]:
+        (result, *_) = op.results
+        if result in reads and op.func in _CHEAP and op.reads() <= at_hand:
+            assert result is not None
+            names[result] = result.like()
+            again.append(Op(op.func, renamed(op.args, names), op.kwargs, [names[result]], True, SEED))
+    return [*again, *(Op(op.func, renamed(op.args, names), op.kwargs, op.results, op.single, SEED) for op in update)]
 
 
 def _size(value: Value) -> float:

@@ -64,7 +64,7 @@ class RecordingNetwork(Checking):
             seeds: list[Seed] = []
             energy: Tensor | None = None
             if mode.in_errors:
-                errors = [torch.zeros_like(state) for state in first.states]
+                errors = [state.new_zeros(()).expand(state.shape) for state in first.states]
                 point = [tape.input(error, STATE) for error in errors]
             if mode.kind == "hops":
                 energy, outputs, seeds = self._frozen(first, errors, strength)
@@ -95,14 +95,19 @@ class RecordingNetwork(Checking):
                 total = total if nudge is None else total + nudge * outputs[0]
                 here = errors if mode.in_errors else [state.detach() for state in first.states]
                 energy, outputs = None, [total, *moved(here, outputs[1:], mode.lr)]
+            if mode.norms:
+                outputs = [outputs[0], self.squares(outputs[1:]).sqrt()]
             if mode.wanted is not None:
                 outputs = [outputs[0], *(outputs[1 + k] for k in mode.wanted)]
-            if not mode.updates:
-                outside = []
-            slopes = slopes_at([(top, seed * scale) for top, seed in seeds], [tensor for _, tensor in outside])
+            sums = None if energy is None else tape.value(energy)
+            given = [tape.value(output) for output in outputs]
+            del energy, outputs  # as large as all states
+            slopes: list[Tensor | None] = []
+            if mode.updates:
+                slopes = slopes_at([(top, seed * scale) for top, seed in seeds], [tensor for _, tensor in outside])
         if tape.problem is not None:
             raise NotRepeatable(f"cannot be recorded ({tape.problem})")
-        reached = [(v, slope) for (v, _), slope in zip(outside, slopes, strict=True) if slope is not None]
+        reached = [(v, slope) for (v, _), slope in zip(outside, slopes, strict=False) if slope is not None]
         some_moved: frozenset[int] | None = frozenset() if mode.kind == "hops" else mode.moved
         record = Record(
             tape,
@@ -110,8 +115,8 @@ class RecordingNetwork(Checking):
             first_pass,
             point,
             *inputs,
-            energy=None if energy is None else tape.value(energy),
-            outputs=[tape.value(output) for output in outputs],
+            energy=sums,
+            outputs=given,
             slopes=[tape.value(slope) for _, slope in reached],
             defined=defined,
             still={} if some_moved is None else self._ahead_of(some_moved, tape),

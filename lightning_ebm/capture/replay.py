@@ -1,7 +1,7 @@
 """The network of a step whose passes are run as captured code."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -62,20 +62,43 @@ class CapturedNetwork(RecordingNetwork):
             bound = self._found[1]
             needed = {bound.get(v, v) for program in captured.programs.values() for v in program.bound}
             tape.contents = {v: t for v, t in tape.contents.items() if v in needed}
+        else:
+            tape.thin_out()
         self._fixed: dict[Any, tuple[Tensor, ...]] = {}
         self._latest_run: _Run | None = None
         self._gliding: dict[tuple[complex, float, str], _Ready] = {}
         self._ready: dict[tuple[Mode, tuple[complex, ...]], _Ready] = {}
         self._energies: list[tuple[Stamps, Tensor, Tensor]] = []
+        self.returns = True
+        """Whether states may come back to the forward pass: False where the last phase begins there."""
+
+    def _left(self) -> None:
+        """No state is any more where the forward pass left it: lets go of that, where nobody is to come back."""
+        if self.returns or self._found is None or not self._found[1]:
+            return
+        self.returns = True
+        (captured, bound), zeros = self._found, self.no_errors
+        self.free = [zero.view_as(zero) for zero in zeros]  # their kind is still asked for
+        self._forward = None
+        ahead = [key for key in self._fixed if (key[0] if isinstance(key[0], Mode) else key).moved is not None]
+        for key in ahead:
+            del self._fixed[key]
+        self._ready = {key: ready for key, ready in self._ready.items() if key[0].moved is None}
+        programs = [program for mode, program in captured.programs.items() if mode.moved is None]
+        needed = {bound[v] for program in programs for v in program.bound if v not in program.fixed}
+        self._tape.contents = {v: t for v, t in self._tape.contents.items() if v in needed}
 
     def _behind_front(self, mode: Mode, states: Sequence[Tensor]) -> Mode:
         """The same evaluation without what is known of states that are still those of the forward pass."""
-        moved = None
+        return self._with_moved(mode, [k for k, x in enumerate(states) if x is not self.free[k]])
+
+    def _with_moved(self, mode: Mode, moved: Collection[int]) -> Mode:
+        known = None
         if self.energy.divergence and not self._moved and self._found is not None and self._found[0].fronts:
-            moved = self._front.around([k for k, x in enumerate(states) if x is not self.free[k]])
-        if moved is None:
+            known = self._front.around(moved)
+        if known is None:
             return mode
-        return mode._replace(moved=moved, wanted=tuple(sorted(self._front.reached(moved))))
+        return mode._replace(moved=known, wanted=tuple(sorted(self._front.reached(known))))
 
     def forces(self, states: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.forces`."""
@@ -93,6 +116,8 @@ class CapturedNetwork(RecordingNetwork):
 
     def error_forces(self, errors: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.error_forces`."""
+        if errors[0] is not self.no_errors[0]:
+            self._left()
         ran = self._ran(Mode("error_forces", strength != 0), errors, strength)
         return super().error_forces(errors, strength) if ran is None else ran.forces()
 
@@ -115,6 +140,8 @@ class CapturedNetwork(RecordingNetwork):
         else:
             mode = self._behind_front(Mode("forces", strength != 0, lr=lr), point)
         mode = _continued(mode, point)
+        if mode.moved is None and not mode.continued:
+            self._left()
         if (ready := self._ready.get((mode, (strength,)))) is not None:
             energy, *ahead = ready(point)[0]
         elif (ran := self._ran(mode, point, strength)) is not None:
@@ -127,6 +154,35 @@ class CapturedNetwork(RecordingNetwork):
             return ahead, energy.real
         self._gliding[strength, lr, coordinates] = self._ready[mode, (strength,)]
         return ahead, energy
+
+    def prepared(self, strength: complex, lr: float, coordinates: Literal["states", "errors"], steps: int) -> None:
+        """Captures what so many steps from the forward pass will ask for, before states elsewhere take memory too."""
+        if self._found is None or self._found[1] or isinstance(strength, complex) or is_bounded(self.energy):
+            return
+        step = Mode("forces" if coordinates == "states" else "error_forces", strength != 0, lr=lr)
+        modes, moved = [step._replace(lr=None, norms=True)], self._front.reached(())
+        for _ in range(1, steps):
+            mode = self._with_moved(step, moved) if coordinates == "states" else step
+            modes.append(mode)
+            moved |= self._front.reached(mode.moved or moved)
+        for mode in dict.fromkeys(modes):
+            self._code(mode, (strength,))
+
+    def residual(
+        self, point: Sequence[Tensor], strength: complex, coordinates: Literal["states", "errors"]
+    ) -> tuple[Tensor, Tensor] | None:
+        """The energy of the batch, and |dE/dx| of each sample, where an update will be read; None without code for it.
+
+        No force is held longer than it takes to measure it.
+        """
+        if is_bounded(self.energy) or isinstance(strength, complex):
+            return None
+        kind: Kind = "forces" if coordinates == "states" else "error_forces"
+        ran = self._ran(Mode(kind, strength != 0, norms=True), point, strength)
+        if ran is None:
+            return None
+        (loss, norms), ran.outputs = ran.outputs, ()
+        return total_energy(Forces(ran.parts, loss, [], ran.finish), strength), norms
 
     def responses(self, states: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.responses`."""
@@ -151,11 +207,8 @@ class CapturedNetwork(RecordingNetwork):
         found: Sequence[Tensor] | None = None
         if (ready := self._ready.get((mode, given))) is not None:
             found = ready(flat)[0]
-        elif self._found is not None and self._found[0].abreast:
-            new = mode not in self._found[0].programs
-            found = None if (ran := self._ran(mode, flat, *given)) is None else ran.outputs
-            if new and found is not None:  # a phase may outlast the others in any later batch
-                self.answers(points[0], given[0], layers)
+        elif (ran := self._ran(mode, flat, *given)) is not None:
+            found = ran.outputs
         if found is None:
             return [self.answers(point, strength, layers) for point, strength in zip(points, given, strict=True)]
         return [list(found[k : k + count]) for k in range(0, len(found), count)]
@@ -208,11 +261,11 @@ class CapturedNetwork(RecordingNetwork):
         elif found.displacement is not None:  # multipliers, once a step
             return super().energy_at(found, strength)
         mode, ran = _continued(mode, point), self._latest_run
-        if ran is None or not ran.repeats(mode, point, (strength,)):
+        if ran is None or not ran.updates(mode, point, (strength,)):
             ran = self._ran(mode, point, strength)
         if ran is None:
             return super().energy_at(found, strength)
-        return self._delivered(mode, ran, (1.0,), 0j if mode.continued else 0.0)
+        return self._delivered(ran, (1.0,), 0j if mode.continued else 0.0)
 
     def contrast(self, phases: Sequence[tuple[complex, complex, Relaxation]]) -> Tensor:
         """See `Network.contrast`; one program for all phases."""
@@ -225,7 +278,7 @@ class CapturedNetwork(RecordingNetwork):
         read_here = (
             len(phases) == 1
             and latest is not None
-            and latest.repeats(_mode_at(found[0], strengths[0]), found[0].point, strengths)
+            and latest.updates(_mode_at(found[0], strengths[0]), found[0].point, strengths)
         )
         if read_here or any(
             f.coordinates == "errors" or f.displacement is not None or f.dyad is not None for f in found
@@ -239,18 +292,18 @@ class CapturedNetwork(RecordingNetwork):
         ran = self._ran(mode, [x for f in found for x in f.point], *strengths)
         if ran is None:
             return super().contrast(phases)
-        return self._delivered(mode, ran, weights, 0.0)
+        return self._delivered(ran, weights, 0.0)
 
-    def _delivered(self, mode: Mode, ran: "_Run", weights: Sequence[complex], value: complex) -> Tensor:
+    def _delivered(self, ran: "_Run", weights: Sequence[complex], value: complex) -> Tensor:
         """A scalar of this value whose gradient is that of sum_p weight_p E(x_p, theta), of its real part if real."""
-        scales = [self.scalar(complex(weight) if mode.continued else weight.real) for weight in weights]
+        scales = [self.scalar(complex(weight) if ran.mode.continued else weight.real) for weight in weights]
 
         def update(scale: Tensor) -> tuple[Tensor, ...]:
             return ran.update(tuple(scale.conj() * s for s in scales))
 
         assert self._found is not None
         captured, bound = self._found
-        targets = [self._tape.outside[bound.get(value, value)] for value in captured.targets[mode]]
+        targets = [self._tape.outside[bound.get(value, value)] for value in captured.targets[ran.mode]]
         return Delivered.apply(self.scalar(value), update, *targets)  # type: ignore[no-any-return, no-untyped-call]
 
     def _ran(self, mode: Mode, point: Sequence[Tensor], *strengths: complex) -> "_Run | None":
@@ -261,17 +314,7 @@ class CapturedNetwork(RecordingNetwork):
         if self._found is None:
             return None
         self._latest_run = latest = None
-        try:
-            program = self._program(mode, strengths)
-        except Exception as error:  # whatever goes wrong in capturing: the plain way stays right
-            self._latest = None
-            if mode.kind == "answers" and mode.phases > 1:
-                log.debug("Phases are swept one after the other: %r", error)  # the same, in more calls
-                self._found[0].abreast = False
-                return None
-            self._captures.refuse(str(error) if isinstance(error, NotRepeatable) else f"raises in capturing: {error!r}")
-            self._found = None
-            return None
+        program = self._code(mode, strengths)
         if program is None:
             return None
         run = self._run_of(program, mode, point, strengths)
@@ -303,13 +346,27 @@ class CapturedNetwork(RecordingNetwork):
 
     # Capturing
 
+    def _code(self, mode: Mode, strengths: tuple[complex, ...]) -> Program | None:
+        """The code of an evaluation, captured if it is the first of its kind; None where there is none."""
+        try:
+            return None if self._found is None else self._program(mode, strengths)
+        except Exception as error:  # whatever goes wrong in capturing: the plain way stays right
+            self._latest = None
+            self._captures.refuse(str(error) if isinstance(error, NotRepeatable) else f"raises in capturing: {error!r}")
+            self._found = None
+            return None
+
     def _program(self, mode: Mode, strengths: tuple[complex, ...]) -> Program | None:
+        abreast = mode.kind == "answers" and mode.phases > 1
+        return self._program_abreast(mode, strengths) if abreast else self._captured_program(mode, strengths)
+
+    def _captured_program(self, mode: Mode, strengths: tuple[complex, ...]) -> Program | None:
         assert self._found is not None
         captured, bound = self._found
         if mode in captured.programs:
             return captured.programs[mode]
         if bound:  # of the record at hand only what the code needs was kept
-            self._captures.forget(captured)
+            self._captures.forget(captured, mode, strengths)
             self._found = None
             return None
         compiler = _compiler(self.free[0].device) if self._captures.compile else None
@@ -329,21 +386,37 @@ class CapturedNetwork(RecordingNetwork):
             program.point.give_up(f"compiled, it {reason}")  # as where half precision is rounded in fewer places
             self._check(program, targets, mode, strengths)
         captured.programs[mode], captured.targets[mode] = program, targets
+        for other, at in self._captures.missed.items():
+            self._program(other, at)
         return program
+
+    def _program_abreast(self, mode: Mode, strengths: tuple[complex, ...]) -> Program | None:
+        """The same, of phases side by side; where that cannot be, each has code of its own."""
+        assert self._found is not None
+        captured = self._found[0]
+        try:
+            return self._captured_program(mode, strengths) if captured.abreast else None
+        except Exception as error:
+            log.debug("Phases are swept one after the other: %r", error)  # the same, in more calls
+            captured.abreast, self._latest = False, None
+            return None
 
     def _check(self, program: Program, targets: Sequence[Value], mode: Mode, strengths: tuple[complex, ...]) -> None:
         """Raises `NotRepeatable` unless the program gives at other points what the plain way gives there."""
         weights = [1.0 + 0.3j, *[-0.5 + 0.2j] * (len(strengths) - 1)]
         if not mode.continued:
             weights = [weight.real for weight in weights]
-        points, expected, slopes = self.plainly(mode, strengths, weights)
-        self._latest = None  # as large as all states
+        points = self.points(mode)
+        given = zip(points, strengths, strict=True) if mode.kind == "answers" else [(points[0], strengths[0])]
+        expected = [output for point, strength in given for output in self.plain_outputs(mode, point, strength)]
         run = self._run_of(program, mode, [x for p in points for x in p], strengths)
         energy = [run.finish(run.parts)] if mode.has_energy else []
         self.must_equal(expected, [*energy, *run.outputs])
         expected, run.outputs = [], ()
-        if slopes is not None:
+        if mode.updates:  # one after the other: each takes as much memory as all states and more
             updates = run.update(tuple(self.scalar(weight) for weight in weights))
+            del run
+            slopes = self.plain_slopes(mode, points, strengths, weights)
             self._must_update(slopes, {id(self._tape.outside[v]): s for v, s in zip(targets, updates, strict=True)})
 
     def _must_update(self, plain: Mapping[int, Tensor], got: Mapping[int, Tensor]) -> None:
@@ -372,6 +445,10 @@ class _Run:
     def repeats(self, mode: Mode, point: Sequence[Tensor], strengths: tuple[complex, ...]) -> bool:
         """Whether it is this evaluation."""
         return self.mode == mode and self.strengths == strengths and self.point == stamps(point)
+
+    def updates(self, mode: Mode, point: Sequence[Tensor], strengths: tuple[complex, ...]) -> bool:
+        """Whether its update is that of this evaluation, which may have given the forces themselves."""
+        return self.repeats(mode._replace(norms=self.mode.norms), point, strengths)
 
 
 def _mode_at(found: Relaxation, strength: complex) -> Mode:

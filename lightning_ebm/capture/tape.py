@@ -132,6 +132,27 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._put(tensor, value)
         return tensor
 
+    def thin_out(self) -> None:
+        """Lets go of what was only on the way from states to what is known too, unless its graph needs it.
+
+        That is what activations are given, mostly: each as large as a state.
+        """
+        readers: dict[Value, list[Node]] = {}
+        for node in self.nodes:
+            for value in node.values():
+                readers.setdefault(value, []).append(node)
+        for value in reversed(list(self.contents)):
+            after = [result for node in readers.get(value, ()) for result in node.results]
+            if (
+                value.level >= STATE
+                and value.node is not None
+                and after
+                and all(result in self.contents for result in after)
+            ):
+                others = weakref.ref(self.contents.pop(value))
+                if (tensor := others()) is not None:
+                    self.contents[value] = tensor
+
     def cutting(self, state_of: StateOf) -> StateOf:
         """The same choice of states, each noted as an input."""
 

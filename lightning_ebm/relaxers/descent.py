@@ -48,6 +48,7 @@ def descend(
     point = list(start)
     forces = evaluate(point, strength)
     gradients, energy = forces.gradients, total(forces)
+    del forces
     energies, falls, whole_fall = [energy], [], torch.zeros_like(energy)
     first = norm = force_norm(landscape, gradients)
     # Force of a state that is one rounding error away from its prediction; 0 in error coordinates, which start at 0.
@@ -66,17 +67,21 @@ def descend(
         ]
         if coordinates == "states":
             trial = landscape.feasible(trial)
+        elif (
+            point[0] is not start[0]
+        ):  # one list as large as all states less: back from the trial it is as far as it was there
+            point = []
         forces = evaluate(trial, strength)
         reached = total(forces)
 
         slope = -reach * norm.square()
         # One layer at a time: the step itself, as large as all states, is not held through the evaluation.
         if coordinates == "states":
-            ahead = zip(forces.gradients, point, trial, strict=True)
-            slope_ahead = landscape.per_sample(g * (y - x) for g, x, y in ahead)
+            slope_ahead = landscape.per_sample(
+                g * (y - x) for g, x, y in zip(forces.gradients, point, trial, strict=True)
+            )
         else:
-            both = zip(forces.gradients, gradients, strict=True)
-            slope_ahead = -reach * landscape.per_sample(g * before for g, before in both)
+            slope_ahead = -reach * landscape.per_sample(map(torch.mul, forces.gradients, gradients))
         curvature = (slope_ahead - slope) / (reach * norm).square()
         overshot = active & ~(slope_ahead <= 0.9 * slope.abs())  # nan counts
         noise = 16 * landscape.rounding * (forces.internal.sum() + (strength * forces.loss).abs())
@@ -87,16 +92,22 @@ def descend(
             overshot = active  # over a hump the forces do not tell whose energy it was: all are more careful
         kept = torch.zeros_like(active) if rose else active & ~overshot
 
-        if not rose:
-            if bool(overshot.any()):  # a mixture that was never evaluated: the energy of before still bounds its own
+        if not rose and not bool(overshot.any()):
+            # These very tensors: the network still holds their pass.
+            point, gradients, energy = trial, forces.gradients, reached
+        else:  # a mixture that was never evaluated: the energy of before still bounds its own
+            if point and not rose:
                 masks = landscape.spread(~overshot, point)
                 point = [torch.where(m, new, old) for m, new, old in zip(masks, trial, point, strict=True)]
-                ahead = zip(masks, forces.gradients, gradients, strict=True)
-                gradients = [torch.where(m, new, old) for m, new, old in ahead]
-            else:
-                # These very tensors: the network still holds their pass.
-                point, gradients, energy = trial, forces.gradients, reached
+            elif not point:
+                back = landscape.spread(torch.where(kept, 0, reach), trial)
+                point = [torch.addcmul(y, s, g) for y, s, g in zip(trial, back, gradients, strict=True)]
+            if not rose:
+                for k, m in enumerate(landscape.spread(~overshot, point)):
+                    gradients[k] = torch.where(m, forces.gradients[k], gradients[k])
+        if not rose:
             norm = force_norm(landscape, gradients)
+        del forces, trial  # as large as the states: not held through the next evaluation
         energies.append(energy)
         ran_away |= ~(norm <= 1e3 * first)  # nan counts
         active = active & (norm > settled_at) & ~ran_away

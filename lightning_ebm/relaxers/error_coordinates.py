@@ -50,6 +50,7 @@ class ErrorCoordinates(Relaxer):
             raise ConfigurationError(f"ErrorCoordinates(lr={self.lr!r}): expected a positive step size, such as 1.0.")
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
+        del start  # nobody else may have to hold it
         errors = list(landscape.no_errors)
         if self.tol and not isinstance(strength, complex):
             longest = max(1.0, self.lr)  # the curvature 1 + lambda J' d2L J is at least 1 where the loss is convex

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -18,7 +18,7 @@ def fixed_steps(
     landscape: Landscape,
     coordinates: Literal["states", "errors"],
     move: Callable[[list[Tensor], list[Tensor]], list[Tensor]],
-    start: Sequence[Tensor],
+    point: list[Tensor],
     strength: complex,
     max_steps: int,
     descends: float = 0.0,
@@ -31,9 +31,9 @@ def fixed_steps(
     Args:
         owner: in whose name to complain.
         landscape: the network.
-        coordinates: what `start` and `move` are written in.
+        coordinates: what `point` and `move` are written in.
         move: the next point from a point and the gradient there.
-        start: where to begin.
+        point: where to begin; this list is moved along, so that nobody has to hold what is left behind.
         strength: lambda.
         max_steps: how many moves.
         descends: step size, where each move follows the force: then at a positive nudge a rise of the energy proves
@@ -41,6 +41,12 @@ def fixed_steps(
             adaptive optimizers, which may climb without that: a rise is said, only growing forces raise.
     """
     evaluate = landscape.forces if coordinates == "states" else landscape.error_forces
+    # Looked up where only the network itself has it: whoever stands in between wants to see the forces.
+    prepared, descended, residual_at = (
+        getattr(type(landscape), name, None) if descends else None for name in ("prepared", "descended", "residual")
+    )
+    if prepared is not None:
+        prepared(landscape, strength, descends, coordinates, max_steps)
 
     def next_point(point: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
         ahead = move(point, gradients)
@@ -48,27 +54,31 @@ def fixed_steps(
 
     def onwards(count: int) -> list[tuple[list[Tensor], list[Tensor]]]:
         """Points and gradients from the last point on: only a suspect relaxation is looked at that closely."""
-        found = [(point, pulls)]
+        found = [(point, pulls or evaluate(point, strength).gradients)]
         while len(found) <= count:
             here = next_point(*found[-1])
             found.append((here, evaluate(here, strength).gradients))
         return found
 
-    point = as_complex(start, strength)
+    point[:] = as_complex(point, strength)
     norms: list[Tensor] = []  # of each sample, at the start and at the end
     sizes: list[Tensor] = []  # of the batch, so that one sample at rest from the start does not divide by nothing
-    # Looked up where only the network itself has it: whoever stands in between wants to see the forces.
-    descended = getattr(type(landscape), "descended", None) if descends else None
     for step in range(max_steps + 1):
         ended = step == max_steps
         watched = ended or step == 0 or (descends and step > max_steps - 4)
-        found = None
+        found = measured = None
         if descended is not None and step and not ended:
             found = descended(landscape, point, strength, descends, coordinates)
+        elif residual_at is not None and step and ended:
+            measured = residual_at(landscape, point, strength, coordinates)
         if found is not None:
             ahead, energy = found
             if watched:
-                sizes.append(_size([x - y for x, y in zip(point, ahead, strict=True)]) / descends)
+                sizes.append(_size(x - y for x, y in zip(point, ahead, strict=True)) / descends)
+        elif measured is not None:
+            energy, norm = measured
+            norms.append(norm)
+            sizes.append(torch.linalg.vector_norm(norm))
         else:
             forces = evaluate(point, strength)
             energy, pulls = total_energy(forces, strength), forces.gradients
@@ -78,13 +88,13 @@ def fixed_steps(
                 sizes.append(torch.linalg.vector_norm(norms[-1]))
             ahead = [] if ended else next_point(point, pulls)
             if descended is not None and not step:  # where nothing pulls, the very state of before: it will be known
-                layers = zip(pulls, landscape.no_errors, point, ahead, strict=True)
-                ahead = [x if pull is nothing else y for pull, nothing, x, y in layers]
+                still = [pull is nothing for pull, nothing in zip(pulls, landscape.no_errors, strict=True)]
+                ahead = [x if at_rest else y for at_rest, x, y in zip(still, point, ahead, strict=True)]
         if step == 0:  # one tensor: small ones between two large ones would leave memory in pieces
             energies = energy.new_empty(max_steps + 1)
         energies[step].copy_(energy)
         if not ended:
-            point = ahead
+            point[:] = ahead
             pulls = ahead = found = []  # as large as the states: not held through the next evaluation
     tiny = torch.finfo(norms[0].dtype).tiny
     before, after, *force = torch.stack([energies[0], energies[-1], *sizes]).tolist()  # all that is asked, at once
@@ -97,15 +107,14 @@ def fixed_steps(
     growing = descends and max_steps > 2 and all(x < y for x, y in itertools.pairwise(force[-4:]))
     unstable = growing and moving and _unstable([gradients for _, gradients in onwards(2)], descends)
     if not finite or (rose and descends) or unstable or growth > 10:
-        last = point, pulls
-        one, other = onwards(1) if finite else [last, last]
+        one, other = onwards(1) if finite else onwards(0) * 2
         raise diverged(landscape, owner, one, other, strength, (before, after), growth)
     status: Status = "max_steps" if rose else "fixed"
     residual = norms[-1] / norms[0].clamp_min(tiny)
-    return Relaxation(point, coordinates, status, max_steps, residual, energies.unbind())
+    return Relaxation(list(point), coordinates, status, max_steps, residual, energies.unbind())
 
 
-def _size(tensors: Sequence[Tensor]) -> Tensor:
+def _size(tensors: Iterable[Tensor]) -> Tensor:
     """The norm of all of them together."""
     total: Tensor = torch.stack([tensor.norm() for tensor in tensors]).norm()
     return total

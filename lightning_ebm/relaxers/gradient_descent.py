@@ -50,7 +50,9 @@ class GradientDescent(Relaxer):
         if self.tol and not isinstance(strength, complex):
             return descend(landscape, "states", start, strength, self.lr, self.max_steps, self.tol, longest=self.lr)
 
-        return fixed_steps(self, landscape, "states", self._euler, start, strength, self.max_steps, self.lr)
+        point = list(start)
+        del start  # nobody else may have to hold it
+        return fixed_steps(self, landscape, "states", self._euler, point, strength, self.max_steps, self.lr)
 
     def stepper(self, start: Sequence[Tensor]) -> Stepper:
         return self._euler

@@ -52,7 +52,7 @@ class StateOptimizer(Relaxer):
         return f"StateOptimizer({name}, max_steps={self.max_steps}{options})"
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
-        return fixed_steps(self, landscape, "states", self.stepper(start), start, strength, self.max_steps)
+        return fixed_steps(self, landscape, "states", self.stepper(start), list(start), strength, self.max_steps)
 
     def stepper(self, start: Sequence[Tensor]) -> Stepper:
         variables = [state.clone().requires_grad_() for state in start]
