@@ -75,6 +75,8 @@ def main(out, resume, harm, strategy):
     run = alignment.run.compute() if strategy == "ebm_ddp" else None
     left = {"weights": module.state_dict(), "alignment": run, "random": torch.get_rng_state()}
     torch.save(left, out / f"end.{trainer.global_rank}.pt")
+    if torch.distributed.is_initialized():  # Lightning ends NCCL's groups only, and gloo's threads may abort the exit
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
