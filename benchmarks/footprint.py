@@ -16,10 +16,13 @@ import lightning_ebm as ebm
 TITLE = "784-512x4-10, batch 1024"
 
 
-def growth(kind: str, steps: int) -> tuple[float, float]:
-    """MiB that this process grows by at its peak over three training steps, and MiB allocated at the peak of a fourth.
+def growth(kind: str, steps: int) -> tuple[float, float, float]:
+    """What training takes, in MiB.
 
-    The first is what the machine must have, with what the allocator keeps and the code itself; the second is exact.
+    Returns:
+        What this process grows by at its peak over three training steps: what the machine must have, with what the
+        allocator keeps and the code itself. Exactly, what is allocated at the peak of a fourth step; and that with the
+        weights, Adam's two moments and the batch, which is what a GPU's memory would be asked for.
     """
     contest = Contest(chain(1024, 784, 512, 512, 512, 512, 10))
     name = "backprop"
@@ -37,14 +40,16 @@ def growth(kind: str, steps: int) -> tuple[float, float]:
     assert profiled.profiler is not None
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    return grown, max(held) / 2**20
+    peak = max(held) / 2**20
+    return grown, peak, peak + contest.resident / 2**20
 
 
-def growth_elsewhere(kind: str, steps: int = 1) -> tuple[float, float]:
+def growth_elsewhere(kind: str, steps: int = 1) -> tuple[float, float, float]:
     """The same in a process of its own."""
     command = [sys.executable, str(Path(__file__)), kind, str(steps)]
-    grown, allocated = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-2:]
-    return float(grown), float(allocated)
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-3:]
+    grown, allocated, whole = map(float, found)
+    return grown, allocated, whole
 
 
 def _status(name: str) -> int:

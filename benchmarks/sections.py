@@ -357,9 +357,10 @@ def memory(given: Settings) -> Lines:
     """Peak memory."""
     yield (
         f"## Peak memory\n\n{TITLE}: what a process grows by at its peak over three steps, each measured in a process"
-        " of its own; and, exactly, what is allocated at the peak of a fourth step beyond what it begins with."
+        " of its own, with the code that is loaded, the capturing of the first step and what the allocator keeps; and,"
+        " exactly, what is allocated at the peak of a fourth step, alone and with weights, Adam's moments, the batch."
     )
-    yield table("algorithm", "process, MiB", "of backprop's", "a later step, MiB")
+    yield table("algorithm", "process, MiB", "of backprop's", "a later step, MiB", "in all, MiB", "of backprop's")
     kinds = {
         "backprop": ("backprop", 1),
         "predictive-coding": ("equilibrium", 1),
@@ -369,8 +370,9 @@ def memory(given: Settings) -> Lines:
         "PC, 200 Euler steps, capture=False": ("plain", 200),
     }
     found = {name: growth_elsewhere(*kind) for name, kind in kinds.items()}
-    stock = found["backprop"][0]
-    yield from (line(name, f"{grown:.0f}", f"{grown / stock:.2f}", step) for name, (grown, step) in found.items())
+    stock, _, least = found["backprop"]
+    for name, (grown, step, whole) in found.items():
+        yield line(name, f"{grown:.0f}", f"{grown / stock:.2f}", step, whole, f"{whole / least:.2f}")
 
 
 class Sigmoid(nn.Hardtanh):

@@ -62,6 +62,11 @@ class Contest:
         self.learners: dict[str, ebm.Learner] = {}
         self._add("backprop", lambda own: lambda: torch.autograd.backward(cross_entropy(own, self.x, self.y)))
 
+    @property
+    def resident(self) -> int:
+        """Bytes that one of them holds between steps: weights, Adam's two moments, the batch."""
+        return 3 * sum(p.nbytes for p in self._module.parameters()) + self.x.nbytes + self.y.nbytes
+
     def add(self, name: str, algorithm: ebm.Algorithm, **options: bool) -> None:
         """One of this library."""
 

@@ -55,6 +55,7 @@ ORDER = [
     {"compiled", "formulas", "program"},
     {"checking"},
     {"captures", "recording"},
+    {"running"},
     {"replay"},
     {"presets", "report", "step", "learner", "equilibrium", "reference", "metrics", "summary", "testing"},
     {"regime"},

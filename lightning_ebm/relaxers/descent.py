@@ -67,9 +67,7 @@ def descend(
         ]
         if coordinates == "states":
             trial = landscape.feasible(trial)
-        elif (
-            point[0] is not start[0]
-        ):  # one list as large as all states less: back from the trial it is as far as it was there
+        elif point[0] is not start[0]:  # not held through the evaluation: back from the trial it is as far as there
             point = []
         forces = evaluate(trial, strength)
         reached = total(forces)
@@ -77,9 +75,8 @@ def descend(
         slope = -reach * norm.square()
         # One layer at a time: the step itself, as large as all states, is not held through the evaluation.
         if coordinates == "states":
-            slope_ahead = landscape.per_sample(
-                g * (y - x) for g, x, y in zip(forces.gradients, point, trial, strict=True)
-            )
+            ahead = zip(forces.gradients, point, trial, strict=True)
+            slope_ahead = landscape.per_sample(g * (y - x) for g, x, y in ahead)
         else:
             slope_ahead = -reach * landscape.per_sample(map(torch.mul, forces.gradients, gradients))
         curvature = (slope_ahead - slope) / (reach * norm).square()
