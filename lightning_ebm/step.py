@@ -296,7 +296,7 @@ class Step:
             table = (Phase(span, 1 / span),)
         together = self._abreast(network, table)
         nudged = [phase for phase in table if phase.strength]
-        leaves = algorithm.energy.divergence and algorithm.read_as == "contrast" and not any(p.held for p in nudged)
+        departs = algorithm.energy.divergence and algorithm.read_as == "contrast" and not any(p.held for p in nudged)
         for phase in table:
             strength, weight = phase.strength, phase.weight
             if phase in together:
@@ -304,7 +304,7 @@ class Step:
                 phases.append(PhaseReport.of(strength, found))
             elif strength:
                 _announce(network, strength, phase.held)
-                if leaves and phase is nudged[-1] and isinstance(network, CapturedNetwork):
+                if departs and phase is nudged[-1] and isinstance(network, CapturedNetwork):
                     network.returns, self._first = False, None
                 with torch.no_grad():
                     found = self._nudged(network, phase)

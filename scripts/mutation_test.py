@@ -40,8 +40,8 @@ MUTATIONS = [
     Mutation(
         "errors forget the precision",
         "network.py",
-        "s if is_one(p) else s / p for s, p in",
-        "s for s, p in",
+        "signals[k] if is_one(p) else signals[k] / p",
+        "signals[k]",
     ),
     Mutation("the centred half is lost", "nudges/centered.py", "1 / (2 * self.strength)", "1 / self.strength"),
     Mutation("hooks of parameters act twice", "delivery.py", "any(leaf._backward_hooks for leaf in targets)", "False"),
@@ -60,12 +60,22 @@ MUTATIONS = [
     Mutation("a second call is forgotten", "substitution.py", "counts[module] = number + 1", "counts[module] = 0"),
     Mutation("states ignore what is above", "network.py", "best_response(-slope,", "best_response(0 * slope,"),
     Mutation("phases are added up", "nudges/centered.py", "Phase(-self.strength", "Phase(self.strength"),
-    Mutation(
-        "odd layers move alone", "relaxers/fixed_point.py", "return [odd, even] if even else [odd]", "return [odd]"
-    ),
+    Mutation("odd layers move alone", "relaxers/sweeping.py", "return [odd, even] if even else [odd]", "return [odd]"),
     Mutation("a changed constant is not seen", "capture/comparison.py", "return bool(old == new) or", "return True or"),
     Mutation("a mean of four is their half", "capture/kernels.py", "total.mul_(0.25)", "total.mul_(0.5)"),
-    Mutation("errors are pulled by the conjugate", "network.py", "strength * holomorphic(signal)", "strength * signal"),
+    Mutation(
+        "errors are pulled by the conjugate",
+        "network.py",
+        "strength * holomorphic(signals[k])",
+        "strength * signals[k]",
+    ),
+    Mutation("all phases get the first one's rows", "capture/abreast.py", "k * rows, (k + 1) * rows", "0, rows"),
+    Mutation(
+        "phases end together", "relaxers/sweeping.py", "strengths[k] for k in points", "strengths[0] for k in points"
+    ),
+    Mutation(
+        "the forward pass is left too early", "capture/running.py", "if self.returns or self._found", "if self._found"
+    ),
     Mutation(
         "no slope is analytic", "network.py", "self._check_analytic(seen)\n        return", "pass\n        return"
     ),
@@ -98,6 +108,7 @@ MUTATIONS = [
 TESTS = ["predictive_coding", "infinitesimal_limit", "purity", "relaxers", "layers", "metrics", "bad_input"]
 TESTS += ["gradient_alignment", "capture", "capture_fixed_points", "equilibrium_propagation", "conformance"]
 TESTS += ["capture_complex", "capture_dyads", "theory", "front", "compiled", "order", "accelerated_fixed_point"]
+TESTS += ["abreast", "memory"]
 
 
 def caught(copy: Path) -> bool:

@@ -46,7 +46,7 @@ ORDER = [
     {"delivery", "layers", "network"},
     {"holding", "linearization", "state_memory", "watching"},
     # the rooms of lightning_ebm.capture
-    {"dyads", "front", "mode", "parts", "traits"},
+    {"dyads", "front", "mode", "parts", "places", "traits"},
     {"tape"},
     {"comparison", "writing"},
     {"abreast", "contrast", "elementwise", "kernels", "lowering", "pairs", "remember", "simplify"},

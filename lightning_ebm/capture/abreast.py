@@ -147,8 +147,9 @@ def _sum_of_product(op: Op, rows: set[Value], count: int) -> tuple[Any, ...] | N
     return (term if term in rows else _along(term, _sizes(op.results[0]))), x, matrix
 
 
-def _batched_product(op: Op, rows: set[Value], count: int) -> tuple[Any, ...]:
-    return tuple(a if a in rows else _Repeated(a) for a in op.args)
+def _every(op: Op, rows: set[Value], count: int) -> tuple[Any, ...]:
+    """f(x, y, ...), all tensors by rows."""
+    return tuple(_Repeated(a) if type(a) is Value and a not in rows else a for a in op.args)
 
 
 def _reshaped(op: Op, rows: set[Value], count: int) -> tuple[Any, ...]:
@@ -166,9 +167,7 @@ def _along_dims(op: Op, rows: set[Value], count: int) -> tuple[Any, ...] | None:
     tensors = [a for a in op.args if type(a) is Value]
     dims = op.args[len(tensors)] if len(op.args) > len(tensors) else None
     given = [dims] if type(dims) is int else list(dims or [0])
-    if any(d % len(tensors[0].shape or ()) == 0 for d in given):
-        return None
-    return tuple(a if type(a) is not Value or a in rows else _Repeated(a) for a in op.args)
+    return None if any(d % len(tensors[0].shape or ()) == 0 for d in given) else _every(op, rows, count)
 
 
 def _permuted(op: Op, rows: set[Value], count: int) -> tuple[Any, ...] | None:
@@ -180,18 +179,13 @@ def _transposed(op: Op, rows: set[Value], count: int) -> tuple[Any, ...] | None:
     return op.args if all(d % ndim for d in op.args[1:3]) else None
 
 
-def _window_back(op: Op, rows: set[Value], count: int) -> tuple[Any, ...]:
-    slope, x, *others = op.args
-    return tuple(a if a in rows else _Repeated(a) for a in (slope, x)) + tuple(others)
-
-
 _BY_ROWS: dict[Any, _Rule] = {
     _aten.mm.default: _first,
     _aten.addmm.default: _sum_of_product,
-    _aten.bmm.default: _batched_product,
+    _aten.bmm.default: _every,
     _aten.convolution.default: _first,
     _aten.avg_pool2d.default: _first,
-    _aten.avg_pool2d_backward.default: _window_back,
+    _aten.avg_pool2d_backward.default: _every,
     _aten.native_layer_norm.default: _first,
     _aten.clone.default: _first,
     _aten._to_copy.default: _first,

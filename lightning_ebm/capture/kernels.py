@@ -71,7 +71,7 @@ def _multiplied(op: Op, activation: str | None) -> _Found:
     if shape is None or not _is_float32(result):
         return None
     inner = shape[1] if x.shape else shape[0]
-    if inner * result.shape.numel() < _WORTH_IT or not available():  # type: ignore[union-attr]
+    if not _pays(inner * result.shape.numel()):  # type: ignore[union-attr]
         return None
     if bias is not None and bias.shape == result.shape:  # no bias: something else to be added
         return product_and, (x, matrix, bias), False
@@ -134,18 +134,22 @@ def product(x: Tensor, matrix: Tensor, bias: Tensor | None, activation: str) -> 
 
 def quick_mm(x: Tensor, matrix: Tensor) -> Tensor | None:
     """x @ matrix, ``(M, N)`` from ``(M, K)`` and ``(K, N)``; None where that is no faster than torch's."""
-    return product(x, matrix, None, "none") if _pays(x, matrix) else None
+    return product(x, matrix, None, "none") if _fits(x, matrix) else None
 
 
 def quick_addmm(bias: Tensor, x: Tensor, matrix: Tensor, **scales: Any) -> Tensor | None:
     """x @ matrix + bias, with ``(N,)`` besides; None where that is no faster than torch's."""
     plain = not scales and bias.ndim == 1 and bias.dtype == x.dtype
-    return product(x, matrix, bias, "none") if plain and _pays(x, matrix) else None
+    return product(x, matrix, bias, "none") if plain and _fits(x, matrix) else None
 
 
-def _pays(x: Tensor, matrix: Tensor) -> bool:
-    fits = x.dtype == matrix.dtype == torch.float32 and x.device.type == "cpu"
-    return fits and x.numel() * matrix.shape[1] >= _WORTH_IT and available()
+def _fits(x: Tensor, matrix: Tensor) -> bool:
+    plain = x.dtype == matrix.dtype == torch.float32 and x.device.type == "cpu"
+    return plain and _pays(x.numel() * matrix.shape[1])
+
+
+def _pays(multiplications: int) -> bool:
+    return multiplications >= _WORTH_IT and available()
 
 
 QUICK_PRODUCTS: Mapping[Any, Callable[..., Tensor | None]] = {

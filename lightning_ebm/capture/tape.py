@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_ebm.capture.places import Place, apart, place_of
 from lightning_ebm.capture.traits import BATCH_NORMS, Traits, traits
 from lightning_ebm.substitution import StateKey, StateOf
 
@@ -102,7 +103,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.outside: dict[Value, Tensor] = {}
         """The tensors that came from outside."""
         self._known: dict[int, tuple[Callable[[], Tensor | None], Value]] = {}
-        self._sharing: dict[int, list[tuple[Value, _Place, weakref.ref[Tensor]]]] = {}
+        self._sharing: dict[int, list[tuple[Value, Place, weakref.ref[Tensor]]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -238,14 +239,14 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _share(self, tensor: Tensor, value: Value) -> None:
         group = self._sharing.setdefault(tensor.untyped_storage().data_ptr(), [])
-        group.append((value, _place(tensor), weakref.ref(tensor)))
+        group.append((value, place_of(tensor), weakref.ref(tensor)))
 
     def _written_under_other_names(self, node: Node, tensor: Tensor) -> None:
         group = self._sharing.get(tensor.untyped_storage().data_ptr(), [])
-        here = _place(tensor)
+        here = place_of(tensor)
         for other, place, ref in tuple(group):
             alias = ref()
-            if alias is tensor or other.stale or _apart(place, here):
+            if alias is tensor or other.stale or apart(place, here):
                 continue
             other.stale = True
             self.contents.pop(other, None)
@@ -277,32 +278,6 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _meta(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
-
-
-_Place = tuple[int, torch.Size, tuple[int, ...]]
-"""Where in its memory a tensor lies: offset, sizes, strides."""
-
-
-def _place(tensor: Tensor) -> _Place:
-    return int(tensor.storage_offset()), tensor.shape, tensor.stride()
-
-
-def _apart(one: _Place, other: _Place) -> bool:
-    """Whether two views surely have no element in common: boxes apart in the grid that both are cut from."""
-    (start, sizes, strides), (start_2, sizes_2, strides_2) = one, other
-    if strides != strides_2 or 0 in strides:
-        return False
-    distance, disjoint, spans = start_2 - start, False, []
-    for d in sorted(range(len(strides)), key=lambda d: -strides[d]):
-        shift, distance = divmod(distance, strides[d])
-        disjoint = disjoint or shift >= sizes[d] or shift + sizes_2[d] <= 0
-        spans.append((max(sizes[d], shift + sizes_2[d]) - min(0, shift) - 1, strides[d]))
-    reach = 0
-    for span, stride in reversed(spans):  # a grid: the smaller strides together do not reach the next larger one
-        if reach >= stride and span:
-            return False
-        reach += span * stride
-    return disjoint and distance == 0
 
 
 def _is_constant(indices: Any) -> bool:

@@ -48,8 +48,9 @@ class SweepingRelaxer(Relaxer):
         """
         runs = [self.sweeps(landscape, as_complex(start, strength), strength) for strength in strengths]
         points, found = {k: next(run) for k, run in enumerate(runs)}, {}
+        groups = self.groups(landscape)
         while points:
-            for k, point in self._swept(landscape, points, strengths).items():
+            for k, point in self._swept(landscape, groups, points, strengths).items():
                 try:
                     points[k] = runs[k].send(point)
                 except StopIteration as end:
@@ -58,11 +59,15 @@ class SweepingRelaxer(Relaxer):
         return [found[k] for k in range(len(runs))]
 
     def _swept(
-        self, landscape: Landscape, points: dict[int, list[Tensor]], strengths: Sequence[complex]
+        self,
+        landscape: Landscape,
+        groups: list[list[int]],
+        points: dict[int, list[Tensor]],
+        strengths: Sequence[complex],
     ) -> dict[int, list[Tensor]]:
         """The states after each group of layers in turn has gone to its best response."""
         given = [strengths[k] for k in points]
-        for layers in self.groups(landscape):
+        for layers in groups:
             if len(given) > 1:
                 answered = landscape.answers_abreast(list(points.values()), given, layers)  # type: ignore[attr-defined]
             else:
@@ -81,8 +86,9 @@ class SweepingRelaxer(Relaxer):
 
     def _unrolled(self, landscape: Landscape, point: list[Tensor], strength: complex) -> Relaxation:
         """All steps, whatever the tolerance, for a graph: it cannot ask how it goes."""
+        groups = self.groups(landscape)
         for _ in range(self.max_steps):
-            point = self._swept(landscape, {0: point}, [strength])[0]
+            point = self._swept(landscape, groups, {0: point}, [strength])[0]
         unknown = landscape.per_sample(point).new_full((landscape.batch_size,), float("nan"))
         return Relaxation(point, "states", "fixed", self.max_steps, unknown)
 
