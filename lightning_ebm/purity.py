@@ -26,7 +26,7 @@ from lightning_ebm.tree import modules_of, parameters_of
 
 
 class Snapshot:
-    """What one pass is about to start from.
+    """What a pass starts from, read when the first one is about to begin.
 
     Args:
         module: the user's module; everything below it is covered.
@@ -36,16 +36,23 @@ class Snapshot:
 
     def __init__(self, module: nn.Module, tensors: frozenset[str] | None = None) -> None:
         self._module = module
-        self._tensors = _copies(module, tensors)
-        modules = modules_of(module)
+        self._wanted = tensors
+        self._is_taken = False
+
+    def _take(self) -> None:
+        self._is_taken = True
+        self._tensors = _copies(self._module, self._wanted)
+        modules = modules_of(self._module)
         self._trainable = [(p, p.requires_grad) for p in parameters_of(modules)]
-        self._random = RandomState(module)
-        self._plain = PlainState(module)
+        self._random = RandomState(self._module)
+        self._plain = PlainState(self._module)
         self._metrics = [MetricTape(m) for m in _outermost_metrics(modules)]
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """The first pass: metrics work as ever, and what they return is noted for the others."""
+        if not self._is_taken:
+            self._take()
         with ExitStack() as stack:
             for tape in self._metrics:
                 stack.enter_context(tape.recording())
@@ -62,17 +69,23 @@ class Snapshot:
         Yields:
             Tells the paths of the protected tensors that the pass has written to so far.
         """
+        there = not self._is_taken  # reading and setting generators is most of what this costs
+        if there:
+            self._take()
         unknown = None if written is None else written - self._tensors.keys()
         with ExitStack() as stack:
-            stack.callback(self._random.of_now().restore)
-            self._random.restore()
+            stack.callback((self._random if there else self._random.of_now()).restore)
+            if not there:
+                self._random.restore()
             tensors = _copies(self._module, unknown) | self._tensors
             for owner, name, value in tensors.values():
                 stack.callback(_swapped(owner, name, value.clone()))
-            stack.callback(_set_trainable, [(p, p.requires_grad) for p, _ in self._trainable])
-            _set_trainable(self._trainable)
-            stack.callback(self._plain.of_now().restore)
-            self._plain.restore()
+            trainable = self._trainable if there else [(p, p.requires_grad) for p, _ in self._trainable]
+            stack.callback(_set_trainable, trainable)
+            stack.callback((self._plain if there else self._plain.of_now()).restore)
+            if not there:
+                _set_trainable(self._trainable)
+                self._plain.restore()
             for tape in self._metrics:
                 stack.enter_context(tape.replaying())
             yield partial(_changed, tensors)

@@ -87,7 +87,7 @@ class Step:
         self._plan: Plan | None = None if algorithm.read_as == "backprop" else finder.plan
         self._snapshot = snapshot or Snapshot(module, frozenset() if self._plan is None else self._plan.written)
         self._captures = captures if captures is not None and captures.wanted(algorithm) else None
-        self._tape = Tape()
+        self._tape = Tape(QUICK_PRODUCTS)
         self._raw_loss: Tensor | None = None
         self._first: Pass | None = None
         self._free: Relaxation | None = None
@@ -368,7 +368,7 @@ class Step:
         return near.loss() + near.cross_derivative(moved)
 
     def _first_again(self, plan: Plan) -> Pass:
-        self._tape = Tape(QUICK_PRODUCTS)  # where relaxation begins; what is logged comes from the user's own pass
+        self._tape = Tape(QUICK_PRODUCTS)
         with self._taped():
             return self._run(self._cut(at_prediction(frozenset(plan.states))))
 

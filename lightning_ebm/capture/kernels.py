@@ -152,11 +152,11 @@ def _pays(multiplications: int) -> bool:
     return multiplications >= _WORTH_IT and available()
 
 
-QUICK_PRODUCTS: Mapping[Any, Callable[..., Tensor | None]] = {
-    _aten.mm.default: quick_mm,
-    _aten.addmm.default: quick_addmm,
+QUICK_PRODUCTS: Mapping[int, Callable[..., Tensor | None]] = {
+    id(_aten.mm.default): quick_mm,
+    id(_aten.addmm.default): quick_addmm,
 }
-"""For passes whose numbers nobody compares with those of torch's own, bit for bit."""
+"""For the first pass of steps that are captured, by the operation's id, as its own hash is slow."""
 
 
 def convolution(

@@ -125,7 +125,7 @@ class _Simpler:
         if right in self._spread:
             scalar = self._spread[right]
             if type(left) is not Value:
-                self._spread[result] = self._new(op.func, (scalar, left), scalar)
+                self._spread[result] = scalar if left == 1 else self._new(op.func, (scalar, left), scalar)
             elif left.shape == result.shape:
                 op.args = left, scalar
             return None

@@ -7,7 +7,7 @@ nothing else about the user's code has to be known.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +22,7 @@ from lightning_ebm.substitution import StateKey, StateOf
 CONSTANT, PHASE, STATE, SEED = range(4)
 """What a value depends on: batch and parameters alone; the nudge as well; the states; the scale of the update."""
 
+_NLL = frozenset({"nll_loss_forward", "nll_loss2d_forward"})
 _LIFTED = frozenset({"lift_fresh", "lift", "lift_fresh_copy"})
 
 
@@ -86,10 +87,11 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     A record that fails never disturbs the pass: `problem` says why it is of no use.
 
     Args:
-        faster: other ways to the results of some operations, equal to theirs up to rounding; each may decline.
+        faster: other ways to the results of some operations, by their id, equal to theirs up to rounding; each may
+            decline.
     """
 
-    def __init__(self, faster: Mapping[Any, Callable[..., Tensor | None]] = MappingProxyType({})) -> None:
+    def __init__(self, faster: Mapping[int, Callable[..., Tensor | None]] = MappingProxyType({})) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._faster = faster
         self.nodes: list[Node] = []
@@ -103,6 +105,8 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.outside: dict[Value, Tensor] = {}
         """The tensors that came from outside."""
         self._known: dict[int, tuple[Callable[[], Tensor | None], Value]] = {}
+        self._shared: list[tuple[Value, weakref.ref[Tensor]]] = []
+        """Tensors that share memory with others, as far as nobody has asked yet where it is."""
         self._sharing: dict[int, list[tuple[Value, Place, weakref.ref[Tensor]]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -113,7 +117,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 node, written = self._begun(func, args, kwargs)
             except Exception as error:
                 self.problem = f"{func}: {error}"
-        faster = self._faster.get(func) if self._faster else None  # the hash of an operation is slow
+        faster = self._faster.get(id(func))
         result = None if faster is None else faster(*args, **kwargs)
         if result is None:
             result = func(*args, **kwargs)
@@ -175,10 +179,11 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._from_outside(tensor)
 
     def _begun(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Node, list[Tensor]]:
-        seen = tuple([self._seen(a) for a in args])
-        node = Node(func, len(self.nodes), seen, {name: self._seen(a) for name, a in kwargs.items()} if kwargs else {})
+        # Once for every operation of every batch, on the way to what is fast: hence one walk, and few calls.
         kind = traits(func)
-        values = list(node.values())
+        values: list[Value] = []
+        seen = self._seen(args, values)
+        node = Node(func, len(self.nodes), seen, kwargs and dict(zip(kwargs, self._seen(kwargs.values(), values))))
         written: list[Tensor] = []
         before: list[Value] = []
         if kind.writes:
@@ -187,7 +192,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if kind.shares:
             for arg in (*args, *kwargs.values()):
                 if isinstance(arg, Tensor):
-                    self._share(arg, self.value(arg))
+                    self._shared.append((self.value(arg), weakref.ref(arg)))
         for value in values:
             if value.level > node.level and not (kind.by_shape or (kind.overwrites and value in before)):
                 node.level = value.level
@@ -218,8 +223,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if kind.name in _LIFTED:  # made of Python numbers: another one in every pass
                 node.results.append(self._from_outside(tensor))
                 continue
-            mask = kind.name == "native_dropout" and part == 1
-            value = self._put(tensor, Value(node, CONSTANT if mask else node.level))
+            value = self._put(tensor, Value(node, CONSTANT if _is_fixed(node, kind, part) else node.level))
             node.results.append(value)
             # Views must not be held: autograd would then hand out a copy, unknown here.
             if not kind.views and (self.keeps or value.level == CONSTANT):
@@ -227,7 +231,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if kind.shares:
             for tensor, shared in zip(results, node.results, strict=True):
                 if shared is not None:
-                    self._share(tensor, shared)
+                    self._shared.append((shared, weakref.ref(tensor)))
         for tensor in written:
             now = self.value(tensor)
             if now.node is not node:
@@ -237,11 +241,18 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._written_under_other_names(node, tensor)
         self.nodes.append(node)
 
-    def _share(self, tensor: Tensor, value: Value) -> None:
-        group = self._sharing.setdefault(tensor.untyped_storage().data_ptr(), [])
-        group.append((value, place_of(tensor), weakref.ref(tensor)))
+    def _sort_shared(self) -> None:
+        """Notes where tensors are that have come to share memory since this was last asked."""
+        for value, ref in self._shared:
+            tensor = ref()
+            held = self.contents.get(value) if tensor is None else tensor
+            if held is not None:  # else nobody can read it any more
+                group = self._sharing.setdefault(held.untyped_storage().data_ptr(), [])
+                group.append((value, place_of(held), ref))
+        self._shared.clear()
 
     def _written_under_other_names(self, node: Node, tensor: Tensor) -> None:
+        self._sort_shared()
         group = self._sharing.get(tensor.untyped_storage().data_ptr(), [])
         here = place_of(tensor)
         for other, place, ref in tuple(group):
@@ -254,7 +265,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 again = self._put(alias, Value(node, CONSTANT))
                 self.contents[again] = alias.detach()
                 node.results.append(again)
-                self._share(alias, again)
+                self._shared.append((again, weakref.ref(alias)))
 
     def _from_outside(self, tensor: Tensor) -> Value:
         value = self._put(tensor, Value(None, CONSTANT, tensor))
@@ -268,16 +279,31 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         value.shape, value.dtype = tensor.shape, tensor.dtype
         return value
 
-    def _seen(self, arg: Any) -> Any:
-        if isinstance(arg, Tensor):
-            return self.value(arg)
-        if isinstance(arg, list | tuple):
-            return tuple([self._seen(a) for a in arg])
-        return arg
+    def _seen(self, args: Iterable[Any], values: list[Value]) -> tuple[Any, ...]:
+        """The arguments with values in the place of tensors, which are noted as well."""
+        seen = []
+        for arg in args:
+            if isinstance(arg, Tensor):
+                known = self._known.get(id(arg))
+                value = known[1] if known is not None and known[0]() is arg else self.value(arg)
+                values.append(value)
+                seen.append(value)
+            elif isinstance(arg, list | tuple):
+                seen.append(self._seen(arg, values))
+            else:
+                seen.append(arg)
+        return tuple(seen)
 
 
 def _meta(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _is_fixed(node: Node, kind: Traits, part: int) -> bool:
+    """Whether a result does not depend on states where others do: a mask, or the weight of all targets together."""
+    if part != 1:
+        return False
+    return kind.name == "native_dropout" or (kind.name in _NLL and _is_constant(node.args[1:3]))
 
 
 def _is_constant(indices: Any) -> bool:
