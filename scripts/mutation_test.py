@@ -47,7 +47,14 @@ MUTATIONS = [
     Mutation("hooks of parameters act twice", "delivery.py", "any(leaf._backward_hooks for leaf in targets)", "False"),
     Mutation("states get gradients too", "delivery.py", "if i not in held]", "]"),
     Mutation("signals sent bottom up", "network.py", "range(len(leaves) - 1, -1, -1)", "range(len(leaves))"),
-    Mutation("masks are drawn anew", "purity.py", "            self._random.restore()\n", ""),
+    Mutation("masks are drawn anew", "purity.py", "                self._random.restore()\n", "                pass\n"),
+    Mutation("a pass starts too early", "purity.py", "        self._is_taken = False\n", "        self._take()\n"),
+    Mutation(
+        "labels are counted once",
+        "capture/tape.py",
+        "(kind.name in _NLL and _is_constant(node.args[1:3]))",
+        "kind.name in _NLL",
+    ),
     Mutation("BatchNorm moves in each pass", "layers.py", "written=frozenset(written)", "written=frozenset()"),
     Mutation("metrics count each pass", "purity.py", '("forward", "compute", "update", "reset")', '("forward",)'),
     Mutation(

@@ -132,6 +132,32 @@ def test_after_steps_the_world_is_as_after_as_many_stock_steps(algorithm):
     assert [key for key in expected if not same(expected[key], found[key])] == []
 
 
+def test_a_free_phase_sees_what_the_first_pass_will_see_whatever_was_drawn_since_the_step_was_opened():
+    """The quiet pass before it, the user's own and a later one draw the same numbers, which are used up once."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    drawn = []
+
+    def closure():
+        drawn.append((random.random(), np.random.rand(), float(torch.rand(()))))
+        return net(X).square().mean()
+
+    learner = ebm.Learner(net, ebm.algorithm("equilibrium-propagation"), capture=False)
+    learner.backward(closure)
+    seed()
+    step = learner.begin(closure)
+    between = random.random(), np.random.rand(), float(torch.rand(()))
+    drawn.clear()
+    with step.first_pass():
+        loss = closure()
+    step.surrogate(loss)
+    assert len(drawn) > 3
+    after = random.random(), np.random.rand(), float(torch.rand(()))
+    seed()
+    expected = [(random.random(), np.random.rand(), float(torch.rand(()))) for _ in range(3)]
+    assert [between, drawn[0], after] == expected
+    assert set(drawn) == {expected[1]}
+
+
 def test_further_passes_see_the_same_masks_statistics_and_metrics():
     """Zero-divergence on a module full of randomness equals backprop on the very same draws, step after step."""
     stock, ours = Busy().double(), Busy().double()
