@@ -158,7 +158,7 @@ def automatic(given: Settings) -> Lines:
         names = {repr(candidate): candidate for candidate in free.relaxer.candidates}
         contest.add("auto", free)
         contest.steps["auto"]()
-        affordable = free.relaxer.tried.values()
+        affordable = [[sum(costs) for costs in zip(*rows, strict=True)] for rows in free.relaxer.tried.values()]
         least = [min(costs) for costs in affordable]
         repeats = given.repeats if contest.steps["auto"]() < 200 else 3
         for index, (name, candidate) in enumerate(names.items()):
@@ -169,7 +169,11 @@ def automatic(given: Settings) -> Lines:
         found = contest.medians(repeats)
         fixed = {name: value for name, value in found.items() if name in names}
         best = min(fixed, key=lambda name: fixed[name])
-        chosen = " / ".join(dict.fromkeys(map(_short, free.relaxer.chosen.values())))
+        by_kind = {kind: _short(relaxer) for kind, relaxer in free.relaxer.chosen.items()}
+        alike = len(set(by_kind.values())) == 1
+        chosen = (
+            next(iter(by_kind.values())) if alike else ", ".join(f"{kind} {name}" for kind, name in by_kind.items())
+        )
         ratio = f"{found['auto'] / fixed[best]:.2f}"
         yield line(title, chosen, found["auto"], _short(names[best]), fixed[best], ratio)
 

@@ -324,11 +324,13 @@ class Step:
         return update
 
     def _abreast(self, network: Network, table: Sequence[Phase]) -> dict[Phase, Relaxation]:
-        """The phases that can be relaxed as one batch: by sweeps, on captured code, in real numbers."""
+        """The phases, in real numbers, that one choice is made for, or that sweep as one batch on captured code."""
         relaxer = self._algorithm.relaxer
         phases = [p for p in table if p.strength and not p.held and not isinstance(p.strength, complex)]
         captured = isinstance(getattr(network, "unwatched", network), CapturedNetwork)
-        if len(phases) < 2 or not isinstance(relaxer, SweepingRelaxer | Cheapest) or not captured:
+        if len(phases) < 2 or not isinstance(relaxer, SweepingRelaxer | Cheapest):
+            return {}
+        if not captured and not isinstance(relaxer, Cheapest):
             return {}
         strengths = [phase.strength for phase in phases]
         if isinstance(network, Recording):

@@ -128,3 +128,16 @@ def test_the_columns_that_count_passes_count_them():
     assert plain == (calls.count, "converged")
     assert sections._key((12, "stalled")) == (False, 12, "12*")
     assert sections._key((100, "max_steps"))[2] == "-"
+
+
+def test_everybody_takes_one_turn_in_each_round_and_follows_others():
+    import timing
+
+    turns = []
+    steps = {name: lambda name=name: turns.append(name) or 1.0 for name in "abcd"}
+    assert timing.medians(steps, 20) == dict.fromkeys("abcd", 1.0)
+    rounds = [turns[k : k + 4] for k in range(0, len(turns), 4)]
+    assert len(rounds) == 20 + timing.WARM_UP
+    assert all(sorted(one) == list("abcd") for one in rounds)
+    before = {one[one.index("b") - 1] for one in rounds if one[0] != "b"}
+    assert before == {"a", "c", "d"}

@@ -10,7 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_ebm as ebm
+from lightning_ebm.capture.replay import CapturedNetwork
 from lightning_ebm.relaxers import Cheapest, Forces, Relaxation
+from lightning_ebm.watching import Recording
+
+INF = float("inf")
 
 
 class Line:
@@ -64,7 +68,7 @@ def test_the_cheapest_that_arrives_is_taken_and_kept():
     chooser = ebm.Cheapest(slow, fast, cut_off)
     assert float(chooser.relax(Line(), START, 1.0).point[0].abs().max()) == 0
     assert chooser.chosen == {"nudged": fast}
-    assert chooser.tried == {"nudged": [9.0, 5.0, float("inf")]}
+    assert chooser.tried == {("nudged",): [[9.0, 5.0, INF]]}
     chooser.relax(Line(), START, 1.0)
     assert [c.runs for c in (slow, fast, cut_off)] == [1, 2, 1]
     assert "Scripted(5)" in repr(chooser)
@@ -75,7 +79,7 @@ def test_a_candidate_is_given_up_once_it_has_cost_half_more_than_the_best():
     chooser = ebm.Cheapest(Scripted(4), Scripted(1000), Scripted(3))
     chooser.relax(landscape, START, 1.0)
     assert landscape.asked == 4 + 6 + 3  # the seventh question would have cost more than 1.5 * 4, and is not answered
-    assert chooser.tried["nudged"] == [4.0, 7.0, 3.0]
+    assert chooser.tried["nudged",] == [[4.0, 7.0, 3.0]]
 
 
 def test_a_higher_stationary_point_does_not_win_however_cheap():
@@ -142,6 +146,201 @@ def test_where_all_run_away_it_refuses_and_names_them():
     chooser = ebm.Cheapest(Scripted(2, "diverged"), Scripted(3, "diverged"))
     with pytest.raises(ebm.RelaxationDivergedError, match=r"None of 2 relaxers.*Scripted\(2\): ran away"):
         chooser.relax(Line(), START, 1.0)
+
+
+def test_equal_costs_are_not_told_apart_by_how_they_round():
+    """.1 + .1 + .1 + 1 and 1 + .1 + .1 + .1 differ in their last digit; whoever comes first is taken."""
+
+    class Sums(Scripted):
+        def relax(self, landscape, start, strength):
+            for asked in self.order:
+                landscape.error_forces(start, strength) if asked == "f" else landscape.squares(start)
+            return super().relax(landscape, start, strength)
+
+    def asking(order):
+        made = Sums(0)
+        made.order = order
+        return made
+
+    for first, second in itertools.permutations(("sssf", "fsss")):
+        chooser = ebm.Cheapest(asking(first), asking(second))
+        chooser.relax(Line(), START, 1.0)
+        assert len(set(chooser.tried["nudged",][0])) == 2
+        assert chooser.chosen["nudged"] is chooser.candidates[0]
+
+
+# Phases decided together
+
+
+class Signed(ebm.Relaxer):
+    """Costs, ends and statuses of its own for either sign: `ahead` at positive strengths, `behind` at negative ones."""
+
+    def __init__(self, ahead, behind, tol=1e-3):
+        self.ahead, self.behind = (Scripted(*(x if isinstance(x, tuple) else (x,))) for x in (ahead, behind))
+        self.tol = tol
+
+    @property
+    def runs(self):
+        return self.ahead.runs, self.behind.runs
+
+    def relax(self, landscape, start, strength):
+        return (self.ahead if strength > 0 else self.behind).relax(landscape, start, strength)
+
+
+def both(chooser, landscape=None):
+    return chooser.relax_abreast(landscape or Line(), START, [0.5, -0.5])
+
+
+def test_both_signs_take_the_one_whose_sum_is_least_though_neither_would_alone():
+    chooser = ebm.Cheapest(Signed(2, 9), Signed(9, 2), Signed(4, 5))
+    ahead, behind = both(chooser)
+    assert (ahead.steps, behind.steps) == (4, 5)
+    assert chooser.chosen == dict.fromkeys(("nudged", "negative"), chooser.candidates[2])
+    assert chooser.tried == {("nudged", "negative"): [[2, 9, 4], [9, 2, 5]]}
+    both(chooser)
+    assert [c.runs for c in chooser.candidates] == [(1, 1), (1, 1), (2, 2)]
+    alone = ebm.Cheapest(*chooser.candidates)
+    for strength in (0.5, -0.5):
+        alone.relax(Line(), START, strength)
+    assert list(alone.chosen.values()) == list(chooser.candidates[:2])
+
+
+FAILS = {
+    "runs away": "diverged",
+    "still moving": "max_steps",
+    "at a kink": "stalled",
+    "ends higher": ("converged", 0.9),
+}
+
+
+@pytest.mark.parametrize("how", FAILS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_who_fails_at_one_sign_does_not_win_over_who_arrives_at_both(how, sign):
+    fails = (20, *(FAILS[how] if isinstance(FAILS[how], tuple) else (FAILS[how],)))
+    chooser = ebm.Cheapest(Signed(*(1, fails)[::sign]), Signed(24, 7))
+    assert [one.steps for one in both(chooser)] == [24, 7]
+    assert set(chooser.chosen.values()) == {chooser.candidates[1]}
+    assert sorted(cost for row in chooser.tried["nudged", "negative"] for cost in row) == [1, 7, 24, INF]
+
+
+def test_where_none_arrives_at_both_each_sign_chooses_by_itself():
+    first, second, third = Signed(3, (1, "max_steps")), Signed((1, "diverged"), 7), Signed((1, "diverged"), 6)
+    chooser = ebm.Cheapest(first, second, third)
+    for _ in range(3):
+        assert [one.steps for one in both(chooser)] == [3, 6]
+    assert chooser.chosen == {"nudged": first, "negative": third}
+    assert (first.runs, second.runs, third.runs) == ((3, 1), (1, 1), (1, 3))
+    assert not chooser.state_dict()["failures"]
+
+
+def test_where_nothing_arrives_the_nearest_is_taken_at_each_sign():
+    near, far = (1, "max_steps", 0.1), (1, "max_steps", 0.5)
+    assert [float(one.point[0][0]) for one in both(ebm.Cheapest(Signed(near, far), Signed(far, near)))] == [0.1, 0.1]
+    chooser = ebm.Cheapest(Signed(1, far), Signed(30, near))
+    both(chooser)
+    assert set(chooser.chosen.values()) == {chooser.candidates[1]}
+
+
+def test_who_is_given_up_is_given_up_by_what_both_signs_cost_and_never_wins():
+    landscape = Line()
+    chooser = ebm.Cheapest(Signed(4, 4), Signed(9, 3), Signed(9, 50), Signed(1000, 1))
+    both(chooser, landscape)
+    assert landscape.asked == 8 + 12 + 12 + 12  # of the second 9 + 3, as many as may be asked
+    assert chooser.chosen["nudged"] is chooser.candidates[0]
+    wrong = Signed((2, "converged", 0.9), (2, "converged", 0.9))  # cuts the third off, and is out itself
+    chooser = ebm.Cheapest(Signed(8, 3), wrong, Signed(5, 50))  # of which 5 + 2 are asked for, less than 8 + 3
+    both(chooser)
+    assert set(chooser.chosen.values()) == {chooser.candidates[0]}
+
+
+def test_a_failure_at_one_sign_makes_both_choose_anew():
+    fast, sure = Signed(2, 2), Signed(6, 6)
+    chooser = ebm.Cheapest(fast, sure)
+    both(chooser)
+    fast.behind.status = "diverged"
+    assert [one.steps for one in both(chooser)] == [6, 6]
+    assert set(chooser.chosen.values()) == {sure}
+    sure.ahead.status = sure.behind.status = "max_steps"
+    fast.behind.status = "converged"
+    assert [one.steps for one in both(chooser)] == [2, 2]
+
+
+def test_both_signs_are_compared_together_again_at_powers_of_ten():
+    first, second = Signed(4, 4), Signed(5, 5)
+    chooser = ebm.Cheapest(first, second)
+    for batch in range(1, 101):
+        both(chooser)
+        second.behind.passes = 2 if batch == 50 else second.behind.passes  # 5 + 2 < 4 + 4, though 5 > 4
+        assert set(chooser.chosen.values()) == {first if batch < 100 else second}
+    assert (first.runs, second.runs) == ((100, 100), (3, 3))
+
+
+def test_a_choice_for_each_sign_from_an_earlier_checkpoint_is_kept_until_it_is_due_again():
+    candidates = [Scripted(4), Scripted(5)]
+    chooser = ebm.Cheapest(*candidates)
+    chosen = {"nudged": "Scripted(5)", "negative": "Scripted(4)"}
+    chooser.load_state_dict({"chosen": chosen, "failures": {}, "counts": {"nudged": 7, "negative": 7}})
+    assert [[one.steps for one in both(chooser)] for _ in range(3)] == [[5, 4], [5, 4], [4, 4]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_all_ranks_take_what_costs_all_ranks_and_both_signs_least(seed):
+    generator = torch.Generator().manual_seed(seed)
+    costs = torch.randint(2, 12, (3, 4, 2), generator=generator)  # (rank, candidate, sign)
+    fails = torch.rand(3, 4, 2, generator=generator) < 0.2
+    fails[:, 1] = False
+    ranks = []
+    for cost, fail in zip(costs.tolist(), fails.tolist(), strict=True):
+        ends = [
+            [(c, "max_steps" if f else "converged", 0.5 * f) for c, f in zip(*x, strict=True)]
+            for x in zip(cost, fail, strict=True)
+        ]
+        ranks.append(ebm.Cheapest(*(Signed(*x) for x in ends)))
+        both(ranks[-1])
+    told = [rank.tried for rank in ranks]
+    tables = torch.tensor([one["nudged", "negative"] for one in told], dtype=torch.float64)  # (rank, sign, candidate)
+    expected = int(tables.sum((0, 1)).argmin())
+    assert not bool(fails[:, expected].any())
+    for rank in ranks:
+        rank.agree(told)
+        assert set(rank.chosen.values()) == {rank.candidates[expected]}
+        assert not rank.tried
+
+
+@pytest.mark.parametrize(
+    ("tables", "expected"),
+    [
+        # by sign and candidate, rank after rank: the first is everywhere ahead, the second behind, and none at both
+        (([[2, 9, INF], [INF, 9, 3]], [[2, INF, 4], [INF, 8, INF]]), (0, 1)),
+        # behind, each fails on one rank
+        (([[2, 9, INF], [INF, 9, 3]], [[2, 3, 4], [5, INF, INF]]), (0, 2)),
+        # ahead, the first fails on two ranks of three
+        (([[INF, 9], [1, INF]], [[INF, 9], [1, INF]], [[1, INF], [1, 1]]), (1, 0)),
+    ],
+)
+def test_ranks_agree_where_no_candidate_arrives_on_all_of_them(tables, expected):
+    kinds = "nudged", "negative"
+    told = [{kinds: table} for table in tables]
+    for before in (0, 1):
+        rank = ebm.Cheapest(*(Scripted(1) for _ in tables[0][0]))
+        rank._chosen = dict.fromkeys(kinds, rank.candidates[before])
+        rank.agree(told)
+        assert tuple(rank.candidates.index(rank.chosen[kind]) for kind in kinds) == expected
+
+
+def test_ranks_that_had_nothing_to_compare_follow_the_one_that_had():
+    ranks = [ebm.Cheapest(Signed(2, 2), Signed(6, 6)) for _ in range(2)]
+    for rank in ranks:
+        both(rank)
+        rank.tried = {}
+    ranks[0].candidates[0].behind.status = "diverged"
+    for rank in ranks:
+        both(rank)
+    told = [rank.tried for rank in ranks]
+    assert not told[1]
+    for rank in ranks:
+        rank.agree(told)
+        assert set(rank.chosen.values()) == {rank.candidates[1]}
 
 
 @pytest.mark.parametrize(
@@ -224,6 +423,54 @@ def test_auto_finds_what_its_choice_finds_by_itself(preset, parts, net, capture)
         torch.testing.assert_close(first[name], value, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("capture", [True, False])
+def test_both_signs_sweep_as_one_batch_where_each_alone_would_be_relaxed_in_a_way_of_its_own(capture):
+    """A strong nudge on large weights: ahead Anderson's is cheapest, behind the accelerated sweep, and in all that."""
+
+    def chosen(nudge):
+        net = mlp(5, 10, 10, 10, 3, gain=1.5)
+        algorithm = ebm.algorithm("equilibrium-propagation", nudge=nudge, relaxer="auto")
+        learner = ebm.Learner(net, algorithm, capture=capture)
+        torch.manual_seed(1)
+        x, y = torch.randn(8, 5, dtype=torch.float64), torch.randint(0, 3, (8,))
+        for _ in range(3):  # chosen, missed by the capture of the first, captured anew
+            learner.gradients(lambda: F.cross_entropy(net(x), y))
+        return [algorithm.relaxer.chosen.get(kind) for kind in ("nudged", "negative")], learner
+
+    ahead, behind = chosen(ebm.OneSided(2.0))[0][0], chosen(ebm.OneSided(-2.0))[0][1]
+    assert (type(ahead), type(behind)) == (ebm.Anderson, ebm.AcceleratedFixedPoint)
+    found, learner = chosen(ebm.Centered(2.0))
+    assert found == [behind, behind]
+    if capture:
+        phases = [mode.phases for mode in learner._captures[0]._kept[0].programs if mode.kind == "answers"]
+        assert 2 in phases
+
+
+@pytest.mark.parametrize(
+    ("nudge", "watched"),
+    [(ebm.Centered(0.3), False), (ebm.Centered(2.0), True), (ebm.Holomorphic(0.3, points=6), False)],
+    ids=str,
+)
+def test_the_choice_is_the_same_whether_steps_are_captured_or_not(nudge, watched):
+    found = []
+    for capture in (True, False):
+        net = mlp(5, 10, 10, 10, 3, gain=1.2)
+        algorithm = ebm.algorithm("equilibrium-propagation", nudge=nudge, relaxer="auto")
+        learner = ebm.Learner(net, algorithm, capture=capture)
+        learner.observer = Recording if watched else None
+        torch.manual_seed(1)
+        for _ in range(11):
+            x = torch.randn(8, 5, dtype=torch.float64)
+            learner.gradients(lambda x=x, net=net: F.cross_entropy(net(x), torch.arange(8) % 3))
+        rows = {kinds: torch.tensor(rows) for kinds, rows in algorithm.relaxer.tried.items()}
+        found.append((algorithm.relaxer.state_dict(), rows))
+    assert found[0][0] == found[1][0]
+    assert found[0][1].keys() == found[1][1].keys()
+    assert ("nudged", "negative") in found[0][1]
+    for kinds, rows in found[0][1].items():
+        torch.testing.assert_close(rows, found[1][1][kinds])
+
+
 @pytest.mark.parametrize("max_steps", [100, 3], ids=["settles", "never settles"])
 def test_phases_side_by_side_choose_count_and_fail_as_one_after_the_other(max_steps, monkeypatch):
     """Twelve batches, over the comparison that is due at the tenth; with too few steps, by way of failures."""
@@ -241,8 +488,7 @@ def test_phases_side_by_side_choose_count_and_fail_as_one_after_the_other(max_st
         return found, algorithm.relaxer.state_dict(), learner.report["phases"], phases
 
     together, state, report, phases = train()
-    one_by_one = lambda self, landscape, start, strengths: [self.relax(landscape, start, s) for s in strengths]  # noqa: E731
-    monkeypatch.setattr(Cheapest, "relax_abreast", one_by_one)
+    monkeypatch.delattr(CapturedNetwork, "answers_abreast")
     alone, expected, expected_report, expected_phases = train()
     assert state == expected
     assert state["counts"] == {"free": 12, "nudged": 12, "negative": 12}

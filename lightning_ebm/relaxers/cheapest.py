@@ -4,25 +4,16 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer
-from lightning_ebm.relaxers.forces import Forces
 from lightning_ebm.relaxers.sweeping import SweepingRelaxer
+from lightning_ebm.relaxers.trials import FURTHER, Trial, Tried, decided, table_of, trials_of
 
 log = logging.getLogger(__name__)
-
-_REDUCTION = 0.1
-"""Passes that a sum over all states costs, with the arithmetic around it: measured .08 to .25 on MLPs."""
-
-_FURTHER = 1.5
-"""How much more than the cheapest so far a candidate may cost before it is given up."""
-
-Tried = dict[str, list[float]]
-"""Cost of each candidate by kind of phase; inf where it did not get there."""
 
 
 class Cheapest(Relaxer):
@@ -31,8 +22,12 @@ class Cheapest(Relaxer):
     On the first batch each candidate relaxes the same phase from the same start. One that ends "converged" has got
     there; if none does, one that is "stalled" has. It must not end higher in energy than the best by more than a
     hundredth of that one's fall: what is fast to another stationary point is not fast. The cheapest relaxes from then
-    on, exactly as it would by itself. Free phases, nudged ones and negatively nudged ones choose apart. As training
-    changes what is cheap, the comparison is made again at the 10th batch, the 100th, the 1000th, and so on.
+    on, exactly as it would by itself. As training changes what is cheap, the comparison is made again at the 10th
+    batch, the 100th, the 1000th, and so on.
+
+    Free phases and nudged ones choose apart. Both signs of a centred nudge take one relaxer p, so that they can be
+    swept side by side: argmin_p sum_lambda cost(p, lambda), of those that get there at every strength lambda. Where no
+    p does, each sign chooses by itself.
 
     Cost is counted, not timed: passes through the network and back, of which answers of some layers count for their
     share, an energy alone for a half, and forces on states or all responses, with their energies, for one and a half,
@@ -109,96 +104,99 @@ class Cheapest(Relaxer):
         return f"Cheapest({len(self.candidates)} candidates{chosen or ', none chosen yet'})"
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
-        kind = _kind(strength)
-        self._counts[kind] = count = self._counts.get(kind, 0) + 1
-        if kind not in self._chosen or _is_due(count):
-            return self._compared(kind, landscape, start, strength)
-        found = None
-        with suppress(RelaxationDivergedError):
-            found = self._chosen[kind].relax(landscape, start, strength)  # type: ignore[arg-type]  # complex where it can
-        kept = self._is_kept(kind, found)
-        return found if kept and found is not None else self._compared(kind, landscape, start, strength, failed=True)
+        return self.relax_abreast(landscape, start, [strength])[0]
 
     def relax_abreast(
         self, landscape: Landscape, start: Sequence[Tensor], strengths: Sequence[complex]
     ) -> list[Relaxation]:
-        """What `relax` gives at each strength; together where all have settled on one relaxer that sweeps."""
-        kinds = [_kind(strength) for strength in strengths]
-        chosen = [self._chosen.get(kind) for kind in kinds]
-        due = any(_is_due(self._counts.get(kind, 0) + 1) for kind in kinds)
-        found: list[Relaxation] = []
-        if isinstance(chosen[0], SweepingRelaxer) and chosen.count(chosen[0]) == len(chosen) and not due:
-            with suppress(RelaxationDivergedError):
-                found = chosen[0].relax_abreast(landscape, start, strengths)
-        if not found:  # or again, if one ran away: who it was is given to all candidates
-            return [self.relax(landscape, start, strength) for strength in strengths]
-        for kind in kinds:
-            self._counts[kind] = self._counts.get(kind, 0) + 1
-        return [
-            one if self._is_kept(kind, one) else self._compared(kind, landscape, start, strength, failed=True)
-            for kind, strength, one in zip(kinds, strengths, found, strict=True)
-        ]
+        """The relaxations at all these strengths, by one relaxer if there is one for all of them.
 
-    def _is_kept(self, kind: str, found: Relaxation | None) -> bool:
-        """Whether what the chosen relaxer has found will do; keeps count of where it will not."""
-        if found is not None and found.status != "max_steps":
-            return True
-        self._failures[kind] = failures = self._failures.get(kind, 0) + 1
-        return found is not None and failures & (failures - 1) != 0  # not a power of 2
+        Args:
+            landscape: the network; if it has `answers_abreast`, sweeps are made together.
+            start: where each begins.
+            strengths: the nudges, real if there are several.
+        """
+        kinds = tuple(map(_kind, strengths))
+        due = False
+        for kind in kinds:
+            self._counts[kind] = count = self._counts.get(kind, 0) + 1
+            due = due or kind not in self._chosen or _is_due(count)
+        if due:
+            return self._compared(kinds, landscape, start, strengths)
+        found: list[Relaxation] = []
+        with suppress(RelaxationDivergedError):
+            found = self._by_choice(kinds, landscape, start, strengths)
+        if found and all(one.status != "max_steps" for one in found):
+            return found
+        again = not found
+        for kind in dict.fromkeys(kinds):
+            self._failures[kind] = failures = self._failures.get(kind, 0) + 1
+            again = again or failures & (failures - 1) == 0  # a power of 2
+        return self._compared(kinds, landscape, start, strengths, failed=True) if again else found
+
+    def _by_choice(
+        self, kinds: Sequence[str], landscape: Landscape, start: Sequence[Tensor], strengths: Sequence[complex]
+    ) -> list[Relaxation]:
+        chosen: list[Any] = [self._chosen[kind] for kind in kinds]
+        alike = len(chosen) > 1 and chosen.count(chosen[0]) == len(chosen) and isinstance(chosen[0], SweepingRelaxer)
+        if alike and hasattr(getattr(landscape, "unwatched", landscape), "answers_abreast"):
+            return chosen[0].relax_abreast(landscape, start, strengths)  # type: ignore[no-any-return]
+        return [one.relax(landscape, start, strength) for one, strength in zip(chosen, strengths, strict=True)]
 
     def _compared(
-        self, kind: str, landscape: Landscape, start: Sequence[Tensor], strength: complex, failed: bool = False
-    ) -> Relaxation:
-        """Tries all of them; what the chosen one finds."""
-        # Whoever watches is shown the chosen one alone, which therefore goes once more.
+        self,
+        kinds: tuple[str, ...],
+        landscape: Landscape,
+        start: Sequence[Tensor],
+        strengths: Sequence[complex],
+        failed: bool = False,
+    ) -> list[Relaxation]:
+        """Tries all of them; what the chosen ones find."""
+        # Whoever watches is shown the chosen ones alone, which therefore go once more.
         unwatched: Landscape = getattr(landscape, "unwatched", landscape)
-        limit, costs, ends = math.inf, [], []
+        limit, trials = math.inf, []
         for candidate in self.candidates:
-            counting: Any = _Counting(unwatched, limit)
-            end: Relaxation | RelaxationDivergedError | None = None
-            try:
-                end = candidate.relax(counting, start, strength)  # type: ignore[arg-type]
-            except _TooDear:
-                pass
-            except RelaxationDivergedError as error:
-                end = error
-            there = isinstance(end, Relaxation) and end.status == "converged"
-            limit = min(limit, _FURTHER * counting.cost) if there else limit
-            costs.append(counting.cost)
-            ends.append(end)
-        costs = _of_those_that_arrived(costs, ends)
-        index = self._nearest(ends, strength) if min(costs) == math.inf else costs.index(min(costs))
-        self.tried[kind] = costs
-        self._choose(kind, index, costs, failed)
-        found = ends[index]
-        if unwatched is not landscape or not isinstance(found, Relaxation):
-            return self.candidates[index].relax(landscape, start, strength)  # type: ignore[arg-type]
-        return found
+            trials.append(trials_of(candidate, unwatched, start, strengths, limit))
+            if all(isinstance(end, Relaxation) and end.status == "converged" for _, end in trials[-1]):
+                limit = min(limit, FURTHER * sum(cost for cost, _ in trials[-1]))
+        phases = list(zip(*trials, strict=True))
+        for strength, phase in zip(strengths, phases, strict=True):
+            self._check_some_ended(strength, phase)
+        self.tried[kinds] = rows = table_of(phases)
+        indices = decided(kinds, rows)
+        self._choose(kinds, rows, indices, failed)
+        if unwatched is not landscape:
+            return self._by_choice(kinds, landscape, start, strengths)
+        return [cast(Relaxation, phase[indices[kind]][1]) for kind, phase in zip(kinds, phases, strict=True)]
 
-    def _nearest(self, ends: Sequence[object], strength: complex) -> int:
-        left = [float(end.residual.norm()) if isinstance(end, Relaxation) else math.inf for end in ends]
-        if min(left) == math.inf:
-            told = "; ".join(f"{c!r}: {end}" for c, end in zip(self.candidates, ends, strict=True))
+    def _check_some_ended(self, strength: complex, phase: Sequence[Trial]) -> None:
+        if all(isinstance(end, RelaxationDivergedError) for _, end in phase):
+            told = "; ".join(f"{c!r}: {end}" for c, (_, end) in zip(self.candidates, phase, strict=True))
             raise RelaxationDivergedError(
                 f"None of {len(self.candidates)} relaxers finds an equilibrium at nudge {strength:g}: an update read"
                 f" anywhere here would be noise. Take a smaller nudge, or smaller weights. {told}"
             )
-        return left.index(min(left))
 
-    def _choose(self, kind: str, index: int, costs: Sequence[float], failed: bool = False) -> None:
-        before, now = self._chosen.get(kind), self.candidates[index]
-        self._chosen[kind] = now
-        if now is before:
-            return
-        told = "; ".join(f"{cost:.1f} {c!r}" for cost, c in zip(costs, self.candidates, strict=True))
-        if not failed:
-            log.info("The %s phase is relaxed by %r. Passes it would cost: %s.", kind, now, told)
-        elif not self._said:
-            self._said = True
-            log.warning(
-                "The %s phase no longer settles by %r, and is relaxed by %r from here on. Passes it would cost: %s."
-                " (Said once; the report names the relaxer of every step.)", kind, before, now, told,
-            )  # fmt: skip
+    def _choose(
+        self, kinds: Sequence[str], rows: Sequence[Sequence[float]], indices: Mapping[str, int], failed: bool = False
+    ) -> None:
+        for index in dict.fromkeys(indices.values()):
+            own, now = [kind for kind in indices if indices[kind] == index], self.candidates[index]
+            others = [self._chosen.get(kind) for kind in own if self._chosen.get(kind) is not now]
+            self._chosen |= dict.fromkeys(own, now)
+            if not others:
+                continue
+            costs = map(sum, zip(*(row for kind, row in zip(kinds, rows, strict=True) if kind in own), strict=True))
+            told = "; ".join(f"{cost:.1f} {c!r}" for cost, c in zip(costs, self.candidates, strict=True))
+            what = f"{' and '.join(own)} phase{'s' * (len(own) > 1)}"
+            if not failed:
+                log.info("Relaxer of the %s: %r. Passes it would cost: %s.", what, now, told)
+            elif not self._said:
+                self._said = True
+                log.warning(
+                    "%r no longer settles; relaxer of the %s from here on: %r. Passes it would cost: %s."
+                    " (Said once; the report names the relaxer of every step.)", others[0], what, now, told,
+                )  # fmt: skip
 
     def agree(self, told: Sequence[Tried]) -> None:
         """Takes what costs all processes together least.
@@ -207,10 +205,10 @@ class Cheapest(Relaxer):
             told: `tried` of each of them, in the same order everywhere.
         """
         self.tried = {}
-        for kind in dict.fromkeys(kind for one in told for kind in one):
-            costs = [sum(column) for column in zip(*(one[kind] for one in told if kind in one), strict=True)]
-            if min(costs) < math.inf:
-                self._choose(kind, costs.index(min(costs)), costs)
+        for kinds in dict.fromkeys(kinds for one in told for kinds in one):
+            tables = [one[kinds] for one in told if kinds in one]
+            everywhere, rows = kinds * len(tables), [row for table in tables for row in table]
+            self._choose(everywhere, rows, decided(everywhere, rows))
 
     def state_dict(self) -> dict[str, Any]:
         """What was chosen."""
@@ -231,85 +229,3 @@ def _kind(strength: complex) -> str:
 
 def _is_due(count: int) -> bool:
     return str(count).strip("0") == "1"  # a power of 10
-
-
-def _of_those_that_arrived(costs: Sequence[float], ends: Sequence[object]) -> list[float]:
-    """Their costs, more for those given up on the way, and infinity for the others."""
-    arrived = [e for e in ends if isinstance(e, Relaxation) and e.status in ("converged", "stalled")]
-    settled = [e for e in arrived if e.status == "converged"] or arrived
-    falls = {id(e): float(e.energies[0] - e.energies[-1]) for e in settled if e.energies}
-    # Energies are sums over the batch, and round at their own size.
-    size = max((abs(float(e.energies[0])) for e in settled if e.energies), default=0.0)
-    least = max(falls.values(), default=0.0) - 0.01 * abs(max(falls.values(), default=0.0)) - 1e-5 * size
-    lowest = {id(e) for e in settled if falls.get(id(e), math.inf) >= least}
-    found = [cost if id(end) in lowest else math.inf for cost, end in zip(costs, ends, strict=True)]
-    if min(found) == math.inf:
-        return found
-    given_up = [max(cost, _FURTHER * min(found)) for cost in costs]
-    return [more if end is None else cost for more, cost, end in zip(given_up, found, ends, strict=True)]
-
-
-class _TooDear(Exception):  # not an error: the end of a trial that has lost already
-    pass
-
-
-class _Counting:
-    """A `Landscape` that passes every question on, and counts what the answers cost.
-
-    Args:
-        landscape: the one that knows.
-        limit: from where on it refuses.
-    """
-
-    def __init__(self, landscape: Landscape, limit: float) -> None:
-        self._landscape = landscape
-        self._limit = limit
-        self.cost = 0.0
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._landscape, name)
-
-    def forces(self, states: Sequence[Tensor], strength: complex) -> Forces:
-        """See `Landscape.forces`."""
-        self._spend(1.5)
-        return self._landscape.forces(states, strength)
-
-    def error_forces(self, errors: Sequence[Tensor], strength: complex) -> Forces:
-        """See `Landscape.error_forces`."""
-        self._spend(1.0)
-        return self._landscape.error_forces(errors, strength)
-
-    def responses(self, states: Sequence[Tensor], strength: complex) -> Forces:
-        """See `Landscape.responses`."""
-        self._spend(1.5)
-        return self._landscape.responses(states, strength)
-
-    def answers(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]) -> list[Tensor]:
-        """See `Landscape.answers`."""
-        self._spend(len(layers) / len(states))
-        return self._landscape.answers(states, strength, layers)
-
-    def energy_of(self, states: Sequence[Tensor], strength: complex) -> Tensor:
-        """See `Landscape.energy_of`."""
-        self._spend(0.5)
-        return self._landscape.energy_of(states, strength)
-
-    def per_sample(self, tensors: Sequence[Tensor]) -> Tensor:
-        """See `Landscape.per_sample`."""
-        self._spend(_REDUCTION)
-        return self._landscape.per_sample(tensors)
-
-    def squares(self, tensors: Sequence[Tensor]) -> Tensor:
-        """See `Landscape.squares`."""
-        self._spend(_REDUCTION)
-        return self._landscape.squares(tensors)
-
-    def products(self, left: Sequence[Tensor], right: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
-        """See `Landscape.products`."""
-        self._spend(_REDUCTION * len(layers) / len(self._landscape.names))
-        return self._landscape.products(left, right, layers)
-
-    def _spend(self, cost: float) -> None:
-        self.cost += cost
-        if self.cost > self._limit:
-            raise _TooDear
