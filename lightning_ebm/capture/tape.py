@@ -183,7 +183,8 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kind = traits(func)
         values: list[Value] = []
         seen = self._seen(args, values)
-        node = Node(func, len(self.nodes), seen, kwargs and dict(zip(kwargs, self._seen(kwargs.values(), values))))
+        named = dict(zip(kwargs, self._seen(kwargs.values(), values), strict=True)) if kwargs else kwargs
+        node = Node(func, len(self.nodes), seen, named)
         written: list[Tensor] = []
         before: list[Value] = []
         if kind.writes:
@@ -281,7 +282,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _seen(self, args: Iterable[Any], values: list[Value]) -> tuple[Any, ...]:
         """The arguments with values in the place of tensors, which are noted as well."""
-        seen = []
+        seen: list[Any] = []
         for arg in args:
             if isinstance(arg, Tensor):
                 known = self._known.get(id(arg))
