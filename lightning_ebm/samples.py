@@ -24,13 +24,21 @@ def by_sample(tensor: Tensor, layout: int | None, batch_size: int) -> Tensor:
 
 def squares_by_sample(tensor: Tensor, layout: int | None, batch_size: int) -> Tensor:
     """`by_sample` of |t|^2, ``(B,)``; reads the tensor once where its samples lie in rows."""
+    if layout == 0:
+        return norm_by_sample(tensor, layout, batch_size).square()
+    parts = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return by_sample(parts.square(), layout, batch_size)
+
+
+def norm_by_sample(tensor: Tensor, layout: int | None, batch_size: int) -> Tensor:
+    """|t| of each sample, ``(B,)``: the root of `squares_by_sample`."""
+    if layout != 0:
+        return squares_by_sample(tensor, layout, batch_size).sqrt()
     if tensor.is_complex():  # of complex numbers, torch's norm takes many times as long as of their parts
         tensor = torch.view_as_real(tensor)
-    if layout == 0:
-        rows = tensor if len(tensor) == batch_size and tensor.ndim > 1 else tensor.reshape(batch_size, -1)
-        norm: Tensor = torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.ndim)))
-        return norm.square()
-    return by_sample(tensor.square(), layout, batch_size)
+    rows = tensor if len(tensor) == batch_size and tensor.ndim > 1 else tensor.reshape(batch_size, -1)
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.ndim)))
+    return norm
 
 
 def to_samples(values: Tensor, like: Tensor, layout: int | None) -> Tensor:

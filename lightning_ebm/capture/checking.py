@@ -89,14 +89,15 @@ class Checking(Formulas):
             seen = self.at_states(point[: len(self.free)])
             return [self.internal(seen).detach(), self.loss(seen).detach()] if mode.kind == "energy" else []
         found: Forces = getattr(Network, mode.kind)(self, point, strength)
-        energies, ahead = [found.internal, found.loss], found.gradients
-        if mode.norms:
-            return [*energies, force_norm(self, ahead)]
+        numbers, ahead = [found.internal, found.loss], found.gradients
+        if mode.summed:
+            numbers = [found.internal.sum() + strength * found.loss, *([force_norm(self, ahead)] if mode.norms else [])]
         if mode.lr is not None:
             for k, x in enumerate(point):
                 ahead[k] = moved([x], [ahead[k]], mode.lr)[0]
-            energies = [found.internal.sum() + strength * found.loss]
-        return [*energies, *(ahead[k] for k in (range(len(ahead)) if mode.wanted is None else mode.wanted))]
+        elif mode.norms:
+            return numbers
+        return [*numbers, *(ahead[k] for k in (range(len(ahead)) if mode.wanted is None else mode.wanted))]
 
     def _elsewhere(self, mode: Mode, number: int) -> list[Tensor]:
         """Points near the forward pass, the same ones for every mode."""

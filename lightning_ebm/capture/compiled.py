@@ -62,7 +62,7 @@ class Compiled:
         def flattened(function: Callable[..., Sequence[Tensors]], *tensors: Tensor) -> list[Tensor]:
             given, start = [], 0
             for count in counts:
-                given.append(tuple(tensors[start : start + count]))
+                given.append(list(tensors[start : start + count]))
                 start += count
             found = function(*given)
             self._lengths = [len(part) for part in found]

@@ -62,12 +62,12 @@ class Formulas(Dyads):
         return internal.detach(), [loss, *gradients], [*seeds, *nudge]
 
     def _half_squares(self, errors: Sequence[Tensor], mode: Mode) -> Tensor:
-        """sum_l 1/2 |e_l|^2 of each sample, ``(B,)``; of the batch, where a step is taken and nobody asks for more.
+        """sum_l 1/2 |e_l|^2 of each sample, ``(B,)``; of the batch, where nobody asks for more.
 
         Left out are layers that are known to be where they were predicted.
         """
         layers = range(len(errors)) if mode.moved is None else sorted(self._front.wrong(mode.moved))
-        if mode.lr is None:
+        if not mode.summed:
             return 0.5 * self.squares(errors, layers)
         if not layers:
             return self.scalar(0.0)

@@ -18,7 +18,7 @@ class Mode(NamedTuple):
         moved: of forces, the states that may be elsewhere than the forward pass left them, see `Front`; None is all.
         wanted: of those, the layers whose forces, or next states, are given; None is all.
         continued: whether states and nudge are complex.
-        norms: of forces, whether only their norm is given, by sample.
+        norms: of forces, whether their norm is given, by sample; without a step, in their place.
     """
 
     kind: Kind
@@ -40,7 +40,12 @@ class Mode(NamedTuple):
     @property
     def has_energy(self) -> bool:
         """Whether it gives the energy of each sample."""
-        return self.kind in ("forces", "error_forces", "responses", "hops") and self.lr is None
+        return self.kind in ("forces", "error_forces", "responses", "hops") and not self.summed
+
+    @property
+    def summed(self) -> bool:
+        """Whether the energy is one number, I + lambda L of the batch: nobody asks for more without the forces."""
+        return self.lr is not None or self.norms
 
     @property
     def in_errors(self) -> bool:

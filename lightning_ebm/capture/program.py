@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_ebm.capture.abreast import Abreast
 from lightning_ebm.capture.contrast import Contrast
 from lightning_ebm.capture.lowering import Lines
-from lightning_ebm.capture.order import streamed
+from lightning_ebm.capture.order import most_held, orders
 from lightning_ebm.capture.pair_rules import in_pairs
 from lightning_ebm.capture.simplify import needed, simplified
 from lightning_ebm.capture.tape import CONSTANT, PHASE, SEED, STATE, Tape, Value
@@ -42,16 +42,17 @@ class Program:
         bound: the values to be taken from the first pass.
         once: from the bound values to the rest of what a batch fixes.
         phase: from these and the nudge to what a phase fixes.
-        point: from these and the point to the outputs, what the update wants kept, and what the energy is made of.
+        point: from these and the point to the outputs, what the update wants kept, and what the energy is made of. The
+            point is a list, which may be emptied: whoever has no other use for its tensors does not hold them.
         energy: from that to the energy of each sample, for the points that are asked for it.
-        update: from all of these and a scale to the gradients of the parameters.
+        update: from all of these and a scale to the gradients of the parameters. What was kept is a list, and emptied.
         fixed: bound values that do not come from the pass: tensors of the energy itself.
     """
 
     bound: list[Value]
     once: Callable[..., tuple[Any, ...]]
     phase: Callable[..., tuple[Any, ...]]
-    point: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]]
+    point: Callable[..., Sequence[Sequence[Tensor]]]
     energy: Callable[[Sequence[Tensor]], Tensor]
     update: Callable[..., tuple[Any, ...]]
     fixed: dict[Value, Tensor]
@@ -147,12 +148,19 @@ def compiled_program(
     sources: dict[str, str] = {}
 
     def code(
-        name: str, level: int, arguments: list[list[Value]], results: list[list[Value]], to_compile: bool = False
+        name: str,
+        level: int,
+        arguments: list[list[Value]],
+        results: list[list[Value]],
+        taken: int | None = None,
+        to_compile: bool = False,
     ) -> Callable[..., Any]:
         wanted = [v for r in results for v in r]
-        stage = streamed(stages[level], wanted)
-        stage = stage if rewrite is None else rewrite(to_compile, stage, set(wanted))
-        text = source(name, stage, arguments, results, names)
+        found = [o if rewrite is None else rewrite(to_compile, o, set(wanted)) for o in orders(stages[level], wanted)]
+        given = () if taken is None else arguments[taken]
+        given = [v for v in given if level == STATE or v not in inputs[STATE]]  # its end is held as long as its update
+        stage = min(found, key=lambda ops: most_held(ops, wanted, given))  # of equals the first
+        text = source(name, stage, arguments, results, names, taken)
         sources[f"compiled {name}" if to_compile else name] = text
         space = dict(names.constants)
         exec(compile(text, f"<lightning_ebm {name}>", "exec"), space)
@@ -160,7 +168,7 @@ def compiled_program(
         return function
 
     given, made = [once, phase, inputs[STATE]], [outputs, kept, parts]
-    evaluate = code("point", STATE, given, made)
+    evaluate = code("point", STATE, given, made, taken=2)
     if compiler is not None:
         evaluate = compiler(code("point", STATE, given, made, to_compile=True), evaluate)
     return Program(
@@ -169,7 +177,7 @@ def compiled_program(
         phase=code("phase", PHASE, [once, inputs[PHASE]], [phase]),
         point=evaluate,
         energy=partial(_first_of, code("energy", _ENERGY, [parts], [energy])),
-        update=code("update", SEED, [once, phase, kept, inputs[SEED]], [slopes]),
+        update=code("update", SEED, [once, phase, kept, inputs[SEED]], [slopes], taken=2),
         fixed=lines.fixed,
         sources=sources,
     )

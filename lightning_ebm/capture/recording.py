@@ -18,6 +18,7 @@ from lightning_ebm.capture.program import Compiler, Program, Record, compiled_pr
 from lightning_ebm.capture.tape import PHASE, SEED, STATE, Tape, Value
 from lightning_ebm.delivery import Seed
 from lightning_ebm.relaxers.fixed_steps import moved
+from lightning_ebm.samples import norm_by_sample
 from lightning_ebm.substitution import Pass
 from lightning_ebm.wiring import Region
 
@@ -85,20 +86,21 @@ class RecordingNetwork(Checking):
             elif mode.kind == "energy":
                 outputs = [self.internal(first).detach(), self.loss(first).detach()]
             else:
-                layers = mode.layers if mode.kind == "answers" else range(len(point))
-                outputs = self._answers(first, nudge, layers)
+                outputs = self._answers(first, nudge, mode.layers if mode.kind == "answers" else range(len(point)))
             if mode.kind == "responses":
                 gradients = [state.detach() - answer for state, answer in zip(first.states, outputs, strict=True)]
                 energy, outputs = self.internal(first).detach(), [self.loss(first).detach(), *gradients]
-            if mode.lr is not None and energy is not None:
+            layers = range(len(point)) if mode.wanted is None else mode.wanted
+            if mode.summed and energy is not None:
                 total = energy.sum() if energy.ndim else energy
                 total = total if nudge is None else total + nudge * outputs[0]
                 here = errors if mode.in_errors else [state.detach() for state in first.states]
-                energy, outputs = None, [total, *moved(here, outputs[1:], mode.lr)]
-            if mode.norms:
-                outputs = [outputs[0], self.squares(outputs[1:]).sqrt()]
-            if mode.wanted is not None:
-                outputs = [outputs[0], *(outputs[1 + k] for k in mode.wanted)]
+                pulls = [outputs[1 + k] for k in layers]
+                ahead = [] if mode.lr is None else moved([here[k] for k in layers], pulls, mode.lr)
+                energy, outputs = None, [total, *([self._norms(pulls, layers)] if mode.norms else []), *ahead]
+                del pulls, ahead
+            elif mode.wanted is not None:
+                outputs = [outputs[0], *(outputs[1 + k] for k in layers)]
             sums = None if energy is None else tape.value(energy)
             given = [tape.value(output) for output in outputs]
             del energy, outputs  # as large as all states
@@ -128,6 +130,11 @@ class RecordingNetwork(Checking):
             for value in node.results:
                 tape.contents.pop(value, None)  # type: ignore[arg-type]  # None is in no dictionary of values
         return program, [value for value, _ in reached]
+
+    def _norms(self, tensors: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
+        """|t| of each sample over these layers, ``(B,)``: `squares` and a root in fewer operations."""
+        rows = [norm_by_sample(t, self._layouts[k], self.batch_size) for t, k in zip(tensors, layers, strict=True)]
+        return torch.linalg.vector_norm(torch.stack(rows), dim=0)  # type: ignore[no-any-return]
 
     def _ahead_of(self, moved: Collection[int], tape: Tape) -> dict[Value, Value]:
         """The states that have not moved, and their predictions."""

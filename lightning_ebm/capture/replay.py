@@ -1,13 +1,14 @@
 """The network of a step whose passes are run as captured code."""
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_ebm.capture.mode import Kind, Mode
-from lightning_ebm.capture.running import Evaluation, RunningNetwork, continued
+from lightning_ebm.capture.running import Evaluation, Ready, RunningNetwork, continued
 from lightning_ebm.delivery import Delivered
 from lightning_ebm.energies.base import is_bounded
 from lightning_ebm.relaxers import Forces, Relaxation
@@ -52,51 +53,88 @@ class CapturedNetwork(RunningNetwork):
         return super().error_forces(errors, strength) if ran is None else ran.forces()
 
     def descended(
-        self, point: Sequence[Tensor], strength: complex, lr: float, coordinates: Literal["states", "errors"]
-    ) -> tuple[list[Tensor], Tensor] | None:
-        """x - lr dE/dx, and the energy of the batch at x; None where there is no code for it.
+        self,
+        point: list[Tensor],
+        strength: complex,
+        lr: float,
+        coordinates: Literal["states", "errors"],
+        norms: bool = False,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Moves a point on to x - lr dE/dx; the energy of the batch at x; None, and nothing moved, without code for it.
 
         One piece of code takes the whole step, which keeps nothing for an update: less memory, and more for a compiler
         to put together.
+
+        Args:
+            point: holds the next point afterwards. Of this one each tensor is let go of once it has been read.
+            strength: lambda.
+            lr: step size.
+            coordinates: what the point is written in.
+            norms: give |dE/dx| at x of each sample, ``(B,)``, besides.
         """
-        gliding = self._gliding.get((strength, lr, coordinates))
+        gliding = None if norms else self._gliding.get((strength, lr, coordinates))
         if gliding is not None and not isinstance(strength, complex):  # the inner loop, once every layer has moved
-            energy, *ahead = gliding(point)[0]
-            return ahead, energy
-        if is_bounded(self.energy):
+            energy, *point[:] = gliding(point)[0]
+            return energy, None
+        if is_bounded(self.energy) or (norms and isinstance(strength, complex)):
             return None
         if coordinates == "errors":
-            mode = Mode("error_forces", strength != 0, lr=lr)
+            mode = Mode("error_forces", strength != 0, lr=lr, norms=norms)
         else:
-            mode = self._behind_front(Mode("forces", strength != 0, lr=lr), point)
+            mode = self._behind_front(Mode("forces", strength != 0, lr=lr, norms=norms), point)
         mode = continued(mode, point)
-        if mode.moved is None and not mode.continued:
-            self._left()
-        if (ready := self._ready.get((mode, (strength,)))) is not None:
-            energy, *ahead = ready(point)[0]
-        elif (ran := self._ran(mode, point, strength)) is not None:
-            energy, *ahead = ran.outputs
-        else:
+        if not mode.continued and point[0] is not self.no_errors[0]:
+            self._left(mode.moved)
+        step = self._step(mode, strength)
+        if step is None:
             return None
-        if mode.wanted is not None:
-            return _put(point, mode.wanted, ahead), energy
+        wanted = range(len(point)) if mode.wanted is None else mode.wanted
+        still = [None if k in wanted else x for k, x in enumerate(point)]
+        energy, *found = step(point)[0]
+        norm = found.pop(0) if norms else None
+        point[:] = still  # type: ignore[assignment]  # until the next line
+        for k in reversed(wanted):
+            point[k] = found.pop()
         if mode.continued:
-            return ahead, energy.real
-        self._gliding[strength, lr, coordinates] = self._ready[mode, (strength,)]
-        return ahead, energy
+            return energy.real, norm
+        if mode.moved is None and not norms:
+            self._gliding[strength, lr, coordinates] = step
+        return energy, norm
 
-    def prepared(self, strength: complex, lr: float, coordinates: Literal["states", "errors"], steps: int) -> None:
-        """Captures what so many steps from the forward pass will ask for, before states elsewhere take memory too."""
+    def _step(self, mode: Mode, strength: complex) -> Ready | None:
+        """The code of a step, None where there is none; no evaluation is noted as the latest, as nobody asks again."""
+        if (ready := self._ready.get((mode, (strength,)))) is not None:
+            return ready
+        self._latest_run = None  # as large as all states
+        program = self._code(mode, (strength,))
+        if program is None:
+            return None
+        ready = partial(program.point, *self._before_points(program, mode, (strength,)))
+        self._ready[mode, (strength,)] = ready
+        return ready
+
+    def prepared(
+        self, strength: complex, lr: float, coordinates: Literal["states", "errors"], norms: Sequence[bool]
+    ) -> None:
+        """Captures what steps from the forward pass will ask for, before states elsewhere take memory too.
+
+        Args:
+            strength: lambda.
+            lr: step size.
+            coordinates: what points are written in.
+            norms: of each step, whether it will be asked for them.
+        """
         if self._found is None or self._found[1] or isinstance(strength, complex) or is_bounded(self.energy):
             return
         step = Mode("forces" if coordinates == "states" else "error_forces", strength != 0, lr=lr)
-        modes, moved = [step._replace(lr=None, norms=True)], self._front.reached(())
-        for _ in range(1, steps):
+        modes, moved = [step._replace(lr=None, norms=True)], frozenset[int]()
+        for norm in norms:
             mode = self._with_moved(step, moved) if coordinates == "states" else step
-            modes.append(mode)
+            modes.append(mode._replace(norms=norm))
             moved |= self._front.reached(mode.moved or moved)
         for mode in dict.fromkeys(modes):
             self._code(mode, (strength,))
+            self._fixed.clear()  # what its check made: states of the next point, where no other has moved
 
     def residual(
         self, point: Sequence[Tensor], strength: complex, coordinates: Literal["states", "errors"]
@@ -111,8 +149,8 @@ class CapturedNetwork(RunningNetwork):
         ran = self._ran(Mode(kind, strength != 0, norms=True), point, strength)
         if ran is None:
             return None
-        (loss, norms), ran.outputs = ran.outputs, ()
-        return total_energy(Forces(ran.parts, loss, [], ran.finish), strength), norms
+        (energy, norms), ran.outputs = ran.outputs, ()
+        return energy, norms
 
     def responses(self, states: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.responses`."""
@@ -124,7 +162,7 @@ class CapturedNetwork(RunningNetwork):
         mode = continued(Mode("answers", strength != 0, tuple(layers)), states)
         ready = self._ready.get((mode, (strength,)))
         if ready is not None and not torch.is_grad_enabled():  # the inner loop of a relaxation
-            return list(ready(states)[0])
+            return list(ready(list(states))[0])
         ran = self._ran(mode, states, strength)
         return super().answers(states, strength, layers) if ran is None else list(ran.outputs)
 
@@ -164,7 +202,7 @@ class CapturedNetwork(RunningNetwork):
         if known is None:
             mode = continued(Mode("energy", True), states)
             if (ready := self._ready.get((mode, (0.0,)))) is not None and not torch.is_grad_enabled():
-                internal, loss = ready(states)[0]
+                internal, loss = ready(list(states))[0]
             elif (ran := self._ran(mode, states, 0.0)) is not None:  # I and L apart: no nudge is in them
                 internal, loss = ran.outputs
             else:
@@ -227,9 +265,15 @@ class CapturedNetwork(RunningNetwork):
     def _delivered(self, ran: Evaluation, weights: Sequence[complex], value: complex) -> Tensor:
         """A scalar of this value whose gradient is that of sum_p weight_p E(x_p, theta), of its real part if real."""
         scales = [self.scalar(complex(weight) if ran.mode.continued else weight.real) for weight in weights]
+        code, left = ran.update, [list(ran.kept)]
+        if ran is self._latest_run:  # what it kept is as large as all states: the update alone holds it, and uses it up
+            self._latest_run = None
 
         def update(scale: Tensor) -> tuple[Tensor, ...]:
-            return ran.update(tuple(scale.conj() * s for s in scales))
+            if not left:
+                raise RuntimeError("An update can be read twice only if the first time was with retain_graph=True.")
+            again: bool = torch._C._autograd._get_current_graph_task_keep_graph()
+            return code(list(left[0]) if again else left.pop(), tuple(scale.conj() * s for s in scales))
 
         assert self._found is not None
         captured, bound = self._found

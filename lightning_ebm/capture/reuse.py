@@ -34,6 +34,14 @@ _IN_PLACE: dict[Any, Callable[..., Tensor]] = {
     quick_tanh: _tanh,
 }
 _SYMMETRIC = frozenset({_aten.add.Tensor, _aten.mul.Tensor})
+_INTO: dict[Any, tuple[Callable[..., Tensor], str]] = {
+    _aten.sub.Tensor: (torch.sub, "out"),
+    _aten.tanh_backward.default: (_aten.tanh_backward.grad_input, "grad_input"),
+    _aten.sigmoid_backward.default: (_aten.sigmoid_backward.grad_input, "grad_input"),
+    _aten.threshold_backward.default: (_aten.threshold_backward.grad_input, "grad_input"),
+}
+"""Where the result may be written to either operand: how to be told, and under which name."""
+_WRITING = frozenset(_IN_PLACE.values())
 
 
 def reusing(ops: Sequence[Op], wanted: Collection[Value]) -> list[Op]:
@@ -61,13 +69,27 @@ _MAYBE_SAME = frozenset({_aten.reshape.default, _aten.contiguous.default, rows_t
 
 
 def _in_place(op: Op, index: int, last: dict[Value, int], own: Collection[Value]) -> Op:
-    func = _IN_PLACE.get(op.func)
     (result, *others) = op.results
-    if func is None or others or op.kwargs or result is None or result.shape is None or result.shape.numel() < _LARGE:
+    if others or result is None or result.shape is None or result.shape.numel() < _LARGE:
         return op
+
+    def dies(value: Any) -> bool:
+        fits = type(value) is Value and (value.shape, value.dtype) == (result.shape, result.dtype)
+        return fits and value in own and last[value] == index and sum(arg is value for arg in op.args) == 1
+
+    func = None if op.kwargs else _IN_PLACE.get(op.func)
     orders = [op.args, (op.args[1], op.args[0])] if op.func in _SYMMETRIC else [op.args]
     for first, *rest in orders:
-        fits = type(first) is Value and (first.shape, first.dtype) == (result.shape, result.dtype)
-        if fits and first in own and last[first] == index and first not in rest:
+        if func is not None and dies(first):
             return Op(func, (first, *rest), {}, op.results, True, op.level)
+    if op.func in _INTO and (dead := next(filter(dies, op.args), None)) is not None:
+        func, name = _INTO[op.func]
+        return Op(func, op.args, {**op.kwargs, name: dead}, op.results, True, op.level)
     return op
+
+
+def written_by(op: Op) -> Value | None:
+    """The operand where the result of an operation that `reusing` made is; None where it has memory of its own."""
+    if op.func in _WRITING:
+        return op.args[0]  # type: ignore[no-any-return]
+    return next((op.kwargs[name] for func, name in _INTO.values() if func is op.func and name in op.kwargs), None)

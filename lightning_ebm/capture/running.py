@@ -25,8 +25,8 @@ from lightning_ebm.wiring import Plan
 
 log = logging.getLogger(__name__)
 
-Ready = Callable[[Sequence[Tensor]], Sequence[Sequence[Tensor]]]
-"""From a point to what the code of a point gives."""
+Ready = Callable[[list[Tensor]], Sequence[Sequence[Tensor]]]
+"""From a point, a list that may be emptied, to what the code of a point gives."""
 
 
 class RunningNetwork(RecordingNetwork):
@@ -54,6 +54,7 @@ class RunningNetwork(RecordingNetwork):
         self._tape = tape
         self._key = plan.states, batch_size, loss_scale, repr(energy), _identity(getattr(energy, "__dict__", {}))
         self._found = captures.of(tape, first, self._key)
+        self._gone: frozenset[int] = frozenset()
         if self._found is not None and (captured := self._found[0]).programs:
             # The rest of the pass would only take memory; another kind of evaluation captures the next step anew.
             bound = self._found[1]
@@ -69,19 +70,22 @@ class RunningNetwork(RecordingNetwork):
         self.returns = True
         """Whether states may come back to the forward pass: False where the last phase begins there."""
 
-    def _left(self) -> None:
-        """No state is any more where the forward pass left it: lets go of that, where nobody is to come back."""
-        if self.returns or self._found is None or not self._found[1]:
+    def _left(self, moved: frozenset[int] | None = None) -> None:
+        """None of these states (None: of all) is where the forward pass left it: lets go of that, if nobody returns."""
+        gone = frozenset(range(len(self.free))) if moved is None else moved
+        if self.returns or self._found is None or not self._found[1] or gone <= self._gone:
             return
-        self.returns = True
         (captured, bound), zeros = self._found, self.no_errors
-        self.free = [zero.view_as(zero) for zero in zeros]  # their kind is still asked for
-        self._forward = None
-        ahead = [key for key in self._fixed if (key[0] if isinstance(key[0], Mode) else key).moved is not None]
-        for key in ahead:
-            del self._fixed[key]
-        self._ready = {key: ready for key, ready in self._ready.items() if key[0].moved is None}
-        programs = [program for mode, program in captured.programs.items() if mode.moved is None]
+        # Their kind is still asked for.
+        self.free = [zeros[k].view_as(zeros[k]) if k in gone else x for k, x in enumerate(self.free)]
+        self._gone, self._forward = gone, None
+
+        def ahead(mode: Mode) -> bool:
+            return mode.moved is None or mode.moved >= gone
+
+        self._fixed = {key: t for key, t in self._fixed.items() if ahead(key[0] if isinstance(key[0], Mode) else key)}
+        self._ready = {key: ready for key, ready in self._ready.items() if ahead(key[0])}
+        programs = [program for mode, program in captured.programs.items() if ahead(mode)]
         needed = {bound[v] for program in programs for v in program.bound if v not in program.fixed}
         self._tape.contents = {v: t for v, t in self._tape.contents.items() if v in needed}
 
@@ -97,9 +101,8 @@ class RunningNetwork(RecordingNetwork):
         if program is None:
             return None
         run = self._run_of(program, mode, point, strengths)
-        if mode.kind in ("answers", "energy") or mode.lr is not None:  # not before the code has passed its check
-            once, phase = self._fixed[mode], self._fixed[mode, strengths]
-            self._ready[mode, strengths] = partial(program.point, once, phase)
+        if mode.kind in ("answers", "energy"):  # not before the code has passed its check
+            self._ready[mode, strengths] = partial(program.point, *self._before_points(program, mode, strengths))
         else:
             self._latest_run = run
         return run
@@ -108,6 +111,14 @@ class RunningNetwork(RecordingNetwork):
     def _run_of(
         self, program: Program, mode: Mode, point: Sequence[Tensor], strengths: tuple[complex, ...]
     ) -> "Evaluation":
+        once, phase = self._before_points(program, mode, strengths)
+        outputs, kept, parts = program.point(once, phase, list(point))
+        update = partial(program.update, once, phase)
+        return Evaluation(mode, strengths, stamps(point), tuple(outputs), list(kept), parts, program.energy, update)
+
+    @torch.no_grad()
+    def _before_points(self, program: Program, mode: Mode, strengths: tuple[complex, ...]) -> tuple[Any, Any]:
+        """What code computes once a batch, and once a phase."""
         assert self._found is not None
         bound = self._found[1]
         if mode not in self._fixed:
@@ -120,10 +131,7 @@ class RunningNetwork(RecordingNetwork):
         if (mode, strengths) not in self._fixed:
             given = [complex(s) if mode.continued else s for s in strengths]
             self._fixed[mode, strengths] = program.phase(once, tuple(self.scalar(s) for s in given))
-        phase = self._fixed[mode, strengths]
-        outputs, kept, parts = program.point(once, phase, point)
-        update = partial(program.update, once, phase, kept)
-        return Evaluation(mode, strengths, stamps(point), outputs, parts, program.energy, update)
+        return once, self._fixed[mode, strengths]
 
     # Capturing
 
@@ -195,7 +203,7 @@ class RunningNetwork(RecordingNetwork):
         self.must_equal(expected, [*energy, *run.outputs])
         expected, run.outputs = [], ()
         if mode.updates:  # one after the other: each takes as much memory as all states and more
-            updates = run.update(tuple(self.scalar(weight) for weight in weights))
+            updates = run.update(run.kept, tuple(self.scalar(weight) for weight in weights))
             del run
             slopes = self.plain_slopes(mode, points, strengths, weights)
             self._must_update(slopes, {id(self._tape.outside[v]): s for v, s in zip(targets, updates, strict=True)})
@@ -214,9 +222,10 @@ class Evaluation:
     strengths: tuple[complex, ...]
     point: Stamps
     outputs: tuple[Tensor, ...]
-    parts: tuple[Tensor, ...]
+    kept: list[Tensor]
+    parts: Sequence[Tensor]
     finish: Callable[[Sequence[Tensor]], Tensor]
-    update: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+    update: Callable[[list[Tensor], tuple[Tensor, ...]], tuple[Tensor, ...]]
 
     def forces(self) -> Forces:
         """The outputs, where they are those. They are handed over: all that is kept is what an update needs."""

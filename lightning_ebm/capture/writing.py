@@ -57,15 +57,33 @@ class Names:
         return self.constant(arg)
 
 
-def source(name: str, ops: Sequence[Op], arguments: list[list[Value]], results: list[list[Value]], names: Names) -> str:
-    """A function of tuples that returns tuples; what is not needed any more is let go as soon as it is not."""
+def source(
+    name: str,
+    ops: Sequence[Op],
+    arguments: list[list[Value]],
+    results: list[list[Value]],
+    names: Names,
+    taken: int | None = None,
+) -> str:
+    """A function of tuples that returns tuples; what is not needed any more is let go as soon as it is not.
+
+    Args:
+        name: of the function.
+        ops: what it does.
+        arguments: what it is given.
+        results: what it returns.
+        names: of values and constants.
+        taken: the position of an argument that is a list, and is emptied: what it held is let go like the rest.
+    """
     parameters = [f"a{k}" for k in range(len(arguments))]
     lines = [f"def {name}({', '.join(parameters)}):"]
     inside = {v for op in ops for v in (*op.reads(), *op.results) if v is not None} | {v for r in results for v in r}
     for parameter, values in zip(parameters, arguments, strict=True):
         if values:
             lines.append(f"({', '.join(names.of(v) if v in inside else '_' for v in values)},) = {parameter}")
-    own = {v for op in ops for v in op.results if v is not None}
+    if taken is not None:
+        lines.append(f"{parameters[taken]}.clear()")
+    own = {v for op in ops for v in op.results if v is not None}.union(() if taken is None else arguments[taken])
     last: dict[Value, int] = {}
     for index, op in enumerate(ops):
         last.update(dict.fromkeys(op.reads() & own, index))

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -45,8 +45,10 @@ def fixed_steps(
     prepared, descended, residual_at = (
         getattr(type(landscape), name, None) if descends else None for name in ("prepared", "descended", "residual")
     )
+    # Forces are measured at the start and the end, and where they may prove that a step was too large.
+    watched = [step == 0 or (descends > 0 and step > max_steps - 4) for step in range(max_steps)]
     if prepared is not None:
-        prepared(landscape, strength, descends, coordinates, max_steps)
+        prepared(landscape, strength, descends, coordinates, watched)
 
     def next_point(point: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
         ahead = move(point, gradients)
@@ -61,43 +63,36 @@ def fixed_steps(
         return found
 
     point[:] = as_complex(point, strength)
-    norms: list[Tensor] = []  # of each sample, at the start and at the end
-    sizes: list[Tensor] = []  # of the batch, so that one sample at rest from the start does not divide by nothing
+    norms: list[Tensor] = []  # of each sample
     for step in range(max_steps + 1):
         ended = step == max_steps
-        watched = ended or step == 0 or (descends and step > max_steps - 4)
-        found = measured = None
-        if descended is not None and step and not ended:
-            found = descended(landscape, point, strength, descends, coordinates)
-        elif residual_at is not None and step and ended:
-            measured = residual_at(landscape, point, strength, coordinates)
-        if found is not None:
-            ahead, energy = found
-            if watched:
-                sizes.append(_size(x - y for x, y in zip(point, ahead, strict=True)) / descends)
-        elif measured is not None:
-            energy, norm = measured
-            norms.append(norm)
-            sizes.append(torch.linalg.vector_norm(norm))
-        else:
+        measured = ended or watched[step]
+        found: tuple[Tensor, Tensor | None] | None = None
+        if ended and residual_at is not None:
+            found = residual_at(landscape, point, strength, coordinates)
+        elif not ended and descended is not None:
+            found = descended(landscape, point, strength, descends, coordinates, measured)
+        pulls: list[Tensor] = []
+        if found is None:
             forces = evaluate(point, strength)
-            energy, pulls = total_energy(forces, strength), forces.gradients
+            pulls = forces.gradients
+            found = total_energy(forces, strength), force_norm(landscape, pulls) if measured else None
             del forces
-            if watched:
-                norms.append(force_norm(landscape, pulls))
-                sizes.append(torch.linalg.vector_norm(norms[-1]))
-            ahead = [] if ended else next_point(point, pulls)
-            if descended is not None and not step:  # where nothing pulls, the very state of before: it will be known
-                still = [pull is nothing for pull, nothing in zip(pulls, landscape.no_errors, strict=True)]
-                ahead = [x if at_rest else y for at_rest, x, y in zip(still, point, ahead, strict=True)]
+            if not ended:
+                point[:] = next_point(point, pulls)
+                pulls = []  # as large as the states: not held through the next evaluation
+        energy, norm = found
+        if norm is not None:
+            norms.append(norm)
         if step == 0:  # one tensor: small ones between two large ones would leave memory in pieces
             energies = energy.new_empty(max_steps + 1)
-        energies[step].copy_(energy)
-        if not ended:
-            point[:] = ahead
-            pulls = ahead = found = []  # as large as the states: not held through the next evaluation
+            each = energies.unbind()
+        each[step].copy_(energy)
     tiny = torch.finfo(norms[0].dtype).tiny
-    before, after, *force = torch.stack([energies[0], energies[-1], *sizes]).tolist()  # all that is asked, at once
+    # Of the batch, so that one sample at rest from the start does not divide by nothing.
+    sizes = torch.linalg.vector_norm(torch.stack(norms), dim=1)
+    numbers = torch.cat([energies, sizes]).tolist()  # all that is asked, at once
+    before, after, force = numbers[0], numbers[max_steps], numbers[max_steps + 1 :]
     growth = force[-1] / max(force[0], tiny)
     # At a negative nudge the energy may fall without bound, and only the growing force tells.
     room = max(1e-4, 16 * landscape.rounding) * abs(before)
@@ -111,13 +106,7 @@ def fixed_steps(
         raise diverged(landscape, owner, one, other, strength, (before, after), growth)
     status: Status = "max_steps" if rose else "fixed"
     residual = norms[-1] / norms[0].clamp_min(tiny)
-    return Relaxation(list(point), coordinates, status, max_steps, residual, energies.unbind())
-
-
-def _size(tensors: Iterable[Tensor]) -> Tensor:
-    """The norm of all of them together."""
-    total: Tensor = torch.stack([tensor.norm() for tensor in tensors]).norm()
-    return total
+    return Relaxation(list(point), coordinates, status, max_steps, residual, each)
 
 
 def moved(point: Sequence[Tensor], gradients: Sequence[Tensor], lr: float) -> list[Tensor]:
