@@ -131,8 +131,6 @@ def test_the_columns_that_count_passes_count_them():
 
 
 def test_everybody_takes_one_turn_in_each_round_and_follows_others():
-    import timing
-
     turns = []
     steps = {name: lambda name=name: turns.append(name) or 1.0 for name in "abcd"}
     assert timing.medians(steps, 20) == dict.fromkeys("abcd", 1.0)
