@@ -202,7 +202,7 @@ MUTATIONS = [
     Mutation("masks are left out", "capture/lowering.py", "return x * mask * scale", "return x * scale", "capture"),
     Mutation("only one end of a pair", "capture/dyads.py", "0.5 * (p + q)", "p", "capture_dyads"),
     Mutation(
-        "what is read again is overwritten", "capture/reuse.py", "and last[first] == index", "", "capture_fixed_points"
+        "what is read again is overwritten", "capture/reuse.py", "and last[value] == index", "", "capture_fixed_points"
     ),
     Mutation(
         "the front leaves parents behind",
