@@ -13,7 +13,7 @@ import lightning_ebm as ebm
 from lightning_ebm.capture import captures, program
 from lightning_ebm.capture.abreast import Abreast
 from lightning_ebm.capture.kernels import rows_together
-from lightning_ebm.capture.tape import CONSTANT, STATE, Value
+from lightning_ebm.capture.values import CONSTANT, STATE, Value
 from lightning_ebm.capture.writing import Names, Op, source
 from lightning_ebm.watching import Recording
 

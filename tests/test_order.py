@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from lightning_ebm.capture.order import streamed
-from lightning_ebm.capture.tape import STATE, Value
+from lightning_ebm.capture.values import STATE, Value
 from lightning_ebm.capture.writing import Op
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightning_ebm.capture.tape import CONSTANT, Value
+from lightning_ebm.capture.values import CONSTANT, Value
 from lightning_ebm.capture.writing import Op, renamed
 
 _aten = torch.ops.aten

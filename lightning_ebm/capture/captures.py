@@ -18,7 +18,8 @@ from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.capture.comparison import same_computation
 from lightning_ebm.capture.mode import Mode
 from lightning_ebm.capture.program import Program
-from lightning_ebm.capture.tape import Tape, Value
+from lightning_ebm.capture.tape import Tape
+from lightning_ebm.capture.values import Value
 from lightning_ebm.substitution import Pass
 
 log = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lightning_ebm.capture.tape import Value
+from lightning_ebm.capture.values import Value
 
 
 def same_computation(

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.capture.lowering import NotRepeatable, without_writing
-from lightning_ebm.capture.tape import CONSTANT, Node, Tape, Value
+from lightning_ebm.capture.tape import Tape
 from lightning_ebm.capture.traits import traits
+from lightning_ebm.capture.values import CONSTANT, Node, Value
 from lightning_ebm.promotion import log_softmax
 from lightning_ebm.substitution import Pass
 

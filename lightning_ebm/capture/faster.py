@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from lightning_ebm.capture.elementwise import quick_activations
 from lightning_ebm.capture.kernels import by_kernels
 from lightning_ebm.capture.reuse import reusing
-from lightning_ebm.capture.tape import Value
+from lightning_ebm.capture.values import Value
 from lightning_ebm.capture.writing import Op
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ebm.capture.tape import Value
+from lightning_ebm.capture.values import Value
 from lightning_ebm.capture.writing import Op
 
 _aten = torch.ops.aten

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ebm.capture.tape import CONSTANT, STATE, Node, Tape, Value
+from lightning_ebm.capture.tape import Tape
 from lightning_ebm.capture.traits import BATCH_NORMS, traits
+from lightning_ebm.capture.values import CONSTANT, STATE, Node, Value
 from lightning_ebm.capture.writing import Op, repeated_key
 
 _aten = torch.ops.aten

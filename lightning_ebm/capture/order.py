@@ -11,8 +11,8 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 from lightning_ebm.capture.reuse import written_by
-from lightning_ebm.capture.tape import Value
 from lightning_ebm.capture.traits import traits
+from lightning_ebm.capture.values import Value
 from lightning_ebm.capture.writing import Op, values_in
 
 

@@ -12,7 +12,7 @@ import torch
 
 from lightning_ebm.capture import parts
 from lightning_ebm.capture.pairs import Pair, Pairs, Rule, is_complex, shape_of
-from lightning_ebm.capture.tape import Value
+from lightning_ebm.capture.values import Value
 from lightning_ebm.capture.writing import Op, values_in
 
 _aten = torch.ops.aten

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lightning_ebm.capture import parts
-from lightning_ebm.capture.tape import Value
+from lightning_ebm.capture.values import Value
 from lightning_ebm.capture.writing import Op, values_in
 
 _aten = torch.ops.aten

@@ -20,7 +20,8 @@ from lightning_ebm.capture.lowering import Lines
 from lightning_ebm.capture.order import most_held, orders
 from lightning_ebm.capture.pair_rules import in_pairs
 from lightning_ebm.capture.simplify import needed, simplified
-from lightning_ebm.capture.tape import CONSTANT, PHASE, SEED, STATE, Tape, Value
+from lightning_ebm.capture.tape import Tape
+from lightning_ebm.capture.values import CONSTANT, PHASE, SEED, STATE, Value
 from lightning_ebm.capture.writing import Names, Op, renamed, source
 
 Rewrite = Callable[[bool, Sequence[Op], Iterable[Value]], list[Op]]

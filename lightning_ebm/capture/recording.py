@@ -15,7 +15,8 @@ from lightning_ebm.capture.formulas import is_quadratic, slopes_at
 from lightning_ebm.capture.lowering import NotRepeatable
 from lightning_ebm.capture.mode import Mode
 from lightning_ebm.capture.program import Compiler, Program, Record, compiled_program
-from lightning_ebm.capture.tape import PHASE, SEED, STATE, Tape, Value
+from lightning_ebm.capture.tape import Tape
+from lightning_ebm.capture.values import PHASE, SEED, STATE, Value
 from lightning_ebm.delivery import Seed
 from lightning_ebm.relaxers.fixed_steps import moved
 from lightning_ebm.samples import norm_by_sample

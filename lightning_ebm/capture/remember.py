@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_ebm.capture.tape import CONSTANT, Node, Tape, Value
+from lightning_ebm.capture.tape import Tape
 from lightning_ebm.capture.traits import traits
+from lightning_ebm.capture.values import CONSTANT, Node, Value
 from lightning_ebm.capture.writing import repeated_key
 
 _aten = torch.ops.aten

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lightning_ebm.capture.elementwise import quick_tanh
 from lightning_ebm.capture.kernels import rows_together
-from lightning_ebm.capture.tape import Value
 from lightning_ebm.capture.traits import traits
+from lightning_ebm.capture.values import Value
 from lightning_ebm.capture.writing import Op
 
 _aten = torch.ops.aten

@@ -15,7 +15,8 @@ from lightning_ebm.capture.lowering import NotRepeatable
 from lightning_ebm.capture.mode import Mode
 from lightning_ebm.capture.program import Compiler, Program
 from lightning_ebm.capture.recording import RecordingNetwork
-from lightning_ebm.capture.tape import Tape, Value
+from lightning_ebm.capture.tape import Tape
+from lightning_ebm.capture.values import Value
 from lightning_ebm.energies import Energy
 from lightning_ebm.network import Run
 from lightning_ebm.relaxers import Forces

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lightning_ebm.capture.tape import PHASE, Value
+from lightning_ebm.capture.values import PHASE, Value
 from lightning_ebm.capture.writing import Op
 
 _aten = torch.ops.aten

@@ -7,78 +7,20 @@ nothing else about the user's code has to be known.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ebm.capture.places import Place, apart, place_of
 from lightning_ebm.capture.traits import BATCH_NORMS, Traits, traits
+from lightning_ebm.capture.values import CONSTANT, STATE, Node, Value, values_in
 from lightning_ebm.substitution import StateKey, StateOf
-
-CONSTANT, PHASE, STATE, SEED = range(4)
-"""What a value depends on: batch and parameters alone; the nudge as well; the states; the scale of the update."""
 
 _NLL = frozenset({"nll_loss_forward", "nll_loss2d_forward"})
 _LIFTED = frozenset({"lift_fresh", "lift", "lift_fresh_copy"})
-
-
-class Value:
-    """What one tensor holds at one moment: writing to the tensor makes another value. Values themselves hold no data.
-
-    Attributes:
-        node: what computed it; None for an input and for a tensor that came from outside.
-        level: what it depends on.
-        meta: what makes two tensors from outside interchangeable; None for all others.
-        read: whether an operation has used it.
-        stale: whether its memory was written to under another name.
-        shape: of the tensor; None where none was seen.
-        dtype: likewise.
-    """
-
-    __slots__ = ("dtype", "level", "meta", "node", "read", "shape", "stale")
-
-    def __init__(self, node: "Node | None", level: int, outside: Tensor | None = None) -> None:
-        self.node = node
-        self.level = level
-        self.meta = None if outside is None else _meta(outside)
-        self.read = self.stale = False
-        self.shape: torch.Size | None = None
-        self.dtype: torch.dtype | None = None
-
-    def like(self) -> "Value":
-        """Another value, of a tensor of the same kind."""
-        other = Value(None, self.level)
-        other.shape, other.dtype = self.shape, self.dtype
-        return other
-
-
-class Node:
-    """One operation; tensors among its arguments are values. `problem` says why it cannot be repeated elsewhere."""
-
-    __slots__ = ("args", "func", "grad", "index", "kwargs", "level", "problem", "results")
-
-    def __init__(self, func: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.func = func
-        self.index = index
-        self.args = args
-        self.kwargs = kwargs
-        self.grad = torch.is_grad_enabled()
-        self.level = CONSTANT
-        self.problem: str | None = None
-        self.results: list[Value | None] = []
-
-    def __str__(self) -> str:
-        return f"{self.func}({', '.join('tensor' if type(a) is Value else str(a) for a in self.args)})"
-
-    def values(self) -> Iterator[Value]:
-        """The values it reads."""
-        yield from _values(self.args)
-        if self.kwargs:
-            yield from _values(tuple(self.kwargs.values()))
 
 
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -296,10 +238,6 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tuple(seen)
 
 
-def _meta(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
-
-
 def _is_fixed(node: Node, kind: Traits, part: int) -> bool:
     """Whether a result does not depend on states where others do: a mask, or the weight of all targets together."""
     if part != 1:
@@ -308,7 +246,7 @@ def _is_fixed(node: Node, kind: Traits, part: int) -> bool:
 
 
 def _is_constant(indices: Any) -> bool:
-    return all(value.level == CONSTANT for value in _values((indices,)))
+    return all(value.level == CONSTANT for value in values_in((indices,)))
 
 
 def _draws_nothing(node: Node, kind: Traits) -> bool:
@@ -331,11 +269,3 @@ def _tensors_at(kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         arg = kwargs.get(where) if isinstance(where, str) else args[where] if where < len(args) else None
         found.extend(t for t in (arg if isinstance(arg, list | tuple) else (arg,)) if isinstance(t, Tensor))
     return found
-
-
-def _values(args: tuple[Any, ...]) -> Iterator[Value]:
-    for arg in args:
-        if type(arg) is Value:
-            yield arg
-        elif type(arg) is tuple:
-            yield from _values(arg)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_ebm.capture.tape import Value
+from lightning_ebm.capture.values import Value
 
 
 @dataclass
