@@ -47,6 +47,7 @@ ORDER = [
     {"holding", "linearization", "state_memory", "watching"},
     # the rooms of lightning_ebm.capture
     {"dyads", "front", "mode", "parts", "places", "traits"},
+    {"values"},
     {"tape"},
     {"comparison", "writing"},
     {"abreast", "contrast", "elementwise", "kernels", "lowering", "pairs", "remember", "simplify"},
