@@ -82,7 +82,12 @@ MUTATIONS = [
     Mutation("a real part is added", "capture/pairs.py", "shape, less=True)", "shape)"),
     Mutation("masks are left out", "capture/lowering.py", "return x * mask * scale", "return x * scale"),
     Mutation("only one end of a pair", "capture/dyads.py", "0.5 * (p + q)", "p"),
-    Mutation("what is read again is overwritten", "capture/reuse.py", "and last[first] == index", ""),
+    Mutation("what is read again is overwritten", "capture/reuse.py", "and last[value] == index", ""),
+    Mutation("an update is used up", "capture/replay.py", "list(left[0]) if again else left.pop()", "left.pop()"),
+    Mutation(
+        "forces are measured too late", "relaxers/fixed_steps.py", "step > max_steps - 4)", "step > max_steps - 3)"
+    ),
+    Mutation("points are not let go of", "capture/writing.py", 'lines.append(f"{parameters[taken]}.clear()")', "pass"),
     Mutation(
         "the front leaves parents behind", "capture/front.py", "(wrong, *(self._parents[k] for k in wrong))", "(wrong)"
     ),
@@ -108,7 +113,7 @@ MUTATIONS = [
 TESTS = ["predictive_coding", "infinitesimal_limit", "purity", "relaxers", "layers", "metrics", "bad_input"]
 TESTS += ["gradient_alignment", "capture", "capture_fixed_points", "equilibrium_propagation", "conformance"]
 TESTS += ["capture_complex", "capture_dyads", "theory", "front", "compiled", "order", "accelerated_fixed_point"]
-TESTS += ["abreast", "memory"]
+TESTS += ["abreast", "memory", "fixed_steps"]
 
 
 def caught(copy: Path) -> bool:

@@ -84,7 +84,8 @@ def streamed(
                 continue
             before = [made[value] for value in reads[id(op)] if id(made[value]) not in done]
             if before:
-                stack.extend(before if backwards and 10 * _size(op) <= largest else reversed(before))
+                of_numbers = all(10 * _elements(value) <= largest for value in reads[id(op)])
+                stack.extend(before if backwards and of_numbers else reversed(before))
                 continue
             stack.pop()
             done.add(id(op))

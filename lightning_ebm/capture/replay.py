@@ -83,7 +83,7 @@ class CapturedNetwork(RunningNetwork):
         else:
             mode = self._behind_front(Mode("forces", strength != 0, lr=lr, norms=norms), point)
         mode = continued(mode, point)
-        if not mode.continued and point[0] is not self.no_errors[0]:
+        if not mode.continued and (coordinates == "states" or point[0] is not self.no_errors[0]):
             self._left(mode.moved)
         step = self._step(mode, strength)
         if step is None:

@@ -203,7 +203,8 @@ class RunningNetwork(RecordingNetwork):
         self.must_equal(expected, [*energy, *run.outputs])
         expected, run.outputs = [], ()
         if mode.updates:  # one after the other: each takes as much memory as all states and more
-            updates = run.update(run.kept, tuple(self.scalar(weight) for weight in weights))
+            with torch.no_grad():
+                updates = run.update(run.kept, tuple(self.scalar(weight) for weight in weights))
             del run
             slopes = self.plain_slopes(mode, points, strengths, weights)
             self._must_update(slopes, {id(self._tape.outside[v]): s for v, s in zip(targets, updates, strict=True)})

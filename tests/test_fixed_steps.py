@@ -1,0 +1,126 @@
+"""A given number of steps by code that takes the whole step: against the plain engine, that evaluates, then moves."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lightning_ebm as ebm
+from lightning_ebm.report import Report
+
+
+def chain(width: int, activation: Callable[[], nn.Module], depth: int = 3) -> nn.Sequential:
+    torch.manual_seed(0)
+    blocks = [layer for _ in range(depth) for layer in (nn.Linear(width, width), activation())]
+    return nn.Sequential(*blocks, nn.Linear(width, 3)).double()
+
+
+def outcome(relaxer: ebm.Relaxer, nudge: ebm.Nudge, capture: bool, steepness: float) -> str | Report:
+    """The report of the third step, or what was said when it ran away; the weights grow before it."""
+    net = chain(4, nn.Tanh)
+    learner = ebm.Learner(net, ebm.algorithm("predictive-coding", relaxer=relaxer, nudge=nudge), capture=capture)
+    for number in range(3):
+        x, y = torch.randn(5, 4, dtype=torch.float64), torch.arange(5) % 3
+        if number == 2:
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter.mul_(steepness)
+        try:
+            learner.gradients(lambda x=x, y=y: F.cross_entropy(net(x), y))
+        except ebm.RelaxationDivergedError as error:
+            return str(error)
+    if capture:
+        assert learner._captures[0].refused is None
+    return learner.report
+
+
+@pytest.mark.parametrize("kind", [ebm.GradientDescent, ebm.ErrorCoordinates])
+@pytest.mark.parametrize("nudge", [ebm.OneSided(1.0), ebm.OneSided(-0.1), ebm.Centered(0.1)], ids=str)
+@pytest.mark.parametrize("max_steps", [1, 2, 4, 12])
+def test_what_is_measured_and_what_is_refused_is_what_the_plain_engine_says(kind, nudge, max_steps) -> None:
+    """Over step sizes and steepnesses on both sides of stability."""
+    ended = set()
+    for lr in (0.1, 0.5, 0.9, 1.3):
+        for steepness in (1.0, 3.0):
+            options = {"lr": lr, "max_steps": max_steps} | ({"tol": 0.0} if kind is ebm.ErrorCoordinates else {})
+            plain, found = (outcome(kind(**options), nudge, capture, steepness) for capture in (False, True))
+            ended.add(type(plain))
+            if isinstance(plain, str):
+                assert found == plain
+                continue
+            assert not isinstance(found, str)
+            for one, other in zip(plain["phases"], found["phases"], strict=True):
+                assert one["status"] == other["status"]
+                assert one["steps"] == other["steps"] == max_steps
+                for name, number in one.items():
+                    if isinstance(number, float):
+                        assert other[name] == pytest.approx(number, rel=1e-9, abs=1e-12), name
+    assert max_steps < 12 or ended == {str, dict}
+
+
+def gradients(net: nn.Module, nudge: ebm.Nudge, capture: bool) -> dict[str, Tensor]:
+    learner = ebm.Learner(
+        net, ebm.algorithm("predictive-coding", relaxer=ebm.GradientDescent(0.1, 6), nudge=nudge), capture=capture
+    )
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        x, y = torch.randn(512, 64, dtype=torch.float64, generator=generator), torch.arange(512) % 3
+        found = learner.gradients(lambda x=x, y=y: F.cross_entropy(net(x), y))
+    if capture:
+        captures = learner._captures[0]
+        assert captures.refused is None
+        sources = [text for kept in captures._kept for p in kept.programs.values() for text in p.sources.values()]
+        assert any("out=v" in text for text in sources)
+        assert any("grad_input=v" in text for text in sources)
+    return found
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Sigmoid, nn.ReLU])
+@pytest.mark.parametrize("nudge", [ebm.OneSided(1.0), ebm.Centered(0.1)], ids=str)
+def test_large_results_written_over_what_nobody_reads_again_are_the_same(activation, nudge) -> None:
+    net = chain(64, activation)
+    plain, found = (gradients(net, nudge, capture) for capture in (False, True))
+    for name, gradient in plain.items():
+        assert torch.allclose(found[name], gradient, rtol=1e-9, atol=1e-13), name
+
+
+def test_an_update_is_used_up_when_it_is_read_unless_its_graph_is_kept() -> None:
+    net = chain(4, nn.Tanh)
+    parameters = list(net.parameters())
+    x, y = torch.randn(5, 4, dtype=torch.float64), torch.arange(5) % 3
+    learner = ebm.Learner(net, ebm.algorithm("predictive-coding", relaxer=ebm.GradientDescent(0.1, 6)))
+    for _ in range(2):
+        step = learner.begin(lambda: F.cross_entropy(net(x), y))
+        with step.first_pass():
+            loss = F.cross_entropy(net(x), y)
+        surrogate = step.surrogate(loss)
+        kept = torch.autograd.grad(surrogate, parameters, retain_graph=True)
+        last = torch.autograd.grad(surrogate, parameters)
+        assert all(torch.equal(one, other) for one, other in zip(kept, last, strict=True))
+        with pytest.raises(RuntimeError, match="retain_graph"):
+            torch.autograd.grad(surrogate, parameters)
+        step.release()
+    assert learner._captures[0].refused is None
+
+
+def test_the_point_handed_over_is_moved_and_whoever_holds_its_tensors_keeps_them() -> None:
+    net = chain(4, nn.Tanh)
+    seen: list[tuple[list[Tensor], list[Tensor]]] = []
+
+    class Holding(ebm.GradientDescent):
+        def relax(self, landscape, start, strength):
+            before = [*start]
+            seen.append((before, [x.clone() for x in before]))
+            found = super().relax(landscape, start, strength)
+            assert all(x is not y for x, y in zip(found.point, before, strict=True))
+            return found
+
+    learner = ebm.Learner(net, ebm.algorithm("predictive-coding", relaxer=Holding(0.1, 6)))
+    x, y = torch.randn(5, 4, dtype=torch.float64), torch.arange(5) % 3
+    for _ in range(3):
+        learner.gradients(lambda: F.cross_entropy(net(x), y))
+    assert len(seen) == 3
+    for before, copies in seen:
+        assert all(torch.equal(one, other) for one, other in zip(before, copies, strict=True))
