@@ -252,6 +252,27 @@ MUTATIONS = [
         "if not captured:",
         "cheapest",
     ),
+    Mutation(
+        "an update is used up",
+        "capture/replay.py",
+        "list(left[0]) if again else left.pop()",
+        "left.pop()",
+        "fixed_steps capture delivery",
+    ),
+    Mutation(
+        "forces are measured too late",
+        "relaxers/fixed_steps.py",
+        "step > max_steps - 4)",
+        "step > max_steps - 3)",
+        "fixed_steps",
+    ),
+    Mutation(
+        "points are not let go of",
+        "capture/writing.py",
+        'lines.append(f"{parameters[taken]}.clear()")',
+        "pass",
+        "memory",
+    ),
 ]
 
 
