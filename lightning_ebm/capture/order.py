@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from lightning_ebm.capture.reuse import written_by
 from lightning_ebm.capture.traits import traits
-from lightning_ebm.capture.values import Value
-from lightning_ebm.capture.writing import Op, values_in
+from lightning_ebm.capture.values import Value, values_in
+from lightning_ebm.capture.writing import Op
 
 
 def orders(ops: Sequence[Op], outputs: Sequence[Value]) -> Iterator[list[Op]]:

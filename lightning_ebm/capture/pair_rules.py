@@ -12,8 +12,8 @@ import torch
 
 from lightning_ebm.capture import parts
 from lightning_ebm.capture.pairs import Pair, Pairs, Rule, is_complex, shape_of
-from lightning_ebm.capture.values import Value
-from lightning_ebm.capture.writing import Op, values_in
+from lightning_ebm.capture.values import Value, values_in
+from lightning_ebm.capture.writing import Op
 
 _aten = torch.ops.aten
 

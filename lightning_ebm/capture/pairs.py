@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from lightning_ebm.capture import parts
-from lightning_ebm.capture.values import Value
-from lightning_ebm.capture.writing import Op, values_in
+from lightning_ebm.capture.values import Value, values_in
+from lightning_ebm.capture.writing import Op
 
 _aten = torch.ops.aten
 Part = Value | None

@@ -245,8 +245,8 @@ def _is_fixed(node: Node, kind: Traits, part: int) -> bool:
     return kind.name == "native_dropout" or (kind.name in _NLL and _is_constant(node.args[1:3]))
 
 
-def _is_constant(indices: Any) -> bool:
-    return all(value.level == CONSTANT for value in values_in((indices,)))
+def _is_constant(arg: Any) -> bool:
+    return all(value.level == CONSTANT for value in values_in(arg))
 
 
 def _draws_nothing(node: Node, kind: Traits) -> bool:

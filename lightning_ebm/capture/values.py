@@ -69,9 +69,10 @@ def _meta(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
-def values_in(args: tuple[Any, ...]) -> Iterator[Value]:
-    for arg in args:
-        if type(arg) is Value:
-            yield arg
-        elif type(arg) is tuple:
-            yield from values_in(arg)
+def values_in(arg: Any) -> Iterator[Value]:
+    """The values among arguments of an operation, in order."""
+    if type(arg) is Value:
+        yield arg
+    elif type(arg) is tuple:
+        for part in arg:
+            yield from values_in(part)

@@ -2,13 +2,13 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lightning_ebm.capture.values import Value
+from lightning_ebm.capture.values import Value, values_in
 
 
 @dataclass
@@ -114,14 +114,6 @@ def fastest(func: Any) -> Callable[..., Any]:
     name = schema.name.removeprefix("aten::")
     full = f"{name}.{schema.overload_name}" if schema.overload_name else name
     return getattr(torch, name) if full in _DIRECT else func  # type: ignore[no-any-return]
-
-
-def values_in(arg: Any) -> Iterable[Value]:
-    if type(arg) is Value:
-        yield arg
-    elif type(arg) is tuple:
-        for a in arg:
-            yield from values_in(a)
 
 
 def renamed(arg: Any, names: Mapping[Value, Value]) -> Any:
