@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.capture.captures import Captures
-from lightning_ebm.capture.kernels import QUICK_PRODUCTS
+from lightning_ebm.capture.products import QUICK_PRODUCTS
 from lightning_ebm.capture.remember import Remembered
 from lightning_ebm.capture.replay import CapturedNetwork
 from lightning_ebm.capture.tape import Tape

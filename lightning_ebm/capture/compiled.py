@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lightning_ebm.capture.kernels import least_time
+from lightning_ebm.capture.elementwise import compiled_tanh
+from lightning_ebm.capture.products import least_time
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,8 @@ def _compiled(function: Callable[..., list[Tensor]], example: list[Tensor]) -> C
     from torch._inductor.decomposition import select_decomp_table
 
     with torch.no_grad():
-        graph = make_fx(function, decomposition_table=select_decomp_table())(*example)
+        table = {**select_decomp_table(), torch.ops.aten.tanh.default: compiled_tanh}
+        graph = make_fx(function, decomposition_table=table)(*example)
         # Sizes are those captured, strides are looked at above: no need to have each tensor checked at every call.
         checks = ("size_asserts", "scalar_asserts", "alignment_asserts")  # not every torch has all of them
         unchecked = {name: False for name in checks if hasattr(torch._inductor.config, name)}

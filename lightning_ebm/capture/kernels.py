@@ -1,25 +1,23 @@
 """Faster ways to the same numbers on the CPU, for code that is run many times.
 
-Measured once: on some processors oneDNN multiplies float32 matrices about twice as fast as what torch calls for `mm`,
-and applies tanh as it writes a product or a convolution, which by itself takes as long as the product. Always: means
-over windows of 2 x 2 as sums of four strided views, bit for bit the same. Other types and devices stay as they are.
+Products by the fastest way, with the activation that follows them where that is part of it; convolutions likewise.
+Means over windows of 2 x 2 as sums of four strided views, bit for bit the same. Other types and devices stay as they
+are.
 """
 
-import functools
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_ebm.capture.operators import as_operators
+from lightning_ebm.capture.products import available, pays, product, product_and, small_product
 from lightning_ebm.capture.values import Value
 from lightning_ebm.capture.writing import Op
 
 _aten = torch.ops.aten
 _FUSED: dict[Any, str] = {_aten.tanh.default: "tanh", _aten.relu.default: "relu", _aten.sigmoid.default: "sigmoid"}
-_WORTH_IT = 1e6
-"""Multiplications below which calling the other library costs more than it saves."""
 
 
 def by_kernels(opaque: bool, ops: Sequence[Op], wanted: Iterable[Value]) -> list[Op]:
@@ -41,22 +39,20 @@ def by_kernels(opaque: bool, ops: Sequence[Op], wanted: Iterable[Value]) -> list
         return after[0] if value not in kept and len(after) == 1 and after[0].func in _FUSED else None
 
     for op in ops:
-        rule = _RULES.get(op.func)
+        rule = (_PRODUCTS if opaque else _RULES).get(op.func)
         if rule is None or op.kwargs or op.results[0] is None:
             continue
         after = activation_after(op.results[0])
         found = rule(op, None if after is None else _FUSED[after.func])
-        if found is None or (opaque and found[0].__name__ not in _SCHEMAS):
+        if found is None:
             continue
         function, args, fused = found
         results = op.results
         if fused and after is not None:
             results = after.results
             rewritten.remove(after)
-        rewritten[rewritten.index(op)] = Op(
-            _opaque(function) if opaque else function, args, {}, results[:1], True, op.level
-        )
-    return rewritten
+        rewritten[rewritten.index(op)] = Op(function, args, {}, results[:1], True, op.level)
+    return as_operators(rewritten) if opaque else rewritten
 
 
 _Found = tuple[Callable[..., Tensor], tuple[Any, ...], bool] | None
@@ -71,13 +67,23 @@ def _multiplied(op: Op, activation: str | None) -> _Found:
     if shape is None or not _is_float32(result):
         return None
     inner = shape[1] if x.shape else shape[0]
-    if not _pays(inner * result.shape.numel()):  # type: ignore[union-attr]
+    if not pays(inner * result.shape.numel()):  # type: ignore[union-attr]
         return None
     if bias is not None and bias.shape == result.shape:  # no bias: something else to be added
         return product_and, (x, matrix, bias), False
     if bias is not None and (bias.shape is None or len(bias.shape) != 1):
         return None
     return product, (x, matrix, bias, activation or "none"), True
+
+
+def _multiplied_small(op: Op, activation: str | None) -> _Found:
+    """As it is, unless a tanh follows: by itself it takes as long as the product, and oneDNN's is worth its call."""
+    x, matrix, bias = op.args
+    (result,) = op.results
+    assert result is not None
+    count = matrix.shape[0] * result.shape.numel()  # type: ignore[union-attr]
+    alone = bias is None or len(bias.shape) == 1
+    return (product, (x, matrix, bias, "tanh"), True) if activation == "tanh" and alone and pays(count) else None
 
 
 def _convolved(op: Op, activation: str | None) -> _Found:
@@ -104,10 +110,14 @@ def _joined(op: Op, activation: str | None) -> _Found:
     return (rows_together, parts, False) if dim in ([], [0]) else None
 
 
-_RULES: dict[Any, Callable[[Op, str | None], _Found]] = {
-    _aten.cat.default: _joined,
+_PRODUCTS: dict[Any, Callable[[Op, str | None], _Found]] = {
     _aten.mm.default: _multiplied,
     _aten.addmm.default: _multiplied,
+}
+_RULES: dict[Any, Callable[[Op, str | None], _Found]] = {
+    **_PRODUCTS,
+    _aten.cat.default: _joined,
+    small_product: _multiplied_small,
     _aten.convolution.default: _convolved,
     _aten.avg_pool2d.default: _pooled,
     _aten.avg_pool2d_backward.default: _spread,
@@ -125,38 +135,6 @@ def _is_by_two(x: Value, window: Sequence[Any]) -> bool:
     if x.shape is None or len(x.shape) != 4 or x.shape[-1] % 2 or x.shape[-2] % 2 or ceil_mode or divisor:
         return False
     return size in ((2, 2), (2,)) and stride in ((2, 2), (2,), ()) and not any(padding)
-
-
-def product(x: Tensor, matrix: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """rho(x @ matrix + bias), ``(M, N)`` from ``(M, K)``, ``(K, N)`` and ``(N,)``."""
-    return torch.ops.mkldnn._linear_pointwise(x, matrix.t(), bias, activation, [], "")  # type: ignore[no-any-return]
-
-
-def quick_mm(x: Tensor, matrix: Tensor) -> Tensor | None:
-    """x @ matrix, ``(M, N)`` from ``(M, K)`` and ``(K, N)``; None where that is no faster than torch's."""
-    return product(x, matrix, None, "none") if _fits(x, matrix) else None
-
-
-def quick_addmm(bias: Tensor, x: Tensor, matrix: Tensor, **scales: Any) -> Tensor | None:
-    """x @ matrix + bias, with ``(N,)`` besides; None where that is no faster than torch's."""
-    plain = not scales and bias.ndim == 1 and bias.dtype == x.dtype
-    return product(x, matrix, bias, "none") if plain and _fits(x, matrix) else None
-
-
-def _fits(x: Tensor, matrix: Tensor) -> bool:
-    plain = x.dtype == matrix.dtype == torch.float32 and x.device.type == "cpu"
-    return plain and _pays(x.numel() * matrix.shape[1])
-
-
-def _pays(multiplications: int) -> bool:
-    return multiplications >= _WORTH_IT and available()
-
-
-QUICK_PRODUCTS: Mapping[int, Callable[..., Tensor | None]] = {
-    id(_aten.mm.default): quick_mm,
-    id(_aten.addmm.default): quick_addmm,
-}
-"""For the first pass of steps that are captured, by the operation's id, as its own hash is slow."""
 
 
 def convolution(
@@ -201,78 +179,3 @@ def rows_together(*parts: Tensor) -> Tensor:
         if not beside or part.shape != first.shape or not part.is_contiguous():
             return torch.cat(parts)
     return first.as_strided((len(parts) * len(first), *first.shape[1:]), first.stride())
-
-
-def product_and(x: Tensor, matrix: Tensor, term: Tensor) -> Tensor:
-    """x @ matrix + term, ``(M, N)`` from ``(M, K)``, ``(K, N)`` and ``(M, N)``."""
-    return torch.ops.mkldnn._linear_pointwise.binary(x, term, matrix.t(), None, "add")  # type: ignore[no-any-return]
-
-
-_SCHEMAS = {
-    "product": "(Tensor x, Tensor matrix, Tensor? bias, str activation) -> Tensor",
-    "product_and": "(Tensor x, Tensor matrix, Tensor term) -> Tensor",
-}
-
-
-@functools.cache
-def _opaque(function: Callable[..., Tensor]) -> Callable[..., Any]:
-    """One of the above as an operator that torch.compile leaves alone."""
-    name = function.__name__
-    library = torch.library.Library("lightning_ebm", "FRAGMENT")  # type: ignore[no-untyped-call]
-    library.define(name + _SCHEMAS[name])  # type: ignore[no-untyped-call]
-
-    def of_shape(x: Tensor, matrix: Tensor, *_: Any) -> Tensor:
-        return x.new_empty((x.shape[0], matrix.shape[1]))
-
-    library.impl(name, function, "CPU")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"lightning_ebm::{name}", of_shape, lib=library)
-    _libraries.append(library)  # an operator lives as long as its library
-    _lower(name)
-    return getattr(torch.ops.lightning_ebm, name).default  # type: ignore[no-any-return]
-
-
-_libraries: list[Any] = []
-
-
-def _lower(name: str) -> None:
-    """Compiled code calls oneDNN itself instead of coming back to Python for it, where this torch can be told so."""
-    try:
-        from torch._inductor.lowering import fallback_handler, lowerings, permute, register_lowering
-    except ImportError:
-        return
-    handler: Any = fallback_handler
-    plain = handler(torch.ops.mkldnn._linear_pointwise.default, add_to_fallback_set=False)
-
-    def lowered(x: Any, matrix: Any, *others: Any) -> Any:
-        turned = permute(matrix, [1, 0])
-        if name == "product":
-            bias, activation = others
-            return plain(x, turned, bias, activation, [], "")
-        (term,) = others  # added with whatever else is done to the elements
-        return lowerings[_aten.add.Tensor](plain(x, turned, None, "none", [], ""), term)
-
-    register_lowering(getattr(torch.ops.lightning_ebm, name).default, type_promotion_kind=None)(lowered)
-
-
-@functools.cache
-def available() -> bool:
-    """Whether oneDNN is the faster one on this processor, measured once: by a fifth or more."""
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    with torch.no_grad():
-        x, matrix = torch.ones(128, 256), torch.ones(256, 256)
-        try:
-            fast = least_time(lambda: product(x, matrix, None, "none"))
-        except RuntimeError:
-            return False
-        return fast < 0.8 * least_time(lambda: torch.mm(x, matrix))
-
-
-def least_time(function: Callable[[], object]) -> float:
-    """The shortest of ten runs, in seconds: what else the machine does makes none of them shorter."""
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)

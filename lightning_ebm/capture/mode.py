@@ -43,6 +43,11 @@ class Mode(NamedTuple):
         return self.kind in ("forces", "error_forces", "responses", "hops") and not self.summed
 
     @property
+    def repeated(self) -> bool:
+        """Whether a batch is evaluated at many points, or is one of the ends of steps that are."""
+        return self.summed or self.kind in ("error_forces", "responses", "answers", "dyads")
+
+    @property
     def summed(self) -> bool:
         """Whether the energy is one number, I + lambda L of the batch: nobody asks for more without the forces."""
         return self.lr is not None or self.norms

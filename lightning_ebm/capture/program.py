@@ -19,6 +19,7 @@ from lightning_ebm.capture.contrast import Contrast
 from lightning_ebm.capture.lowering import Lines
 from lightning_ebm.capture.order import most_held, orders
 from lightning_ebm.capture.pair_rules import in_pairs
+from lightning_ebm.capture.rows import in_rows
 from lightning_ebm.capture.simplify import needed, simplified
 from lightning_ebm.capture.tape import Tape
 from lightning_ebm.capture.values import CONSTANT, PHASE, SEED, STATE, Value
@@ -41,7 +42,8 @@ class Program:
 
     Attributes:
         bound: the values to be taken from the first pass.
-        once: from the bound values to the rest of what a batch fixes.
+        turned: those of them whose transposes are wanted too, in rows.
+        once: from the bound values and these to the rest of what a batch fixes.
         phase: from these and the nudge to what a phase fixes.
         point: from these and the point to the outputs, what the update wants kept, and what the energy is made of. The
             point is a list, which may be emptied: whoever has no other use for its tensors does not hold them.
@@ -51,6 +53,7 @@ class Program:
     """
 
     bound: list[Value]
+    turned: list[Value]
     once: Callable[..., tuple[Any, ...]]
     phase: Callable[..., tuple[Any, ...]]
     point: Callable[..., Sequence[Sequence[Tensor]]]
@@ -78,6 +81,7 @@ class Record:
         still: inputs that are where the forward pass left them, and what they are then equal to.
         phases: how many phases the update sums over, or there are outputs of, each with a point, a strength and a
             scale of its own.
+        repeated: whether a batch is evaluated at many points.
     """
 
     tape: Tape
@@ -92,6 +96,7 @@ class Record:
     defined: Mapping[Value, tuple[Value, Value]]
     still: Mapping[Value, Value] = field(default_factory=dict)
     phases: int = 1
+    repeated: bool = False
 
 
 def compiled_program(
@@ -127,6 +132,10 @@ def compiled_program(
             outputs = [v for phase in zip(*map(abreast.parts, outputs), strict=True) for v in phase]
             ops = needed(abreast.ops, outputs)
         inputs[PHASE:] = [[names[v] for names in own for v in level] for level in inputs[PHASE:]]
+    weights = [v for v in lines.bound if v not in lines.fixed] if record.repeated else []
+    ops, turned = in_rows(ops, weights)
+    ops = needed(ops, [*outputs, *slopes])
+    inputs[CONSTANT] = [*lines.bound, *turned.values()]
     outputs = _owned(ops, outputs)
     energy, outputs = outputs[: len(energy)], outputs[len(energy) :]
     stages = _staged(ops, energy, outputs, slopes)
@@ -174,7 +183,8 @@ def compiled_program(
         evaluate = compiler(code("point", STATE, given, made, to_compile=True), evaluate)
     return Program(
         bound=lines.bound,
-        once=code("once", CONSTANT, [lines.bound], [once]),
+        turned=list(turned),
+        once=code("once", CONSTANT, [inputs[CONSTANT]], [once]),
         phase=code("phase", PHASE, [once, inputs[PHASE]], [phase]),
         point=evaluate,
         energy=partial(_first_of, code("energy", _ENERGY, [parts], [energy])),

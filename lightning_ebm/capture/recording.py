@@ -124,6 +124,7 @@ class RecordingNetwork(Checking):
             defined=defined,
             still={} if some_moved is None else self._ahead_of(some_moved, tape),
             phases=mode.phases,
+            repeated=mode.repeated,
         )
         compiler = None if mode.continued else compiler  # which has no complex numbers
         program = compiled_program(record, faster if self.free[0].device.type == "cpu" else None, compiler)

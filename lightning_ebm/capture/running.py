@@ -64,6 +64,7 @@ class RunningNetwork(RecordingNetwork):
         else:
             tape.thin_out()
         self._fixed: dict[Any, tuple[Tensor, ...]] = {}
+        self._turned: dict[Value, Tensor] = {}
         self._latest_run: Evaluation | None = None
         self._gliding: dict[tuple[complex, float, str], Ready] = {}
         self._ready: dict[tuple[Mode, tuple[complex, ...]], Ready] = {}
@@ -127,12 +128,19 @@ class RunningNetwork(RecordingNetwork):
                 program.fixed[v].clone() if v in program.fixed else self._tape.contents[bound.get(v, v)]
                 for v in program.bound
             ]
-            self._fixed[mode] = program.once(contents)
+            turned = [self._transposed(bound.get(v, v)) for v in program.turned]
+            self._fixed[mode] = program.once([*contents, *turned])
         once = self._fixed[mode]
         if (mode, strengths) not in self._fixed:
             given = [complex(s) if mode.continued else s for s in strengths]
             self._fixed[mode, strengths] = program.phase(once, tuple(self.scalar(s) for s in given))
         return once, self._fixed[mode, strengths]
+
+    def _transposed(self, value: Value) -> Tensor:
+        """A matrix of the first pass turned round, in rows: one copy a batch, whatever code reads it."""
+        if value not in self._turned:
+            self._turned[value] = self._tape.contents[value].t().contiguous()
+        return self._turned[value]
 
     # Capturing
 
