@@ -16,6 +16,7 @@ from lightning_ebm.capture.remember import Remembered
 from lightning_ebm.capture.replay import CapturedNetwork
 from lightning_ebm.capture.tape import Tape
 from lightning_ebm.closure import Closure, checked_loss
+from lightning_ebm.energies.base import rests_at_prediction
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.holding import Holding
 from lightning_ebm.layers import LayerFinder
@@ -103,13 +104,14 @@ class Step:
     def first_pass(self) -> Iterator[None]:
         """The user's own pass, side effects and all, with every state at its free equilibrium.
 
-        For a divergence energy that is each prediction, at no cost; for others quiet passes relax to it before.
+        For a divergence energy that is each prediction, at no cost, as it is for others where no layer reads another's
+        state; else quiet passes relax to it before.
         """
         if self._plan is None:  # the control: nothing is substituted, but the pass can be replayed for comparison
             with self._snapshot.recording():
                 yield
             return
-        if self._algorithm.energy.divergence:
+        if self._is_free_forward(self._plan):
             state_of, taped = self._cut(at_prediction(frozenset(self._plan.states))), self._taped()
         else:  # the network, and the tape, are those of the quiet pass at the predictions
             self._settle()
@@ -120,6 +122,12 @@ class Step:
             yield
         self._first = first
 
+    def _is_free_forward(self, plan: Plan) -> bool:
+        """Whether the free equilibrium is the forward pass, so that a relaxation that begins there stays there."""
+        algorithm = self._algorithm
+        alone = rests_at_prediction(algorithm.energy) and not any(row.parents for row in plan.rows)
+        return algorithm.energy.divergence or (alone and algorithm.initial_state == "forward")
+
     def returned(self, loss: Any) -> None:
         """Notes the loss as the user's code returned it, where `surrogate` is given a multiple of it."""
         self._raw_loss = loss
@@ -128,6 +136,8 @@ class Step:
         """The network, relaxed to the free equilibrium of the energy."""
         assert self._plan is not None
         self.network = self._network_from(self._first_again(self._plan))
+        if self._is_free_forward(self._plan):
+            return self._resting(self.network)
         start = None
         if self._memory is not None:
             names = self._memory.names(self._batch, self.network.batch_size)
@@ -136,6 +146,17 @@ class Step:
         if self._memory is not None and self._teaches:
             self._memory.keep(names, self._free.point)
         return self.network
+
+    def _resting(self, network: Network) -> Network:
+        """The network, whose free equilibrium is the pass it was made from; a divergence has nothing to say of it."""
+        if not self._algorithm.energy.divergence:
+            _announce(network, 0.0)
+            with torch.no_grad():
+                energy = network.energy_of(network.free, 0.0)
+            self._free = Relaxation(
+                list(network.free), "states", "converged", 0, energy.new_zeros(network.batch_size), [energy]
+            )
+        return network
 
     def surrogate(self, loss: Tensor, scale: float = 1.0) -> Tensor:
         """A scalar with the value of `loss` whose gradient with respect to the parameters is the update.
@@ -201,12 +222,13 @@ class Step:
                 " stock training, lower the learning rate of the parameters, or clip."
             )
         first = self._first
-        if self._algorithm.energy.divergence:
+        if self._is_free_forward(self._plan):
             if first is None:  # the pass is not over, as under manual optimization: it is rehearsed up to here
                 first = self._first_again(self._plan)
             else:
                 first.loss = self._unscaled(loss, scale)
-            return self._network_from(first)
+            network = self._network_from(first)
+            return self._resting(network) if self._is_free_forward(self._plan) else self._settle()
         if first is None or self.network is None or self._free is None:
             return self._settle()
         first.loss = self._unscaled(loss, scale)

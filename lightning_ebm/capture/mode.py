@@ -44,8 +44,8 @@ class Mode(NamedTuple):
 
     @property
     def repeated(self) -> bool:
-        """Whether a batch is evaluated at many points, or is one of the ends of steps that are."""
-        return self.summed or self.kind in ("error_forces", "responses", "answers", "dyads")
+        """Whether a batch is evaluated at many points, or this is what such points lead to."""
+        return self.summed or self.kind in ("error_forces", "responses", "answers", "dyads", "update", "dyadic update")
 
     @property
     def summed(self) -> bool:

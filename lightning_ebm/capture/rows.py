@@ -1,4 +1,4 @@
-"""Small products of points, and the weights they read by rows."""
+"""Small products, and what they read by rows."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -14,7 +14,9 @@ _TURNING = frozenset({_aten.t.default, _aten.transpose.int, _aten.permute.defaul
 
 
 def in_rows(ops: Sequence[Op], weights: Collection[Value]) -> tuple[list[Op], dict[Value, Value]]:
-    """The same operations, small float32 products of points as calls of one kernel, which reads its operands by rows.
+    """The same operations, small float32 products as calls of one kernel, which reads its operands by rows.
+
+    What depends on states and is turned round (the errors in e^T x, a gradient of weights) is copied where it stands.
 
     Args:
         ops: of all stages, in order.
@@ -26,28 +28,33 @@ def in_rows(ops: Sequence[Op], weights: Collection[Value]) -> tuple[list[Op], di
     """
     made = {value: op for op in ops for value in op.results if value is not None}
     copies: dict[Value, Value] = {}
+    found: list[Op] = []
 
-    def is_turned(value: Value) -> bool:
-        return value in made and made[value].func in _TURNING
-
-    def by_rows(matrix: Value) -> Value | None:
-        if not is_turned(matrix):
+    def by_rows(matrix: Value, level: int) -> Value | None:
+        """What holds these numbers row after row, as far as can be told."""
+        op = made.get(matrix)
+        if op is None or op.func not in _TURNING:
             return matrix
-        (weight, *how) = made[matrix].args
+        if op.level >= STATE:
+            copy = matrix.like()
+            found.append(Op(_aten.contiguous.default, (matrix,), {}, [copy], True, level))
+            return copy
+        (weight, *how) = op.args
         return None if how or weight not in weights else copies.setdefault(weight, matrix.like())
 
-    found = []
     for op in ops:
         if _is_small(op):
             term, x, matrix = op.args if op.func is _aten.addmm.default else (None, *op.args)
-            if not is_turned(x) and (rows := by_rows(matrix)) is not None:
+            rows = by_rows(matrix, op.level)
+            x = None if rows is None else by_rows(x, op.level)
+            if x is not None:
                 op = Op(small_product, (x, rows, term), {}, op.results, True, op.level)
         found.append(op)
     return found, copies
 
 
 def _is_small(op: Op) -> bool:
-    if op.level != STATE or op.kwargs or op.func not in (_aten.mm.default, _aten.addmm.default):
+    if op.level < STATE or op.kwargs or op.func not in (_aten.mm.default, _aten.addmm.default):
         return False
     *_, x, matrix = op.args
     (result,) = op.results

@@ -47,6 +47,10 @@ class Energy(ABC):
     """False promises that neither energy nor response looks at ``layer.drive``, which then is not kept: memory. It does
     not pass to subclasses, which may look; each class says it for itself."""
 
+    rests_at_prediction: ClassVar[bool] = False
+    """True promises that argmin_x e(x, a) is rho(a), to rounding: a layer that nothing pulls emits what it does in a
+    forward pass. Where no layer reads another's state, that is the free equilibrium. Not passed on either."""
+
     @abstractmethod
     def layer_energy(self, state: Tensor, layer: LayerView) -> Tensor:
         """e(x_l, a_l, rho_l), batch first. Any trailing shape: it is summed over all but the batch dimension."""
@@ -85,6 +89,11 @@ class Energy(ABC):
 def reads_drive(energy: Energy) -> bool:
     """Whether the energy may look at the drives: unless its very class, no parent of it, says that it does not."""
     return bool(type(energy).__dict__.get("reads_drive", True))
+
+
+def rests_at_prediction(energy: Energy) -> bool:
+    """Whether the energy's very class promises that a layer that nothing pulls is at its prediction."""
+    return bool(type(energy).__dict__.get("rests_at_prediction", False))
 
 
 def has_best_response(energy: Energy) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -31,6 +32,8 @@ class Hopfield(Energy):
     Source:
         Hopfield 1984; Scellier and Bengio 2017, layered as in Scellier et al. 2023; Xie and Seung 2003 for gamma.
     """
+
+    rests_at_prediction: ClassVar[bool] = True
 
     feedback: float = 1.0
 
