@@ -18,7 +18,7 @@ from lightning_ebm.energies.base import LayerView, QuadraticEnergy, is_bounded, 
 from lightning_ebm.errors import LayerDiscoveryError, UnsupportedModuleError
 from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.relaxers.forces import total_energy
-from lightning_ebm.samples import by_sample, layout_of, squares_by_sample, to_samples
+from lightning_ebm.samples import by_sample, layout_of, norm_by_sample, squares_by_sample, to_samples
 from lightning_ebm.stamps import Stamps, stamps
 from lightning_ebm.substitution import Pass, StateKey, StateOf, at_prediction, at_states
 from lightning_ebm.wiring import Plan
@@ -190,8 +190,21 @@ class Network:
         precisions = self._precisions(self._first)
         return self.per_sample([p * a * b for p, a, b in zip(precisions, left, right, strict=True)])
 
+    def norms(self, tensors: Sequence[Tensor], layers: Sequence[int] | None = None) -> Tensor:
+        """See `Landscape.norms`. Reads each tensor once where its samples lie in rows, and makes none of its size.
+
+        Args:
+            tensors: one for each of the layers.
+            layers: which; None is all.
+        """
+        layouts = self._layouts if layers is None else [self._layouts[k] for k in layers]
+        rows = [norm_by_sample(t, layout, self.batch_size) for t, layout in zip(tensors, layouts, strict=True)]
+        if len(rows) == 1:
+            return rows[0]
+        return torch.linalg.vector_norm(torch.stack(rows), dim=0)  # type: ignore[no-any-return]
+
     def squares(self, tensors: Sequence[Tensor], layers: Sequence[int] | None = None) -> Tensor:
-        """See `Landscape.squares`. Reads each tensor once where its samples lie in rows, and makes none of its size.
+        """`per_sample` of |t|^2: ``(B,)``.
 
         Args:
             tensors: one a layer.
@@ -316,7 +329,7 @@ class Network:
             energy = self.energy.layer_energy(state if own else state.detach(), view)
             same_shape = energy.shape == state.shape
             terms.append(by_sample(energy, layout if same_shape else 0, self.batch_size))
-        return torch.stack(terms).sum(0)
+        return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
 
     def views(self, seen: Pass) -> list[LayerView]:
         """What the energy may know of each layer."""

@@ -207,7 +207,7 @@ class Detour(ebm.ErrorCoordinates):
 
     def relax(self, landscape, start, strength):
         for _ in range(self.more):
-            landscape.squares(landscape.error_forces(landscape.no_errors, strength).gradients)
+            landscape.norms(landscape.error_forces(landscape.no_errors, strength).gradients)
         return super().relax(landscape, start, strength)
 
 

@@ -68,8 +68,8 @@ class Chain:
     def per_sample(self, tensors):
         return torch.stack([t.sum(1) for t in tensors]).sum(0)
 
-    def squares(self, tensors):
-        return self.per_sample([t.abs().square() for t in tensors])
+    def norms(self, tensors):
+        return self.per_sample([t.abs().square() for t in tensors]).sqrt()
 
     def products(self, left, right, layers):
         assert len(left) == len(right) == len(layers)
@@ -263,7 +263,7 @@ def test_the_residual_is_what_the_last_plain_sweep_moved_relative_to_the_first()
         for layers in ([0, 2], [1]):
             for k, answer in zip(layers, answers(after, 0.25, layers), strict=True):
                 after[k] = answer
-        return after, chain.squares([y - x for x, y in zip(before, after, strict=True)]).sqrt()
+        return after, chain.norms([y - x for x, y in zip(before, after, strict=True)])
 
     (_, first), (last, left) = moved(seen[0]), moved(seen[-2])
     assert worst(found.point, last) == 0  # read after a sweep to which nothing was added

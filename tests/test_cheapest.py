@@ -35,8 +35,8 @@ class Line:
     def per_sample(self, tensors):
         return tensors[0].sum(1)
 
-    def squares(self, tensors):
-        return self.per_sample([tensors[0].square()])
+    def norms(self, tensors):
+        return self.per_sample([tensors[0].square()]).sqrt()
 
 
 class Scripted(ebm.Relaxer):
@@ -154,7 +154,7 @@ def test_equal_costs_are_not_told_apart_by_how_they_round():
     class Sums(Scripted):
         def relax(self, landscape, start, strength):
             for asked in self.order:
-                landscape.error_forces(start, strength) if asked == "f" else landscape.squares(start)
+                landscape.error_forces(start, strength) if asked == "f" else landscape.norms(start)
             return super().relax(landscape, start, strength)
 
     def asking(order):

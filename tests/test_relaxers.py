@@ -38,8 +38,8 @@ class Quadratic:
 
     error_forces = forces
 
-    def squares(self, tensors) -> Tensor:
-        return self.per_sample([t.square() for t in tensors])
+    def norms(self, tensors) -> Tensor:
+        return self.per_sample([t.square() for t in tensors]).sqrt()
 
     def per_sample(self, tensors) -> Tensor:
         return torch.stack([t.flatten(1).sum(1) for t in tensors]).sum(0)

@@ -16,6 +16,7 @@ from typing import Any
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.capture.comparison import same_computation
+from lightning_ebm.capture.heap import keep_heap
 from lightning_ebm.capture.mode import Mode
 from lightning_ebm.capture.program import Program
 from lightning_ebm.capture.tape import Tape
@@ -37,6 +38,7 @@ class Captures:
 
     def __init__(self, compile: bool = False) -> None:
         self.compile = compile
+        keep_heap()
         self.refused: str | None = None
         self.missed: dict[Mode, tuple[complex, ...]] = {}
         """Evaluations that a captured step was asked for and had no code of, and the nudges they were asked for at."""

@@ -19,7 +19,6 @@ from lightning_ebm.capture.tape import Tape
 from lightning_ebm.capture.values import PHASE, SEED, STATE, Value
 from lightning_ebm.delivery import Seed
 from lightning_ebm.relaxers.fixed_steps import moved
-from lightning_ebm.samples import norm_by_sample
 from lightning_ebm.substitution import Pass
 from lightning_ebm.wiring import Region
 
@@ -98,7 +97,7 @@ class RecordingNetwork(Checking):
                 here = errors if mode.in_errors else [state.detach() for state in first.states]
                 pulls = [outputs[1 + k] for k in layers]
                 ahead = [] if mode.lr is None else moved([here[k] for k in layers], pulls, mode.lr)
-                energy, outputs = None, [total, *([self._norms(pulls, layers)] if mode.norms else []), *ahead]
+                energy, outputs = None, [total, *([self.norms(pulls, layers)] if mode.norms else []), *ahead]
                 del pulls, ahead
             elif mode.wanted is not None:
                 outputs = [outputs[0], *(outputs[1 + k] for k in layers)]
@@ -132,11 +131,6 @@ class RecordingNetwork(Checking):
             for value in node.results:
                 tape.contents.pop(value, None)  # type: ignore[arg-type]  # None is in no dictionary of values
         return program, [value for value, _ in reached]
-
-    def _norms(self, tensors: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
-        """|t| of each sample over these layers, ``(B,)``: `squares` and a root in fewer operations."""
-        rows = [norm_by_sample(t, self._layouts[k], self.batch_size) for t, k in zip(tensors, layers, strict=True)]
-        return torch.linalg.vector_norm(torch.stack(rows), dim=0)  # type: ignore[no-any-return]
 
     def _ahead_of(self, moved: Collection[int], tape: Tape) -> dict[Value, Value]:
         """The states that have not moved, and their predictions."""

@@ -1,5 +1,6 @@
 """Odd-even sweeps as the slopes of conjugate gradients."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.relaxers.base import Landscape, checked_steps, force_norm
-from lightning_ebm.relaxers.fixed_point import ended, ran_away, rounding_of
+from lightning_ebm.relaxers.fixed_point import ended, looked_at, ran_away, rounding_of
 from lightning_ebm.relaxers.sweeping import SweepingRelaxer, Sweeps
 
 _FURTHEST = 1e3
@@ -69,33 +70,36 @@ class AcceleratedFixedPoint(SweepingRelaxer):
     def sweeps(self, landscape: Landscape, point: list[Tensor], strength: complex) -> Sweeps:
         halves = self.groups(landscape)
         search = _Search(landscape, halves[-1])
-        energies = [landscape.energy_of(point, strength)]
+        energies, bound = [landscape.energy_of(point, strength)], math.inf
         for steps in range(1, self.max_steps + 1):  # read after the loop
             before, point = point, (yield point)
             moved = [y - x for x, y in zip(before, point, strict=True)]
             norm = force_norm(landscape, moved)
             if steps == 1:
                 first, settled_at = norm, (self.tol * norm).maximum(rounding_of(landscape, point))
-                bound = 1e6 * first.max().clamp_min(1)
-            unsettled, away = ~(norm <= settled_at), ~(norm <= bound)  # nan is
-            if search.elsewhere is not None:
-                lost = search.elsewhere & ~(norm <= 10 * first)
-                moving, diverged, failed = torch.stack([unsettled, away & ~lost, lost]).any(1).tolist()  # asked once
+            failed = False
+            if search.elsewhere is None:
+                left, largest = looked_at(norm, settled_at)
+                bound = 1e6 * max(largest, 1.0) if steps == 1 else bound
+                moving, diverged = not left <= 0, not largest <= bound  # nan is both
             else:
-                (moving, diverged), failed = torch.stack([unsettled, away]).any(1).tolist(), False
+                lost = search.elsewhere & ~(norm <= 10 * first)
+                away = ~(norm <= bound) & ~lost
+                moving, diverged, failed = torch.stack([~(norm <= settled_at), away, lost]).any(1).tolist()
             if diverged:
                 raise ran_away(self, landscape, strength, steps, before, point)
-            step = _Sweep(moved, point, norm)
+            step, searching = _Sweep(moved, point, norm), norm
             if failed:
                 step = search.without(step, lost)
                 point, norm = step.ended, step.norm
-                unsettled &= ~lost
+                searching = norm.where(~lost, 0.0)  # lost ones start anew
             if steps == self.max_steps or (self.tol and not moving):
                 break
             if len(halves) > 1 or steps > _ALONE:
-                point = search.onwards(step, unsettled)
+                point = search.onwards(step, ~(searching <= settled_at))
+        settled = bool((norm <= settled_at).all()) if failed else not moving
         energies.append(landscape.energy_of(point, strength))
-        return ended(point, steps, norm, first, settled_at, self.tol, energies)
+        return ended(point, steps, norm, first, settled, self.tol, energies)
 
 
 @dataclass

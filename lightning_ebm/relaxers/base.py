@@ -67,8 +67,8 @@ class Landscape(Protocol):
     def metric(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         """sum_l Pi_l <left_l, right_l> of each sample, ``(B,)``: the scalar product of errors."""
 
-    def squares(self, tensors: Sequence[Tensor]) -> Tensor:
-        """`per_sample` of |t|^2: ``(B,)``."""
+    def norms(self, tensors: Sequence[Tensor]) -> Tensor:
+        """|t| of each sample, all layers together, ``(B,)``: the root of `per_sample` of |t|^2."""
 
     def products(self, left: Sequence[Tensor], right: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
         """sum_k Re <left_k, right_k> over these layers, of which both lists hold one tensor each: ``(B,)``."""
@@ -156,7 +156,7 @@ def checked_steps(owner: object, max_steps: int, tol: float) -> None:
 
 def force_norm(landscape: Landscape, gradients: Sequence[Tensor]) -> Tensor:
     """|dE/dx| of each sample, ``(B,)``."""
-    return landscape.squares(gradients).sqrt()
+    return landscape.norms(gradients)
 
 
 def as_complex(states: Sequence[Tensor], strength: complex) -> list[Tensor]:

@@ -61,10 +61,10 @@ class Counting:
         self._spend(_REDUCTION)
         return self._landscape.per_sample(tensors)
 
-    def squares(self, tensors: Sequence[Tensor]) -> Tensor:
-        """See `Landscape.squares`."""
+    def norms(self, tensors: Sequence[Tensor]) -> Tensor:
+        """See `Landscape.norms`."""
         self._spend(_REDUCTION)
-        return self._landscape.squares(tensors)
+        return self._landscape.norms(tensors)
 
     def products(self, left: Sequence[Tensor], right: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
         """See `Landscape.products`."""

@@ -65,20 +65,31 @@ class FixedPoint(SweepingRelaxer):
     def sweeps(self, landscape: Landscape, point: list[Tensor], strength: complex) -> Sweeps:
         energies = [landscape.energy_of(point, strength)]
         first = norm = settled_at = energies[0].new_empty(0)
+        left = 0.0
         for steps in range(1, self.max_steps + 1):  # read after the loop
             before, point = point, (yield point)
             if not self.tol and steps % _LOOK_AT and steps not in (1, self.max_steps):
                 continue
-            norm = force_norm(landscape, [y - x for x, y in zip(before, point, strict=True)]) / (1 - self.damping)
+            norm = force_norm(landscape, [y - x for x, y in zip(before, point, strict=True)])
+            if self.damping:
+                norm = norm / (1 - self.damping)
             if steps == 1:
                 first, settled_at = norm, (self.tol * norm).maximum(rounding_of(landscape, point))
-                bound = 1e6 * float(first.max().clamp_min(1))
-            if not float(norm.max()) <= bound:  # nan is not
+            left, largest = looked_at(norm, settled_at)
+            if steps == 1:
+                bound = 1e6 * max(largest, 1.0)
+            if not largest <= bound:  # nan is not
                 raise ran_away(self, landscape, strength, steps, before, point)
-            if self.tol and bool((norm <= settled_at).all()):
+            if self.tol and left <= 0:
                 break
         energies.append(landscape.energy_of(point, strength))
-        return ended(point, steps, norm, first, settled_at, self.tol, energies)
+        return ended(point, steps, norm, first, left <= 0, self.tol, energies)
+
+
+def looked_at(norm: Tensor, settled_at: Tensor) -> tuple[float, float]:
+    """By how much the sample that is furthest from it has not settled, and the largest norm: nan where one is."""
+    left, largest = torch.stack([(norm - settled_at).amax(), norm.amax()]).tolist()  # asked of the device once
+    return left, largest
 
 
 def ended(
@@ -86,7 +97,7 @@ def ended(
     steps: int,
     norm: Tensor,
     first: Tensor,
-    settled_at: Tensor,
+    settled: bool,
     tol: float,
     energies: Sequence[Tensor],
 ) -> Relaxation:
@@ -97,20 +108,19 @@ def ended(
         steps: how many there were.
         norm: how far the last one moved each sample.
         first: how far the first one did.
-        settled_at: below which a sample has settled.
+        settled: whether all samples have.
         tol: 0 where a number of sweeps was asked for.
         energies: at the start and at the end.
     """
-    settled = bool((norm <= settled_at).all())
     residual = norm / first.clamp_min(torch.finfo(first.dtype).tiny)
-    grew = bool(norm.norm() > first.norm()) and not settled
+    grew = not settled and bool(norm.norm() > first.norm())
     status: Status = "fixed" if not tol else "converged" if settled else "max_steps"
     return Relaxation(point, "states", "max_steps" if grew else status, steps, residual, energies)
 
 
 def rounding_of(landscape: Landscape, point: Sequence[Tensor]) -> Tensor:
     """The residual of states that are one rounding error away from their response, ``(B,)``."""
-    size = landscape.squares(point).sqrt()
+    size = landscape.norms(point)
     return 4 * max(landscape.rounding, torch.finfo(size.dtype).eps) * size
 
 

@@ -55,7 +55,7 @@ class FixedPrediction(Relaxer):
             forces = landscape.hops(errors, strength)
             energies.append(total_energy(forces, strength))
             norms.append(force_norm(landscape, forces.gradients))
-            size = landscape.squares(errors).sqrt()
+            size = landscape.norms(errors)
             # Not against the first force: it may be the smallest, and grow on its way down.
             settled = norms[-1] <= max(self.tol, 4 * landscape.rounding) * size.maximum(norms[0])
             if steps == self.max_steps or (self.tol and bool(settled.all())):
