@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_ebm as ebm
-from lightning_ebm.capture import kernels
+from lightning_ebm.capture import kernels, products
 from lightning_ebm.capture.captures import Captures
 from lightning_ebm.capture.program import Program
 
@@ -569,25 +569,33 @@ def fused(learner: ebm.Learner) -> bool:
     return any("'relu'" in program.sources["point"] for program in programs(learner))
 
 
-def test_products_by_the_faster_library_are_as_near_to_float64_as_the_others(monkeypatch) -> None:
-    """How far the two paths are apart, and that neither is the worse one: against float64, layer by layer."""
+def by(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    """Products by "torch", by "oneDNN", or those that are small by "kernel", whatever is fastest here."""
+    monkeypatch.setattr(products, "available", lambda: library != "torch")
+    monkeypatch.setattr(products, "kernel", products.torchs_kernel if library == "kernel" else lambda: None)
+
+
+def test_products_by_faster_libraries_are_as_near_to_float64_as_the_others(monkeypatch) -> None:
+    """How far the paths are apart, and that none is the worse one: against float64, layer by layer."""
     exact, learner = wide_gradients(torch.float64)
     assert not fused(learner)
     results = {}
-    for faster in (False, True):
-        monkeypatch.setattr(kernels, "available", lambda faster=faster: faster)
-        results[faster], learner = wide_gradients(torch.float32)
-        assert fused(learner) == faster
+    for library in ("torch", "oneDNN", "kernel"):
+        by(monkeypatch, library)
+        results[library], learner = wide_gradients(torch.float32)
+        assert fused(learner) == (library == "oneDNN")
+        codes = [program.point.__globals__ for program in programs(learner)]
+        small = any(products.small_product in code.values() for code in codes)
+        assert small == (library == "kernel" and products.torchs_kernel() is not None)
     for name, value in exact.items():
         scale = value.abs().max()
-        errors = {k: float((found[name] - value).abs().max() / scale) for k, found in results.items()}
-        assert errors[True] < 5e-5
-        assert errors[False] < 5e-5
-        assert float((results[True][name] - results[False][name]).abs().max() / scale) < 2e-4
+        for found in results.values():
+            assert float((found[name] - value).abs().max() / scale) < 5e-5
+            assert float((found[name] - results["torch"][name]).abs().max() / scale) < 2e-4
 
 
 def test_the_activation_behind_a_product_is_part_of_it(monkeypatch) -> None:
-    monkeypatch.setattr(kernels, "available", lambda: True)
+    by(monkeypatch, "oneDNN")
     _, learner = wide_gradients(torch.float32)
     whole = [mode for mode in learner._captures[0]._kept[0].programs if mode.lr and mode.moved is None]
     point = learner._captures[0]._kept[0].programs[whole[0]].sources["point"]
@@ -600,9 +608,9 @@ def test_the_faster_ways_give_what_they_stand_for() -> None:
     """In float64, where rounding hides nothing, except for the library that knows float32 alone."""
     x, matrix, term = torch.randn(9, 17), torch.randn(17, 5), torch.randn(9, 5)
     exact = x.double() @ matrix.double()
-    assert torch.allclose(kernels.product(x, matrix, None, "none").double(), exact, atol=1e-5)
-    assert torch.allclose(kernels.product(x, matrix, term[0], "tanh").double(), (exact + term[0]).tanh(), atol=1e-5)
-    assert torch.allclose(kernels.product_and(x, matrix, term).double(), exact + term, atol=1e-5)
+    assert torch.allclose(products.product(x, matrix, None, "none").double(), exact, atol=1e-5)
+    assert torch.allclose(products.product(x, matrix, term[0], "tanh").double(), (exact + term[0]).tanh(), atol=1e-5)
+    assert torch.allclose(products.product_and(x, matrix, term).double(), exact + term, atol=1e-5)
     image, weight, bias = torch.randn(2, 4, 9, 7), torch.randn(6, 2, 3, 3), torch.randn(6)
     sizes = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), "groups": 2}
     slow = F.conv2d(image.double(), weight.double(), bias.double(), **sizes).sigmoid()

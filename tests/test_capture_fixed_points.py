@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_ebm as ebm
-from lightning_ebm.capture import kernels
+from lightning_ebm.capture import products
 from lightning_ebm.capture.elementwise import quick_tanh, quick_xlogx
 from lightning_ebm.capture.tape import Tape
 
@@ -371,21 +371,21 @@ def test_the_pull_of_the_loss_changes_its_sign_once_a_phase(last: Callable[[], n
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_quiet_pass_multiplies_by_the_faster_library(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And comes to the same, up to rounding; what is small, or of other types, it leaves alone."""
-    monkeypatch.setattr(kernels, "available", lambda: True)
+    monkeypatch.setattr(products, "available", lambda: True)
     torch.manual_seed(0)
     layer = nn.Linear(300, 64, bias=bias)
     for x in (torch.randn(80, 300), torch.randn(2, 300), torch.randn(2, 40, 300)):
-        with Tape(kernels.QUICK_PRODUCTS) as tape:
+        with Tape(products.QUICK_PRODUCTS) as tape:
             got = layer(x)
         assert [str(node.func) for node in tape.nodes].count("aten.addmm.default" if bias else "aten.mm.default") == 1
         assert torch.allclose(got, layer(x), rtol=0, atol=1e-5)
         assert torch.autograd.grad(got.sum(), layer.weight)[0].shape == (64, 300)
     exact = layer.double(), torch.randn(80, 300, dtype=torch.float64)
-    with Tape(kernels.QUICK_PRODUCTS):
+    with Tape(products.QUICK_PRODUCTS):
         got = exact[0](exact[1])
     assert torch.equal(got, exact[0](exact[1]))
     for scales in ({"beta": 2}, {"alpha": 0.5}):
         x, w, b = torch.randn(80, 300), torch.randn(300, 64), torch.randn(64)
-        with Tape(kernels.QUICK_PRODUCTS):
+        with Tape(products.QUICK_PRODUCTS):
             got = torch.addmm(b, x, w, **scales)
         assert torch.equal(got, torch.addmm(b, x, w, **scales))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_ebm as ebm
-from lightning_ebm.capture import compiled, kernels
+from lightning_ebm.capture import compiled, products
 from lightning_ebm.capture.compiled import Compiled
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on the CPU")
@@ -154,10 +154,14 @@ def test_compiled_steps_end_where_the_plain_ones_do() -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.Hardsigmoid])
-def test_products_of_the_faster_library_are_compiled_with_what_is_done_to_them(activation, monkeypatch, caplog) -> None:
+def test_products_of_the_faster_library_are_compiled_with_what_is_done_to_them(
+    activation, small, monkeypatch, caplog
+) -> None:
     """A pull is added to a drive, and both signs of the nudge come as one batch: no code is given up, none differs."""
-    monkeypatch.setattr(kernels, "available", lambda: True)
+    monkeypatch.setattr(products, "available", lambda: True)
+    monkeypatch.setattr(products, "kernel", products.torchs_kernel if small else lambda: None)
     compiled._say_once.cache_clear()
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(20, 128), activation(), nn.Linear(128, 128), activation(), nn.Linear(128, 10))

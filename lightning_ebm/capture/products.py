@@ -4,7 +4,8 @@ Measured on the processors at hand: oneDNN multiplies about twice as fast as wha
 the weights as they lie in memory, and applies an activation as it writes. But a call of it costs ten microseconds, a
 quarter of a product of 64 x 256 x 256. torch has a function that runs one of oneDNN's kernels on bare pointers, made
 for the C++ that Inductor writes (`at::native::cpublas::brgemm`, ATen/native/CPUBlas.h): a call costs one microsecond.
-It works in one thread, and reads the rows of its second operand as rows. So small products are its, large ones oneDNN's.
+It works in one thread, and reads the rows of its second operand as rows. So products of medium size are that kernel's,
+large ones oneDNN's, and the smallest stay torch's.
 """
 
 import ctypes
@@ -18,7 +19,7 @@ from torch import Tensor
 
 _aten = torch.ops.aten
 _WORTH_IT = 1e6
-"""Multiplications below which calling oneDNN costs more than it saves."""
+"""Multiplications below which products are torch's, bit for bit: calling oneDNN costs more than it saves."""
 _SMALL = 1.6e7
 """Multiplications up to which its kernel alone is the faster one, as its operands stay in the cache of one core."""
 
@@ -92,7 +93,8 @@ def pays(multiplications: int) -> bool:
 
 def is_small(multiplications: int) -> bool:
     """Whether a product of so many multiplications is its kernel's, if its operands lie in rows."""
-    return 0 < multiplications * torch.get_num_threads() <= _SMALL and kernel() is not None
+    few = multiplications * torch.get_num_threads() <= _SMALL
+    return few and multiplications >= _WORTH_IT and kernel() is not None
 
 
 @functools.cache
@@ -111,29 +113,34 @@ def available() -> bool:
 
 @functools.cache
 def kernel() -> Callable[..., None] | None:
-    """torch's call of one kernel of oneDNN's, if it has it, it multiplies, and is faster by a fifth, measured once.
+    """`torchs_kernel`, if it is faster than torch's product by a fifth, measured once."""
+    found = torchs_kernel()
+    if found is None:
+        return None
+    with torch.no_grad():
+        x, matrix = torch.ones(64, 256), torch.ones(256, 64)
+        out = torch.empty(64, 64)
+        at = x.data_ptr(), matrix.data_ptr(), out.data_ptr()
+        fast = least_time(lambda: found(64, 64, 256, 256, 64, 64, False, *at, False))
+        return found if fast < 0.8 * least_time(lambda: torch.mm(x, matrix)) else None
+
+
+@functools.cache
+def torchs_kernel() -> Callable[..., None] | None:
+    """torch's call of one kernel of oneDNN's, if this torch has it and it multiplies.
 
     Of (M, N, K, row strides of A, B and C, whether C is added to, A, B, C, False). Its name spells the types of these:
     a torch in which they are others has no function of this name.
     """
     try:
         found = ctypes.PyDLL(torch._C.__file__)["_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb"]
-    except (AttributeError, OSError):  # no such name: other compilers spell names otherwise
+    except (AttributeError, OSError):  # other compilers spell names otherwise
         return None
     sizes, pointers = [ctypes.c_int64] * 6, [ctypes.c_void_p] * 3
     found.argtypes, found.restype = [*sizes, ctypes.c_bool, *pointers, ctypes.c_bool], None
-    with torch.no_grad():
-        x, matrix = torch.ones(64, 256), torch.ones(256, 64)
-        out = torch.ones(64, 64)
-        arguments = 64, 64, 256, 256, 64, 64
-
-        def run() -> None:
-            found(*arguments, True, x.data_ptr(), matrix.data_ptr(), out.data_ptr(), False)
-
-        run()
-        if not bool((out == 257).all()):
-            return None
-        return found if least_time(run) < 0.8 * least_time(lambda: torch.mm(x, matrix)) else None
+    x, matrix, out = torch.ones(3, 5), torch.full((5, 7), 2.0), torch.ones(3, 7)
+    found(3, 7, 5, 5, 7, 7, True, x.data_ptr(), matrix.data_ptr(), out.data_ptr(), False)
+    return found if bool((out == 11).all()) else None
 
 
 def least_time(function: Callable[[], object]) -> float:
