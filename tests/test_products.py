@@ -73,7 +73,11 @@ def test_which_products_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
 def wide(activation: type[nn.Module]) -> nn.Sequential:
     torch.manual_seed(0)
     hidden = [layer for _ in range(2) for layer in (nn.Linear(128, 128), activation())]
-    return nn.Sequential(nn.Linear(20, 128), activation(), *hidden, nn.Linear(128, 10))
+    net = nn.Sequential(nn.Linear(20, 128), activation(), *hidden, nn.Linear(128, 10))
+    with torch.no_grad():  # as drawn, next to nothing comes down through three sigmoids
+        for parameter in net.parameters() if activation is nn.Sigmoid else ():
+            parameter.mul_(4.0)
+    return net
 
 
 @needs_kernel
@@ -82,7 +86,7 @@ def wide(activation: type[nn.Module]) -> nn.Sequential:
     [
         (ebm.algorithm("predictive-coding", relaxer=ebm.GradientDescent(0.1, 8)), nn.ReLU),
         (ebm.algorithm("predictive-coding"), nn.Sigmoid),
-        (ebm.algorithm("equilibrium-propagation", nudge=ebm.Centered(0.1)), nn.Sigmoid),
+        (ebm.algorithm("equilibrium-propagation", nudge=ebm.Centered(0.5)), nn.Sigmoid),
     ],
     ids=["steps", "errors", "sweeps"],
 )
@@ -98,7 +102,7 @@ def test_weights_are_turned_once_a_batch_and_as_they_are_in_that_batch(
     for _ in range(3):
         found = {k: learner.gradients(lambda: F.cross_entropy(net(x), y)) for k, learner in learners.items()}
         for name, gradient in found[False].items():
-            assert float((found[True][name] - gradient).abs().max()) < 5e-2 * float(gradient.abs().max()), name
+            assert float((found[True][name] - gradient).abs().max()) < 1e-2 * float(gradient.abs().max()), name
         network = learners[True].begin(closure := lambda: F.cross_entropy(net(x), y))
         with network.first_pass():
             loss = closure()

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 import lightning_ebm as ebm
 from lightning_ebm.energies.base import LayerView
 
-
 PASSES: list[str] = []
 """Not on the module, whose attributes are put back after a pass that is not the user's."""
 
