@@ -20,8 +20,8 @@ from timing import machine
 
 HEAD = """# Benchmarks
 
-Process CPU time of whole training steps with Adam, float32, medians of {repeats} turns in which all contenders
-alternate. "Backprop steps" is the ratio to backprop on the same network with the same optimizer in the same run; on a
+Process CPU time of whole training steps with Adam, float32, medians of up to {repeats} turns, all contenders in an order
+that changes from turn to turn. "Backprop steps" is the ratio to backprop on the same network with the same optimizer in the same run; on a
 machine that others use, ratios are to be trusted more than milliseconds. Made by `python benchmarks/run.py`."""
 
 
