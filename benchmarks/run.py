@@ -20,9 +20,10 @@ from timing import machine
 
 HEAD = """# Benchmarks
 
-Process CPU time of whole training steps with Adam, float32, medians of up to {repeats} turns, all contenders in an order
-that changes from turn to turn. "Backprop steps" is the ratio to backprop on the same network with the same optimizer in the same run; on a
-machine that others use, ratios are to be trusted more than milliseconds. Made by `python benchmarks/run.py`."""
+Process CPU time of whole training steps with Adam, float32, medians of up to {repeats} turns, with all contenders
+in an order that changes. "Backprop steps" is the ratio to backprop on the same network with the same optimizer in the
+same run; on a machine that others use, ratios are to be trusted more than milliseconds. Made by
+`python benchmarks/run.py`."""
 
 
 def main(arguments: list[str] | None = None) -> None:
