@@ -175,6 +175,13 @@ MUTATIONS = [
         "resting",
     ),
     Mutation(
+        "GPUs are handed the processor's kernel",
+        "capture/program.py",
+        "    if rewrite is not None:",
+        "    if True:",
+        "products",
+    ),
+    Mutation(
         "rows are taken for granted",
         "capture/products.py",
         "return one == other == 1 and",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_ebm as ebm
-from lightning_ebm.capture import products
+from lightning_ebm.capture import products, recording
 from lightning_ebm.capture.elementwise import compiled_tanh
 from lightning_ebm.capture.products import small_product
 
@@ -115,6 +115,23 @@ def test_weights_are_turned_once_a_batch_and_as_they_are_in_that_batch(
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.mul_(0.7)
+
+
+@needs_kernel
+def test_other_devices_have_none_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's tensors must not come to a function of the processor's: there nothing is rewritten."""
+    monkeypatch.setattr(products, "kernel", products.torchs_kernel)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    net = wide(nn.ReLU)
+    used = []
+    for rewrite in (recording.faster, None):
+        monkeypatch.setattr(recording, "faster", rewrite)
+        learner = ebm.Learner(net, ebm.algorithm("predictive-coding", relaxer=ebm.GradientDescent(0.1, 8)))
+        learner.backward(lambda: F.cross_entropy(net(torch.ones(80, 20)), torch.arange(80) % 10))
+        codes = [p for captured in learner._captures[0]._kept for p in captured.programs.values()]
+        assert codes
+        used.append(any(small_product in code.point.__globals__.values() or code.turned for code in codes))
+    assert used == [True, False]
 
 
 def test_the_tanh_of_compiled_code() -> None:

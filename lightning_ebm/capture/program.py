@@ -108,7 +108,7 @@ def compiled_program(
 
     Args:
         record: of the evaluation.
-        rewrite: makes faster operations of those of a stage.
+        rewrite: makes faster operations of those of a stage, on a processor; None leaves all as they were recorded.
         compiler: makes faster code of the code of a point.
 
     Raises:
@@ -132,11 +132,13 @@ def compiled_program(
             outputs = [v for phase in zip(*map(abreast.parts, outputs), strict=True) for v in phase]
             ops = needed(abreast.ops, outputs)
         inputs[PHASE:] = [[names[v] for names in own for v in level] for level in inputs[PHASE:]]
-    weights = [v for v in lines.bound if v not in lines.fixed] if record.repeated else []
-    # A compiler has a tanh of its own that is faster than oneDNN's.
-    ops, turned = in_rows(ops, weights, () if compiler else (torch.ops.aten.tanh.default,))
-    ops = needed(ops, [*outputs, *slopes])
-    inputs[CONSTANT] = [*lines.bound, *turned.values()]
+    turned: dict[Value, Value] = {}
+    if rewrite is not None:
+        weights = [v for v in lines.bound if v not in lines.fixed] if record.repeated else []
+        # A compiler has a tanh of its own that is faster than oneDNN's.
+        ops, turned = in_rows(ops, weights, () if compiler else (torch.ops.aten.tanh.default,))
+        ops = needed(ops, [*outputs, *slopes])
+        inputs[CONSTANT] = [*lines.bound, *turned.values()]
     outputs = _owned(ops, outputs)
     energy, outputs = outputs[: len(energy)], outputs[len(energy) :]
     stages = _staged(ops, energy, outputs, slopes)
