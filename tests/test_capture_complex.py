@@ -269,6 +269,16 @@ def test_what_is_not_analytic_is_an_error_in_every_step() -> None:
 
 
 @pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.Hardsigmoid])
+def test_a_kink_in_the_only_layer_is_an_error_too(activation: type[nn.Module], capture: bool) -> None:
+    """No pass at other states runs the activation there: the layer's response alone does."""
+    net = nn.Sequential(nn.Linear(4, 5), activation(), nn.Linear(5, 3))
+    learner = ebm.Learner(net, "holomorphic-ep", capture=capture)
+    with pytest.raises(ebm.UnsupportedModuleError, match=r"analytic.*Centered"):
+        learner.backward(lambda: F.cross_entropy(net(torch.ones(2, 4)), torch.arange(2)))
+
+
+@pytest.mark.parametrize("capture", [True, False])
 def test_rounding_is_not_taken_for_what_is_not_analytic(capture: bool) -> None:
     """Slopes through convolutions add many terms, and those that are nearly 0 have no digits to agree in."""
     made = {}

@@ -96,11 +96,21 @@ def _same(x: Tensor) -> Tensor:
 IDENTITY = Conjugate(_same, _same, _half_square, _half_square)
 
 
+def _must_be_real(a: Tensor) -> None:
+    if a.is_complex():
+        raise UnsupportedModuleError(
+            "An activation with a kink (ReLU, LeakyReLU, Hardtanh, Hardsigmoid) is no analytic function, and a"
+            " holomorphic nudge needs states around a circle in the complex plane. Take ebm.Centered(...), the same with"
+            " two real points, or tanh, sigmoid and linear maps."
+        )
+
+
 def _box(lower: float, upper: float, slope: float = 1.0, offset: float = 0.0) -> Conjugate:
     """rho(a) = clip(slope a + offset), G = (x^2/2 - offset x) / slope on [lower, upper]."""
     plain = slope == 1 and offset == 0  # as of most; asked here, as an operation that does nothing takes time as well
 
     def rho(a: Tensor) -> Tensor:
+        _must_be_real(a)
         return (a if plain else slope * a + offset).clamp(lower, upper)
 
     def inverse(x: Tensor) -> Tensor:
@@ -117,6 +127,7 @@ def _box(lower: float, upper: float, slope: float = 1.0, offset: float = 0.0) ->
 
 def _leaky(slope: float) -> Conjugate:
     def scaled(x: Tensor, factor: float) -> Tensor:
+        _must_be_real(x)
         return torch.where(x >= 0, x, factor * x)
 
     return Conjugate(
