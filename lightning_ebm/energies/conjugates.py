@@ -100,8 +100,8 @@ def _must_be_real(a: Tensor) -> None:
     if a.is_complex():
         raise UnsupportedModuleError(
             "An activation with a kink (ReLU, LeakyReLU, Hardtanh, Hardsigmoid) is no analytic function, and a"
-            " holomorphic nudge needs states around a circle in the complex plane. Take ebm.Centered(...), the same with"
-            " two real points, or tanh, sigmoid and linear maps."
+            " holomorphic nudge needs states around a circle in the complex plane. Take ebm.Centered(...), the same"
+            " with two real points, or tanh, sigmoid and linear maps."
         )
 
 
