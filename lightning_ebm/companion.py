@@ -23,9 +23,8 @@ class Companion(Callback):
 
     Lightning's checkpoints hold weights, optimizers, schedulers, loops and callbacks. What a run that goes on has
     beyond that are its random generators, on each rank, and its place in the data. With them a run that is stopped and
-    resumed on as many ranks ends bit by bit where it would have ended (to rounding, where captured steps use oneDNN). A
-    loader that saves its own place (one with `state_dict`) is left to itself; any other is read again up to where it
-    was.
+    resumed on as many ranks ends bit by bit where it would have ended. A loader that saves its own place (one with
+    `state_dict`) is left to itself; any other is read again up to where it was.
 
     Args:
         gather: gives the list of what every rank has, on every rank.
