@@ -222,16 +222,14 @@ class Step:
                 " stock training, lower the learning rate of the parameters, or clip."
             )
         first = self._first
-        if self._is_free_forward(self._plan):
-            if first is None:  # the pass is not over, as under manual optimization: it is rehearsed up to here
-                first = self._first_again(self._plan)
-            else:
-                first.loss = self._unscaled(loss, scale)
-            network = self._network_from(first)
-            return self._resting(network) if self._is_free_forward(self._plan) else self._settle()
-        if first is None or self.network is None or self._free is None:
+        if first is None:  # the pass is not over, as under manual optimization: it is rehearsed up to here
             return self._settle()
         first.loss = self._unscaled(loss, scale)
+        if self._is_free_forward(self._plan):
+            network = self._network_from(first)
+            return self._resting(network) if self._is_free_forward(self._plan) else self._settle()
+        if self.network is None or self._free is None:
+            return self._settle()
         self.network.adopt(self._free.point, first)
         return self.network
 
@@ -287,10 +285,7 @@ class Step:
         )  # fmt: skip
         other._plan = self._plan
         other.observer = observer
-        if algorithm.energy.divergence:
-            network = other._network_from(other._run(at_prediction(frozenset(self._plan.states))))
-        else:
-            network = other._settle()
+        network = other._settle()
         update = other._relaxed(network, network.first_loss) / network.loss_scale
         return named_gradients(self._module, update), other
 

@@ -191,8 +191,8 @@ MUTATIONS = [
     Mutation(
         "a sum is forgotten by the kernel",
         "capture/products.py",
-        "_multiply(x, matrix, out, term is not None)",
-        "_multiply(x, matrix, out, False)",
+        "_multiply(kernel(), x, matrix, out, term is not None)",
+        "_multiply(kernel(), x, matrix, out, False)",
         "products",
     ),
     Mutation(

@@ -43,19 +43,20 @@ def small_product(x: Tensor, matrix: Tensor, term: Tensor | None) -> Tensor:
     if not _in_rows(x, matrix):
         return torch.mm(x, matrix) if term is None else torch.addmm(term, x, matrix)
     out = x.new_empty(shape) if term is None else term.expand(shape).clone(memory_format=torch.contiguous_format)
-    _multiply(x, matrix, out, term is not None)
+    _multiply(kernel(), x, matrix, out, term is not None)
     return out
 
 
 def small_product_into(x: Tensor, matrix: Tensor, *, out: Tensor) -> None:
     """out = x @ matrix, all three in rows: what compiled code calls."""
-    _multiply(x, matrix, out, False)
+    _multiply(kernel(), x, matrix, out, False)
 
 
-def _multiply(x: Tensor, matrix: Tensor, out: Tensor, adds: bool) -> None:
+def _multiply(by: Callable[..., None] | None, x: Tensor, matrix: Tensor, out: Tensor, adds: bool) -> None:
+    assert by is not None  # without which no code has small products
     (rows, columns), step, width = out.shape, x.stride(0), matrix.stride(0)
     at = x.data_ptr(), matrix.data_ptr(), out.data_ptr()
-    kernel()(rows, columns, x.shape[1], step, width, columns, adds, *at, False)  # type: ignore[misc]
+    by(rows, columns, x.shape[1], step, width, columns, adds, *at, False)
 
 
 def _in_rows(x: Tensor, matrix: Tensor) -> bool:
@@ -118,10 +119,8 @@ def kernel() -> Callable[..., None] | None:
     if found is None:
         return None
     with torch.no_grad():
-        x, matrix = torch.ones(64, 256), torch.ones(256, 64)
-        out = torch.empty(64, 64)
-        at = x.data_ptr(), matrix.data_ptr(), out.data_ptr()
-        fast = least_time(lambda: found(64, 64, 256, 256, 64, 64, False, *at, False))
+        x, matrix, out = torch.ones(64, 256), torch.ones(256, 64), torch.empty(64, 64)
+        fast = least_time(lambda: _multiply(found, x, matrix, out, False))
         return found if fast < 0.8 * least_time(lambda: torch.mm(x, matrix)) else None
 
 
@@ -139,7 +138,7 @@ def torchs_kernel() -> Callable[..., None] | None:
     sizes, pointers = [ctypes.c_int64] * 6, [ctypes.c_void_p] * 3
     found.argtypes, found.restype = [*sizes, ctypes.c_bool, *pointers, ctypes.c_bool], None
     x, matrix, out = torch.ones(3, 5), torch.full((5, 7), 2.0), torch.ones(3, 7)
-    found(3, 7, 5, 5, 7, 7, True, x.data_ptr(), matrix.data_ptr(), out.data_ptr(), False)
+    _multiply(found, x, matrix, out, True)
     return found if bool((out == 11).all()) else None
 
 
