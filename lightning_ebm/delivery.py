@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from lightning_ebm.wiring import Region
+from lightning_ebm.program.wiring import graph_of
 
 Seed = tuple[Tensor, Tensor]
 """What to differentiate, and the weight of each of its elements."""
@@ -38,12 +38,12 @@ def slopes_of(seeds: Sequence[Seed], states: Collection[Tensor]) -> Tensor:
         states: leaves to leave out.
     """
     live = [(output, seed) for output, seed in seeds if output.requires_grad]
-    region = Region([output for output, _ in live])
+    leaves, nodes = graph_of([output for output, _ in live])
     held = {id(state) for state in states}
-    targets = [leaf for i, leaf in region.leaves.items() if i not in held]
+    targets = [leaf for leaf in leaves if id(leaf) not in held]
     # Hooks of parameters would act twice, and those in custom functions may expect gradients to have arrived.
     hooked = any(leaf._backward_hooks for leaf in targets)
-    custom = any(isinstance(node, BackwardCFunction) for node in region.nodes)
+    custom = any(isinstance(node, BackwardCFunction) for node in nodes)
     if not targets or hooked or custom or any(t.is_complex() for pair in live for t in pair):
         return torch.stack([(seed * output).sum() for output, seed in seeds]).sum()
 

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.energies import LearnedPrecision
 from lightning_ebm.errors import ConfigurationError, EBMError, RelaxationDivergedError
-from lightning_ebm.layers import Layers, Output
+from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.purity import shadowed
 from lightning_ebm.relaxers import Cheapest
 from lightning_ebm.strategy import EnergyStrategy

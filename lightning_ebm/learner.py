@@ -7,19 +7,20 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.capture.captures import Captures
 from lightning_ebm.closure import Closure
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.layers import LayerFinder, Layers, Output
+from lightning_ebm.program.layers import Layers, Output
+from lightning_ebm.program.programs import Programs
+from lightning_ebm.program.recorder import Recorder
+from lightning_ebm.program.seen_backward import no_other_backward
 from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.purity import Snapshot
 from lightning_ebm.report import PhaseReport, Report, report_of
 from lightning_ebm.state_memory import StateMemory
 from lightning_ebm.step import Observer, Step
-from lightning_ebm.wiring import Plan, named_gradients
+from lightning_ebm.program.wiring import Plan, named_gradients
 
 log = logging.getLogger(__name__)
 
@@ -75,10 +76,9 @@ class Learner:
         self.compile = compile
         self._quiet = quiet
         self._options: tuple[Layers, Output] = (layers, output_for(self.algorithm, output))
-        self._finders: dict[int, LayerFinder] = {}
-        self._captures: dict[int, Captures] = {}
+        self._programs = Programs(module, *self._options)
+        self._evaluated = Programs(module, *self._options)
         self._memory = StateMemory()
-        self._finder: LayerFinder | None = None
         self._last: tuple[list[str], list[PhaseReport], Tensor] | None = None
         self._warned = False
         self.observer: Observer | None = None
@@ -93,8 +93,8 @@ class Learner:
 
     @property
     def plan(self) -> Plan | None:
-        """The layers found, after the first step."""
-        return self._finder.plan if self._finder is not None else None
+        """The layers of the last step."""
+        return None if self._programs.latest is None else self._programs.latest.plan
 
     def backward(self, closure: Closure) -> Tensor:
         """Adds the update of one batch to ``.grad``; returns the loss of the forward pass, detached.
@@ -102,7 +102,7 @@ class Learner:
         The closure is run several times; only its first run has side effects (see `lightning_ebm.purity`).
         """
         step = self.begin(closure)
-        with step.first_pass():
+        with step.first_pass(), no_other_backward():
             losses = [closure()]
         surrogate = step.surrogate(losses.pop())  # its graph is not held here
         torch.autograd.backward(surrogate)
@@ -147,12 +147,8 @@ class Learner:
         """
         if self.algorithm.energy.divergence or self.algorithm.read_as == "backprop":
             return nullcontext()
-        finder = self._finders.setdefault(-1, LayerFinder(self.module, *self._options, self._quiet, lossless=True))
-        finder.look(run)
-        capture = self.capture and get_proxy_mode() is None
-        captures = self._captures.setdefault(-1, Captures(self.compile)) if capture else None
-        parts = self.module, self.algorithm, finder, run, self._quiet, _unheard, self.loss_reduction
-        return Step(*parts, [], captures=captures).first_pass()
+        parts = self.module, self.algorithm, self._evaluated, run, self._quiet, _unheard, self.loss_reduction
+        return Step(*parts, []).at_free_equilibrium()
 
     def state_dict(self) -> dict[str, Any]:
         """What parts of the algorithm carry from one step to the next, such as the stand of `RandomSign`."""
@@ -169,41 +165,31 @@ class Learner:
             if hasattr(part, "load_state_dict"):
                 part.load_state_dict(held)
 
+    def recording(self, recorder: Recorder) -> AbstractContextManager[None]:
+        """Records what the module computes within, for steps that begin while a pass is running."""
+        return self._programs.recording(recorder)
+
     def begin(
         self,
         closure: Closure,
         sizes: Sequence[int] = (),
-        snapshot: Snapshot | None = None,
-        key: int = 0,
         batch: Any = None,
         teaches: bool = True,
+        recorder: Recorder | None = None,
     ) -> Step:
         """Opens a step by hand: run the first pass inside `Step.first_pass`, then call `Step.surrogate`.
 
         Args:
-            closure: reruns the pass and returns its loss.
+            closure: runs the pass and returns its loss, for energies that need a quiet pass before.
             sizes: candidates for B, the batch's first dimensions; those of what the module is called with if empty.
-            snapshot: what the pass starts from, if it has begun already.
-            key: tells apart closures that are used in turn, each with layers of its own.
-            teaches: whether the step is taken, so that what learns beside the parameters may learn from it.
             batch: for `Clamped(target=...)`; what the module is called with if None.
+            teaches: whether the step is taken, so that what learns beside the parameters may learn from it.
+            recorder: of a pass that has begun already.
         """
-        finder = self._finders.setdefault(key, LayerFinder(self.module, *self._options, self._quiet))
-        self._finder = finder
-        if self.algorithm.read_as != "backprop":
-            finder.look(closure, snapshot)
-        remember, reduction = self._remember, self.loss_reduction
-        captures = self._captures.setdefault(key, Captures(self.compile)) if self.capture else None
-        parts = self.module, self.algorithm, finder, closure, self._quiet, remember, reduction, list(sizes)
-        step = Step(*parts, snapshot, batch, captures, self._memory, teaches)
+        parts = self.module, self.algorithm, self._programs, closure, self._quiet, self._remember, self.loss_reduction
+        step = Step(*parts, list(sizes), batch, self._memory, teaches, recorder)
         step.observer = self.observer
         return step
-
-    @property
-    def written(self) -> frozenset[str] | None:
-        """Paths of the tensors that passes are known to write to; None while nothing is known."""
-        plans = [finder.plan for finder in self._finders.values() if finder.plan is not None]
-        return frozenset().union(*(plan.written for plan in plans)) if plans else None
 
     def _remember(self, names: list[str], phases: list[PhaseReport], loss: Tensor) -> None:
         """Keeps how a step went, and says it once when the states were still moving."""

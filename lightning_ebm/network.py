@@ -1,4 +1,4 @@
-"""The waist made real: energies and forces of one training step, by running the user's code with states in place.
+"""The waist made real: energies and forces of one training step, by running the user's step with states in place.
 
 This is the plain version, one Python pass an evaluation; it stays as the oracle of any faster one.
 """
@@ -15,16 +15,17 @@ from torch import Tensor
 from lightning_ebm.delivery import Seed, slopes_of
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import LayerView, QuadraticEnergy, is_bounded, reads_drive
-from lightning_ebm.errors import LayerDiscoveryError, UnsupportedModuleError
+from lightning_ebm.errors import UnsupportedModuleError
+from lightning_ebm.program.interpreter import Pass, StateOf, at_prediction, at_states
+from lightning_ebm.program.record import StateKey
 from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.relaxers.forces import total_energy
 from lightning_ebm.samples import by_sample, layout_of, norm_by_sample, squares_by_sample, to_samples
 from lightning_ebm.stamps import Stamps, stamps
-from lightning_ebm.substitution import Pass, StateKey, StateOf, at_prediction, at_states
-from lightning_ebm.wiring import Plan
+from lightning_ebm.program.wiring import Plan
 
 Run = Callable[[StateOf], Pass]
-"""Replays the step, without side effects, with the given states in place."""
+"""Runs the program of the step with the given states in place."""
 
 
 class Network:
@@ -36,7 +37,7 @@ class Network:
     Args:
         energy: e(x, a, rho).
         plan: the wiring.
-        first: the pass that the user's code made, at x_l = mu_l.
+        first: the pass at x_l = mu_l.
         run: makes another.
         batch_size: B.
         loss_scale: what the user's loss is multiplied by to be a sum over samples: B or 1.
@@ -69,7 +70,7 @@ class Network:
     def _first(self) -> Pass:
         """The pass at the predictions; made again where it was let go of."""
         if self._forward is None:
-            self._forward = self._run(at_prediction(frozenset(self._plan.states)))
+            self._forward = self._run(at_prediction())
         return self._forward
 
     # The point of view of a relaxer
@@ -389,9 +390,10 @@ class Network:
 
     # Passes
 
-    def adopt(self, point: Sequence[Tensor], seen: Pass) -> None:
-        """Takes a pass that somebody else has made at these states as its own."""
+    def adopt(self, point: Sequence[Tensor], seen: Pass, run: Run) -> None:
+        """Takes a pass at these states as its own, and further passes from the same program."""
         self._latest = (stamps(point), seen)
+        self._run = run
         self.first_loss = seen.loss.detach()
 
     def parameters_moved(self) -> None:
@@ -421,13 +423,6 @@ class Network:
                 return self._latest[1]
             self._latest = None  # before the next one is made, so that two graphs are never held at once
         seen = self._run(state_of)
-        if seen.keys != self._plan.calls:
-            raise LayerDiscoveryError(
-                "The layers that were called changed between two passes of the same step: the control flow of the"
-                " module depends on values of its states, or on something outside the module that each pass changes."
-                f" First pass: {[str(key) for key in self._plan.calls]}; now: {[str(key) for key in seen.keys]}."
-                " Make the flow depend on the inputs alone, or take whole blocks as layers, layers=[...]."
-            )
         self._let_go(seen)
         self._latest = (stamps(point), seen)
         return seen

@@ -18,7 +18,7 @@ from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure
 from lightning_ebm.energies.base import QuadraticEnergy
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.layers import Layers, Output
+from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.learner import Learner
 from lightning_ebm.metrics import moments, read
 from lightning_ebm.nudges import Clamped, Coupled, Holomorphic, Infinitesimal, OneSided, RandomSign
@@ -178,7 +178,10 @@ def of(
     """
     learner = Learner(module, algorithm, layers=layers, output=output, loss_reduction=loss_reduction)
     with Snapshot(module).replaying(), torch.enable_grad():
-        return of_step(learner.begin(closure), learner.algorithm, equilibrium)
+        step = learner.begin(closure)
+        if learner.algorithm.read_as != "backprop":
+            step.examine()
+        return of_step(step, learner.algorithm, equilibrium)
 
 
 def of_step(step: Step, algorithm: Algorithm, equilibrium: Relaxer | None = None) -> Regime:

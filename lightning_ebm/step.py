@@ -10,30 +10,27 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.capture.captures import Captures
-from lightning_ebm.capture.products import QUICK_PRODUCTS
-from lightning_ebm.capture.remember import Remembered
-from lightning_ebm.capture.replay import CapturedNetwork
-from lightning_ebm.capture.tape import Tape
 from lightning_ebm.closure import Closure, checked_loss
 from lightning_ebm.energies.base import rests_at_prediction
-from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
+from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError, UnsupportedModuleError
 from lightning_ebm.holding import Holding
-from lightning_ebm.layers import LayerFinder
 from lightning_ebm.linearization import Linearization
 from lightning_ebm.network import Network
 from lightning_ebm.nudges import Holomorphic, Infinitesimal, Phase
-from lightning_ebm.promotion import Promoted
+from lightning_ebm.program.calls import Replace, batch_size_among, in_place, nothing_in_place
+from lightning_ebm.program.interpreter import Pass, Program, StateOf, at_prediction, at_states
+from lightning_ebm.program.programs import Known, Programs
+from lightning_ebm.program.record import Mark
+from lightning_ebm.program.recorder import Recorder
+from lightning_ebm.program.wiring import Plan, named_gradients, reached_parameters
+from lightning_ebm.program.complex_ops import ComplexOperations
 from lightning_ebm.purity import Snapshot
 from lightning_ebm.relaxers import Cheapest, Relaxation
 from lightning_ebm.relaxers.base import force_norm
 from lightning_ebm.relaxers.forces import total_energy
-from lightning_ebm.relaxers.sweeping import SweepingRelaxer
 from lightning_ebm.report import PhaseReport
 from lightning_ebm.state_memory import StateMemory
-from lightning_ebm.substitution import Pass, StateOf, at_prediction, at_states, batch_size_among, substituted
 from lightning_ebm.watching import Recording
-from lightning_ebm.wiring import Plan, named_gradients, reached_parameters
 
 Remember = Callable[[list[str], list[PhaseReport], Tensor], None]
 Observer = Callable[[Network], Network]
@@ -45,52 +42,49 @@ class Step:
     Args:
         module: the user's module.
         algorithm: how to relax and what to read off.
-        finder: knows the layers; it must have looked at this closure before.
-        closure: reruns the pass and returns its loss.
-        quiet: silences what only the caller knows how to silence, in all passes but the first.
+        programs: record the module's passes, and know them.
+        closure: runs the pass quietly, for energies whose free equilibrium is not the forward pass.
+        quiet: silences what only the caller knows how to silence, in such a pass.
         remember: told the names of the states, how the phases went, and the loss.
         loss_reduction: "mean" or "sum".
         leading_sizes: candidates for B, see `batch_size_among`; those of what the module is called with if empty.
-        snapshot: what the pass starts from, if it has begun already; None is now.
         batch: what the module is trained on, for nudges that look at it; what it is called with if None.
         memory: of the states that samples were left in; None starts all from the forward pass.
         teaches: whether the energy may learn from this step, and the memory note it: it is taken, not only looked at.
-        captures: the steps captured so far; None runs every pass in plain Python.
+        recorder: of a pass that has begun already, as under manual optimization.
     """
 
     def __init__(
         self,
         module: nn.Module,
         algorithm: Algorithm,
-        finder: LayerFinder,
+        programs: Programs,
         closure: Closure,
         quiet: Callable[[], AbstractContextManager[Any]],
         remember: Remember,
         loss_reduction: Literal["mean", "sum"],
         leading_sizes: list[int],
-        snapshot: Snapshot | None = None,
         batch: Any = None,
-        captures: Captures | None = None,
         memory: StateMemory | None = None,
         teaches: bool = True,
+        recorder: Recorder | None = None,
     ) -> None:
         self._module = module
         self._batch = batch
         self._memory = memory if algorithm.initial_state == "last-visit" else None
         self._teaches = teaches
         self._algorithm = algorithm
-        self._finder = finder
+        self._programs = programs
         self._closure = closure
         self._quiet = quiet
         self._remember = remember
         self._loss_reduction = loss_reduction
         self._leading_sizes = leading_sizes
-        self._plan: Plan | None = None if algorithm.read_as == "backprop" else finder.plan
-        self._snapshot = snapshot or Snapshot(module, frozenset() if self._plan is None else self._plan.written)
-        self._captures = captures if captures is not None and captures.wanted(algorithm) else None
-        self._tape = Tape(QUICK_PRODUCTS)
+        self._recorder = recorder
+        self._owns_recorder = recorder is None
+        self._program: Program | None = None
+        self._known: Known | None = None
         self._raw_loss: Tensor | None = None
-        self._first: Pass | None = None
         self._free: Relaxation | None = None
         self.network: Network | None = None
         self.phases: list[tuple[complex, complex, Relaxation]] = []
@@ -100,27 +94,84 @@ class Step:
         self.observer: Observer | None = None
         """Put in the network's place before anything relaxes on it, to watch."""
 
+    @property
+    def plan(self) -> Plan | None:
+        """The layers of this step, once its pass is over; None for the control."""
+        return None if self._known is None else self._known.plan
+
+    @property
+    def _is_control(self) -> bool:
+        return self._algorithm.read_as == "backprop"
+
     @contextmanager
     def first_pass(self) -> Iterator[None]:
-        """The user's own pass, side effects and all, with every state at its free equilibrium.
+        """The user's own pass, side effects and all, recorded.
 
-        For a divergence energy that is each prediction, at no cost, as it is for others where no layer reads another's
-        state; else quiet passes relax to it before.
+        For a divergence energy it is the free equilibrium, as it is for others where no layer reads another's state.
+        Else a quiet pass is recorded before, and the user's own has the states that it relaxed to in place.
         """
-        if self._plan is None:  # the control: nothing is substituted, but the pass can be replayed for comparison
-            with self._snapshot.recording():
-                yield
-            return
-        if self._is_free_forward(self._plan):
-            state_of, taped = self._cut(at_prediction(frozenset(self._plan.states))), self._taped()
-        else:  # the network, and the tape, are those of the quiet pass at the predictions
-            self._settle()
-            assert self._free is not None
-            state_of = at_states(dict(zip(self._plan.states, self._free.point, strict=True)))
-            taped = nullcontext() if self._captures is None else Remembered(self._tape)
-        with self._snapshot.recording(), self._substituted(self._plan, state_of) as first, taped, self._derivatives():
+        if self._is_control:
             yield
-        self._first = first
+            return
+        self._recorder = Recorder()
+        replace = self._states_in_place() if self._relaxes_before() else nothing_in_place
+        with self._programs.recording(self._recorder, replace), self._derivatives():
+            yield
+
+    def _relaxes_before(self) -> bool:
+        """Whether the user's pass must be run at a free equilibrium that is not the forward pass."""
+        if self._algorithm.energy.divergence:
+            return False
+        latest = self._programs.latest
+        if latest is not None and self._is_free_forward(latest.plan):
+            return False
+        self.examine()
+        assert self._known is not None
+        return not self._is_free_forward(self._known.plan) and not self._is_empty
+
+    @property
+    def _is_empty(self) -> bool:
+        """Whether the batch holds no sample."""
+        assert self._program is not None
+        return all(not mark.prediction.shape.numel() for mark in self._program.marks)
+
+    def _recorded_quietly(self) -> tuple[Recorder, Any]:
+        """The record of a pass without side effects, and what it returned."""
+        recorder = Recorder(undoes=True)
+        try:
+            with (
+                Snapshot(self._module, frozenset()).replaying(),
+                self._quiet(),
+                torch.enable_grad(),
+                self._programs.recording(recorder),
+                self._derivatives(),
+            ):
+                returned = self._closure()
+        finally:
+            recorder.undo()
+        return recorder, returned
+
+    def _states_in_place(self) -> Replace:
+        """Relaxes to the free equilibrium; gives the states that are to stand for what the layers return."""
+        network = self._network_of(self._program)
+        self._relax_freely(network)
+        assert self._free is not None and self._program is not None
+        states = {mark.key: x for mark, x in zip(self._program.marks, self._free.point, strict=True)}
+
+        def state_of(mark: Mark, output: Tensor) -> Tensor | None:
+            if (state := states.get(mark.key)) is None:
+                return None
+            with torch.no_grad():
+                handed = torch.empty_like(output).copy_(state)
+            return handed.requires_grad_(output.requires_grad)
+
+        return state_of
+
+    def examine(self) -> Plan:
+        """Finds the layers by a pass without side effects, which `true_gradients` and `again` then are about."""
+        recorder, loss = self._recorded_quietly()
+        self._program, self._known = self._programs.of(recorder, checked_loss(loss))
+        return self._known.plan
 
     def _is_free_forward(self, plan: Plan) -> bool:
         """Whether the free equilibrium is the forward pass, so that a relaxation that begins there stays there."""
@@ -132,23 +183,17 @@ class Step:
         """Notes the loss as the user's code returned it, where `surrogate` is given a multiple of it."""
         self._raw_loss = loss
 
-    def _settle(self) -> Network:
-        """The network, relaxed to the free equilibrium of the energy."""
-        assert self._plan is not None
-        self.network = self._network_from(self._first_again(self._plan))
-        if self._is_free_forward(self._plan):
-            return self._resting(self.network)
+    def _relax_freely(self, network: Network) -> None:
         start = None
         if self._memory is not None:
-            names = self._memory.names(self._batch, self.network.batch_size)
-            start = self._memory.recall(names, self.network.free)
-        self._free = free_equilibrium(self.network, self._algorithm, start)
+            names = self._memory.names(self._batch, network.batch_size)
+            start = self._memory.recall(names, network.free)
+        self._free = free_equilibrium(network, self._algorithm, start)
         if self._memory is not None and self._teaches:
             self._memory.keep(names, self._free.point)
-        return self.network
 
-    def _resting(self, network: Network) -> Network:
-        """The network, whose free equilibrium is the pass it was made from; a divergence has nothing to say of it."""
+    def _rest(self, network: Network) -> None:
+        """Notes that the forward pass is the free equilibrium; of a divergence there is nothing to say."""
         if not self._algorithm.energy.divergence:
             _announce(network, 0.0)
             with torch.no_grad():
@@ -156,7 +201,6 @@ class Step:
             self._free = Relaxation(
                 list(network.free), "states", "converged", 0, energy.new_zeros(network.batch_size), [energy]
             )
-        return network
 
     def surrogate(self, loss: Tensor, scale: float = 1.0) -> Tensor:
         """A scalar with the value of `loss` whose gradient with respect to the parameters is the update.
@@ -167,11 +211,15 @@ class Step:
                 relaxation does not see it, the update carries it.
         """
         loss = checked_loss(loss)
-        if self._plan is None:
+        if self._is_control:
             self._remember([], [], loss.detach() / scale)
             return loss
-        network = self._opened(loss, scale)
-        del loss  # and with its graph the last state
+        network = self._opened(loss)
+        del loss
+        if self._is_empty:  # no sample, no state: what is left of the loss depends on parameters alone
+            self._remember(list(network.names), [], network.first_loss)
+            assert self._program is not None
+            return self._program.uncut() * scale
         update = self._relaxed(network, network.first_loss) * (scale / network.loss_scale)
         self._check_coverage(update)
         # The value is the loss, for hooks and loggers that look at it; the gradient is the update's.
@@ -185,7 +233,7 @@ class Step:
             loss: as for `surrogate`.
             scale: as for `surrogate`.
         """
-        network = self._opened(checked_loss(loss), scale)
+        network = self._opened(checked_loss(loss))
         relaxer = self._algorithm.relaxer
         strength, weight, _ = self._algorithm.nudge.phases()[0]
         strength = strength.real
@@ -212,60 +260,74 @@ class Step:
             network.parameters_moved()
             point = following
 
-    def _opened(self, loss: Tensor, scale: float) -> Network:
-        """The network of this step, after checking what only now is known."""
-        assert self._plan is not None
+    def _opened(self, loss: Tensor) -> Network:
+        """The network of this step, relaxed to its free equilibrium."""
         if not cmath.isfinite(loss.item()):
             raise RelaxationDivergedError(
                 f"The loss of the forward pass is {float(loss.detach())}: there is nothing finite to relax towards."
                 " The weights or the batch hold nan or inf already; look for it with Trainer(detect_anomaly=True) under"
                 " stock training, lower the learning rate of the parameters, or clip."
             )
-        first = self._first
-        if first is None:  # the pass is not over, as under manual optimization: it is rehearsed up to here
-            return self._settle()
-        first.loss = self._unscaled(loss, scale)
-        if self._is_free_forward(self._plan):
-            network = self._network_from(first)
-            return self._resting(network) if self._is_free_forward(self._plan) else self._settle()
-        if self.network is None or self._free is None:
-            return self._settle()
-        self.network.adopt(self._free.point, first)
-        return self.network
+        assert self._recorder is not None
+        loss = loss if self._raw_loss is None else self._raw_loss
+        if self.network is not None and self._free is not None:  # its states are in place in the user's pass
+            return self._at_equilibrium(self.network, self._free, loss)
+        self._program, self._known = self._programs.of(self._recorder, loss)
+        return self._settled(self._program)
 
-    def _unscaled(self, loss: Tensor, scale: float) -> Tensor:
-        if self._raw_loss is not None:
-            return self._raw_loss
-        return loss / scale if scale != 1.0 else loss
+    def _settled(self, program: Program | None) -> Network:
+        network = self._network_of(program)
+        assert self._known is not None
+        if self._is_empty:
+            return network
+        if self._is_free_forward(self._known.plan):
+            self._rest(network)
+        else:
+            self._relax_freely(network)
+        return network
 
-    def _network_from(self, first: Pass) -> Network:
-        """The network of a pass at the predictions."""
-        assert self._plan is not None
-        if first.keys != self._plan.calls:  # the control flow took another way
-            self._plan = self._finder.search(self._closure, self._snapshot)
-            first = self._first_again(self._plan)
+    def _at_equilibrium(self, network: Network, free: Relaxation, loss: Tensor) -> Network:
+        """The network, given the user's pass with states in place: it must be the program that was relaxed."""
+        assert self._recorder is not None and self._known is not None
+        value, record = self._recorder.value(loss), self._recorder.settle()
+        found = self._known.outline.repeated_by(record, value)
+        if isinstance(found, str):
+            raise UnsupportedModuleError(
+                "For this energy the step runs twice: quietly, to find the free equilibrium, and then with its states in"
+                f" place. The two runs differ in {found}: the step depends on values of its layers, or on something"
+                " outside of the module that each run changes, so that the states are of another network. Let the flow"
+                " depend on the batch alone, or take a divergence energy such as ebm.PredictiveCoding()."
+            )
+        self._program = Program(record, found[0], value)
+        states = at_states(dict(zip([mark.key for mark in found[0]], free.point, strict=True)))
+        with torch.enable_grad():
+            network.adopt(free.point, self._program.run(states), self._run)
+        return network
+
+    def _network_of(self, program: Program | None) -> Network:
+        """The network of a program."""
+        assert program is not None and self._known is not None
+        record, first = program.record, self._run(at_prediction())
         if self._batch is None:
-            self._batch = first.arguments
+            self._batch = record.arguments
         shapes = [state.shape for state in first.states]
-        size = batch_size_among(self._leading_sizes or first.leading_sizes, shapes)
+        size = batch_size_among(self._leading_sizes or record.leading_sizes, shapes)
         loss_scale = size if self._loss_reduction == "mean" else 1
-        parts = self._algorithm.energy, self._plan, first, self._run, size, loss_scale
-        captures = self._captures
-        network = Network(*parts) if captures is None else CapturedNetwork(*parts, captures=captures, tape=self._tape)
+        network = Network(self._algorithm.energy, self._known.plan, first, self._run, size, loss_scale)
         self.network = network if self.observer is None else self.observer(network)
         return self.network
 
+    def _run(self, state_of: StateOf) -> Pass:
+        """The program of this step, with states in place."""
+        assert self._program is not None
+        with torch.enable_grad(), self._arithmetic():
+            return self._program.run(state_of)
+
     def true_gradients(self) -> dict[str, Tensor]:
         """Backprop's gradient of this very step: same batch, same random draws, same buffers. No side effects."""
-        written = None if self._plan is None else self._plan.written
-        with self._snapshot.replaying(written), self._quiet(), torch.enable_grad():
-            return named_gradients(self._module, checked_loss(self._closure()))
-
-    def unrelaxed(self) -> Tensor:
-        """The loss in the graph that backprop would differentiate, for an update that is going to be thrown away."""
-        written = None if self._plan is None else self._plan.written
-        with self._snapshot.replaying(written), self._quiet(), torch.enable_grad():
-            return checked_loss(self._closure())
+        assert self._program is not None
+        with torch.enable_grad():
+            return named_gradients(self._module, self._program.uncut())
 
     def again(self, algorithm: Algorithm, observer: Observer | None = None) -> tuple[dict[str, Tensor], "Step"]:
         """What another algorithm would make of this very step: its update, and the step, not yet released.
@@ -275,28 +337,39 @@ class Step:
         Raises:
             ConfigurationError: this step, or the other, is the control, which has no layers to relax.
         """
-        if self._plan is None or algorithm.read_as == "backprop":
+        if self._known is None or algorithm.read_as == "backprop":
             raise ConfigurationError(
                 'The algorithm "backprop" relaxes nothing, so there is no other way to take this step.'
             )
         other = Step(
-            self._module, algorithm, self._finder, self._closure, self._quiet, _forget, self._loss_reduction,
-            self._leading_sizes, self._snapshot, self._batch,
+            self._module, algorithm, self._programs, self._closure, self._quiet, _forget, self._loss_reduction,
+            self._leading_sizes, self._batch,
         )  # fmt: skip
-        other._plan = self._plan
+        other._program, other._known = self._program, self._known
         other.observer = observer
-        network = other._settle()
+        network = other._settled(other._program)
         update = other._relaxed(network, network.first_loss) / network.loss_scale
         return named_gradients(self._module, update), other
 
-    @property
-    def plan(self) -> Plan | None:
-        """The layers of this step; None for the control."""
-        return self._plan
+    @contextmanager
+    def at_free_equilibrium(self) -> Iterator[None]:
+        """Within it the module computes with its states at the free equilibrium, and nothing is recorded."""
+        recorder, _ = self._recorded_quietly()
+        self._program, self._known = self._programs.without_loss(recorder)
+        if self._is_free_forward(self._known.plan) or self._is_empty:
+            yield
+            return
+        self._relax_freely(self._network_of(self._program))
+        assert self._free is not None
+        keys = [mark.key for mark in self._program.marks]
+        with in_place(self._module, dict(zip(keys, self._free.point, strict=True))):
+            yield
 
     def release(self) -> None:
         """Lets go of the graphs; `true_gradients` still works."""
-        self._first = self._free = self.network = None
+        self._free = self.network = self._raw_loss = None
+        if self._recorder is not None and self._owns_recorder:
+            self._recorder.release()
         self.phases = []
 
     def _relaxed(self, network: Network, loss: Tensor) -> Tensor:
@@ -312,8 +385,6 @@ class Step:
             span = max(p.strength.real for p in table) - min(p.strength.real for p in table)
             table = (Phase(span, 1 / span),)
         together = self._abreast(network, table)
-        nudged = [phase for phase in table if phase.strength]
-        departs = algorithm.energy.divergence and algorithm.read_as == "contrast" and not any(p.held for p in nudged)
         for phase in table:
             strength, weight = phase.strength, phase.weight
             if phase in together:
@@ -321,8 +392,6 @@ class Step:
                 phases.append(PhaseReport.of(strength, found))
             elif strength:
                 _announce(network, strength, phase.held)
-                if departs and phase is nudged[-1] and isinstance(network, CapturedNetwork):
-                    network.returns, self._first = False, None
                 with torch.no_grad():
                     found = self._nudged(network, phase)
                 phases.append(PhaseReport.of(strength, found))
@@ -341,13 +410,10 @@ class Step:
         return update
 
     def _abreast(self, network: Network, table: Sequence[Phase]) -> dict[Phase, Relaxation]:
-        """The phases, in real numbers, that one choice is made for, or that sweep as one batch on captured code."""
+        """The phases, in real numbers, that one choice is made for."""
         relaxer = self._algorithm.relaxer
         phases = [p for p in table if p.strength and not p.held and not isinstance(p.strength, complex)]
-        captured = isinstance(getattr(network, "unwatched", network), CapturedNetwork)
-        if len(phases) < 2 or not isinstance(relaxer, SweepingRelaxer | Cheapest):
-            return {}
-        if not captured and not isinstance(relaxer, Cheapest):
+        if len(phases) < 2 or not isinstance(relaxer, Cheapest):
             return {}
         strengths = [phase.strength for phase in phases]
         if isinstance(network, Recording):
@@ -386,48 +452,21 @@ class Step:
         self.displaced = list(start), moved
         return near.loss() + near.cross_derivative(moved)
 
-    def _first_again(self, plan: Plan) -> Pass:
-        self._tape = Tape(QUICK_PRODUCTS)
-        with self._taped():
-            return self._run(self._cut(at_prediction(frozenset(plan.states))))
-
-    def _cut(self, state_of: StateOf) -> StateOf:
-        return state_of if self._captures is None else self._tape.cutting(state_of)
-
-    def _taped(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._captures is None else self._tape
-
-    def _run(self, state_of: StateOf) -> Pass:
-        assert self._plan is not None
-        with (
-            self._snapshot.replaying(self._plan.written),
-            self._quiet(),
-            torch.enable_grad(),
-            self._substituted(self._plan, state_of) as seen,
-            self._arithmetic(),
-        ):
-            returned = self._closure()
-            seen.loss = torch.zeros(()) if self._finder.lossless else checked_loss(returned)
-        return seen
-
     def _arithmetic(self) -> AbstractContextManager[Any]:
         """What passes need beyond the user's code: complex numbers, or second derivatives."""
-        return Promoted() if isinstance(self._algorithm.nudge, Holomorphic) else self._derivatives()
+        return ComplexOperations() if isinstance(self._algorithm.nudge, Holomorphic) else self._derivatives()
 
     def _derivatives(self) -> AbstractContextManager[Any]:
         """Attention in single operations where slopes are differentiated again: fused kernels have no second ones."""
         return sdpa_kernel(SDPBackend.MATH) if self._algorithm.read_as == "cross-derivative" else nullcontext()
 
-    def _substituted(self, plan: Plan, state_of: StateOf) -> AbstractContextManager[Pass]:
-        return substituted(self._module, plan.candidates, state_of, plan.copies.__contains__)
-
     def _check_coverage(self, update: Tensor) -> None:
         """Once for every set of layers: each parameter that backprop would reach must be reached by the energy."""
-        plan = self._plan
-        assert plan is not None
-        if self._finder.covered is plan:
+        known = self._known
+        assert known is not None
+        if known.covered:
             return
-        missing = plan.reached - reached_parameters(self._module, update)
+        missing = known.plan.reached - reached_parameters(self._module, update)
         if missing:
             raise ConfigurationError(
                 f"Backprop would train {', '.join(sorted(missing))}, and no term of the energy"
@@ -435,7 +474,7 @@ class Step:
                 " depend on the drive or the prediction of every layer; change the energy, leave the layer out of"
                 " layers=[...], or set requires_grad=False on what is meant to stay."
             )
-        self._finder.covered = plan
+        known.covered = True
 
 
 def free_equilibrium(network: Network, algorithm: Algorithm, start: Sequence[Tensor] | None = None) -> Relaxation:

@@ -1,7 +1,8 @@
 """The adapter between the engine and Lightning's training loop, and the strategy for one device."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -24,17 +25,21 @@ from lightning_ebm.closure import NoLossError
 from lightning_ebm.companion import Companion
 from lightning_ebm.equilibrium import ordinary
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.layers import Layers, Output
+from lightning_ebm.program.calls import leading_sizes
+from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.learner import Learner, check_options
-from lightning_ebm.manual import ManualStep
 from lightning_ebm.presets import algorithm as preset
-from lightning_ebm.purity import Snapshot, shadowed
+from lightning_ebm.program.recorder import Recorder
+from lightning_ebm.program.seen_backward import seen_backward
+from lightning_ebm.program.wiring import graph_of
+from lightning_ebm.purity import shadowed
 from lightning_ebm.reference import Reference, exactly
 from lightning_ebm.regime import Regime, of_step as regime_of_step
 from lightning_ebm.relaxers import Relaxer
 from lightning_ebm.step import Step
-from lightning_ebm.substitution import leading_sizes
 from lightning_ebm.summary import of_plan
+
+log = logging.getLogger(__name__)
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -66,10 +71,11 @@ class EnergyStrategy(Strategy):
         self._learner: Learner | None = None
         self._step: Step | None = None
         self._increments: Iterator[Tensor] | None = None
-        self._manual: ManualStep | None = None
-        self._printed = False
-        self._writes_batch: bool | None = None  # unknown until the first further pass has run, on copies
-        self._snapshot: Snapshot | None = None
+        self._recorder: Recorder | None = None
+        """Of the training step that is running, under manual optimization."""
+        self._relaxed: set[int] = set()
+        """Parameters whose gradients a relaxation has given, since they moved last, under manual optimization."""
+        self._printed = self._told = False
         self._arguments: _Arguments = ((), {})
 
     @property
@@ -109,73 +115,132 @@ class EnergyStrategy(Strategy):
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """The user's own step, with every state at its prediction: this pass is the one with side effects."""
         module = self._module
-        relaxes = self._relaxes
-        if relaxes and any(isinstance(a, Iterator) for a in (*args, *kwargs.values())):
+        draws = any(isinstance(a, Iterator) for a in (*args, *kwargs.values()))
+        if self._relaxes and draws and not self.algorithm.energy.divergence:
             raise ConfigurationError(
-                f"{type(module).__name__}.training_step takes a dataloader_iter: it would draw another batch at every"
-                ' pass of a relaxation. Let training_step take the batch, or use the algorithm "backprop".'
+                f"{type(module).__name__}.training_step takes a dataloader_iter, and for this energy the step runs"
+                " twice, quietly and at the free equilibrium: it would draw another batch. Let training_step take the"
+                ' batch, or take a divergence energy such as "predictive-coding".'
             )
-        keep = _cloned if relaxes and self._writes_batch is not False else _as_given
-        self._arguments = keep((args, kwargs))
-        self._step = self._manual = None
-        # Begun inside super(): a wrapper may change buffers first, and further passes start from where this one did.
+        self._arguments = args, kwargs
+        self._step = self._recorder = None
+        # Begun inside super(): a wrapper may change buffers first, and a quiet pass starts from where this one does.
         with shadowed(module, {"training_step": partial(self._first_pass, module.training_step)}):
             return super().training_step(*args, **kwargs)
 
     def _first_pass(self, training_step: Callable[..., STEP_OUTPUT], *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         module = self._module
         with shadowed(module, {"training_step": training_step}):
-            if not module.automatic_optimization:
-                self._manual = ManualStep(module, self._run_again)
-                self._snapshot = Snapshot(module, self.learner.written if self._relaxes else frozenset())
-                with self._snapshot.recording():
-                    return training_step(*args, **kwargs)
-            try:
-                self._step = self.learner.begin(
-                    self._loss_again, leading_sizes((args, kwargs)), batch=args[0] if args else None
-                )
-            except NoLossError:  # a step that Lightning skips; layers can be looked for in the next
+            if not self._relaxes and not module.automatic_optimization:
                 return training_step(*args, **kwargs)
-            self._print_layers()
-            with self._step.first_pass():
+            if not module.automatic_optimization:
+                self._recorder = Recorder()
+                try:
+                    with self.learner.recording(self._recorder), seen_backward(self._recorder, self._plain_backward):
+                        return training_step(*args, **kwargs)
+                finally:
+                    self._recorder.release()
+                    self._recorder = None
+            step = self._begun()
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(step.first_pass())
+                except NoLossError:  # a step that Lightning skips
+                    return training_step(*args, **kwargs)
+                stack.enter_context(seen_backward(None, self._other_backward))
                 output = training_step(*args, **kwargs)
-            self._step.returned(_loss_of(output))
+            step.returned(_loss_of(output))
+            self._step = step
             return output
+
+    def _begun(self, recorder: Recorder | None = None) -> Step:
+        args = self._arguments[0]
+        batch = args[0] if args else None
+        return self.learner.begin(self._loss_again, leading_sizes(self._arguments), batch, recorder=recorder)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Relaxes, and lets Lightning run its backward on the scalar whose gradient is the update."""
-        surrogate = self._surrogate(closure_loss)
-        loss = super().backward(surrogate, optimizer, *args, **kwargs)
+        recorder = self._recorder
+        with nullcontext() if recorder is None else recorder.pausing():
+            surrogate = self._surrogate(closure_loss)
+            with seen_backward(None, partial(self._second_backward, surrogate)):
+                loss = super().backward(surrogate, optimizer, *args, **kwargs)
+            if recorder is not None and self._relaxes:
+                self._relaxed.update(id(leaf) for leaf in graph_of([surrogate])[0])
         assert self._step is not None
         if self._increments is None:
             self._step.release()
         return loss
 
     def _surrogate(self, closure_loss: Tensor) -> Tensor:
-        if (manual := self._manual) is not None:
-            number = manual.backwards
-            manual.backwards += 1
-            size = leading_sizes(self._arguments)
-            self._step = self.learner.begin(partial(manual.rehearse, number), size, self._snapshot, key=number)
-            self._print_layers()
+        if self._recorder is not None or not self._module.automatic_optimization:
+            self._step = self._begun(self._recorder)
         if self._step is None:
             raise ConfigurationError("EBMStrategy.backward was called outside a training step: nothing to relax.")
         if self._scaler() is not None and not bool(torch.isfinite(closure_loss)):
-            return self._step.unrelaxed()  # the scaler skips this step, as in stock
+            return closure_loss  # the scaler skips this step, as in stock
         if self.algorithm.read_as == "incremental":
             self._refuse_increments()
             self._increments = self._step.increments(closure_loss)
-            return next(self._increments)
-        return self._step.surrogate(closure_loss, 1 / self._accumulated())
+            surrogate = next(self._increments)
+        else:
+            surrogate = self._step.surrogate(closure_loss, 1 / self._accumulated())
+        self._print_layers()
+        return surrogate
+
+    def _plain_backward(self, loss: Tensor, options: dict[str, Any]) -> bool:
+        """`loss.backward()` in a manual training step, in place of `manual_backward(loss)`: relaxes as well."""
+        recorder = self._recorder
+        if recorder is None or options.get("inputs") is not None or recorder.known(loss) is None:
+            return False
+        if not self._told:
+            self._told = True
+            log.warning(
+                "%s.training_step calls loss.backward(): it relaxes, as self.manual_backward(loss) does, but precision"
+                " plugins and hooks of the Trainer do not see it. (Said once.)",
+                type(self._module).__name__,
+            )
+        gradient = options.get("gradient")
+        with recorder.pausing():
+            step = self._begun(recorder)
+            surrogate = step.surrogate(loss)
+            self._print_layers()
+            self._relaxed.update(id(leaf) for leaf in graph_of([surrogate])[0])
+            torch.autograd.backward(surrogate, gradient)
+            step.release()
+        return True
+
+    def _other_backward(self, loss: Tensor, options: dict[str, Any]) -> bool:
+        """`loss.backward()` in an automatic training step: what it leaves in `.grad` is wiped, as in stock."""
+        if self._accumulated() > 1 and options.get("inputs") is None:
+            raise ConfigurationError(
+                "training_step calls backward() itself, and gradients are accumulated over batches: what it leaves in"
+                " .grad is a gradient of backprop that would be added to the updates. Use torch.autograd.grad for"
+                " gradients inside the step, or accumulate_grad_batches=1."
+            )
+        return False
+
+    def _second_backward(self, surrogate: Tensor, loss: Tensor, options: dict[str, Any]) -> bool:
+        """`backward()` of another loss, in a LightningModule.backward of the user's own."""
+        if loss is surrogate or not self._relaxes or options.get("inputs") is not None:
+            return False
+        if graph_of([loss], {surrogate.grad_fn})[0]:
+            raise ConfigurationError(
+                f"{type(self._module).__name__}.backward differentiates another loss beside the one it was given: that"
+                " one would learn by plain backpropagation, in silence. Add it to the loss that training_step returns,"
+                " or take manual optimization and call manual_backward for each."
+            )
+        return False
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """Lightning's own; under manual optimization notes the values that rehearsals may have to go back to.
+        """Lightning's own; under manual optimization every gradient must have come from a relaxation.
 
         An incremental update takes its further steps here, each through clipping and hooks and counted by the Trainer.
         """
-        if self._manual is not None and self._relaxes:
-            self._manual.about_to_step(optimizer)
+        recorder = self._recorder
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if recorder is not None:
+            self._refuse_unrelaxed(optimizer)
         if (increments := self._increments) is not None and self._step is not None:
             progress = self._module.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
             for surrogate in increments:
@@ -190,6 +255,16 @@ class EnergyStrategy(Strategy):
             self._increments = None
             self._step.release()
         return output
+
+    def _refuse_unrelaxed(self, optimizer: Optimizer) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if parameters and not any(id(p) in self._relaxed for p in parameters):
+            raise ConfigurationError(
+                f"{type(optimizer).__name__} took a step on gradients that no relaxation has given (from"
+                " torch.autograd.grad or torch.autograd.backward in training_step): that is plain backpropagation. Call"
+                ' self.manual_backward(loss) before the step, or use the algorithm "backprop".'
+            )
+        self._relaxed.difference_update(id(p) for p in parameters)
 
     def _refuse_increments(self) -> None:
         if not self._module.automatic_optimization or self._accumulated() > 1:
@@ -273,7 +348,8 @@ class EnergyStrategy(Strategy):
 
     def teardown(self) -> None:
         """Lightning's own; drops the last batch and its graph."""
-        self._step = self._manual = self._snapshot = None
+        self._step = self._recorder = None
+        self._relaxed.clear()
         self._arguments = ((), {})
         super().teardown()
 
@@ -315,18 +391,15 @@ class EnergyStrategy(Strategy):
         return getattr(self.precision_plugin, "scaler", None)
 
     def _run_again(self) -> STEP_OUTPUT:
-        """The training step once more, on the batch as it came: a step may write to it, or pop entries off it."""
-        copies = _as_given(self._arguments) if self._writes_batch is False else _cloned(self._arguments)
-        args, kwargs = copies
-        torch.clear_autocast_cache()  # it may hold casts of parameters that this pass sees at other values
+        """The training step, quietly, in containers of its own: a step may pop entries off its batch."""
+        args, kwargs = _as_given(self._arguments)
+        torch.clear_autocast_cache()  # it may hold casts of parameters that this pass made in another graph
         try:
             # Past any wrapper: passes are local, and devices need different numbers of them.
             with self.precision_plugin.train_step_context():
                 return self._module.training_step(*args, **kwargs)
         finally:
             torch.clear_autocast_cache()
-            if not self._writes_batch:
-                self._writes_batch = self._writes_batch is None and any(t._version for t in _tensors(copies))
 
     def _loss_again(self) -> Tensor:
         """The step once more, for its loss."""
@@ -424,16 +497,6 @@ def _loss_of(output: STEP_OUTPUT) -> Any:
 def _as_given(batch: _Arguments) -> _Arguments:
     """The same tensors in containers of their own."""
     return apply_to_collection(batch, Tensor, lambda t: t)  # type: ignore[no-any-return]
-
-
-def _cloned(batch: _Arguments) -> _Arguments:
-    return apply_to_collection(batch, Tensor, Tensor.clone)  # type: ignore[no-any-return]
-
-
-def _tensors(batch: _Arguments) -> list[Tensor]:
-    found: list[Tensor] = []
-    apply_to_collection(batch, Tensor, found.append)
-    return found
 
 
 _LOGGING = ("log", "log_dict", "print")

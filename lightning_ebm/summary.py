@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.layers import Layers, Output
+from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.learner import Learner
-from lightning_ebm.substitution import clean
-from lightning_ebm.wiring import Plan
+from lightning_ebm.program.calls import clean
+from lightning_ebm.program.wiring import Plan
 
 
 class LayerSummary(NamedTuple):
@@ -118,9 +118,7 @@ def summary(module: nn.Module, *example_inputs: Any, layers: Layers = None, outp
         return torch.stack(parts).sum() if parts else torch.zeros(())
 
     learner = Learner(module, layers=layers, output=output)
-    learner.begin(pretended_loss)
-    assert learner.plan is not None
-    return of_plan(module, learner.plan)
+    return of_plan(module, learner.begin(pretended_loss).examine())
 
 
 def of_plan(module: nn.Module, plan: Plan) -> Summary:

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure
-from lightning_ebm.layers import Layers, Output
+from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.learner import Learner, output_for
 from lightning_ebm.linearization import Linearization
 from lightning_ebm.metrics import alignment
 from lightning_ebm.nudges import Infinitesimal
 from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.reference import backprop, equilibrium
-from lightning_ebm.substitution import clean
-from lightning_ebm.wiring import named_gradients
+from lightning_ebm.program.calls import clean
+from lightning_ebm.program.wiring import named_gradients
 
 
 def check_locality(

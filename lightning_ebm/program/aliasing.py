@@ -1,0 +1,123 @@
+"""Which tensors share memory, and what they hold when one of them is written to."""
+
+import weakref
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from lightning_ebm.program.record import Node, Value, meta_of
+
+Rebind = Callable[[Tensor, Value | None], Value | None]
+
+
+class Aliasing:
+    """The tensors seen, by the memory they lie in.
+
+    Nobody pays for it but who writes: where tensors lie is looked up at the first write after they were seen.
+    """
+
+    def __init__(self) -> None:
+        self._unsorted: list[weakref.ref[Tensor]] = []
+        self._groups: dict[int, list[weakref.ref[Tensor]]] = {}
+
+    def seen(self, tensor: Tensor) -> None:
+        """Notes a tensor."""
+        self._unsorted.append(weakref.ref(tensor))
+
+    def others(self, tensor: Tensor) -> list[Tensor]:
+        """The other tensors, still there, that share memory with this one."""
+        for ref in self._unsorted:
+            if (alias := ref()) is not None:
+                self._groups.setdefault(_memory(alias), []).append(ref)
+        self._unsorted.clear()
+        found: dict[int, Tensor] = {}
+        for ref in self._groups.get(_memory(tensor), ()):
+            alias = ref()
+            if alias is not None and alias is not tensor and _memory(alias) == _memory(tensor):
+                found[id(alias)] = alias
+        return list(found.values())
+
+    def written(
+        self, tensor: Tensor, now: Value, rebind: Rebind, poison: Callable[[Tensor, str], None]
+    ) -> Iterator[Node]:
+        """The operations that give every other tensor in the same memory what it holds after a write.
+
+        The memory is taken as one flat tensor: what was written is scattered into it, and read again from there.
+
+        Args:
+            tensor: which was written to.
+            now: what it holds.
+            rebind: tells, and changes, what a tensor holds.
+            poison: notes that a tensor cannot be read any more.
+        """
+        others = [alias for alias in self.others(tensor) if rebind(alias, None) is not None]
+        if not others:
+            return
+        root = next((t for t in (tensor, *others) if _is_whole(t)), None)
+        held = now if root is tensor else None if root is None else rebind(root, None)
+        if root is None or held is None:
+            for alias in others:
+                poison(
+                    alias,
+                    "The step writes to a tensor through a view, and reads the same memory through another one, in a"
+                    " way that cannot be repeated at other states. Write out of place: torch.where, torch.cat.",
+                )
+            return
+        flat = Node(flat_memory, (held, _order(root)), {})
+        yield from _result(flat, root.new_empty(0))
+        memory = flat.results[0]
+        if root is not tensor:
+            where = tensor.shape, tensor.stride(), tensor.storage_offset()
+            scattered = Node(write_memory, (memory, now, *where), {})
+            yield from _result(scattered, tensor)
+            memory = scattered.results[0]
+        for alias in others:
+            where = alias.shape, alias.stride(), alias.storage_offset()
+            read = Node(read_memory, (memory, *where), {})
+            yield from _result(read, alias)
+            rebind(alias, read.results[0])
+
+
+def _result(node: Node, like: Tensor) -> Iterator[Node]:
+    node.results.append(Value(node, meta_of(like)))
+    yield node
+
+
+def flat_memory(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
+    """The elements of a tensor in the order in which they lie in memory, given its dimensions from slow to fast."""
+    return tensor.permute(order).reshape(-1)
+
+
+def read_memory(memory: Tensor, size: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
+    """The elements of flat memory that a view lies at."""
+    return memory.index_select(0, _places(memory, size, stride, offset)).view(size)
+
+
+def write_memory(memory: Tensor, written: Tensor, size: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
+    """Flat memory after a view of it has been written to."""
+    return memory.scatter(0, _places(memory, size, stride, offset), written.reshape(-1))
+
+
+def _places(memory: Tensor, size: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
+    return torch.arange(len(memory), device=memory.device).as_strided(size, stride, offset).reshape(-1)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _order(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(sorted(range(tensor.ndim), key=lambda d: (-tensor.stride(d), -tensor.shape[d])))
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether it is all of its memory, each element once."""
+    if tensor.storage_offset() or tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes():
+        return False
+    reach = 1
+    for d in reversed(_order(tensor)):
+        if tensor.shape[d] > 1 and tensor.stride(d) != reach:
+            return False
+        reach *= tensor.shape[d]
+    return True

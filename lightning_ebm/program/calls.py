@@ -1,0 +1,170 @@
+"""Watching calls of modules while a pass is recorded: what they return is marked, and nothing is replaced.
+
+One of the two files that touch a user's modules. It does so with forward hooks, inside a context manager that removes
+them whatever happens; the user's own hooks run as ever, before.
+"""
+
+import copy
+import dataclasses
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_ebm.program.record import Mark, StateKey, Value
+from lightning_ebm.program.recorder import Recorder
+from lightning_ebm.tree import modules_of, parameters_of
+
+Replace = Callable[[Mark, Tensor], Tensor | None]
+"""Gives the state that is to stand for what a call returned; None leaves it alone."""
+
+
+def nothing_in_place(mark: Mark, output: Tensor) -> None:
+    """Leaves what every call returned."""
+
+
+@contextmanager
+def watched(root: nn.Module, recorder: Recorder, chosen: Callable[[nn.Module], bool], replace: Replace) -> Iterator[None]:
+    """Runs the body with calls of modules below `root` marked in a record.
+
+    Args:
+        root: the user's module, for the batch size.
+        recorder: what records.
+        chosen: whether calls of a module may carry states; those with parameters of their own are marked anyway.
+        replace: for energies whose free equilibrium is not the forward pass, the states to hand out.
+    """
+    counts: dict[nn.Module, int] = {}
+    drives: dict[nn.Module, Value] = {}
+    names: dict[nn.Module, str] = {}
+    weighted: dict[nn.Module, bool] = {}
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        drive = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        if module in names and drive is not None and torch.is_grad_enabled() and not recorder.paused:
+            drives[module] = recorder.value(drive)
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if module not in names:  # a copy of a watched module took the hook along
+            return output
+        number = counts.get(module, 0)
+        counts[module] = number + 1
+        drive = drives.pop(module, None)
+        if recorder.paused or not torch.is_grad_enabled():
+            return output
+        leaves, rebuild = flattened(output)
+        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and _is_continuous(leaf)]
+        replaced = False
+        for part, i in enumerate(tensors):
+            tensor = leaves[i]
+            if not tensor.requires_grad and recorder.known(tensor) is None and not chosen(module):
+                continue
+            key = StateKey(names[module], number, part)
+            mark = recorder.mark(key, module, drive, tensor, weighted[module])
+            state = replace(mark, tensor)
+            if state is not None:
+                recorder.stands_for(state, mark.state)
+                leaves[i], replaced = state, True
+        return rebuild(leaves) if replaced else output
+
+    def note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is not root:
+            return
+        record = recorder.record
+        record.leading_sizes = record.leading_sizes or leading_sizes((args, kwargs))
+        if record.arguments is None:
+            record.arguments = args[0] if len(args) == 1 and not kwargs else (args, kwargs)
+
+    with ExitStack() as stack:
+        add = stack.callback
+        for name, module in root.named_modules():
+            holds = bool(module._parameters)
+            if not holds and not chosen(module):
+                continue
+            names[module], weighted[module] = clean(name), holds
+            if is_activation(module):
+                add(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            add(module.register_forward_hook(after, with_kwargs=True).remove)
+        add(root.register_forward_pre_hook(note_batch, with_kwargs=True).remove)
+        if any("_orig_mod" in module._modules for module in modules_of(root)):
+            # A compiled network would not see the hooks: for this pass it runs as it was written.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def in_place(root: nn.Module, states: Mapping[StateKey, Tensor]) -> Iterator[None]:
+    """Runs the body with states in place of what the calls of modules below `root` return; nothing is recorded."""
+    counts: dict[nn.Module, int] = {}
+    wanted = {key.name for key in states}
+    names = {module: clean(name) for name, module in root.named_modules() if clean(name) in wanted}
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if module not in names:
+            return output
+        number = counts.get(module, 0)
+        counts[module] = number + 1
+        leaves, rebuild = flattened(output)
+        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and _is_continuous(leaf)]
+        for part, i in enumerate(tensors):
+            state = states.get(StateKey(names[module], number, part))
+            leaves[i] = leaves[i] if state is None else state.detach().to(leaves[i].dtype)
+        return rebuild(leaves)
+
+    with ExitStack() as stack:
+        for module in names:
+            stack.callback(module.register_forward_hook(after).remove)
+        if any("_orig_mod" in module._modules for module in modules_of(root)):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+def flattened(output: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The leaves of what a module returned, and how to put others in their place. Dataclasses count as containers."""
+    if dataclasses.is_dataclass(output) and not isinstance(output, type | dict):
+        names = [f.name for f in dataclasses.fields(output)]
+        leaves, structure = pytree.tree_flatten([getattr(output, name) for name in names])
+
+        def rebuild(others: list[Any]) -> Any:
+            again = copy.copy(output)
+            for name, value in zip(names, pytree.tree_unflatten(others, structure), strict=True):
+                object.__setattr__(again, name, value)
+            return again
+
+        return leaves, rebuild
+    if isinstance(output, Tensor):
+        return [output], operator.itemgetter(0)
+    leaves, structure = pytree.tree_flatten(output)
+    return leaves, lambda others: pytree.tree_unflatten(others, structure)
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether a layer at this module is a nonlinearity of its drive, not a block with weights of its own."""
+    return isinstance(module, nn.PReLU) or not parameters_of(modules_of(module))
+
+
+def clean(name: str) -> str:
+    """A parameter's or module's name as the user wrote the model, without what torch.compile puts before it."""
+    return name.replace("_orig_mod.", "")
+
+
+def leading_sizes(batch: Any) -> list[int]:
+    """First dimension of every tensor in a batch, or in a call's arguments, that has one: candidates for B."""
+    return [t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim > 0]
+
+
+def batch_size_among(candidates: list[int], shapes: list[torch.Size]) -> int:
+    """The candidate that most states have among their first two dimensions, then the most frequent, then the first.
+
+    A time-major batch (T, B, ...) or a loose tensor beside the samples is not mistaken for the batch size that way.
+    """
+    found = candidates or [size for shape in shapes for size in shape[:1]] or [1]
+    carried = {size: sum(size in shape[:2] for shape in shapes) for size in found}
+    return max(found, key=lambda size: (carried[size], found.count(size), -found.index(size)))
+
+
+def _is_continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()

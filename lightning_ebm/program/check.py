@@ -1,0 +1,87 @@
+"""A new record against autograd: the exact rule on the record must be autograd's own gradient of the user's pass."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ebm.errors import UnsupportedModuleError
+from lightning_ebm.program.calls import clean
+from lightning_ebm.program.interpreter import Pass, Program, at_prediction
+from lightning_ebm.program.wiring import Plan, graph_of
+
+
+def check_against_autograd(module: nn.Module, program: Program, plan: Plan, loss: Tensor) -> None:
+    """Compares the two gradients, and the tensors that they reach.
+
+    The exact rule sends each layer's error down one layer's own Jacobian at a time, so it only is the gradient if
+    drives, predictions, wiring and loss of the record are those of the pass.
+
+    Args:
+        module: the user's module.
+        program: the record, cut at its states.
+        plan: the wiring.
+        loss: what the user's pass returned, in its own graph.
+
+    Raises:
+        UnsupportedModuleError: they differ, or the record reaches other parameters.
+    """
+    names = {id(p): clean(name) for name, p in module.named_parameters()}
+    leaves = [leaf for leaf in graph_of([loss])[0] if not leaf._backward_hooks]
+    seen = program.run(at_prediction())
+    ours = exact_rule(seen, plan, leaves)
+    true = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+    rounding = max(seen.rounding, torch.finfo(loss.dtype).eps)
+    largest = max((float(t.abs().max()) for t in true if t is not None and t.numel()), default=0.0)
+    for leaf, g, t in zip(leaves, ours, true, strict=True):
+        if t is None:
+            continue
+        name = names.get(id(leaf), f"a tensor of shape {tuple(leaf.shape)}")
+        if g is None:
+            if bool(t.any()):
+                _refuse(f"autograd reaches {name}, and what was recorded of the step does not", program)
+            continue
+        off = float((g - t).abs().max()) if t.numel() else 0.0
+        size = max(float(t.abs().max()) if t.numel() else 0.0, 1e-3 * largest)
+        if torch.isfinite(t).all() and not off <= min(1e4 * rounding, 0.1) * size:
+            _refuse(f"the gradient of {name} is {off / max(size, 1e-300):.2g} off autograd's own", program)
+
+
+def exact_rule(seen: Pass, plan: Plan, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """dL/dtheta from errors that are sent down, layer by layer: delta_l = sum over its children of J^T delta."""
+    states = seen.states
+    errors: list[Tensor | None] = [None] * len(states)
+
+    def send(output: Tensor, weight: Tensor, parents: Sequence[int]) -> None:
+        if not parents or not output.requires_grad:
+            return
+        below = [states[p] for p in parents]
+        found = torch.autograd.grad(output, below, weight, retain_graph=True, allow_unused=True)
+        for p, part in zip(parents, found, strict=True):
+            before = errors[p]
+            errors[p] = part if before is None else before if part is None else before + part
+
+    send(seen.loss, torch.ones_like(seen.loss), plan.loss_parents)
+    for k in range(len(states) - 1, -1, -1):
+        if (error := errors[k]) is not None:
+            send(seen.layers[k].prediction, error, plan.rows[k].parents)
+    tops = [(seen.loss, torch.ones_like(seen.loss))]
+    tops += [(call.prediction, e) for call, e in zip(seen.layers, errors, strict=True) if e is not None]
+    live = [(top, weight) for top, weight in tops if top.requires_grad]
+    if not live or not leaves:
+        return [None] * len(leaves)
+    outputs, weights = zip(*live, strict=True)
+    return list(torch.autograd.grad(outputs, leaves, weights, allow_unused=True))
+
+
+def _refuse(what: str, program: Program) -> None:
+    special = sorted({str(node.func) for node in program.record.nodes if not isinstance(node.func, torch._ops.OpOverload)})
+    there = [name for name in special if "stands_for" not in name]
+    raise UnsupportedModuleError(
+        f"The step cannot be repeated at other states: {what}."
+        + (f" What stands there besides torch's own operations: {', '.join(there)}." if there else "")
+        + (f" Hooks on {len(program.record.hooks)} hidden tensors change gradients." if program.record.hooks else "")
+        + " A custom autograd function, a hook, a checkpoint or an operation with a state of its own can be the cause;"
+        ' the update would be wrong, so nothing was learned. Use algorithm="backprop" for this module, or replace that'
+        " part."
+    )

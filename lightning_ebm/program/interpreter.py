@@ -1,0 +1,238 @@
+"""Running a record with states in their places: the plain way, and the oracle of any faster one."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ebm.energies import LayerView
+from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value
+
+StateOf = Callable[[StateKey, Tensor], Tensor | None]
+"""Chooses x_l from the key and the prediction; None leaves the call alone."""
+
+
+@dataclass
+class Call:
+    """What one pass saw at one layer.
+
+    Attributes:
+        key: which call.
+        module: the module called.
+        drive: a_l; the prediction where the layer is a block.
+        prediction: mu_l, in at least float32, with its graph down to the parents' states.
+        state: x_l, a leaf in at least float32.
+    """
+
+    key: StateKey
+    module: nn.Module
+    drive: Tensor
+    prediction: Tensor
+    state: Tensor
+
+    def view(self, above: int) -> LayerView:
+        """What an energy may know of it."""
+        activation = None if self.drive is self.prediction else self.module
+        return LayerView(self.key.name, self.key.call, self.drive, self.prediction, activation, above)
+
+
+@dataclass
+class Pass:
+    """One run of a program.
+
+    Attributes:
+        layers: what it saw at each layer, in the order of the user's pass.
+        loss: the user's loss, a scalar.
+        rounding: relative, of the arithmetic that the layers computed in, autocast or not.
+    """
+
+    layers: list[Call] = field(default_factory=list)
+    loss: Any = None
+    rounding: float = 0.0
+
+    @property
+    def states(self) -> list[Tensor]:
+        """x_l of every layer."""
+        return [call.state for call in self.layers]
+
+
+def at_prediction() -> StateOf:
+    """x_l = mu_l, as a leaf."""
+    return lambda key, mu: mu.detach().requires_grad_()
+
+
+def at_states(states: Mapping[StateKey, Tensor]) -> StateOf:
+    """x_l as given, as a leaf."""
+    return lambda key, _: states[key].detach().requires_grad_()
+
+
+class Program:
+    """(states, parameters, what the batch fixed) -> (drives a_l, predictions mu_l, loss), of one user's pass.
+
+    Args:
+        record: of that pass.
+        marks: the calls that carry states, in order.
+        loss: the value of its loss; None leaves it out.
+    """
+
+    def __init__(self, record: Record, marks: Sequence[Mark], loss: Value | None) -> None:
+        self.record = record
+        self.marks = list(marks)
+        self.loss = loss
+        self._order = ordered(record, [*([] if loss is None else [loss]), *_ends(marks)])
+        self._last = _last_uses(self._order, marks, [] if loss is None else [loss])
+
+    def run(self, state_of: StateOf) -> Pass:
+        """One pass, cut at the states: x_l is a leaf, mu_l a function of the parents' states and of the parameters."""
+        seen, held = Pass(), Held(self.record)
+        at = {mark.state.node: mark for mark in self.marks}
+        for node in self._order:
+            mark = at.get(node)
+            if mark is None:
+                held.run(node)
+            else:
+                original = held[mark.prediction]
+                prediction = at_least_float32(original)
+                drive = prediction if mark.drive is mark.prediction else at_least_float32(held[mark.drive])
+                state = state_of(mark.key, prediction)
+                state = prediction if state is None else state
+                narrower = state.dtype != original.dtype and not state.is_complex()
+                held[mark.state] = state.to(original.dtype) if narrower else state
+                seen.layers.append(Call(mark.key, mark.module, drive, prediction, state))
+                seen.rounding = max(seen.rounding, mark.rounding)
+            for value in self._last.get(node, ()):
+                held.free(value)
+        if self.loss is not None:
+            seen.loss = held[self.loss]
+        return seen
+
+    def uncut(self) -> Tensor:
+        """The loss in the graph that backprop would differentiate."""
+        assert self.loss is not None
+        held = Held(self.record)
+        for node in ordered(self.record, [self.loss]):
+            held.run(node)
+        return held[self.loss]
+
+
+class Held:
+    """What the values of a record hold in one run."""
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+        self._tensors: dict[Value, Tensor] = {}
+
+    def __getitem__(self, value: Value) -> Tensor:
+        found = self._tensors.get(value)
+        if found is None:
+            found = self._tensors[value] = self._given(value)
+        return found
+
+    def __setitem__(self, value: Value, tensor: Tensor) -> None:
+        self._tensors[value] = tensor
+
+    def free(self, value: Value) -> None:
+        """Nobody reads it any more."""
+        self._tensors.pop(value, None)
+
+    def _given(self, value: Value) -> Tensor:
+        leaf = self._record.leaves.get(value)
+        content = self._record.inputs[value] if leaf is None else self._record.inputs.get(value, leaf)
+        if leaf is None:
+            return content.detach() if content.requires_grad else content
+        return leaf if content is leaf else AtValue.apply(leaf, content)  # type: ignore[no-any-return,no-untyped-call]
+
+    def run(self, node: Node) -> None:
+        """One operation."""
+        args = self._filled(node.args)
+        kwargs = {name: self._filled_one(arg) for name, arg in node.kwargs.items()} if node.kwargs else node.kwargs
+        written: list[Tensor] = []
+        if node.written:  # on copies: nothing that anybody else holds is written to
+            args, kwargs = _copied(node.written, list(args), dict(kwargs), written)
+        result = node.func(*args, **kwargs)
+        results = [*result] if isinstance(result, list | tuple) else [result]
+        for value, tensor in zip(node.results, [*results, *written], strict=False):
+            if value is None:
+                continue
+            if value in self._record.leaves:
+                tensor = self._record.leaves[value]  # a leaf that the pass made: x.clone().requires_grad_()
+            elif (hooks := self._record.hooks.get(value)) is not None and tensor.requires_grad:
+                for hook in hooks:
+                    tensor.register_hook(hook)
+            self._tensors[value] = tensor
+
+    def _filled(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple([self._filled_one(arg) for arg in args])
+
+    def _filled_one(self, arg: Any) -> Any:
+        if type(arg) is Value:
+            return self[arg]
+        return self._filled(arg) if type(arg) is tuple else arg
+
+
+class AtValue(torch.autograd.Function):
+    """A leaf as it was when the user's pass read it, though it has been written to since; its gradient is the leaf's."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, content: Tensor) -> Tensor:
+        return content.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _copied(
+    written: tuple[int | str, ...], args: list[Any], kwargs: dict[str, Any], copies: list[Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    for where in written:
+        held: Any = kwargs if isinstance(where, str) else args
+        if isinstance(where, int) and where >= len(args):
+            continue
+        arg = held.get(where) if isinstance(where, str) else held[where]
+        if isinstance(arg, Tensor):
+            held[where] = arg.clone()
+            copies.append(held[where])
+        elif isinstance(arg, tuple):
+            held[where] = [t.clone() for t in arg]
+            copies.extend(held[where])
+    return tuple(args), kwargs
+
+
+def _ends(marks: Sequence[Mark]) -> list[Value]:
+    return [value for mark in marks for value in (mark.prediction, mark.drive, mark.state)]
+
+
+def ordered(record: Record, roots: Collection[Value]) -> list[Node]:
+    """The operations that these values were computed by, in the order of the user's pass."""
+    needed: set[Node] = set()
+    queue = [value.node for value in roots if value.node is not None]
+    while queue:
+        node = queue.pop()
+        if node not in needed:
+            needed.add(node)
+            queue.extend(value.node for value in node.values() if value.node is not None)
+    return [node for node in record.nodes if node in needed]
+
+
+def _last_uses(order: Sequence[Node], marks: Sequence[Mark], kept: Collection[Value]) -> dict[Node, list[Value]]:
+    """After which operation each value is read no more."""
+    last: dict[Value, Node] = {}
+    drives = {mark.state.node: mark.drive for mark in marks}
+    for node in order:
+        for value in node.values():
+            last[value] = node
+        if node in drives:
+            last[drives[node]] = node
+    found: dict[Node, list[Value]] = {}
+    for value, node in last.items():
+        if value not in kept:
+            found.setdefault(node, []).append(value)
+    return found
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """States and energies live in float32 even where the network computes in less: phase differences would drown."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

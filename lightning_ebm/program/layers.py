@@ -1,0 +1,160 @@
+"""Finding the layers: which calls of which modules carry a state.
+
+The wiring is read from the record of the user's own pass, not from the module tree: it says which states each layer's
+drive is computed from, which parameters stand in between, and what enters the loss.
+"""
+
+import difflib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import nn
+
+from lightning_ebm.errors import ConfigurationError, LayerDiscoveryError, UnsupportedModuleError
+from lightning_ebm.program.calls import clean
+from lightning_ebm.program.record import Mark, Record, StateKey, Value
+from lightning_ebm.program.wiring import Plan, Wiring
+
+log = logging.getLogger(__name__)
+
+ChosenLayers = list[str] | type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[nn.Module], bool]
+Layers = ChosenLayers | None
+Output = Literal["auto", "readout", "state"]
+
+# Softmax and LogSoftmax are links of a read-out to its loss, not nonlinearities of neurons: name them to give them one.
+ACTIVATIONS: tuple[type[nn.Module], ...] = (
+    nn.CELU, nn.ELU, nn.GELU, nn.GLU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU,
+    nn.LogSigmoid, nn.Mish, nn.PReLU, nn.RReLU, nn.ReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink,
+    nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold,
+)  # fmt: skip
+_WEIGHTED: tuple[type[nn.Module], ...] = (
+    nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention,
+)  # fmt: skip
+
+
+class LayerFinder:
+    """Chooses the layers of a module among the calls that one record has marked.
+
+    Args:
+        module: the user's module.
+        layers: as in `Learner`.
+        output: as in `Learner`.
+    """
+
+    def __init__(self, module: nn.Module, layers: Layers, output: Output) -> None:
+        self._module = module
+        self._layers = layers
+        self._output: Output = output
+
+    def candidates(self) -> list[dict[nn.Module, str]]:
+        """The modules whose calls may carry states, and their names: sets of them, the first that does being taken."""
+        return [_chosen(self._module, self._layers)] if self._layers is not None else list(_found(self._module)) or [{}]
+
+    def find(self, record: Record, loss: Value) -> tuple[Plan, list[Mark]]:
+        """The calls that carry states, and the wiring between them.
+
+        Raises:
+            ConfigurationError: `layers` or `output` name nothing.
+            LayerDiscoveryError: no call could carry a state.
+        """
+        tried = []
+        for candidates in self.candidates():
+            marks = [mark for mark in record.marks if mark.module in candidates]
+            states = _carrying(Wiring(self._module, record, marks, loss), self._output)
+            if states:
+                cut = [mark for mark in record.marks if mark.key in states]
+                plan = Wiring(self._module, record, cut, loss).plan()
+                _say_what_goes_around(plan, self._module)
+                return plan, cut
+            tried.append(f"{len(candidates)} modules called {len(marks)} times")
+        _refuse(self._module, tried)
+
+
+def _refuse(module: nn.Module, tried: list[str]) -> NoReturn:
+    scripted = [name for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        raise UnsupportedModuleError(
+            f"No layer of {type(module).__name__} can carry a state, as {clean(scripted[0]) or 'it'!r} is compiled by"
+            " torch.jit.script: calls inside of it cannot be seen. Train the module as it was before scripting."
+        )
+    raise LayerDiscoveryError(
+        f"No layer of {type(module).__name__} can carry a state (tried: {'; '.join(tried) or 'nothing'}): a layer is"
+        " a call of an activation module, or of a module you name, that the loss depends on and that trainable"
+        " parameters feed. Without one nothing relaxes and the update would be plain backprop. If the network has a"
+        ' single weighted layer, give its output a state with output="state"; if its nonlinearities are functions'
+        ' (F.relu), name the modules in front of them: layers=["fc1", "fc2"] or layers=nn.Linear.'
+    )
+
+
+def _chosen(module: nn.Module, layers: ChosenLayers) -> dict[nn.Module, str]:
+    named = {clean(name): m for name, m in module.named_modules() if name}
+    if isinstance(layers, str):
+        raise ConfigurationError(f"layers={layers!r}: expected a list of names; write layers=[{layers!r}].")
+    chosen: dict[nn.Module, str]
+    if isinstance(layers, tuple) and all(isinstance(name, str) for name in layers):
+        layers = [str(name) for name in layers]
+    if isinstance(layers, type | tuple):
+        kinds: Any = layers
+        chosen = {m: name for name, m in named.items() if isinstance(m, kinds)}
+    elif callable(layers):
+        chosen = {m: name for name, m in named.items() if layers(m)}
+    else:
+        unknown = [name for name in layers if name not in named]
+        if unknown:
+            close = difflib.get_close_matches(str(unknown[0]), named, n=3) or list(named)[:5]
+            raise ConfigurationError(
+                f"layers={list(layers)!r}: {type(module).__name__} has no module {unknown[0]!r}. Nearest: {close}."
+            )
+        return {named[name]: name for name in layers}
+    if not chosen:
+        raise ConfigurationError(
+            f"layers={layers!r} matches none of the {len(named)} modules of {type(module).__name__}."
+            f" It has: {sorted({type(m).__name__ for m in named.values()})}."
+        )
+    return chosen
+
+
+def _found(module: nn.Module) -> Iterator[dict[nn.Module, str]]:
+    named = {clean(name): m for name, m in module.named_modules() if name}
+    activations = {m: name for name, m in named.items() if isinstance(m, ACTIVATIONS)}
+    if activations:
+        yield activations
+    blocks: dict[nn.Module, str] = {}
+    for name, container in module.named_modules():
+        children = [child for child in container.children() if any(True for _ in child.parameters())]
+        repeated = isinstance(container, nn.ModuleList | nn.Sequential) and len(children) > 1
+        nested = any(name.startswith(f"{outer}.") for outer in blocks.values())
+        if repeated and not nested and len({type(child) for child in children}) == 1:
+            blocks |= {m: n for n, m in named.items() if any(m is child for child in children)}
+    if blocks:
+        yield blocks
+    weighted = {m: name for name, m in named.items() if isinstance(m, _WEIGHTED)}
+    if weighted:
+        yield weighted
+
+
+def _carrying(wiring: Wiring, output: Output) -> set[StateKey]:
+    """The calls that are to carry a state."""
+    states = wiring.useful()
+    if output == "readout":
+        states -= wiring.ends()
+    elif output == "auto":
+        states -= wiring.ends(but_activations=True)
+    else:
+        states |= {head.key for head in wiring.heads()}
+    return states
+
+
+def _say_what_goes_around(plan: Plan, module: nn.Module) -> None:
+    """One line where much of the network is trained past the states, as a residual stream past its activations."""
+    if len(plan.around) > 2:  # one or two are tied weights, or a single skip
+        log.warning(
+            "%d weighted modules of %s reach the loss around the states as well (%s, ...): that part of their update is"
+            " the loss's own gradient, through each other. States at whole blocks make it local: layers=BlockType or"
+            " layers=[...]. ebm.summary shows the layers.",
+            len(plan.around),
+            type(module).__name__,
+            ", ".join(plan.around[:3]),
+        )

@@ -1,0 +1,117 @@
+"""The programs of one module: a new record is examined once, and recognised when it comes again."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ebm.program.calls import Replace, nothing_in_place, watched
+from lightning_ebm.program.check import check_against_autograd
+from lightning_ebm.program.comparison import Outline
+from lightning_ebm.program.interpreter import Program
+from lightning_ebm.program.layers import LayerFinder, Layers, Output
+from lightning_ebm.program.record import Node, Record, Value, meta_of
+from lightning_ebm.program.recorder import Recorder
+from lightning_ebm.program.wiring import Plan, Region
+
+_KEPT = 16
+"""Known programs: full and last batches, training modes, branches, losses in turn."""
+
+
+@dataclass
+class Known:
+    """A program that has been examined.
+
+    Attributes:
+        outline: what it is recognised by.
+        plan: its wiring.
+        covered: whether every parameter is known to be reached by the energy.
+    """
+
+    outline: Outline
+    plan: Plan
+    covered: bool = False
+
+
+class Programs:
+    """Records passes of a module, and knows the programs that they were.
+
+    Args:
+        module: the user's module.
+        layers: as in `Learner`.
+        output: as in `Learner`.
+    """
+
+    def __init__(self, module: nn.Module, layers: Layers, output: Output) -> None:
+        self._module = module
+        self._finder = LayerFinder(module, layers, output)
+        self._known: list[Known] = []
+
+    @property
+    def latest(self) -> Known | None:
+        """The program that was seen last."""
+        return self._known[0] if self._known else None
+
+    @contextmanager
+    def recording(self, recorder: Recorder, replace: Replace = nothing_in_place) -> Iterator[None]:
+        """Records what runs within."""
+        chosen = {m for candidates in self._finder.candidates() for m in candidates}
+        with watched(self._module, recorder, chosen.__contains__, replace), recorder:
+            yield
+
+    def of(self, recorder: Recorder, loss: Tensor) -> tuple[Program, Known]:
+        """The program whose loss this is.
+
+        Args:
+            recorder: of the pass.
+            loss: what the pass returned, in its own graph.
+
+        Raises:
+            LayerDiscoveryError: no call could carry a state.
+            UnsupportedModuleError: the record is not of what autograd would differentiate.
+        """
+        value, record = recorder.value(loss), recorder.settle()
+        for known in self._known:
+            found = known.outline.repeated_by(record, value)
+            if not isinstance(found, str):
+                self._known.remove(known)
+                self._known.insert(0, known)
+                return Program(record, found[0], value), known
+        plan, marks = self._finder.find(record, value)
+        program = Program(record, marks, value)
+        with recorder.pausing(), torch.enable_grad():
+            check_against_autograd(self._module, program, plan, loss)
+        return program, self._added(program, plan, value)
+
+    def without_loss(self, recorder: Recorder) -> tuple[Program, Known]:
+        """The program of a pass that returns no loss: it ends in whatever nothing else consumes."""
+        record = recorder.settle()
+        value = _sum_of_ends(record)
+        plan, marks = self._finder.find(record, value)
+        program = Program(record, marks, value)
+        return program, self._added(program, plan, value)
+
+    def _added(self, program: Program, plan: Plan, loss: Value) -> Known:
+        known = Known(Outline(program.record, program.marks, loss), plan)
+        self._known = [known, *self._known[: _KEPT - 1]]
+        return known
+
+
+def _sum_of_ends(record: Record) -> Value:
+    """The sum of all that calls returned and no other call was computed from, in place of a loss."""
+    used: set[Value] = set()
+    states = {mark.state for mark in record.marks}
+    for mark in record.marks:
+        used |= Region([mark.prediction], states, record.leaves).states
+    ends = [mark.state for mark in record.marks if mark.state not in used]
+    node = Node(_summed, tuple(ends), {})
+    total = Value(node, meta_of(torch.zeros(())))
+    node.results.append(total)
+    record.nodes.append(node)
+    return total
+
+
+def _summed(*tensors: Tensor) -> Tensor:
+    return torch.stack([tensor.sum() for tensor in tensors]).sum()

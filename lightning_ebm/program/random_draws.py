@@ -1,0 +1,72 @@
+"""Random operations, repeated at other states with what the recorded pass drew."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ebm.errors import UnsupportedModuleError
+from lightning_ebm.program.operations import Traits
+
+Repeated = Callable[[Any, Any, Any], tuple[Callable[..., Any], tuple[Any, ...]]]
+"""From arguments and results of the recorded operation, a function that draws nothing, and its arguments."""
+
+_NO_SLOPE = frozenset(
+    {"bernoulli", "normal", "multinomial", "poisson", "randperm", "rand", "randn", "randint", "binomial"}
+    | {"rand_like", "randn_like", "randint_like"}
+    | {"bernoulli_", "uniform_", "normal_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
+)
+"""What these give has no slope in what they are given, so it is a constant."""
+
+
+def repeated_without_drawing(kind: Traits, func: Any, args: Any, kwargs: Any) -> Repeated | None:
+    """How to repeat a random operation; None where its result is a constant.
+
+    Raises:
+        UnsupportedModuleError: it draws and computes in one, in a way that is not known here.
+    """
+    if kind.name == "native_dropout":
+        return _dropout
+    if kind.name in ("rrelu_with_noise", "rrelu_with_noise_"):
+        return _leaky
+    if kind.name in _NO_SLOPE or not any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        return None
+    names = [argument.name for argument in func._schema.arguments]
+    if "dropout_p" in names:
+        position = names.index("dropout_p")
+        if (args[position] if position < len(args) else kwargs.get("dropout_p", 0.0)) == 0:
+            return lambda args, kwargs, result: (_called(func, kwargs), args)
+    raise UnsupportedModuleError(
+        f"The step draws random numbers inside an operation that also computes with its layers ({kind.name}): it could"
+        " not be repeated at other states with the same draws. Draw first, then compute; in attention, dropout of 0, or"
+        " torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+    )
+
+
+def _called(func: Any, kwargs: Any) -> Callable[..., Any]:
+    return lambda *args: func(*args, **kwargs)
+
+
+def _dropout(args: Any, kwargs: Any, result: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    x, p, train = (*args, *kwargs.values())[:3]
+    if train is False or p == 0:
+        return masked_dropout, (x, torch.ones_like(result[1]), 1.0)
+    return masked_dropout, (x, result[1], 0.0 if p == 1 else 1 / (1 - p))
+
+
+def masked_dropout(x: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Dropout with a mask that has been drawn."""
+    return x * mask * scale, mask
+
+
+def _leaky(args: Any, kwargs: Any, result: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    x, noise, lower, upper = args[:4]
+    training = args[4] if len(args) > 4 else kwargs.get("training", False)
+    slope = noise.detach().clone() if training else torch.full_like(x, (lower + upper) / 2)
+    return leaky_by, (x, slope)
+
+
+def leaky_by(x: Tensor, slope: Tensor) -> Tensor:
+    """A leaky ReLU with a slope for each element that has been drawn; 1 where it was not negative then."""
+    return torch.where(x > 0, x, x * slope)

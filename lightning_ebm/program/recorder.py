@@ -1,0 +1,436 @@
+"""Recording one pass of the user's code, below autograd, without changing what it computes.
+
+The pass runs uncut: no value is replaced, so whatever the user's own code differentiates is right. Each tensor
+operation made while gradients are on becomes a `Node`. What is computed while they are off, and what the user
+detaches, is a constant of the record, as are random draws and the numbers that Python reads off tensors: the record is
+of the program that ran.
+"""
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from lightning_ebm.errors import UnsupportedModuleError
+from lightning_ebm.program.aliasing import Aliasing
+from lightning_ebm.program.operations import BATCH_NORMS, Traits, traits
+from lightning_ebm.program.random_draws import repeated_without_drawing
+from lightning_ebm.program.record import (
+    Mark,
+    Node,
+    Record,
+    StateKey,
+    Value,
+    meta_of,
+    outside_meta_of,
+    stands_for,
+)
+from lightning_ebm.program.seams import seams
+
+_BY_MASK = frozenset({"index", "masked_select"})
+_PUT_BY_MASK = frozenset({"index_put", "index_put_", "_index_put_impl_"})
+_DETACH = torch.ops.aten.detach.default
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records while it is active as a context manager; it may be entered several times.
+
+    Args:
+        undoes: note what tensors that were there before hold before they are written to, so that `undo` can put it
+            back.
+    """
+
+    def __init__(self, undoes: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.record = Record()
+        self.paused = 0
+        self.asked = False
+        """Whether the user asked for the detached tensor that is about to be made; else autograd did, to save it."""
+        self._known: dict[int, tuple[Callable[[], Tensor | None], Value]] = {}
+        self._held: dict[Value, Tensor] = {}
+        self._aliasing = Aliasing()
+        self._undo: list[tuple[Tensor, Tensor]] | None = [] if undoes else None
+        self._entered: list[Any] = []
+
+    # What is recorded
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        if func is _DETACH and not self.asked:  # autograd's own, of a tensor that it saves: the same value
+            return self._aliased(func(*args), args[0])
+        kind = traits(func)
+        written = tensors_at(kind, args, kwargs) if kind.writes else []
+        repeated = None
+        off = not torch.is_grad_enabled() or func is _DETACH or (kind.dynamic and kind.name not in _BY_MASK)
+        if kind.random and not off:
+            repeated = repeated_without_drawing(kind, func, args, kwargs)
+            off = repeated is None
+        if off:
+            self._about_to_write(written)
+            result = func(*args, **kwargs)
+            for tensor in written:
+                self._constant_from_now(tensor)
+            return result
+        named = self._seen_by_name(kwargs) if kwargs else kwargs
+        node = Node(func, self._seen(args), named, kind.writes if written else ())
+        if kind.name in _BY_MASK or kind.name in _PUT_BY_MASK:
+            self._freeze_masks(node, kind)
+        self._about_to_write(written)
+        result = func(*args, **kwargs)
+        if repeated is not None:
+            by, given = repeated(args, kwargs, result)
+            node, written = Node(by, self._seen(given), {}), written[:1] if kind.name.endswith("_") else []
+        self._ended(node, kind, written, result)
+        return result
+
+    def value(self, tensor: Tensor) -> Value:
+        """What a tensor holds now."""
+        known = self._known.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            value = known[1]
+            if value.poison is not None:
+                raise UnsupportedModuleError(value.poison)
+            if value.node is not None or value.meta[-1] is (tensor.requires_grad and tensor.is_leaf):
+                return value  # else it has been frozen, or set free, since
+        return self._from_outside(tensor)
+
+    def known(self, tensor: Tensor) -> Value | None:
+        """What a tensor holds now, if the record knows."""
+        known = self._known.get(id(tensor))
+        return known[1] if known is not None and known[0]() is tensor else None
+
+    def mark(self, key: StateKey, module: nn.Module, drive: Value | None, output: Tensor, weighted: bool) -> Mark:
+        """Notes that a call of a watched module returned a tensor: downstream of here it is read as a state."""
+        prediction = self.value(output)
+        node = Node(stands_for, (prediction, key), {})
+        state = Value(node, prediction.meta)
+        node.results.append(state)
+        self.record.nodes.append(node)
+        self._bind(output, state)
+        mark = Mark(key, module, prediction if drive is None else drive, prediction, state, _rounding(output), weighted)
+        self.record.marks.append(mark)
+        return mark
+
+    def stands_for(self, tensor: Tensor, value: Value) -> None:
+        """Notes that a tensor holds a value that another one held when it was recorded."""
+        self._bind(tensor, value)
+
+    def _ended(self, node: Node, kind: Traits, written: Sequence[Tensor], result: Any) -> None:
+        results = result if isinstance(result, list | tuple) else (result,)
+        tensors = 0
+        for tensor in results:
+            if not isinstance(tensor, Tensor):
+                node.results.append(None)
+                continue
+            tensors += 1
+            value = Value(node, meta_of(tensor))
+            node.results.append(value)
+            self._bind(tensor, value)
+            if not kind.views:  # views must not be held: autograd would then hand out another tensor, unknown here
+                self._held[value] = tensor
+        if not tensors and not written:
+            values = next(iter(node.values()), None)
+            if values is not None:
+                self.record.reads.append((str(node.func), values))
+            return
+        self.record.nodes.append(node)
+        for tensor in written:
+            now = self.value(tensor)
+            if now.node is not node:
+                now = Value(node, meta_of(tensor))
+                node.results.append(now)
+            else:  # returned as well: the returned one is what was written
+                node.results.append(now)
+            self.record.nodes.extend(self._aliasing.written(tensor, now, self._rebind, self._poison))
+            self._bind(tensor, now)
+            self._held[now] = tensor
+
+    def _freeze_masks(self, node: Node, kind: Traits) -> None:
+        """How many elements a mask picks belongs to the recorded pass: masks by which others are cut are constants."""
+        if kind.name in _PUT_BY_MASK and node.args[2].shape.numel() == 1:
+            return
+
+        def frozen(arg: Any) -> Any:
+            if type(arg) is tuple:
+                return tuple([frozen(a) for a in arg])
+            if type(arg) is not Value or arg.node is None or arg.meta[2] not in (torch.bool, torch.uint8):
+                return arg
+            tensor = next(held for ref, value in self._known.values() if value is arg and (held := ref()) is not None)
+            constant = Value(None, outside_meta_of(tensor))
+            self.record.inputs[constant] = tensor.detach().clone()
+            return constant
+
+        node.args = frozen(node.args)
+
+    def function(self, function: type[torch.autograd.Function], run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A custom function is one node: its forward runs while gradients are off, and its backward is in no record."""
+        if function.__module__.startswith("torch.distributed"):  # it tells FSDP when gradients are there
+            return run(*args, **kwargs)
+        if function.__module__ == "torch.utils.checkpoint":
+            raise UnsupportedModuleError(
+                "torch.utils.checkpoint with use_reentrant=True runs the layers where nothing can be recorded, so that"
+                " they could not relax and their parameters would not learn. Use use_reentrant=False."
+            )
+        node = Node(function.apply, self._seen(args), self._seen_by_name(kwargs))
+        before = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        with self.pausing():
+            result = run(*args, **kwargs)
+        results = result if isinstance(result, tuple) else (result,)
+        for tensor in results:
+            if not isinstance(tensor, Tensor):
+                node.results.append(None)
+                continue
+            if id(tensor) in before and tensor._version:
+                raise UnsupportedModuleError(
+                    f"The custom autograd function {function.__name__} writes to its input and returns it (mark_dirty):"
+                    " what it computes cannot be repeated at other states. Return a new tensor."
+                )
+            value = Value(node, meta_of(tensor))
+            node.results.append(value)
+            self._bind(tensor, value)
+            self._held[value] = tensor
+        self.record.nodes.append(node)
+        return result
+
+    def hooked(self, func: Callable[..., Any], call: Any, run: Callable[[Any], Any], args: Any) -> Any:
+        """Tensors on their way into, or out of, a module that has backward hooks."""
+        with self.pausing():
+            result = run(args)
+        before = args if isinstance(args, tuple) else (args,)
+        after = result if isinstance(result, tuple) else (result,)
+        pairs = [(old, new) for old, new in zip(before, after, strict=True) if isinstance(old, Tensor)]
+        if any(new is not old for old, new in pairs):
+            node = Node(func, (call, *self._seen([old for old, _ in pairs])), {})
+            for _, tensor in pairs:
+                value = Value(node, meta_of(tensor))
+                node.results.append(value)
+                self._bind(tensor, value)
+            self.record.nodes.append(node)
+        return result
+
+    # Tensors and values
+
+    def _seen(self, args: Iterable[Any]) -> tuple[Any, ...]:
+        """The arguments with values in the place of tensors."""
+        seen: list[Any] = []
+        for arg in args:
+            if isinstance(arg, Tensor):
+                seen.append(self.value(arg))
+            elif isinstance(arg, list | tuple):
+                seen.append(self._seen(arg))
+            elif isinstance(arg, torch.Generator):
+                seen.append(None)
+            else:
+                seen.append(arg)
+        return tuple(seen)
+
+    def _seen_by_name(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return dict(zip(kwargs, self._seen(kwargs.values()), strict=True))
+
+    def _from_outside(self, tensor: Tensor) -> Value:
+        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or tensor.layout is not torch.strided:
+            raise UnsupportedModuleError(
+                f"The step computes with a tensor of class {type(tensor).__name__} and layout {tensor.layout}; what is"
+                " computed with it cannot be repeated at other states. Use ordinary dense tensors in training_step."
+            )
+        if tensor.requires_grad and not tensor.is_leaf:
+            _refuse_unrecorded(tensor)
+        value = Value(None, outside_meta_of(tensor))
+        self._bind(tensor, value)
+        self.record.inputs[value] = tensor
+        if tensor.requires_grad:
+            self.record.leaves[value] = tensor
+        return value
+
+    def _bind(self, tensor: Tensor, value: Value) -> None:
+        self._known[id(tensor)] = weakref.ref(tensor), value
+        self._aliasing.seen(tensor)
+
+    def _rebind(self, tensor: Tensor, value: Value | None) -> Value | None:
+        """What a tensor holds; given a value, it holds that from now on."""
+        if value is not None:
+            self._known[id(tensor)] = weakref.ref(tensor), value
+        return self.known(tensor)
+
+    def _poison(self, tensor: Tensor, why: str) -> None:
+        value = Value(None, meta_of(tensor))
+        value.poison = why
+        self._known[id(tensor)] = weakref.ref(tensor), value
+
+    def _aliased(self, result: Tensor, tensor: Tensor) -> Tensor:
+        known = self.known(tensor)
+        if known is None and tensor.requires_grad:
+            known = self.value(tensor)
+        if known is not None:
+            self._bind(result, known)
+        return result
+
+    # Writing
+
+    def _about_to_write(self, written: Sequence[Tensor]) -> None:
+        """What the record holds of this memory is copied before it changes."""
+        for tensor in written:
+            for alias in [tensor, *self._aliasing.others(tensor)]:
+                value = self.known(alias)
+                if value is not None and self.record.inputs.get(value) is alias:
+                    self.record.inputs[value] = alias.detach().clone()
+            if self._undo is not None and (self.known(tensor) is None or self.known(tensor).node is None):  # type: ignore[union-attr]
+                self._undo.append((tensor, tensor.detach().clone()))
+
+    def _constant_from_now(self, tensor: Tensor) -> None:
+        """Written to while gradients are off: what it holds from now on is a constant, or a leaf's new value."""
+        for alias in [tensor, *self._aliasing.others(tensor)]:
+            value = self.known(alias)
+            if value is None:
+                continue
+            if alias.requires_grad and value.node is not None and value.node.func is not None:
+                self._poison(
+                    alias,
+                    "The step writes, while gradients are off (under no_grad, or through .data or detach()), to a"
+                    " tensor that was computed from parameters or states: autograd does not see the write, and the"
+                    " update would be that of another loss. Write out of place: x = x.clamp(0, 1).",
+                )
+            else:
+                del self._known[id(alias)]
+
+    def forget(self, tensor: Tensor) -> None:
+        """The tensor has been given other memory: what it holds is read anew."""
+        self._known.pop(id(tensor), None)
+
+    def undo(self) -> None:
+        """Puts back what was written to tensors that had been there before."""
+        assert self._undo is not None
+        with torch.no_grad():
+            for tensor, content in reversed(self._undo):
+                tensor.copy_(content)
+        self._undo.clear()
+
+    def settle(self) -> Record:
+        """The record, when the pass is over: leaves that the pass itself made are among them."""
+        for value, tensor in self._held.items():
+            if tensor.requires_grad and tensor.is_leaf and value not in self.record.leaves:
+                self.record.leaves[value] = tensor
+        return self.record
+
+    def release(self) -> None:
+        """Lets go of all tensors but those that the record needs."""
+        self._held.clear()
+        self._known.clear()
+        self._aliasing = Aliasing()
+
+    # Being active
+
+    @contextmanager
+    def pausing(self) -> Any:
+        """Within it nothing is recorded."""
+        self.paused += 1
+        try:
+            yield
+        finally:
+            self.paused -= 1
+
+    def __enter__(self) -> "Recorder":
+        calls = _Calls(self)
+        seams.enter(self)
+        calls.__enter__()
+        self._entered.append(calls)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._entered.pop().__exit__(*error)
+        seams.leave(self)
+
+
+class _Calls(TorchFunctionMode):
+    """Sees calls of torch's functions that leave no trace, or another one, below autograd."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        recorder = self._recorder
+        if recorder.paused or func not in _SEEN:
+            return func(*args, **kwargs)
+        if func in _DETACHES:
+            before, recorder.asked = recorder.asked, True
+            try:
+                result = func(*args, **kwargs)
+            finally:
+                recorder.asked = before
+            if func in _IN_PLACE:
+                recorder.forget(args[0])
+            return result
+        if func is Tensor.data.__set__:
+            with recorder.pausing():
+                func(*args, **kwargs)
+            return recorder.forget(args[0])
+        if func is Tensor.register_hook:
+            tensor, hook = args[0], args[1] if len(args) > 1 else kwargs["hook"]
+            value, owner = recorder.known(tensor), _owner(hook)
+            if owner.startswith("lightning.fabric."):  # it only checks who calls backward, and here a learner does
+                return RemovableHandle(OrderedDict())
+            if owner.startswith("torch.distributed."):  # it tells FSDP when gradients are about to come
+                return func(*args, **kwargs)
+            if value is not None and value.node is not None and tensor.requires_grad:
+                recorder.record.hooks.setdefault(value, []).append(hook)
+            return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _owner(hook: Any) -> str:
+    """The module that a hook was written in."""
+    return str(getattr(getattr(hook, "func", hook), "__module__", ""))
+
+
+_IN_PLACE = frozenset({Tensor.detach_, torch.detach_})
+_DETACHES = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__, *_IN_PLACE})  # type: ignore[attr-defined]
+_SEEN = _DETACHES | {Tensor.data.__set__, Tensor.register_hook}  # type: ignore[attr-defined]
+
+
+def _refuse_unrecorded(tensor: Tensor) -> None:
+    name = type(tensor.grad_fn).__name__
+    if isinstance(tensor.grad_fn, torch.autograd.function.BackwardCFunction):
+        raise UnsupportedModuleError(
+            f"The step uses a custom autograd function ({name}) through a reference to its `apply` that was taken"
+            " before training (such as `f = MyFunction.apply` at the head of a file), where it cannot be seen: what"
+            " it computes could not be repeated at other states. Call MyFunction.apply(...) where it is used."
+        )
+    raise UnsupportedModuleError(
+        f"The step uses a tensor that was computed before it began, together with its graph ({name}): what lies behind"
+        " it cannot be repeated at other states, and parameters there would learn by other rules. Compute it inside the"
+        " step, or detach it."
+    )
+
+
+def _rounding(tensor: Tensor) -> float:
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        return 0.0
+    device = tensor.device.type
+    computed_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+    return max(torch.finfo(tensor.dtype).eps, torch.finfo(computed_in).eps)
+
+
+def tensors_at(kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operation writes to."""
+    if kind.name in BATCH_NORMS and not args[5]:
+        return []
+    found: list[Tensor] = []
+    for where in kind.writes:
+        arg = kwargs.get(where) if isinstance(where, str) else args[where] if where < len(args) else None
+        found.extend(t for t in (arg if isinstance(arg, list | tuple) else (arg,)) if isinstance(t, Tensor))
+    return found
+

@@ -1,0 +1,125 @@
+"""Places of autograd that no mode of torch sees: custom functions, hooks on saved tensors, backward hooks of modules.
+
+They are watched only while something records, and only for the thread that does.
+"""
+
+import threading
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.hooks import BackwardHook
+
+if TYPE_CHECKING:
+    from lightning_ebm.program.recorder import Recorder
+
+_FUNCTION_APPLY = torch.autograd.Function.__dict__["apply"]
+_ENTER_HOOKS = saved_tensors_hooks.__dict__["__enter__"]
+_SETUP_INPUT, _SETUP_OUTPUT = BackwardHook.setup_input_hook, BackwardHook.setup_output_hook
+
+
+class _Seams(threading.local):
+    """The recorders of one thread, the innermost last."""
+
+    _lock = threading.Lock()
+    _users = 0
+
+    def __init__(self) -> None:
+        self._active: list[Recorder] = []
+
+    def enter(self, recorder: "Recorder") -> None:
+        """The recorder is told of custom functions and of hooks on saved tensors from now on."""
+        self._active.append(recorder)
+        with _Seams._lock:
+            _Seams._users += 1
+            if _Seams._users == 1:
+                torch.autograd.Function.apply = classmethod(_apply)  # type: ignore[assignment,method-assign]
+                saved_tensors_hooks.__enter__ = _enter_hooks  # type: ignore[method-assign]
+                BackwardHook.setup_input_hook = _setup_input  # type: ignore[method-assign]
+                BackwardHook.setup_output_hook = _setup_output  # type: ignore[method-assign]
+
+    def leave(self, recorder: "Recorder") -> None:
+        """It is told no more; torch is as it was when no recorder is left."""
+        self._active.remove(recorder)
+        with _Seams._lock:
+            _Seams._users -= 1
+            if _Seams._users == 0:
+                torch.autograd.Function.apply = _FUNCTION_APPLY  # type: ignore[method-assign]
+                saved_tensors_hooks.__enter__ = _ENTER_HOOKS  # type: ignore[method-assign]
+                BackwardHook.setup_input_hook = _SETUP_INPUT  # type: ignore[method-assign]
+                BackwardHook.setup_output_hook = _SETUP_OUTPUT  # type: ignore[method-assign]
+
+    @property
+    def recorder(self) -> "Recorder | None":
+        """The one that records here and now."""
+        if not self._active or self._active[-1].paused:
+            return None
+        return self._active[-1]
+
+
+seams = _Seams()
+
+
+def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    plain = _FUNCTION_APPLY.__get__(None, cls)
+    recorder = seams.recorder
+    if recorder is None or not torch.is_grad_enabled():
+        return plain(*args, **kwargs)
+    return recorder.function(cls, plain, args, kwargs)
+
+
+def _enter_hooks(self: saved_tensors_hooks) -> None:
+    recorder = seams.recorder
+    if recorder is not None:
+        pack = self.pack_hook
+        recorder.record.notes.append(f"{getattr(pack, '__module__', '')}.{getattr(pack, '__qualname__', repr(pack))}")
+    _ENTER_HOOKS(self)
+
+
+class HookedCall:
+    """One call of a module with backward hooks, made anew in every run; equal to another with the same hooks."""
+
+    def __init__(self, of: BackwardHook) -> None:
+        self._parts = of.module, of.user_hooks, of.user_pre_hooks
+        self.hook = of
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HookedCall) and all(
+            one is another or one == another for one, another in zip(self._parts, other._parts, strict=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def renew(self) -> None:
+        """The next run is another backward pass."""
+        self.hook = BackwardHook(*self._parts)
+
+
+def hooked_input(call: HookedCall, *tensors: Tensor) -> Any:
+    """What a module with backward hooks is called with."""
+    call.renew()
+    return _SETUP_INPUT(call.hook, tensors)
+
+
+def hooked_output(call: HookedCall, *tensors: Tensor) -> Any:
+    """What a module with backward hooks returned."""
+    return _SETUP_OUTPUT(call.hook, tensors)
+
+
+_calls: dict[int, HookedCall] = {}
+"""Of modules that are being called right now."""
+
+
+def _setup_input(self: BackwardHook, args: Any) -> Any:
+    if (recorder := seams.recorder) is None or not torch.is_grad_enabled():
+        return _SETUP_INPUT(self, args)
+    call = _calls[id(self)] = HookedCall(self)
+    return recorder.hooked(hooked_input, call, partial(_SETUP_INPUT, self), args)
+
+
+def _setup_output(self: BackwardHook, args: Any) -> Any:
+    if (recorder := seams.recorder) is None or (call := _calls.pop(id(self), None)) is None:
+        return _SETUP_OUTPUT(self, args)
+    return recorder.hooked(hooked_output, call, partial(_SETUP_OUTPUT, self), args)

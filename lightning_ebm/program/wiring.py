@@ -1,0 +1,235 @@
+"""The graph between the states of one record: which states, parameters and weighted modules feed which."""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.program.calls import clean, is_activation
+from lightning_ebm.program.operations import traits
+from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value
+
+
+class Row(NamedTuple):
+    """What discovery learned of one call that carries a state.
+
+    Attributes:
+        key: which call.
+        state_shape: shape of the state, batch first.
+        activation: name of the nonlinearity's class, or None for a whole block.
+        parameters: names of the parameters in the drive, in the order of the module.
+        modules_between: modules with parameters between the parents' states and this one; 1 is as local as can be.
+        parents: indices of the states its drive is computed from; empty where only the input is.
+    """
+
+    key: StateKey
+    state_shape: tuple[int, ...]
+    activation: str | None
+    parameters: tuple[str, ...]
+    modules_between: int
+    parents: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which calls of one recorded pass carry states, and what feeds them.
+
+    Attributes:
+        states: the calls that carry a state, in order.
+        rows: one a state.
+        loss_parents: indices of the states the loss is computed from directly.
+        loss_parameters: names of the parameters between those states and the loss, or in the loss itself.
+        around: weighted modules that reach a state and also, around it, the loss.
+        reached: names of all parameters that backprop would reach.
+    """
+
+    states: tuple[StateKey, ...]
+    rows: tuple[Row, ...]
+    loss_parents: tuple[int, ...]
+    loss_parameters: tuple[str, ...]
+    around: tuple[str, ...]
+    reached: frozenset[str]
+
+    def depths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of each state, how many lie on the longest way to it from the input (itself included), and above it."""
+        below: list[int] = []
+        above = [0] * len(self.rows)
+        for row in self.rows:  # in the order of the calls: parents come first
+            below.append(1 + max((below[p] for p in row.parents), default=0))
+        for k in range(len(self.rows) - 1, -1, -1):
+            for p in self.rows[k].parents:
+                above[p] = max(above[p], above[k] + 1)
+        return tuple(below), tuple(above)
+
+
+class Wiring:
+    """The graph between the marks of a record.
+
+    Args:
+        module: the user's module.
+        record: of its pass.
+        marks: where the graph is cut.
+        loss: what the pass returned.
+    """
+
+    def __init__(self, module: nn.Module, record: Record, marks: Sequence[Mark], loss: Value) -> None:
+        self.marks = list(marks)
+        self._weighted = [mark for mark in record.marks if mark.weighted]
+        self._names = {id(p): clean(name) for name, p in module.named_parameters()}
+        self._order = {name: index for index, name in enumerate(self._names.values())}
+        self._owners = {id(p): clean(name) for name, m in module.named_modules() for p in m.parameters(recurse=False)}
+        self._leaves = record.leaves
+        self._index = {mark.state: k for k, mark in enumerate(self.marks)}
+        self._loss = loss
+        self._above_loss = self._region([loss])
+        self._above = [self._region([mark.prediction]) for mark in self.marks]
+
+    def _region(self, values: Iterable[Value], stops: Collection[Value] = ()) -> "Region":
+        return Region(values, self._index, self._leaves, stops)
+
+    def _parents(self, region: "Region") -> tuple[int, ...]:
+        return tuple(sorted(self._index[value] for value in region.states))
+
+    def _parameters(self, region: "Region") -> tuple[str, ...]:
+        names = {self._names[id(leaf)] for leaf in region.leaves if id(leaf) in self._names}
+        return tuple(sorted(names, key=self._order.__getitem__))
+
+    def _modules(self, region: "Region") -> set[str]:
+        """The modules that own the trainable parameters in it."""
+        return {self._owners[id(leaf)] for leaf in region.leaves if id(leaf) in self._owners}
+
+    def _live(self) -> set[int]:
+        """States that the loss depends on."""
+        live: set[int] = set()
+        queue = list(self._parents(self._above_loss))
+        while queue:
+            if (k := queue.pop()) not in live:
+                live.add(k)
+                queue.extend(self._parents(self._above[k]))
+        return live
+
+    def useful(self) -> set[StateKey]:
+        """Calls the loss depends on and trainable parameters feed; the others are constants or inputs, not layers."""
+        fed: set[int] = set()
+        for k, region in enumerate(self._above):  # in the order of the calls, so parents come first
+            if self._parameters(region) or fed & set(self._parents(region)):
+                fed.add(k)
+        return {self.marks[k].key for k in self._live() & fed}
+
+    def ends(self, but_activations: bool = False) -> set[StateKey]:
+        """Calls whose states enter the loss with no weighted module, and no other layer, after them."""
+        outputs = [mark.state for mark in self._weighted]
+        stops = set(outputs) - self._index.keys()
+        direct = set(self._parents(self._region([self._loss], stops)))
+        feeding = {parent for region in self._above for parent in self._parents(region)}
+        # A hidden state that a penalty takes into the loss as well still feeds its weighted successor.
+        reaching = [value for value in outputs if value in self._above_loss.values and value not in self._index]
+        after = self._region([mark.prediction for mark in self._weighted if mark.state in set(reaching)])
+        ends = [self.marks[k] for k in direct - feeding - set(self._parents(after))]
+        return {mark.key for mark in ends if not (but_activations and is_activation(mark.module))}
+
+    def heads(self) -> list[Mark]:
+        """Calls of weighted modules whose outputs enter the loss with no weighted module after them."""
+        trainable = [m for m in self._weighted if any(p.requires_grad for p in m.module.parameters(recurse=False))]
+        hit = Region([self._loss], (), self._leaves, {mark.state for mark in trainable}).stopped
+        return [mark for mark in trainable if mark.state in hit]
+
+    def plan(self) -> Plan:
+        """The plan with a state at every mark."""
+        rows = []
+        for mark, region in zip(self.marks, self._above, strict=True):
+            activation = type(mark.module).__name__ if is_activation(mark.module) else None
+            names, modules = self._parameters(region), len(self._modules(region))
+            rows.append(Row(mark.key, tuple(mark.prediction.shape), activation, names, modules, self._parents(region)))
+        inside = set().union(*(self._modules(region) for region in self._above))
+        reached = set(self._parameters(self._above_loss)).union(*(row.parameters for row in rows))
+        return Plan(
+            states=tuple(mark.key for mark in self.marks),
+            rows=tuple(rows),
+            loss_parents=self._parents(self._above_loss),
+            loss_parameters=self._parameters(self._above_loss),
+            around=tuple(sorted(self._modules(self._above_loss) & inside)),
+            reached=frozenset(reached),
+        )
+
+
+class Region:
+    """Everything some values were computed from, as far as a slope goes, back to states, leaves and given stops.
+
+    Attributes:
+        states: the states met.
+        leaves: the tensors met that autograd takes for leaves.
+        values: all values met.
+        stopped: the stops met.
+    """
+
+    def __init__(
+        self,
+        values: Iterable[Value],
+        states: Collection[Value],
+        leaves: "dict[Value, Tensor]",
+        stops: Collection[Value] = (),
+    ) -> None:
+        self.states: set[Value] = set()
+        self.leaves: list[Tensor] = []
+        self.values: set[Value] = set()
+        self.stopped: set[Value] = set()
+        queue = list(values)
+        while queue:
+            value = queue.pop()
+            if value in self.values or not value.is_continuous:
+                continue
+            self.values.add(value)
+            if value in states:
+                self.states.add(value)
+            elif value in stops:
+                self.stopped.add(value)
+            elif value in leaves:
+                self.leaves.append(leaves[value])
+            elif value.node is not None and not _has_no_slope(value.node):
+                queue.extend(value.node.values())
+
+
+def _has_no_slope(node: Node) -> bool:
+    """Whether only the shape of the arguments matters."""
+    return isinstance(node.func, torch._ops.OpOverload) and traits(node.func).by_shape
+
+
+def graph_of(tensors: Iterable[Tensor], stops: Collection[Any] = ()) -> tuple[list[Tensor], set[Any]]:
+    """The tensors that autograd would give a gradient, of all that these were computed from; and autograd's nodes."""
+    found: dict[int, Tensor] = {}
+    seen: set[Any] = set()
+    queue: list[Any] = []
+    for tensor in tensors:
+        if tensor.grad_fn is not None:
+            queue.append(tensor.grad_fn)
+        elif tensor.requires_grad:
+            found[id(tensor)] = tensor
+    while queue:
+        node = queue.pop()
+        if node in seen or node in stops:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found[id(leaf)] = leaf
+        else:
+            queue.extend(n for n, _ in node.next_functions if n is not None)
+    return list(found.values()), seen
+
+
+def reached_parameters(module: nn.Module, scalar: Tensor) -> frozenset[str]:
+    """Names of the trainable parameters that a gradient of `scalar` would reach."""
+    leaves = {id(leaf) for leaf in graph_of([scalar])[0]}
+    return frozenset(clean(name) for name, p in module.named_parameters() if id(p) in leaves)
+
+
+def named_gradients(module: nn.Module, scalar: Tensor, retain_graph: bool = False) -> dict[str, Tensor]:
+    """d scalar / d theta for every trainable parameter it reaches, by the name the user knows."""
+    named = {clean(name): p for name, p in module.named_parameters() if p.requires_grad}
+    if not named:
+        raise ConfigurationError(f"{type(module).__name__} has no trainable parameter: nothing could be learned.")
+    found = torch.autograd.grad(scalar, list(named.values()), allow_unused=True, retain_graph=retain_graph)
+    return {name: g.detach() for name, g in zip(named, found, strict=True) if g is not None}
