@@ -19,7 +19,7 @@ from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.purity import Snapshot
 from lightning_ebm.report import PhaseReport, Report, report_of
 from lightning_ebm.state_memory import StateMemory
-from lightning_ebm.step import Observer, Step
+from lightning_ebm.step import Code, Observer, Step
 from lightning_ebm.program.wiring import Plan, named_gradients
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ class Learner:
         self.loss_reduction = loss_reduction
         self.capture = capture
         self.compile = compile
+        self._code: Code = ("compiled" if compile else "traced") if capture else None
         self._quiet = quiet
         self._options: tuple[Layers, Output] = (layers, output_for(self.algorithm, output))
         self._programs = Programs(module, *self._options)
@@ -148,7 +149,7 @@ class Learner:
         if self.algorithm.energy.divergence or self.algorithm.read_as == "backprop":
             return nullcontext()
         parts = self.module, self.algorithm, self._evaluated, run, self._quiet, _unheard, self.loss_reduction
-        return Step(*parts, []).at_free_equilibrium()
+        return Step(*parts, [], code=self._code).at_free_equilibrium()
 
     def state_dict(self) -> dict[str, Any]:
         """What parts of the algorithm carry from one step to the next, such as the stand of `RandomSign`."""
@@ -187,7 +188,7 @@ class Learner:
             recorder: of a pass that has begun already.
         """
         parts = self.module, self.algorithm, self._programs, closure, self._quiet, self._remember, self.loss_reduction
-        step = Step(*parts, list(sizes), batch, self._memory, teaches, recorder)
+        step = Step(*parts, list(sizes), batch, self._memory, teaches, recorder, self._code)
         step.observer = self.observer
         return step
 

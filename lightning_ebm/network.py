@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,27 @@ Run = Callable[[StateOf], Pass]
 """Runs the program of the step with the given states in place."""
 
 
+class Start(NamedTuple):
+    """What is known of the pass at x_l = mu_l.
+
+    Attributes:
+        loss: what the user's code returned, a scalar.
+        free: x_l of every layer, in at least float32.
+        rounding: relative, of the arithmetic that the layers computed in.
+        seen: the pass; None where it is made when it is asked for.
+    """
+
+    loss: Tensor
+    free: list[Tensor]
+    rounding: float
+    seen: Pass | None
+
+    @classmethod
+    def of(cls, seen: Pass) -> "Start":
+        """What a pass shows."""
+        return cls(seen.loss.detach(), [state.detach() for state in seen.states], seen.rounding, seen)
+
+
 class Network:
     """`Landscape` of one training step.
 
@@ -37,13 +59,13 @@ class Network:
     Args:
         energy: e(x, a, rho).
         plan: the wiring.
-        first: the pass at x_l = mu_l.
+        start: what is known of the pass at x_l = mu_l.
         run: makes another.
         batch_size: B.
         loss_scale: what the user's loss is multiplied by to be a sum over samples: B or 1.
     """
 
-    def __init__(self, energy: Energy, plan: Plan, first: Pass, run: Run, batch_size: int, loss_scale: float) -> None:
+    def __init__(self, energy: Energy, plan: Plan, start: Start, run: Run, batch_size: int, loss_scale: float) -> None:
         self.batch_size = batch_size
         self.names: Sequence[str] = [str(key) for key in plan.states]
         depths, self._above = plan.depths()
@@ -53,17 +75,18 @@ class Network:
         self._plan = plan
         self._run = run
         self.loss_scale = loss_scale
-        self.first_loss = first.loss.detach()
-        self.free: Sequence[Tensor] = [state.detach() for state in first.states]
+        self.first_loss = start.loss
+        self.free: Sequence[Tensor] = start.free
         self._layouts = [layout_of(state.shape, batch_size) for state in self.free]
-        self.rounding = first.rounding
-        self._forward: Pass | None = first
+        self.rounding = start.rounding
+        self._forward: Pass | None = start.seen
         self._latest: tuple[Stamps, Pass] | None = None
         self._moved = False
         self._differentiated_again = True
         """Whether a pass is, after its forces: its graph is kept until then."""
         self._known_analytic = False
-        self._let_go(first)
+        if start.seen is not None:
+            self._let_go(start.seen)
         energy.check_layers({key.name for key in plan.states})
 
     @property
@@ -84,12 +107,38 @@ class Network:
         """See `Landscape.forces`."""
         with torch.enable_grad():
             seen = self.at_states(states)
+            if isinstance(self.energy, QuadraticEnergy) and not isinstance(strength, complex):
+                return self._quadratic_forces(seen, strength)
             internal, loss = self.internal(seen), self.loss(seen)
             gradients = self._slopes(seen, internal, loss, strength, range(len(self.free)))
         if is_bounded(self.energy):
             found = zip(gradients, states, self.views(seen), strict=True)
             gradients = [self.energy.tangent(gradient, state, view) for gradient, state, view in found]
         return Forces(internal.detach(), loss.detach(), gradients)
+
+    def _quadratic_forces(self, seen: Pass, strength: float) -> Forces:
+        """dE/dx_l = Pi_l e_l - sum_k (d mu_k / dx_l)' Pi_k e_k + strength * dL/dx_l, written out: no more than needed."""
+        unit = strength or 1.0  # as in _slopes
+        leaves = seen.states
+        with torch.no_grad():
+            errors = [call.state - call.prediction for call in seen.layers]
+            pulls = [e if is_one(p) else p * e for e, p in zip(errors, self._precisions(seen), strict=True)]
+        tops = [(call.prediction, -pull / unit if unit != 1 else -pull) for call, pull in zip(seen.layers, pulls, strict=True)]
+        if strength:
+            tops.append((seen.loss, torch.full_like(seen.loss, self.loss_scale)))
+        live = [(top, seed) for top, seed in tops if top.requires_grad]
+        slopes: Sequence[Tensor | None] = [None] * len(leaves)
+        if live:
+            outputs, seeds = zip(*live, strict=True)
+            kept = self._differentiated_again or seen is self._forward
+            slopes = torch.autograd.grad(outputs, leaves, seeds, retain_graph=kept, allow_unused=True)
+        with torch.no_grad():
+            gradients = [
+                pull if s is None else pull + s if unit == 1 else torch.add(pull, s, alpha=unit)
+                for pull, s in zip(pulls, slopes, strict=True)
+            ]
+            internal = 0.5 * self.products(pulls, errors, range(len(errors)))
+        return Forces(internal, self.loss(seen).detach(), gradients)
 
     def responses(self, states: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.responses`."""

@@ -1,7 +1,7 @@
 """One batch: its first pass, its relaxations, and the scalar whose gradient is the update."""
 
 import cmath
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -13,14 +13,15 @@ from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure, checked_loss
 from lightning_ebm.energies.base import rests_at_prediction
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError, UnsupportedModuleError
+from lightning_ebm.fast_network import FastNetwork
 from lightning_ebm.holding import Holding
 from lightning_ebm.linearization import Linearization
-from lightning_ebm.network import Network
+from lightning_ebm.network import Network, Start
 from lightning_ebm.nudges import Holomorphic, Infinitesimal, Phase
 from lightning_ebm.program.calls import Replace, batch_size_among, in_place, nothing_in_place
-from lightning_ebm.program.interpreter import Pass, Program, StateOf, at_prediction, at_states
-from lightning_ebm.program.programs import Known, Programs
-from lightning_ebm.program.record import Mark
+from lightning_ebm.program.interpreter import Pass, Program, StateOf, at_least_float32, at_prediction, at_states
+from lightning_ebm.program.programs import Found, Known, Programs
+from lightning_ebm.program.record import Mark, Value
 from lightning_ebm.program.recorder import Recorder
 from lightning_ebm.program.wiring import Plan, named_gradients, reached_parameters
 from lightning_ebm.program.complex_ops import ComplexOperations
@@ -33,6 +34,7 @@ from lightning_ebm.state_memory import StateMemory
 from lightning_ebm.watching import Recording
 
 Remember = Callable[[list[str], list[PhaseReport], Tensor], None]
+Code = Literal["traced", "compiled"] | None
 Observer = Callable[[Network], Network]
 
 
@@ -52,6 +54,7 @@ class Step:
         memory: of the states that samples were left in; None starts all from the forward pass.
         teaches: whether the energy may learn from this step, and the memory note it: it is taken, not only looked at.
         recorder: of a pass that has begun already, as under manual optimization.
+        code: whether evaluations of programs that come again run as code, "traced" or "compiled".
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Step:
         memory: StateMemory | None = None,
         teaches: bool = True,
         recorder: Recorder | None = None,
+        code: Code = None,
     ) -> None:
         self._module = module
         self._batch = batch
@@ -82,8 +86,12 @@ class Step:
         self._leading_sizes = leading_sizes
         self._recorder = recorder
         self._owns_recorder = recorder is None
+        self._code = code
         self._program: Program | None = None
         self._known: Known | None = None
+        self._binding: dict[Value, Value] | None = None
+        self._held: Mapping[Value, Tensor] = {}
+        self._loss: Tensor | None = None
         self._raw_loss: Tensor | None = None
         self._free: Relaxation | None = None
         self.network: Network | None = None
@@ -170,8 +178,13 @@ class Step:
     def examine(self) -> Plan:
         """Finds the layers by a pass without side effects, which `true_gradients` and `again` then are about."""
         recorder, loss = self._recorded_quietly()
-        self._program, self._known = self._programs.of(recorder, checked_loss(loss))
+        self._take(self._programs.of(recorder, checked_loss(loss)), recorder, loss)
+        assert self._known is not None
         return self._known.plan
+
+    def _take(self, found: Found, recorder: Recorder, loss: Tensor | None = None) -> None:
+        self._program, self._known, self._binding = found
+        self._held, self._loss = recorder.held, None if loss is None else loss.detach()
 
     def _is_free_forward(self, plan: Plan) -> bool:
         """Whether the free equilibrium is the forward pass, so that a relaxation that begins there stays there."""
@@ -272,7 +285,7 @@ class Step:
         loss = loss if self._raw_loss is None else self._raw_loss
         if self.network is not None and self._free is not None:  # its states are in place in the user's pass
             return self._at_equilibrium(self.network, self._free, loss)
-        self._program, self._known = self._programs.of(self._recorder, loss)
+        self._take(self._programs.of(self._recorder, loss), self._recorder, loss)
         return self._settled(self._program)
 
     def _settled(self, program: Program | None) -> Network:
@@ -302,18 +315,38 @@ class Step:
         states = at_states(dict(zip([mark.key for mark in found[0]], free.point, strict=True)))
         with torch.enable_grad():
             network.adopt(free.point, self._program.run(states), self._run)
+        inner = getattr(network, "unwatched", network)
+        if isinstance(inner, FastNetwork):
+            inner.rebind(self._program, found[1], self._recorder.held)
         return network
 
     def _network_of(self, program: Program | None) -> Network:
         """The network of a program."""
         assert program is not None and self._known is not None
-        record, first = program.record, self._run(at_prediction())
+        record, start = program.record, None
+        fast = self._code is not None and self._programs.repeats(self._known)
+        held = self._held
+        if fast and self._loss is not None and all(mark.state in held for mark in program.marks):
+            free = [at_least_float32(held[mark.state]) for mark in program.marks]
+            start = Start(self._loss, free, max(mark.rounding for mark in program.marks), None)
+        else:
+            start = Start.of(self._run(at_prediction()))
         if self._batch is None:
             self._batch = record.arguments
-        shapes = [state.shape for state in first.states]
-        size = batch_size_among(self._leading_sizes or record.leading_sizes, shapes)
+        size = batch_size_among(self._leading_sizes or record.leading_sizes, [state.shape for state in start.free])
         loss_scale = size if self._loss_reduction == "mean" else 1
-        network = Network(self._algorithm.energy, self._known.plan, first, self._run, size, loss_scale)
+        parts = self._algorithm.energy, self._known.plan, start, self._run, size, loss_scale
+        network = Network(*parts)
+        if fast:
+            network = FastNetwork(
+                *parts,
+                program=program,
+                binding=self._binding,
+                traced=self._known.traced,
+                compile=self._code == "compiled",
+                arithmetic=self._arithmetic,
+                held=held,
+            )
         self.network = network if self.observer is None else self.observer(network)
         return self.network
 
@@ -345,7 +378,7 @@ class Step:
             self._module, algorithm, self._programs, self._closure, self._quiet, _forget, self._loss_reduction,
             self._leading_sizes, self._batch,
         )  # fmt: skip
-        other._program, other._known = self._program, self._known
+        other._program, other._known, other._binding = self._program, self._known, self._binding
         other.observer = observer
         network = other._settled(other._program)
         update = other._relaxed(network, network.first_loss) / network.loss_scale
@@ -355,7 +388,8 @@ class Step:
     def at_free_equilibrium(self) -> Iterator[None]:
         """Within it the module computes with its states at the free equilibrium, and nothing is recorded."""
         recorder, _ = self._recorded_quietly()
-        self._program, self._known = self._programs.without_loss(recorder)
+        self._take(self._programs.without_loss(recorder), recorder)
+        assert self._program is not None and self._known is not None
         if self._is_free_forward(self._known.plan) or self._is_empty:
             yield
             return
@@ -367,7 +401,8 @@ class Step:
 
     def release(self) -> None:
         """Lets go of the graphs; `true_gradients` still works."""
-        self._free = self.network = self._raw_loss = None
+        self._free = self.network = self._raw_loss = self._loss = None
+        self._held = {}
         if self._recorder is not None and self._owns_recorder:
             self._recorder.release()
         self.phases = []

@@ -1,7 +1,10 @@
 """Running a record with states in their places: the plain way, and the oracle of any faster one."""
 
+import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -81,14 +84,26 @@ class Program:
         self.record = record
         self.marks = list(marks)
         self.loss = loss
-        self._order = ordered(record, [*([] if loss is None else [loss]), *_ends(marks)])
-        self._last = _last_uses(self._order, marks, [] if loss is None else [loss])
 
-    def run(self, state_of: StateOf) -> Pass:
-        """One pass, cut at the states: x_l is a leaf, mu_l a function of the parents' states and of the parameters."""
-        seen, held = Pass(), Held(self.record)
+    @cached_property
+    def order(self) -> list[Node]:
+        """The operations that lead to predictions, drives and loss."""
+        return ordered(self.record, [*([] if self.loss is None else [self.loss]), *_ends(self.marks)])
+
+    @cached_property
+    def _last(self) -> dict[Node, list[Value]]:
+        return _last_uses(self.order, self.marks, [] if self.loss is None else [self.loss])
+
+    def run(self, state_of: StateOf, given: Mapping[Value, Tensor] = MappingProxyType({})) -> Pass:
+        """One pass, cut at the states: x_l is a leaf, mu_l a function of the parents' states and of the parameters.
+
+        Args:
+            state_of: gives the states.
+            given: what to take in place of what the batch fixed.
+        """
+        seen, held = Pass(), Held(self.record, given)
         at = {mark.state.node: mark for mark in self.marks}
-        for node in self._order:
+        for node in self.order:
             mark = at.get(node)
             if mark is None:
                 held.run(node)
@@ -108,6 +123,39 @@ class Program:
             seen.loss = held[self.loss]
         return seen
 
+    def given(self) -> list[Value]:
+        """What the batch fixed: values that no operation here computes, and leaves."""
+        found: dict[Value, None] = {}
+        for node in self.order:
+            for value in node.values():
+                if value.node is None or value in self.record.leaves:
+                    found[value] = None
+        for mark in self.marks:
+            for value in (mark.prediction, mark.drive):
+                if value.node is None:
+                    found[value] = None
+        return list(found)
+
+    def content(self, value: Value) -> Tensor:
+        """What a given value holds, without a graph."""
+        record = self.record
+        return (record.inputs[value] if value in record.inputs else record.leaves[value]).detach()
+
+    def not_traceable(self) -> str | None:
+        """Why no code can be traced from it, if so: user's own code runs in its midst."""
+        if self.record.hooks:
+            return "gradient hooks"
+        own = [node.func for node in self.order if not isinstance(node.func, torch._ops.OpOverload)]
+        strange = [func for func in own if getattr(func, "__module__", "").partition(".")[0] != __name__.partition(".")[0]]
+        return f"custom functions: {strange[0]}" if strange else None
+
+    def outline(self) -> "Program":
+        """The same program without any tensor of the batch: it runs on what is given."""
+        bare = copy.copy(self)
+        bare.__dict__.update(order=self.order, _last=self._last)
+        bare.record = Record()
+        return bare
+
     def uncut(self) -> Tensor:
         """The loss in the graph that backprop would differentiate."""
         assert self.loss is not None
@@ -120,9 +168,10 @@ class Program:
 class Held:
     """What the values of a record hold in one run."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, given: Mapping[Value, Tensor] = MappingProxyType({})) -> None:
         self._record = record
-        self._tensors: dict[Value, Tensor] = {}
+        self._tensors: dict[Value, Tensor] = dict(given)
+        self._given_values = given
 
     def __getitem__(self, value: Value) -> Tensor:
         found = self._tensors.get(value)
@@ -155,6 +204,8 @@ class Held:
         results = [*result] if isinstance(result, list | tuple) else [result]
         for value, tensor in zip(node.results, [*results, *written], strict=False):
             if value is None:
+                continue
+            if value in self._given_values:
                 continue
             if value in self._record.leaves:
                 tensor = self._record.leaves[value]  # a leaf that the pass made: x.clone().requires_grad_()

@@ -52,6 +52,12 @@ class LayerFinder:
         """The modules whose calls may carry states, and their names: sets of them, the first that does being taken."""
         return [_chosen(self._module, self._layers)] if self._layers is not None else list(_found(self._module)) or [{}]
 
+    def watched(self) -> set[nn.Module]:
+        """The modules whose calls may carry states; those with parameters of their own are watched anyway."""
+        if self._layers is not None:
+            return set(_chosen(self._module, self._layers))
+        return {m for m in self._module.modules() if isinstance(m, ACTIVATIONS)}.union(*_repeated(self._module))
+
     def find(self, record: Record, loss: Value) -> tuple[Plan, list[Mark]]:
         """The calls that carry states, and the wiring between them.
 
@@ -121,18 +127,25 @@ def _found(module: nn.Module) -> Iterator[dict[nn.Module, str]]:
     activations = {m: name for name, m in named.items() if isinstance(m, ACTIVATIONS)}
     if activations:
         yield activations
-    blocks: dict[nn.Module, str] = {}
-    for name, container in module.named_modules():
-        children = [child for child in container.children() if any(True for _ in child.parameters())]
-        repeated = isinstance(container, nn.ModuleList | nn.Sequential) and len(children) > 1
-        nested = any(name.startswith(f"{outer}.") for outer in blocks.values())
-        if repeated and not nested and len({type(child) for child in children}) == 1:
-            blocks |= {m: n for n, m in named.items() if any(m is child for child in children)}
+    names = {m: name for name, m in named.items()}
+    blocks = {child: names[child] for children in _repeated(module) for child in children}
     if blocks:
         yield blocks
     weighted = {m: name for name, m in named.items() if isinstance(m, _WEIGHTED)}
     if weighted:
         yield weighted
+
+
+def _repeated(module: nn.Module) -> Iterator[list[nn.Module]]:
+    """Blocks of one kind, one after the other: the outermost rows of them."""
+    outer: list[str] = []
+    for name, container in module.named_modules():
+        if not isinstance(container, nn.ModuleList | nn.Sequential) or any(name.startswith(o) for o in outer):
+            continue
+        children = [child for child in container.children() if any(True for _ in child.parameters())]
+        if len(children) > 1 and len({type(child) for child in children}) == 1:
+            outer += [f"{clean(name)}.{part}." if name else f"{part}." for part, _ in container.named_children()]
+            yield children
 
 
 def _carrying(wiring: Wiring, output: Output) -> set[StateKey]:

@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ebm.program.calls import Replace, nothing_in_place, watched
 from lightning_ebm.program.check import check_against_autograd
+from lightning_ebm.program.code import TracedProgram
 from lightning_ebm.program.comparison import Outline
 from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.layers import LayerFinder, Layers, Output
@@ -27,12 +29,30 @@ class Known:
     Attributes:
         outline: what it is recognised by.
         plan: its wiring.
+        traced: its code.
+        uses: how often it has been seen.
         covered: whether every parameter is known to be reached by the energy.
     """
 
     outline: Outline
     plan: Plan
+    traced: TracedProgram
+    uses: int = 1
     covered: bool = False
+
+
+class Found(NamedTuple):
+    """The program of a pass.
+
+    Attributes:
+        program: on the tensors of this pass.
+        known: what was found out about it.
+        binding: its values, by those of the pass that was examined; None where it is that pass.
+    """
+
+    program: Program
+    known: Known
+    binding: dict[Value, Value] | None
 
 
 class Programs:
@@ -54,14 +74,18 @@ class Programs:
         """The program that was seen last."""
         return self._known[0] if self._known else None
 
+    def repeats(self, known: Known) -> bool:
+        """Whether a program comes again often enough for code to pay: more often than there are others."""
+        return known.uses > len(self._known)
+
     @contextmanager
     def recording(self, recorder: Recorder, replace: Replace = nothing_in_place) -> Iterator[None]:
         """Records what runs within."""
-        chosen = {m for candidates in self._finder.candidates() for m in candidates}
+        chosen = self._finder.watched()
         with watched(self._module, recorder, chosen.__contains__, replace), recorder:
             yield
 
-    def of(self, recorder: Recorder, loss: Tensor) -> tuple[Program, Known]:
+    def of(self, recorder: Recorder, loss: Tensor) -> Found:
         """The program whose loss this is.
 
         Args:
@@ -78,23 +102,24 @@ class Programs:
             if not isinstance(found, str):
                 self._known.remove(known)
                 self._known.insert(0, known)
-                return Program(record, found[0], value), known
+                known.uses += 1
+                return Found(Program(record, found[0], value), known, found[1])
         plan, marks = self._finder.find(record, value)
         program = Program(record, marks, value)
         with recorder.pausing(), torch.enable_grad():
             check_against_autograd(self._module, program, plan, loss)
-        return program, self._added(program, plan, value)
+        return Found(program, self._added(program, plan, value), None)
 
-    def without_loss(self, recorder: Recorder) -> tuple[Program, Known]:
+    def without_loss(self, recorder: Recorder) -> Found:
         """The program of a pass that returns no loss: it ends in whatever nothing else consumes."""
         record = recorder.settle()
         value = _sum_of_ends(record)
         plan, marks = self._finder.find(record, value)
         program = Program(record, marks, value)
-        return program, self._added(program, plan, value)
+        return Found(program, self._added(program, plan, value), None)
 
     def _added(self, program: Program, plan: Plan, loss: Value) -> Known:
-        known = Known(Outline(program.record, program.marks, loss), plan)
+        known = Known(Outline(program.record, program.marks, loss), plan, TracedProgram(program))
         self._known = [known, *self._known[: _KEPT - 1]]
         return known
 

@@ -55,7 +55,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.asked = False
         """Whether the user asked for the detached tensor that is about to be made; else autograd did, to save it."""
         self._known: dict[int, tuple[Callable[[], Tensor | None], Value]] = {}
-        self._held: dict[Value, Tensor] = {}
+        self.held: dict[Value, Tensor] = {}
+        """What values hold that the pass computed, as long as the record is not released."""
+        self._marked: set[Value] = set()
         self._aliasing = Aliasing()
         self._undo: list[tuple[Tensor, Tensor]] | None = [] if undoes else None
         self._entered: list[Any] = []
@@ -117,6 +119,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node.results.append(state)
         self.record.nodes.append(node)
         self._bind(output, state)
+        with self.pausing():
+            self.held[state] = output.detach()
+        self._marked.add(state)
         mark = Mark(key, module, prediction if drive is None else drive, prediction, state, _rounding(output), weighted)
         self.record.marks.append(mark)
         return mark
@@ -137,7 +142,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             node.results.append(value)
             self._bind(tensor, value)
             if not kind.views:  # views must not be held: autograd would then hand out another tensor, unknown here
-                self._held[value] = tensor
+                self.held[value] = tensor
         if not tensors and not written:
             values = next(iter(node.values()), None)
             if values is not None:
@@ -151,9 +156,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 node.results.append(now)
             else:  # returned as well: the returned one is what was written
                 node.results.append(now)
+            self.held.pop(now, None)
             self.record.nodes.extend(self._aliasing.written(tensor, now, self._rebind, self._poison))
             self._bind(tensor, now)
-            self._held[now] = tensor
+            if not tensor._is_view():
+                self.held[now] = tensor
 
     def _freeze_masks(self, node: Node, kind: Traits) -> None:
         """How many elements a mask picks belongs to the recorded pass: masks by which others are cut are constants."""
@@ -198,7 +205,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             value = Value(node, meta_of(tensor))
             node.results.append(value)
             self._bind(tensor, value)
-            self._held[value] = tensor
+            self.held[value] = tensor
         self.record.nodes.append(node)
         return result
 
@@ -282,8 +289,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in written:
             for alias in [tensor, *self._aliasing.others(tensor)]:
                 value = self.known(alias)
-                if value is not None and self.record.inputs.get(value) is alias:
+                if value is None:
+                    continue
+                if self.record.inputs.get(value) is alias:
                     self.record.inputs[value] = alias.detach().clone()
+                held = self.held.pop(value, None)
+                if value in self._marked:
+                    assert held is not None
+                    self.held[value] = held.detach().clone()
             if self._undo is not None and (self.known(tensor) is None or self.known(tensor).node is None):  # type: ignore[union-attr]
                 self._undo.append((tensor, tensor.detach().clone()))
 
@@ -317,14 +330,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def settle(self) -> Record:
         """The record, when the pass is over: leaves that the pass itself made are among them."""
-        for value, tensor in self._held.items():
+        for value, tensor in self.held.items():
             if tensor.requires_grad and tensor.is_leaf and value not in self.record.leaves:
                 self.record.leaves[value] = tensor
         return self.record
 
     def release(self) -> None:
         """Lets go of all tensors but those that the record needs."""
-        self._held.clear()
+        self.held.clear()
         self._known.clear()
         self._aliasing = Aliasing()
 
