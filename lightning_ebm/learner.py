@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.capture.captures import Captures
 from lightning_ebm.closure import Closure
+from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.layers import LayerFinder, Layers, Output
 from lightning_ebm.presets import algorithm as preset
@@ -145,7 +146,7 @@ class Learner:
         without side effects, and must be what the body runs. For divergence energies the equilibrium is the forward
         pass, and nothing is done. Outside of inference mode only: states are found by gradients.
         """
-        if self.algorithm.energy.divergence or self.algorithm.read_as == "backprop":
+        if is_divergence(self.algorithm.energy) or self.algorithm.read_as == "backprop":
             return nullcontext()
         finder = self._finders.setdefault(-1, LayerFinder(self.module, *self._options, self._quiet, lossless=True))
         finder.look(run)

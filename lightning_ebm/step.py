@@ -2,7 +2,7 @@
 
 import cmath
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -16,13 +16,15 @@ from lightning_ebm.capture.remember import Remembered
 from lightning_ebm.capture.replay import CapturedNetwork
 from lightning_ebm.capture.tape import Tape
 from lightning_ebm.closure import Closure, checked_loss
-from lightning_ebm.energies.base import rests_at_prediction
+from lightning_ebm.delivery import slopes_of
+from lightning_ebm.energies.base import is_divergence, rests_at_prediction
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.holding import Holding
 from lightning_ebm.layers import LayerFinder
 from lightning_ebm.linearization import Linearization
 from lightning_ebm.network import Network
-from lightning_ebm.nudges import Holomorphic, Infinitesimal, Phase
+from lightning_ebm.nudges import Phase
+from lightning_ebm.nudges.base import table_of
 from lightning_ebm.promotion import Promoted
 from lightning_ebm.purity import Snapshot
 from lightning_ebm.relaxers import Cheapest, Relaxation
@@ -92,6 +94,7 @@ class Step:
         self._raw_loss: Tensor | None = None
         self._first: Pass | None = None
         self._free: Relaxation | None = None
+        self._is_complex = False
         self.network: Network | None = None
         self.phases: list[tuple[complex, complex, Relaxation]] = []
         """Strength, weight and end of each phase of the last relaxation."""
@@ -126,7 +129,7 @@ class Step:
         """Whether the free equilibrium is the forward pass, so that a relaxation that begins there stays there."""
         algorithm = self._algorithm
         alone = rests_at_prediction(algorithm.energy) and not any(row.parents for row in plan.rows)
-        return algorithm.energy.divergence or (alone and algorithm.initial_state == "forward")
+        return is_divergence(algorithm.energy) or (alone and algorithm.initial_state == "forward")
 
     def returned(self, loss: Any) -> None:
         """Notes the loss as the user's code returned it, where `surrogate` is given a multiple of it."""
@@ -149,7 +152,7 @@ class Step:
 
     def _resting(self, network: Network) -> Network:
         """The network, whose free equilibrium is the pass it was made from; a divergence has nothing to say of it."""
-        if not self._algorithm.energy.divergence:
+        if not is_divergence(self._algorithm.energy):
             _announce(network, 0.0)
             with torch.no_grad():
                 energy = network.energy_of(network.free, 0.0)
@@ -187,8 +190,8 @@ class Step:
         """
         network = self._opened(checked_loss(loss), scale)
         relaxer = self._algorithm.relaxer
-        strength, weight, _ = self._algorithm.nudge.phases()[0]
-        strength = strength.real
+        nudged = next(phase for phase in table_of(self._algorithm.nudge) if phase.is_nudged)
+        strength, weight = nudged.strength.real, nudged.weight
         point, move = list(network.free), relaxer.stepper(network.free)
         energies, norms = [], []
         for taken in range(self._algorithm.increments):
@@ -307,21 +310,23 @@ class Step:
         free = self._free
         if free is not None:
             phases.append(PhaseReport.of(0.0, free))
-        table = algorithm.nudge.phases()
+        table = () if algorithm.nudge.linear_response else table_of(algorithm.nudge)
+        self._is_complex = any(isinstance(phase.strength, complex) for phase in table)
         if algorithm.read_as == "dyadic":  # both ends of the table at once
             span = max(p.strength.real for p in table) - min(p.strength.real for p in table)
             table = (Phase(span, 1 / span),)
         together = self._abreast(network, table)
-        nudged = [phase for phase in table if phase.strength]
-        departs = algorithm.energy.divergence and algorithm.read_as == "contrast" and not any(p.held for p in nudged)
-        for phase in table:
+        last = max((k for k, phase in enumerate(table) if phase.is_nudged), default=-1)
+        held, taken = any(phase.held for phase in table), None
+        departs = is_divergence(algorithm.energy) and algorithm.read_as == "contrast" and not held
+        for k, phase in enumerate(table):
             strength, weight = phase.strength, phase.weight
             if phase in together:
                 found = together[phase]
                 phases.append(PhaseReport.of(strength, found))
-            elif strength:
+            elif phase.is_nudged:
                 _announce(network, strength, phase.held)
-                if departs and phase is nudged[-1] and isinstance(network, CapturedNetwork):
+                if departs and k == last and isinstance(network, CapturedNetwork):
                     network.returns, self._first = False, None
                 with torch.no_grad():
                     found = self._nudged(network, phase)
@@ -330,13 +335,16 @@ class Step:
                 continue  # dI/dtheta is exactly 0 at the forward pass of a divergence energy
             else:
                 found = free
+            if taken is None and phase.is_nudged and not isinstance(strength, complex):
+                taken = found
             self.phases.append((0.0 if phase.held else strength, weight, found))
         self._remember(list(network.names), phases, loss)
         if algorithm.read_as == "cross-derivative":
             return self._cross_derivative(network, self._start(network))
         update = network.contrast(self.phases)
-        taken = next((found for strength, _, found in self.phases if strength), None)
-        if self._teaches and taken is not None and algorithm.energy.divergence and taken.dyad is None:
+        if held:
+            update = update + self._direct(network, table)
+        if self._teaches and taken is not None and taken.dyad is None:
             algorithm.energy.observe(lambda: dict(zip(network.names, network.errors_at(taken), strict=True)))
         return update
 
@@ -368,21 +376,44 @@ class Step:
         slopes = network.loss_slopes(start)
         point = list(start)
         for k in network.outputs:
-            eta = phase.strength.real
-            point[k] = self._algorithm.nudge.held_output(start[k], slopes[k], eta, self._batch)
+            point[k] = self._held_output(start[k], slopes[k], phase.strength.real)
         return relaxer.relax(Holding(network, network.outputs), point, 0.0)  # type: ignore[arg-type]  # by delegation
+
+    def _held_output(self, free: Tensor, slope: Tensor, strength: float) -> Tensor:
+        nudge = self._algorithm.nudge
+        held = nudge.held_output(free, slope, strength, self._batch)
+        if not isinstance(held, Tensor) or held.shape != free.shape:
+            got = tuple(held.shape) if isinstance(held, Tensor) else type(held).__name__
+            raise ConfigurationError(
+                f"{type(nudge).__name__}: the output was to be held at {got}; expected a tensor of shape"
+                f" {tuple(free.shape)}, that of the output, from held_output(...) or from Clamped(target=...)."
+            )
+        return held.detach().to(free)
+
+    def _direct(self, network: Network, table: Sequence[Phase]) -> Tensor:
+        """A scalar with the gradient of what the loss says of parameters directly, such as a penalty on weights.
+
+        Where the output is held the loss is no part of E, and no contrast of phases would carry that.
+        """
+        assert self._plan is not None
+        share = sum(phase.weight.real * phase.strength.real for phase in table if phase.held)
+        if not self._plan.loss_parameters or not share:
+            return network.first_loss.new_zeros(())
+        seen = network.at_states(self._start(network))
+        weight = share * network.loss_scale * torch.ones_like(seen.loss)
+        return slopes_of([(seen.loss, weight)], seen.states)
 
     def _cross_derivative(self, network: Network, start: Sequence[Tensor]) -> Tensor:
         """dL/dtheta + <d2I/dtheta dx, dx>, dx the (weighted) displacement of the states from the free equilibrium."""
         near = Linearization(network, start)
-        if isinstance(self._algorithm.nudge, Infinitesimal):
+        if self._algorithm.nudge.linear_response:
             moved = near.response()
         else:
             moved = [torch.zeros_like(x) for x in start]
             for strength, weight, found in self.phases:
                 if strength:
                     ends = zip(moved, network.held(found).point, start, strict=True)
-                    moved = [m + weight.real * (x - x0) for m, x, x0 in ends]
+                    moved = [m + _real(weight * (x - x0)) for m, x, x0 in ends]
         self.displaced = list(start), moved
         return near.loss() + near.cross_derivative(moved)
 
@@ -412,7 +443,11 @@ class Step:
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
         """What passes need beyond the user's code: complex numbers, or second derivatives."""
-        return Promoted() if isinstance(self._algorithm.nudge, Holomorphic) else self._derivatives()
+        stack = ExitStack()
+        stack.enter_context(self._derivatives())
+        if self._is_complex:
+            stack.enter_context(Promoted())
+        return stack
 
     def _derivatives(self) -> AbstractContextManager[Any]:
         """Attention in single operations where slopes are differentiated again: fused kernels have no second ones."""
@@ -455,3 +490,7 @@ def _announce(network: object, strength: complex, held: bool = False) -> None:
 
 def _forget(names: list[str], phases: list[PhaseReport], loss: Tensor) -> None:
     """A step of which no report is kept."""
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return tensor.real if tensor.is_complex() else tensor

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import NoLossError
 from lightning_ebm.companion import Companion
+from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.equilibrium import ordinary
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.layers import Layers, Output
@@ -219,7 +220,7 @@ class EnergyStrategy(Strategy):
             with self.precision_plugin.forward_context():
                 return getattr(self._module, name)(*args, **kwargs)  # type: ignore[no-any-return]
 
-        if self.algorithm.energy.divergence or not self._relaxes:
+        if is_divergence(self.algorithm.energy) or not self._relaxes:
             return step(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad():
             args, kwargs = ordinary((args, kwargs))
@@ -253,7 +254,7 @@ class EnergyStrategy(Strategy):
         if self._step is None:
             raise ConfigurationError("There is no training step yet whose gradient could be computed.")
         relaxes = self.algorithm.read_as != "backprop"
-        if reference == "equilibrium" and relaxes and not self.algorithm.energy.divergence:
+        if reference == "equilibrium" and relaxes and not is_divergence(self.algorithm.energy):
             found, other = self._step.again(exactly(self.algorithm))
             other.release()
         else:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure
+from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.layers import Layers, Output
 from lightning_ebm.learner import Learner, output_for
 from lightning_ebm.linearization import Linearization
 from lightning_ebm.metrics import alignment
-from lightning_ebm.nudges import Infinitesimal
+from lightning_ebm.nudges.base import table_of, without_draw
 from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.reference import backprop, equilibrium
 from lightning_ebm.substitution import clean
@@ -202,7 +203,7 @@ def check_algorithm(algorithm: str | Algorithm, *, tol: float = 1e-3) -> dict[st
     assert reduction_error <= tol, f"The update of a summed loss is {reduction_error:.2g} off B times that of the mean."
     check_locality(module, closure, chosen)
     reference = backprop(module, closure)
-    if not chosen.energy.divergence:
+    if not is_divergence(chosen.energy):
         reference = equilibrium(module, closure, chosen)
     figures = alignment(found, reference)
     assert figures["cosine"] > 0, f"The update ascends: its cosine with the true gradient is {figures['cosine']:.3f}."
@@ -215,9 +216,9 @@ def check_algorithm(algorithm: str | Algorithm, *, tol: float = 1e-3) -> dict[st
 
 
 def _check_table(algorithm: Algorithm) -> None:
-    if isinstance(algorithm.nudge, Infinitesimal):
+    if algorithm.nudge.linear_response:
         return
-    table = algorithm.nudge.phases()
+    table = table_of(without_draw(algorithm.nudge))
     total = sum(complex(weight).real for _, weight, _ in table)
     slope = sum((weight * strength).real for strength, weight, _ in table)
     largest = max(abs(weight) for _, weight, _ in table)

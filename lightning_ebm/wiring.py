@@ -200,6 +200,8 @@ def sum_of_ends(observed: Pass) -> Tensor:
     tensors = [output.tensor for output in observed.weighted if output.key not in stated]
     tensors += [call.prediction for call in observed.calls if call.state is None]
     states = [call.state for call in observed.calls if call.state is not None]
+    # A module that returns what a part of it does is no further end.
+    tensors = list({id(tensor.grad_fn or tensor): tensor for tensor in tensors}.values())
     regions = [Region([t]) for t in tensors] + [Region([c.prediction]) for c in observed.calls if c.state is not None]
     used = {leaf for region in regions for leaf in region.leaves}
     ends = [state for state in states if id(state) not in used]

@@ -21,6 +21,7 @@ from lightning_ebm.capture.mode import Mode
 from lightning_ebm.capture.program import Program
 from lightning_ebm.capture.tape import Tape
 from lightning_ebm.capture.values import Value
+from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.substitution import Pass
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Captures:
         phase before them is not).
         """
         contrasts = algorithm.read_as in ("contrast", "multipliers", "dyadic", "fixed-prediction")
-        frees = algorithm.read_as == "cross-derivative" and not algorithm.energy.divergence
+        frees = algorithm.read_as == "cross-derivative" and not is_divergence(algorithm.energy)
         return self.refused is None and (contrasts or frees)
 
     def of(self, tape: Tape, first: Pass, key: tuple[Any, ...]) -> "tuple[Captured, Binding] | None":

@@ -14,7 +14,7 @@ from lightning_ebm.capture.front import Front
 from lightning_ebm.capture.mode import Mode
 from lightning_ebm.delivery import Seed
 from lightning_ebm.energies import Energy
-from lightning_ebm.energies.base import QuadraticEnergy, is_bounded
+from lightning_ebm.energies.base import best_response, is_bounded, is_quadratic
 from lightning_ebm.network import Run, holomorphic, is_one
 from lightning_ebm.substitution import Pass
 from lightning_ebm.wiring import Plan
@@ -92,7 +92,7 @@ class Formulas(Dyads):
         views, answers, still = self.views(first), [], self._like(first)
         for k, slope in zip(layers, slopes, strict=True):
             pull = torch.zeros_like(still[k]) if slope is None else -slope
-            answers.append(self.energy.best_response(pull, views[k]).detach())
+            answers.append(best_response(self.energy, pull, views[k]).detach())
         return answers
 
     def _like(self, first: Pass) -> Sequence[Tensor]:
@@ -158,10 +158,6 @@ def slopes_at(seeds: Sequence[Seed], inputs: Sequence[Tensor], kept: bool = True
     ]
     slopes = torch.autograd.grad(outputs, inputs, weights, retain_graph=kept, allow_unused=True)
     return [slope if slope is None else holomorphic(slope) for slope in slopes]
-
-
-def is_quadratic(energy: Energy) -> bool:
-    return isinstance(energy, QuadraticEnergy) and type(energy).layer_energy is QuadraticEnergy.layer_energy
 
 
 def _root(precision: float | Tensor) -> float | Tensor:

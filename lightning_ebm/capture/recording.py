@@ -11,13 +11,14 @@ from lightning_ebm.capture.checking import Checking
 from lightning_ebm.capture.comparison import known_by
 from lightning_ebm.capture.continuation import continued
 from lightning_ebm.capture.faster import faster
-from lightning_ebm.capture.formulas import is_quadratic, slopes_at
+from lightning_ebm.capture.formulas import slopes_at
 from lightning_ebm.capture.lowering import NotRepeatable
 from lightning_ebm.capture.mode import Mode
 from lightning_ebm.capture.program import Compiler, Program, Record, compiled_program
 from lightning_ebm.capture.tape import Tape
 from lightning_ebm.capture.values import PHASE, SEED, STATE, Value
 from lightning_ebm.delivery import Seed
+from lightning_ebm.energies.base import is_quadratic
 from lightning_ebm.relaxers.fixed_steps import moved
 from lightning_ebm.substitution import Pass
 from lightning_ebm.wiring import Region

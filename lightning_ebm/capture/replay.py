@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_ebm.capture.mode import Kind, Mode
 from lightning_ebm.capture.running import Evaluation, Ready, RunningNetwork, continued
 from lightning_ebm.delivery import Delivered
-from lightning_ebm.energies.base import is_bounded
+from lightning_ebm.energies.base import is_bounded, is_divergence
 from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.relaxers.forces import total_energy
 from lightning_ebm.stamps import stamps
@@ -25,7 +25,7 @@ class CapturedNetwork(RunningNetwork):
 
     def _with_moved(self, mode: Mode, moved: Collection[int]) -> Mode:
         known = None
-        if self.energy.divergence and not self._moved and self._found is not None and self._found[0].fronts:
+        if is_divergence(self.energy) and not self._moved and self._found is not None and self._found[0].fronts:
             known = self._front.around(moved)
         if known is None:
             return mode
