@@ -116,7 +116,10 @@ def _copies(module: nn.Module, wanted: frozenset[str] | None) -> _Tensors:
     copies: _Tensors = {}
     for path in sorted(wanted):
         prefix, _, name = path.rpartition(".")
-        owner = module.get_submodule(prefix)
+        try:
+            owner = module.get_submodule(prefix)
+        except AttributeError:  # made by an earlier step, and gone
+            continue
         if (tensor := _held(owner, name)) is not None:
             copies[path] = owner, name, tensor.detach().clone()
     return copies

@@ -398,7 +398,7 @@ class Step:
         assert self._plan is not None
         share = sum(phase.weight.real * phase.strength.real for phase in table if phase.held)
         if not self._plan.loss_parameters or not share:
-            return network.first_loss.new_zeros(())
+            return torch.zeros_like(network.first_loss)
         seen = network.at_states(self._start(network))
         weight = share * network.loss_scale * torch.ones_like(seen.loss)
         return slopes_of([(seen.loss, weight)], seen.states)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from lightning_ebm.energies import LayerView
 from lightning_ebm.tree import modules_of, parameters_of
@@ -148,10 +149,12 @@ def substituted(
     untouched_drive: dict[nn.Module, Tensor] = {}
 
     def before_in_place(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor):
+        if module in candidates and args and isinstance(args[0], Tensor):
             untouched_drive[module] = args[0].clone()
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if module not in candidates:  # a copy that was made in a way of its own, hooks and all
+            return output
         number = counts.get(module, 0)
         counts[module] = number + 1
         inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
@@ -176,22 +179,27 @@ def substituted(
         return rebuild(leaves)
 
     def note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is not root:
+            return
         observed.leading_sizes = observed.leading_sizes or leading_sizes((args, kwargs))
         if observed.arguments is None:
             observed.arguments = args[0] if len(args) == 1 and not kwargs else (args, kwargs)
 
     with ExitStack() as stack:
-        add = stack.callback
+
+        def add(module: nn.Module, handle: RemovableHandle) -> None:
+            stack.callback(handle.remove)
+            stack.enter_context(_left_out_of_copies(module, handle.id))
+
         if find_weighted:
             for name, module in root.named_modules():
                 if any(True for _ in module.parameters(recurse=False)):
-                    note = _noting_weighted(observed, clean(name))
-                    add(module.register_forward_hook(note).remove)
+                    add(module, module.register_forward_hook(_noting_weighted(observed, clean(name), module)))
         for module in candidates:
             if getattr(module, "inplace", False):
-                add(module.register_forward_pre_hook(before_in_place).remove)
-            add(module.register_forward_hook(after, with_kwargs=True).remove)
-        add(root.register_forward_pre_hook(note_batch, with_kwargs=True).remove)
+                add(module, module.register_forward_pre_hook(before_in_place))
+            add(module, module.register_forward_hook(after, with_kwargs=True))
+        add(root, root.register_forward_pre_hook(note_batch, with_kwargs=True))
         if any("_orig_mod" in module._modules for module in modules_of(root)):
             # A compiled network would not see the hooks: for these passes it runs as it was written.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -217,10 +225,43 @@ def _flattened(output: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     return leaves, lambda others: pytree.tree_unflatten(others, structure)
 
 
-def _noting_weighted(observed: Pass, name: str) -> Callable[[nn.Module, Any, Any], None]:
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+
+
+@contextmanager
+def _left_out_of_copies(module: nn.Module, hook: int) -> Iterator[None]:
+    """Copies and pickles of the module that the user's code makes meanwhile are made without this hook.
+
+    Copying asks an object for its state, where one hook less is all that differs. Several of these may be nested.
+    """
+    before = vars(module).get("__getstate__")
+    state_of = getattr(module, "__getstate__", None) or (lambda: dict(vars(module)))  # objects have one from 3.11 on
+
+    def state_without() -> Any:
+        state = state_of()
+        if isinstance(state, dict):
+            state = {name: value for name, value in state.items() if name != "__getstate__"}
+            for name in _HOOKS:
+                if hook in state.get(name, ()):
+                    state[name] = type(state[name])((k, v) for k, v in state[name].items() if k != hook)
+        return state
+
+    vars(module)["__getstate__"] = state_without
+    try:
+        yield
+    finally:
+        if before is None:
+            vars(module).pop("__getstate__", None)
+        else:
+            vars(module)["__getstate__"] = before
+
+
+def _noting_weighted(observed: Pass, name: str, noted: nn.Module) -> Callable[[nn.Module, Any, Any], None]:
     count = itertools.count()
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
+        if module is not noted:
+            return
         number = next(count)
         tensors = [t for t in _flattened(output)[0] if isinstance(t, Tensor) and t.is_floating_point()]
         trainable = any(p.requires_grad for p in module.parameters(recurse=False))
