@@ -52,6 +52,7 @@ class LayerFinder:
         output: as in `Learner`.
         quiet: silences what only the caller knows how to silence, in the passes made here.
         lossless: the closures return no loss, as at evaluation: the network ends in whatever nothing else consumes.
+        partial: the closures are one of several that a step consists of, and need not reach every layer named.
     """
 
     def __init__(
@@ -61,8 +62,11 @@ class LayerFinder:
         output: Output,
         quiet: Callable[[], AbstractContextManager[Any]],
         lossless: bool = False,
+        partial: bool = False,
     ) -> None:
         self.lossless = lossless
+        self._partial = partial
+        self._carried: set[str] = set()
         self.plan: Plan | None = None
         self.covered: Plan | None = None
         """The plan for which every parameter is known to be reached by the energy."""
@@ -95,9 +99,27 @@ class LayerFinder:
                 written.update(changed())
             return observed
 
-        plan = discover(self._module, self._layers, self._output, probe)
+        plan, absent = discover(self._module, self._layers, self._output, probe)
+        self._carried |= {key.name for key in plan.states}
+        if not self.lossless:  # evaluation has branches of its own
+            self._complain({name: why for name, why in absent.items() if name not in self._carried})
         self.plan = dataclasses.replace(plan, written=frozenset(written))
         return self.plan
+
+    def _complain(self, absent: Mapping[str, str]) -> None:
+        """Of layers that were asked for and carry no state."""
+        if not absent:
+            return
+        told = "; ".join(f"{name!r}: {why}" for name, why in absent.items())
+        # What is frozen may be thawed, and other closures of the step may reach what this one does not.
+        if self._partial or not all(p.requires_grad for p in parameters_of(modules_of(self._module))):
+            log.warning("Layers that were asked for carry no state as things are, and no error. %s.", told)
+            return
+        raise LayerDiscoveryError(
+            f"layers={_shown(self._layers)}: what was asked for carries no state. {told}. States move, and their errors"
+            " train what lies below; a layer without one would silently be a part of the next. Leave it out of"
+            " layers=...; under closures that reach different parts of a module, take a learner for each."
+        )
 
 
 def _probed(closure: Closure) -> Tensor:
@@ -113,7 +135,7 @@ def _probed(closure: Closure) -> Tensor:
         ) from error
 
 
-def discover(module: nn.Module, layers: Layers, output: Output, probe: Probe) -> Plan:
+def discover(module: nn.Module, layers: Layers, output: Output, probe: Probe) -> tuple[Plan, dict[str, str]]:
     """Finds the layers of a module by running it.
 
     Args:
@@ -123,6 +145,9 @@ def discover(module: nn.Module, layers: Layers, output: Output, probe: Probe) ->
         output: what to do with the network's end, see `Learner`.
         probe: runs a pass.
 
+    Returns:
+        The plan; and what was asked for by name or type and carries no state, with the reason.
+
     Raises:
         ConfigurationError: `layers` or `output` name nothing.
         LayerDiscoveryError: no call could carry a state.
@@ -130,11 +155,12 @@ def discover(module: nn.Module, layers: Layers, output: Output, probe: Probe) ->
     tiers = [_chosen(module, layers)] if layers is not None else list(_found(module)) or [{}]
     tried = []
     for candidates in tiers:
-        plan = _planned(module, candidates, output, probe)
+        plan, why_not = _planned(module, candidates, output, probe)
         if plan.states:
             _say_what_goes_around(plan, module)
-            return plan
-        tried.append(f"{len(candidates)} modules called {len(plan.calls)} times")
+            return plan, _absent(candidates, layers, plan, why_not)
+        told = "".join(f"; {name!r}: {why_not(name)}" for name in list(candidates.values())[:3] if layers is not None)
+        tried.append(f"{len(candidates)} modules called {len(plan.calls)} times{told}")
     scripted = [name for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
     if scripted:
         raise UnsupportedModuleError(
@@ -148,6 +174,28 @@ def discover(module: nn.Module, layers: Layers, output: Output, probe: Probe) ->
         ' single weighted layer, give its output a state with output="state"; if its nonlinearities are functions'
         ' (F.relu), name the modules in front of them: layers=["fc1", "fc2"] or layers=nn.Linear.'
     )
+
+
+def _absent(
+    candidates: Mapping[nn.Module, str], layers: Layers, plan: Plan, why_not: Callable[[str], str]
+) -> dict[str, str]:
+    """Names that were asked for and carry no state; of types, one module of each of which none does. And why."""
+    kinds: tuple[Any, ...] = layers if isinstance(layers, tuple) else (layers,)
+    if isinstance(layers, list) or all(isinstance(kind, str) for kind in kinds):
+        groups = [[name] for name in candidates.values()]
+    elif all(isinstance(kind, type) for kind in kinds):
+        groups = [[name for m, name in candidates.items() if isinstance(m, kind)] for kind in kinds]
+    else:  # found, or by a predicate, which asks for none in particular
+        return {}
+    carrying = {key.name for key in plan.states}
+    return {group[0]: why_not(group[0]) for group in groups if group and not carrying & set(group)}
+
+
+def _shown(layers: Layers) -> str:
+    kinds = layers if isinstance(layers, tuple) else (layers,)
+    if all(isinstance(kind, type) for kind in kinds):
+        return ", ".join(kind.__name__ for kind in kinds)  # type: ignore[union-attr]
+    return repr(layers)
 
 
 def _chosen(module: nn.Module, layers: ChosenLayers) -> dict[nn.Module, str]:
@@ -197,10 +245,15 @@ def _found(module: nn.Module) -> Iterator[dict[nn.Module, str]]:
         yield weighted
 
 
-def _planned(module: nn.Module, candidates: Mapping[nn.Module, str], output: Output, probe: Probe) -> Plan:
-    candidates, states = _carrying(Wiring(module, probe(candidates, None)), candidates, output)
+def _planned(
+    module: nn.Module, candidates: Mapping[nn.Module, str], output: Output, probe: Probe
+) -> tuple[Plan, Callable[[str], str]]:
+    """The plan, and what says of a candidate why it carries no state."""
+    wiring = Wiring(module, probe(candidates, None))
+    candidates, states = _carrying(wiring, candidates, output)
     # Once more, cut at the states alone, so that parents and drives are those of the passes to come.
-    return Wiring(module, probe(candidates, frozenset(states))).plan(candidates)
+    plan = Wiring(module, probe(candidates, frozenset(states))).plan(candidates)
+    return plan, lambda name: wiring.why_not(name, states)
 
 
 def _carrying(

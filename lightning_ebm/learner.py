@@ -178,6 +178,7 @@ class Learner:
         key: int = 0,
         batch: Any = None,
         teaches: bool = True,
+        partial: bool = False,
     ) -> Step:
         """Opens a step by hand: run the first pass inside `Step.first_pass`, then call `Step.surrogate`.
 
@@ -188,8 +189,9 @@ class Learner:
             key: tells apart closures that are used in turn, each with layers of its own.
             teaches: whether the step is taken, so that what learns beside the parameters may learn from it.
             batch: for `Clamped(target=...)`; what the module is called with if None.
+            partial: whether the closure is one of several of a step, and need not reach every layer named.
         """
-        finder = self._finders.setdefault(key, LayerFinder(self.module, *self._options, self._quiet))
+        finder = self._finders.setdefault(key, LayerFinder(self.module, *self._options, self._quiet, partial=partial))
         self._finder = finder
         if self.algorithm.read_as != "backprop":
             finder.look(closure, snapshot)

@@ -86,7 +86,8 @@ class PlainState:
         self._undo: list[Callable[[], None]] = []
         seen: set[int] = set()
         for owner in modules_of(module):
-            self._undo.append(partial(_refill, owner._modules, dict(owner._modules)))
+            if isinstance(owner._modules, dict):  # those of scripted modules are none, and cannot change
+                self._undo.append(partial(_refill, owner._modules, dict(owner._modules)))
             # Modules of torch and torchmetrics keep no state outside of buffers and metrics.
             if not type(owner).__module__.startswith(("torch.", "torchmetrics.")):
                 values = {k: v for k, v in vars(owner).items() if k not in _MODULE_INTERNALS}

@@ -157,7 +157,8 @@ class EnergyStrategy(Strategy):
             number = manual.backwards
             manual.backwards += 1
             size = leading_sizes(self._arguments)
-            self._step = self.learner.begin(partial(manual.rehearse, number), size, self._snapshot, key=number)
+            rehearse = partial(manual.rehearse, number)
+            self._step = self.learner.begin(rehearse, size, self._snapshot, key=number, partial=True)
             self._print_layers()
         if self._step is None:
             raise ConfigurationError("EBMStrategy.backward was called outside a training step: nothing to relax.")

@@ -1,6 +1,6 @@
 """The graph between the cuts of one pass: which states, parameters and weighted modules feed which."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -113,6 +113,21 @@ class Wiring:
             if self._names(region) or fed & set(self._parents(region)):
                 fed.add(k)
         return {self._pass.calls[k].key for k in self._live() & fed}
+
+    def why_not(self, name: str, states: Set[StateKey]) -> str:
+        """Why none of the calls of a module carries a state."""
+        calls = {k: call for k, call in enumerate(self._pass.calls) if call.key.name == name}
+        if not calls:
+            return "it was not called in this pass, or returned no floating-point tensor"
+        if not self._live() & calls.keys():
+            return "the loss does not depend on what it returns"
+        if not self.useful() & {call.key for call in calls.values()}:
+            return (
+                "no trainable parameter feeds it, so that its output is an input of the network and nothing to predict"
+            )
+        if not states & {call.key for call in calls.values()}:
+            return 'it is the read-out, which enters the loss directly unless output="state"'
+        return "the passes that follow call it otherwise"
 
     def ends(self, but_activations: bool = False) -> set[StateKey]:
         """Calls whose states enter the loss with no weighted module, and no other layer, after them."""

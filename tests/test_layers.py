@@ -471,3 +471,90 @@ def test_common_modules(make, shape, layers, training):
     x = torch.randn(shape, dtype=torch.float64)
     assert [name for name, _ in table(net, x)[0]] == layers
     both(net, x)
+
+
+class Branches(nn.Module):
+    """A gate at the input, a body, a part that no loss looks at, and one for evaluation alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Identity()
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.act, self.watched, self.late, self.pick = nn.Tanh(), nn.Linear(6, 3), nn.Linear(2, 2), nn.Flatten(0)
+        self.double()
+
+    def forward(self, x):
+        h = self.act(self.second(self.act(self.first(self.gate(x)))))
+        self.watched(h)
+        self.pick((h > 0).long())
+        return self.head(h) if self.training else self.late(self.head(h))
+
+
+@pytest.mark.parametrize(
+    ("asked", "name", "why"),
+    [
+        (["gate", "act"], "gate", "no trainable parameter feeds it"),
+        (["act", "watched"], "watched", "the loss does not depend on"),
+        (["act", "late"], "late", "not called"),
+        (("act", "pick"), "pick", "no floating-point tensor"),
+        (["first", "head"], "head", "it is the read-out"),
+        ((nn.Tanh, nn.Identity), "gate", "no trainable parameter feeds it"),
+    ],
+)
+def test_what_is_asked_for_carries_a_state_or_an_error_says_why_not(asked, name, why):
+    net = Branches()
+    closure = lambda: net(X).square().mean()  # noqa: E731
+    for look in (
+        lambda: ebm.Learner(net, layers=asked).gradients(closure),
+        lambda: ebm.summary(net, X, layers=asked),
+    ):
+        with pytest.raises(ebm.LayerDiscoveryError, match=rf"carries no state\. '{name}': .*{why}"):
+            look()
+
+
+@pytest.mark.parametrize("asked", [["gate"], nn.Identity, lambda m: isinstance(m, nn.Identity)])
+def test_what_matches_nothing_useful_is_an_error_with_the_reason(asked):
+    net = Branches()
+    with pytest.raises(ebm.LayerDiscoveryError, match=r"No layer.*'gate': no trainable parameter feeds it"):
+        ebm.Learner(net, layers=asked).gradients(lambda: net(X).square().mean())
+
+
+def test_a_read_out_that_is_named_carries_a_state_if_the_output_is_one():
+    net = Branches()
+    learner = ebm.Learner(net, layers=["first", "head"], output="state")
+    learner.gradients(lambda: net(X).square().mean())
+    assert learner.report["layers"] == ["first", "head"]
+
+
+def test_types_and_predicates_ask_for_no_module_in_particular():
+    net = Branches()
+    found = table(net, layers=nn.Linear)[0]
+    assert [name for name, _ in found] == ["first", "second"]
+    assert table(net, layers=lambda m: isinstance(m, nn.Linear | nn.Identity))[0] == found
+    assert table(net, layers=(nn.Linear, nn.GELU))[0] == found
+
+
+def test_a_frozen_part_may_be_named_and_is_said_to_carry_nothing_yet(caplog):
+    """As while the body is frozen for the first epochs: once it is thawed its layers carry states."""
+    net = Branches()
+    net.first.requires_grad_(False)
+    learner = ebm.Learner(net, layers=["first", "second"])
+    closure = lambda: net(X).square().mean()  # noqa: E731
+    learner.gradients(closure)
+    assert learner.report["layers"] == ["second"]
+    assert "'first': no trainable parameter feeds it" in caplog.text
+    net.first.requires_grad_(True)
+    learner.gradients(closure)
+    assert learner.report["layers"] == ["first", "second"]
+
+
+def test_evaluation_may_have_fewer_layers_than_training_and_other_ones():
+    """A network at its free equilibrium is looked at in both modes, with one list of layers."""
+    net = Branches()
+    algorithm = ebm.algorithm("equilibrium-propagation", relaxer=ebm.FixedPoint(50))
+    learner = ebm.Learner(net, algorithm, layers=["second", "act"])
+    learner.gradients(lambda: net(X).square().mean())
+    net.eval()
+    with learner.free_phase(lambda: net(X)):
+        assert net(X).shape == (5, 2)
