@@ -25,6 +25,7 @@ from lightning_ebm.companion import Companion
 from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.equilibrium import ordinary
 from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.harmless import harmless
 from lightning_ebm.layers import Layers, Output
 from lightning_ebm.learner import Learner, check_options
 from lightning_ebm.manual import ManualStep
@@ -305,13 +306,14 @@ class EnergyStrategy(Strategy):
         summaries = [c for c in callbacks if isinstance(c, ModelSummary)]
         if not summaries or not trainer.is_global_zero:
             return
-        table = of_plan(module, plan)
-        if isinstance(summaries[0], RichModelSummary):
-            from rich import get_console
+        with harmless("Printing the table of layers", set()):
+            table = of_plan(module, plan)
+            if isinstance(summaries[0], RichModelSummary):
+                from rich import get_console
 
-            get_console().print(table)
-        else:
-            print(table)
+                get_console().print(table)
+            else:
+                print(table)
 
     def _scaler(self) -> torch.amp.GradScaler | None:
         return getattr(self.precision_plugin, "scaler", None)
