@@ -81,7 +81,7 @@ class Learner:
         self._memory = StateMemory()
         self._finder: LayerFinder | None = None
         self._last: tuple[list[str], list[PhaseReport], Tensor] | None = None
-        self._warned = False
+        self._warned: set[str] = set()
         self.observer: Observer | None = None
         """Told of the network of every step before it relaxes, see `Step.observer`; None costs nothing."""
 
@@ -209,18 +209,29 @@ class Learner:
         return frozenset().union(*(plan.written for plan in plans)) if plans else None
 
     def _remember(self, names: list[str], phases: list[PhaseReport], loss: Tensor) -> None:
-        """Keeps how a step went, and says it once when the states were still moving."""
+        """Keeps how a step went, and says it once when the states ended elsewhere than at an equilibrium."""
         self._last = (names, phases, loss)
-        late = [phase for phase in phases if phase.status == "max_steps"]
-        if late and not self._warned:
-            self._warned = True
-            log.warning(
-                "The states were still moving when max_steps was reached: after %d steps the force was up to %.2g of"
-                " what it started with, and the update was read there. Raise max_steps or tol, take a smaller nudge, or"
-                " smaller steps if it has grown. (Said once; the report tells it for every step.)",
-                late[0].steps,
-                float(late[0].residual.max()),
-            )
+        for status, text in _UNSETTLED.items():
+            found = [phase for phase in phases if phase.status == status]
+            if found and status not in self._warned:
+                self._warned.add(status)
+                log.warning(text, found[0].steps, float(found[0].residual.max()))
+
+
+_UNSETTLED = {
+    "max_steps": (
+        "The states were still moving when max_steps was reached: after %d steps the force was up to %.2g of what it"
+        " started with, and the update was read there. Raise max_steps or tol, take a smaller nudge, or smaller steps"
+        " if it has grown. (Said once; the report tells it for every step.)"
+    ),
+    "stalled": (
+        "The states stalled: after %d steps no step lowered the energy any more, with a force of up to %.2g of what it"
+        " started with, and the update was read there. At the kinks of ReLU that is a minimum; elsewhere it is none:"
+        " take tanh or another smooth activation to tell, a smaller nudge, or a larger tol. (Said once; the report"
+        " tells it for every step.)"
+    ),
+}
+"""What is said once of each status, with the steps taken and the largest residual."""
 
 
 def check_options(output: str, loss_reduction: str) -> None:
