@@ -60,7 +60,7 @@ class Energy(ABC):
         """e(x_l, a_l, rho_l), batch first. Any trailing shape: it is summed over all but the batch dimension."""
 
     def best_response(self, pull: Tensor, layer: LayerView) -> Tensor:
-        """argmin_x e(x, a_l) - <pull, x>: where the layer goes if everything around it stays.
+        """`argmin_x e(x, a_l) - <pull, x>`: where the layer goes if everything around it stays.
 
         The pull is the slope of all the other terms, -d/dx_l [sum_{k != l} e_k + lambda L], in the shape of the state.
 
