@@ -70,6 +70,8 @@ class LayerFinder:
         self.plan: Plan | None = None
         self.covered: Plan | None = None
         """The plan for which every parameter is known to be reached by the energy."""
+        self.asked_of_reduction: Plan | None = None
+        """The plan for which it is known whether the loss sums over the batch."""
         self._module = module
         self._layers = layers
         self._output: Output = output
@@ -155,11 +157,13 @@ def discover(module: nn.Module, layers: Layers, output: Output, probe: Probe) ->
     tiers = [_chosen(module, layers)] if layers is not None else list(_found(module)) or [{}]
     tried = []
     for candidates in tiers:
-        plan, why_not = _planned(module, candidates, output, probe)
+        plan, why_not = _planned(module, candidates, output, probe, explain=layers is not None)
         if plan.states:
             _say_what_goes_around(plan, module)
+            if layers is None:
+                _say_what_is_left_in_one_drive(plan, module)
             return plan, _absent(candidates, layers, plan, why_not)
-        told = "".join(f"; {name!r}: {why_not(name)}" for name in list(candidates.values())[:3] if layers is not None)
+        told = "".join(f"; {name!r}: {why}" for name, why in list(why_not.items())[:3])
         tried.append(f"{len(candidates)} modules called {len(plan.calls)} times{told}")
     scripted = [name for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
     if scripted:
@@ -177,7 +181,7 @@ def discover(module: nn.Module, layers: Layers, output: Output, probe: Probe) ->
 
 
 def _absent(
-    candidates: Mapping[nn.Module, str], layers: Layers, plan: Plan, why_not: Callable[[str], str]
+    candidates: Mapping[nn.Module, str], layers: Layers, plan: Plan, why_not: Mapping[str, str]
 ) -> dict[str, str]:
     """Names that were asked for and carry no state; of types, one module of each of which none does. And why."""
     kinds: tuple[Any, ...] = layers if isinstance(layers, tuple) else (layers,)
@@ -188,7 +192,11 @@ def _absent(
     else:  # found, or by a predicate, which asks for none in particular
         return {}
     carrying = {key.name for key in plan.states}
-    return {group[0]: why_not(group[0]) for group in groups if group and not carrying & set(group)}
+    return {
+        group[0]: why_not.get(group[0], "further passes call it otherwise")
+        for group in groups
+        if group and not carrying & set(group)
+    }
 
 
 def _shown(layers: Layers) -> str:
@@ -246,14 +254,16 @@ def _found(module: nn.Module) -> Iterator[dict[nn.Module, str]]:
 
 
 def _planned(
-    module: nn.Module, candidates: Mapping[nn.Module, str], output: Output, probe: Probe
-) -> tuple[Plan, Callable[[str], str]]:
-    """The plan, and what says of a candidate why it carries no state."""
+    module: nn.Module, candidates: Mapping[nn.Module, str], output: Output, probe: Probe, explain: bool
+) -> tuple[Plan, dict[str, str]]:
+    """The plan; and, where it is to be explained, why each candidate without a state has none."""
     wiring = Wiring(module, probe(candidates, None))
+    asked = candidates.values() if explain else ()
     candidates, states = _carrying(wiring, candidates, output)
+    why_not = wiring.why_not(asked, states)
+    del wiring  # and the graph of its pass
     # Once more, cut at the states alone, so that parents and drives are those of the passes to come.
-    plan = Wiring(module, probe(candidates, frozenset(states))).plan(candidates)
-    return plan, lambda name: wiring.why_not(name, states)
+    return Wiring(module, probe(candidates, frozenset(states))).plan(candidates), why_not
 
 
 def _carrying(
@@ -282,4 +292,21 @@ def _say_what_goes_around(plan: Plan, module: nn.Module) -> None:
             len(plan.around),
             type(module).__name__,
             ", ".join(plan.around[:3]),
+        )
+
+
+def _say_what_is_left_in_one_drive(plan: Plan, module: nn.Module) -> None:
+    """One line where a stray activation takes the states and most weights stay between two of them."""
+    weighted = {clean(name) for name, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))}
+    largest = max(plan.rows, key=lambda row: row.modules_between)
+    if largest.activation is not None and 4 <= largest.modules_between > len(weighted) / 2:
+        log.warning(
+            "%d of %d weighted modules of %s lie in the drive of one layer, %s (%s): they learn by backprop through"
+            " each other, as activations that are no modules (F.relu) carry no state. Put states into the body:"
+            " layers=BlockType, layers=nn.Linear or layers=[...]. ebm.summary shows the layers.",
+            largest.modules_between,
+            len(weighted),
+            type(module).__name__,
+            largest.key,
+            largest.activation,
         )

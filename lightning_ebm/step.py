@@ -1,6 +1,7 @@
 """One batch: its first pass, its relaxations, and the scalar whose gradient is the update."""
 
 import cmath
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from lightning_ebm.nudges import Phase
 from lightning_ebm.nudges.base import table_of
 from lightning_ebm.promotion import Promoted
 from lightning_ebm.purity import Snapshot
+from lightning_ebm.reduction import sums_over_batch
 from lightning_ebm.relaxers import Cheapest, Relaxation
 from lightning_ebm.relaxers.base import force_norm
 from lightning_ebm.relaxers.forces import total_energy
@@ -36,6 +38,8 @@ from lightning_ebm.state_memory import StateMemory
 from lightning_ebm.substitution import Pass, StateOf, at_prediction, at_states, batch_size_among, substituted
 from lightning_ebm.watching import Recording
 from lightning_ebm.wiring import Plan, named_gradients, reached_parameters
+
+log = logging.getLogger(__name__)
 
 Remember = Callable[[list[str], list[PhaseReport], Tensor], None]
 Observer = Callable[[Network], Network]
@@ -252,11 +256,27 @@ class Step:
         shapes = [state.shape for state in first.states]
         size = batch_size_among(self._leading_sizes or first.leading_sizes, shapes)
         loss_scale = size if self._loss_reduction == "mean" else 1
+        if self._finder.asked_of_reduction is not self._plan:
+            self._finder.asked_of_reduction = self._plan
+            self._say_if_summed(first, size)
         parts = self._algorithm.energy, self._plan, first, self._run, size, loss_scale
         captures = self._captures
         network = Network(*parts) if captures is None else CapturedNetwork(*parts, captures=captures, tape=self._tape)
         self.network = network if self.observer is None else self.observer(network)
         return self.network
+
+    def _say_if_summed(self, first: Pass, size: int) -> None:
+        """Once for every set of layers."""
+        if self._finder.lossless or self._loss_reduction != "mean" or size < 2:
+            return
+        if sums_over_batch(first.loss, first.states, size):
+            log.warning(
+                'The loss seems to sum over the %d samples of the batch, while loss_reduction="mean": the nudge is then'
+                ' %d times as strong as the algorithm says, and so is its bias. Say loss_reduction="sum", or take the'
+                " mean. (Said once; a guess from the operations of the loss.)",
+                size,
+                size,
+            )
 
     def true_gradients(self) -> dict[str, Tensor]:
         """Backprop's gradient of this very step: same batch, same random draws, same buffers. No side effects."""

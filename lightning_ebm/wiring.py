@@ -114,20 +114,23 @@ class Wiring:
                 fed.add(k)
         return {self._pass.calls[k].key for k in self._live() & fed}
 
-    def why_not(self, name: str, states: Set[StateKey]) -> str:
-        """Why none of the calls of a module carries a state."""
-        calls = {k: call for k, call in enumerate(self._pass.calls) if call.key.name == name}
-        if not calls:
-            return "it was not called in this pass, or returned no floating-point tensor"
-        if not self._live() & calls.keys():
-            return "the loss does not depend on what it returns"
-        if not self.useful() & {call.key for call in calls.values()}:
-            return (
-                "no trainable parameter feeds it, so that its output is an input of the network and nothing to predict"
-            )
-        if not states & {call.key for call in calls.values()}:
-            return 'it is the read-out, which enters the loss directly unless output="state"'
-        return "the passes that follow call it otherwise"
+    def why_not(self, names: Iterable[str], states: Set[StateKey]) -> dict[str, str]:
+        """Why each of these modules carries no state in any of its calls; without those that carry one."""
+        carrying = {key.name for key in states}
+        useful = {key.name for key in self.useful()}
+        live = {self._pass.calls[k].key.name for k in self._live()}
+        called = {call.key.name for call in self._pass.calls}
+        return {
+            name: "it was not called in this pass, or returned no floating-point tensor"
+            if name not in called
+            else "the loss does not depend on what it returns"
+            if name not in live
+            else "no trainable parameter feeds it, so that its output is an input of the network and nothing to predict"
+            if name not in useful
+            else 'it is the read-out, which enters the loss directly unless output="state"'
+            for name in names
+            if name not in carrying
+        }
 
     def ends(self, but_activations: bool = False) -> set[StateKey]:
         """Calls whose states enter the loss with no weighted module, and no other layer, after them."""
@@ -196,6 +199,16 @@ class Region:
                 queue.append(tensor.grad_fn)
             elif tensor.requires_grad:
                 self.leaves[id(tensor)] = tensor
+        self._walk(queue, stop)
+
+    @classmethod
+    def below(cls, node: Any) -> "Region":
+        """The same of a node of the graph, itself included."""
+        region = cls([])
+        region._walk([node], set())
+        return region
+
+    def _walk(self, queue: list[Any], stop: set[Any]) -> None:
         while queue:
             node = queue.pop()
             if node in self.nodes:

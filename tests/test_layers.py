@@ -558,3 +558,41 @@ def test_evaluation_may_have_fewer_layers_than_training_and_other_ones():
     net.eval()
     with learner.free_phase(lambda: net(X)):
         assert net(X).shape == (5, 2)
+
+
+class Pooled(nn.Module):
+    """A body of functions, and one activation module at its end."""
+
+    def __init__(self, depth, body=nn.Linear):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.ModuleList(body(6, 6) for _ in range(depth))
+        self.pooler, self.act, self.head = nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1)
+        self.double()
+
+    def forward(self, x):
+        for layer in self.body:
+            x = F.relu(layer(x))
+        return self.head(self.act(self.pooler(x)))
+
+
+@pytest.mark.parametrize(("depth", "options", "said"), [(5, {}, True), (1, {}, False), (5, {"layers": ["act"]}, False)])
+def test_an_activation_that_takes_all_the_states_is_said(depth, options, said, caplog):
+    """Of 7 weighted modules 6 are trained through each other; who names the layer has chosen it."""
+    assert table(Pooled(depth), **options)[0] == [("act", ("input",))]
+    assert ("in the drive of one layer, act (Tanh)" in caplog.text) == said
+
+
+def test_stalled_states_are_said_once_with_their_residual(caplog):
+    class Stalls(ebm.GradientDescent):
+        def relax(self, landscape, start, strength):
+            found = super().relax(landscape, start, strength)
+            found.status, found.residual = "stalled", torch.full_like(found.residual, 0.25)
+            return found
+
+    net = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    learner = ebm.Learner(net, ebm.Algorithm(ebm.PredictiveCoding(), ebm.OneSided(1.0), Stalls(0.1, 5)))
+    for _ in range(3):
+        learner.gradients(lambda: net(X).square().mean())
+    (said,) = [record.getMessage() for record in caplog.records if "stalled" in record.getMessage()]
+    assert "a force of up to 0.25 of what it started with" in said

@@ -43,7 +43,7 @@ ORDER = [
     {"automatic"},
     {"samples", "stamps", "tree"},
     {"algorithm", "closure", "plain_state", "promotion", "purity", "substitution", "wiring"},
-    {"delivery", "layers", "network"},
+    {"delivery", "layers", "network", "reduction"},
     {"holding", "linearization", "state_memory", "watching"},
     # the rooms of lightning_ebm.capture
     {"dyads", "front", "heap", "mode", "parts", "places", "traits"},
