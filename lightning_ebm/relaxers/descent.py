@@ -75,8 +75,10 @@ def descend(
     measured = True  # whether these are the forces at the point, and no mixture of those at two
     active = norm > settled_at
     while True:
-        ended = steps == max_steps or not bool(active.any())
-        joining = not as_one and not ended and bool((~active & _changed(norm, rested_at, settled_at)).any())
+        woken = ~active & _changed(norm, rested_at, settled_at)
+        some_active, some_woken = torch.stack([active.any(), woken.any()]).tolist()  # asked of the device once
+        ended = steps == max_steps or not some_active
+        joining = some_woken and not as_one and not ended
         if (ended or joining) and not measured:
             forces = evaluate(point, strength)
             gradients, energy, measured = forces.gradients, total(forces), True
