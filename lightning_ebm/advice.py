@@ -1,12 +1,12 @@
 """What is off, in words, with the remedy."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.nudges.base import table_of, without_draw
 
 
 def low_alignment(cosine: float, times: int, step: int) -> str:
@@ -66,7 +66,7 @@ def before_training(algorithm: Algorithm, learning_rates: Sequence[float], dtype
     if algorithm.read_as == "backprop":
         return []
     found = []
-    phases = copy.deepcopy(algorithm.nudge).phases()  # one that draws its sign must not draw it here
+    phases = table_of(without_draw(algorithm.nudge))
     strengths = [abs(phase.strength) for phase in phases if phase.strength and not phase.held]
     weakest = min(strengths, default=1.0)
     in_states = not algorithm.relaxer.needs_error_coordinates

@@ -1,13 +1,15 @@
 """An algorithm is a point in energy x nudge x relaxer x update."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 from lightning_ebm.automatic import automatic
 from lightning_ebm.energies import Energy, PredictiveCoding
-from lightning_ebm.energies.base import QuadraticEnergy
+from lightning_ebm.energies.base import QuadraticEnergy, is_divergence, is_quadratic
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.nudges import Clamped, Coupled, Holomorphic, Infinitesimal, Nudge, OneSided
+from lightning_ebm.nudges import Nudge, OneSided
+from lightning_ebm.nudges.base import table_of, without_draw
 from lightning_ebm.relaxers import ErrorCoordinates, Relaxer
 
 Update = Literal[
@@ -92,12 +94,22 @@ class Algorithm:
             raise ConfigurationError(
                 f'Algorithm(initial_state={self.initial_state!r}): expected "forward", "zeros" or "last-visit".'
             )
-        if self.relaxer.needs_error_coordinates and not isinstance(self.energy, QuadraticEnergy):
-            raise ConfigurationError(
-                f"{type(self.relaxer).__name__} moves prediction errors, which {type(self.energy).__name__} is not a"
-                " function of. Use ebm.PredictiveCoding(), or a relaxer of states such as ebm.GradientDescent(...)."
-            )
+        self._check_coordinates(self.relaxer)
+        if self.free_relaxer is not None and not is_divergence(self.energy):
+            self._check_coordinates(self.free_relaxer)
         self._check_fit()
+        if self.read_as != "backprop":
+            self._check_nudge()
+
+    def _check_coordinates(self, relaxer: Relaxer) -> None:
+        if relaxer.needs_error_coordinates and not is_quadratic(self.energy):
+            overridden = isinstance(self.energy, QuadraticEnergy)
+            why = "overrides layer_energy, so that its energy is another" if overridden else "is no function of those"
+            raise ConfigurationError(
+                f"{type(relaxer).__name__} moves prediction errors under the energy 1/2 Pi |error|^2, and"
+                f" {type(self.energy).__name__} {why}: it would never be looked at. Use ebm.PredictiveCoding(), or a"
+                " relaxer of states such as ebm.GradientDescent(...)."
+            )
 
     def _check_fit(self) -> None:
         made_for, read = self.relaxer.update, self.read_as
@@ -110,34 +122,40 @@ class Algorithm:
                 f' {made_for!r}: what it leaves at a layer means nothing read otherwise. Leave update="auto", or take'
                 " the relaxer made for that update: Sweep, FixedPrediction, AugmentedLagrangian, Dyadic."
             )
-        if needed and not self.energy.divergence:
+        if needed and not is_divergence(self.energy):
             raise ConfigurationError(
                 f"{type(self.relaxer).__name__} starts from the forward pass as the free equilibrium, which it is not"
                 f" for {type(self.energy).__name__}. Use ebm.PredictiveCoding() or ebm.FenchelYoung()."
             )
-        if isinstance(self.nudge, Infinitesimal) and read != "cross-derivative":
-            raise ConfigurationError(
-                f'Infinitesimal() moves no state, so there is no {read!r} to read: leave update="auto", with a relaxer'
-                " of states for the free phase, such as ebm.FixedPoint(...) or ebm.GradientDescent(...)."
-            )
-        if isinstance(self.nudge, Coupled | Clamped) and self.relaxer.needs_error_coordinates:
-            raise ConfigurationError(
-                f"{type(self.nudge).__name__} holds the output, and {type(self.relaxer).__name__} moves errors, of"
-                " which the output is a function. Take ebm.FixedPoint(...) or ebm.GradientDescent(...)."
-            )
-        complex_phases = isinstance(self.nudge, Holomorphic) and self.nudge.points > 2
-        if complex_phases and not self.relaxer.complex_states:
-            raise ConfigurationError(
-                f"{type(self.relaxer).__name__} cannot follow the complex states of a holomorphic nudge. Take"
-                " ebm.FixedPoint(...), ebm.GradientDescent(lr, max_steps) or ebm.ErrorCoordinates(..., tol=0)."
-            )
-        if read == "incremental" and not (
-            self.energy.divergence and isinstance(self.nudge, OneSided) and self.increments
-        ):
+        if read == "incremental" and not (is_divergence(self.energy) and _pulls_once(self.nudge) and self.increments):
             raise ConfigurationError(
                 'update="incremental" moves parameters with every step of one nudged phase: it needs a divergence'
                 " energy such as ebm.PredictiveCoding(), an ebm.OneSided(...) nudge and a relaxer with a number of"
                 " steps, ebm.GradientDescent(lr, max_steps) or ebm.StateOptimizer(..., max_steps=...)."
+            )
+
+    def _check_nudge(self) -> None:
+        """What the table of phases needs, the update and the relaxer must have."""
+        name, read = type(self.nudge).__name__, self.read_as
+        if self.nudge.linear_response and read != "cross-derivative":
+            raise ConfigurationError(
+                f'{name} moves no state, so there is no {read!r} to read: leave update="auto", with a relaxer'
+                " of states for the free phase, such as ebm.FixedPoint(...) or ebm.GradientDescent(...)."
+            )
+        if self.nudge.needs_output_state and self.relaxer.needs_error_coordinates:
+            raise ConfigurationError(
+                f"{name} holds the output, and {type(self.relaxer).__name__} moves errors, of which the output is a"
+                " function. Take ebm.FixedPoint(...) or ebm.GradientDescent(...)."
+            )
+        if self.nudge.needs_output_state and read != "contrast":
+            raise ConfigurationError(
+                f"{name} holds the output, and what is read of a held output is a contrast of phases, not {read!r}."
+                ' Leave update="auto", with ebm.FixedPoint(...) or ebm.GradientDescent(...).'
+            )
+        if self.nudge.complex_states and not self.relaxer.complex_states:
+            raise ConfigurationError(
+                f"{type(self.relaxer).__name__} cannot follow the complex states of a holomorphic nudge, {name}. Take"
+                " ebm.FixedPoint(...), ebm.GradientDescent(lr, max_steps) or ebm.ErrorCoordinates(..., tol=0)."
             )
 
     @property
@@ -145,12 +163,12 @@ class Algorithm:
         """How many optimizer steps an incremental update takes for a batch."""
         return int(getattr(self.relaxer, "max_steps", 0))
 
-    @property
+    @cached_property
     def read_as(self) -> str:
         """The update with "auto" resolved."""
         if self.update != "auto":
             return self.update
-        return "cross-derivative" if isinstance(self.nudge, Infinitesimal) else self.relaxer.update
+        return "cross-derivative" if self.nudge.linear_response else self.relaxer.update
 
     def describe(self) -> dict[str, str]:
         """Every part as text, for the configuration of a run."""
@@ -162,3 +180,9 @@ class Algorithm:
             "update": self.read_as,
             "initial_state": self.initial_state,
         }
+
+
+def _pulls_once(nudge: Nudge) -> bool:
+    """Whether there is one nudged phase, at a real strength, in which the output is free."""
+    nudged = [phase for phase in table_of(without_draw(nudge)) if phase.is_nudged]
+    return len(nudged) == 1 and not nudged[0].held and not isinstance(nudged[0].strength, complex)

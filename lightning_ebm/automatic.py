@@ -1,9 +1,9 @@
 """The relaxers that fit an energy and a nudge, for one batch to choose from."""
 
 from lightning_ebm.energies import Energy
-from lightning_ebm.energies.base import QuadraticEnergy, has_best_response
+from lightning_ebm.energies.base import has_best_response, is_quadratic
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.nudges import Clamped, Coupled, Holomorphic, Nudge
+from lightning_ebm.nudges import Nudge
 from lightning_ebm.relaxers import (
     AcceleratedFixedPoint,
     Anderson,
@@ -31,10 +31,9 @@ def automatic(energy: Energy, nudge: Nudge, tol: float = 1e-3, max_steps: int = 
     Raises:
         ConfigurationError: no relaxer fits both.
     """
-    held = isinstance(nudge, Clamped | Coupled)
-    analytic = isinstance(nudge, Holomorphic) and nudge.points > 2
+    held, analytic = nudge.needs_output_state, nudge.complex_states
     candidates: list[Relaxer] = []
-    if isinstance(energy, QuadraticEnergy) and not held and not analytic:
+    if is_quadratic(energy) and not held and not analytic:
         candidates = [ErrorCoordinates(max_steps, tol=tol)]
         candidates += [Anderson(max_steps, memory, tol, coordinates="errors") for memory in (1, 4)]
     elif has_best_response(energy):

@@ -8,6 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.learner import Learner
@@ -70,7 +71,7 @@ class Equilibrium(nn.Module):
         """
         algorithm = self._learned().algorithm
         relaxer = algorithm.free_relaxer or algorithm.relaxer
-        if not algorithm.energy.divergence and not isinstance(relaxer, FixedPoint | AcceleratedFixedPoint):
+        if not is_divergence(algorithm.energy) and not isinstance(relaxer, FixedPoint | AcceleratedFixedPoint):
             raise ConfigurationError(
                 f"Equilibrium.exported: the free phase is relaxed by {relaxer!r}, which chooses its steps by looking at"
                 " energies, as no graph can. Take free_relaxer=ebm.FixedPoint(max_steps)."

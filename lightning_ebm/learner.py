@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure
+from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.program.programs import Programs
@@ -81,7 +82,7 @@ class Learner:
         self._evaluated = Programs(module, *self._options)
         self._memory = StateMemory()
         self._last: tuple[list[str], list[PhaseReport], Tensor] | None = None
-        self._warned = False
+        self._warned: set[str] = set()
         self.observer: Observer | None = None
         """Told of the network of every step before it relaxes, see `Step.observer`; None costs nothing."""
 
@@ -146,7 +147,7 @@ class Learner:
         without side effects, and must be what the body runs. For divergence energies the equilibrium is the forward
         pass, and nothing is done. Outside of inference mode only: states are found by gradients.
         """
-        if self.algorithm.energy.divergence or self.algorithm.read_as == "backprop":
+        if is_divergence(self.algorithm.energy) or self.algorithm.read_as == "backprop":
             return nullcontext()
         parts = self.module, self.algorithm, self._evaluated, run, self._quiet, _unheard, self.loss_reduction
         return Step(*parts, [], code=self._code).at_free_equilibrium()
@@ -193,18 +194,29 @@ class Learner:
         return step
 
     def _remember(self, names: list[str], phases: list[PhaseReport], loss: Tensor) -> None:
-        """Keeps how a step went, and says it once when the states were still moving."""
+        """Keeps how a step went, and says it once when the states ended elsewhere than at an equilibrium."""
         self._last = (names, phases, loss)
-        late = [phase for phase in phases if phase.status == "max_steps"]
-        if late and not self._warned:
-            self._warned = True
-            log.warning(
-                "The states were still moving when max_steps was reached: after %d steps the force was up to %.2g of"
-                " what it started with, and the update was read there. Raise max_steps or tol, take a smaller nudge, or"
-                " smaller steps if it has grown. (Said once; the report tells it for every step.)",
-                late[0].steps,
-                float(late[0].residual.max()),
-            )
+        for status, text in _UNSETTLED.items():
+            found = [phase for phase in phases if phase.status == status]
+            if found and status not in self._warned:
+                self._warned.add(status)
+                log.warning(text, found[0].steps, float(found[0].residual.max()))
+
+
+_UNSETTLED = {
+    "max_steps": (
+        "The states were still moving when max_steps was reached: after %d steps the force was up to %.2g of what it"
+        " started with, and the update was read there. Raise max_steps or tol, take a smaller nudge, or smaller steps"
+        " if it has grown. (Said once; the report tells it for every step.)"
+    ),
+    "stalled": (
+        "The states stalled: after %d steps no step lowered the energy any more, with a force of up to %.2g of what it"
+        " started with, and the update was read there. At the kinks of ReLU that is a minimum; elsewhere it is none:"
+        " take tanh or another smooth activation to tell, a smaller nudge, or a larger tol. (Said once; the report"
+        " tells it for every step.)"
+    ),
+}
+"""What is said once of each status, with the steps taken and the largest residual."""
 
 
 def check_options(output: str, loss_reduction: str) -> None:

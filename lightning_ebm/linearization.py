@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_ebm.energies.base import has_best_response
+from lightning_ebm.energies.base import best_response, has_best_response
 from lightning_ebm.errors import RelaxationDivergedError
 from lightning_ebm.network import Network
 
@@ -110,7 +110,7 @@ class Linearization:
                 self._coupling[k] = self._force[k] - own
                 pull = (-self._coupling[k]).detach().requires_grad_()
                 self._pulls.append(pull)
-                self._responses.append(energy.best_response(pull, constant))
+                self._responses.append(best_response(energy, pull, constant))
 
     def _answered(self, pull: list[Tensor]) -> list[Tensor]:
         """D pull: a symmetric operator, as the slope of a gradient is."""

@@ -12,7 +12,7 @@ NAMES = ("cosine", "angle_deg", "norm_ratio", "relative_error", "sign_agreement"
 
 
 def moments(estimate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What alignment is computed from, per parameter: <g, r>, |g|^2, |r|^2, |g - r|^2, equal signs, elements; ``(6,)``.
+    """`<g, r>, |g|^2, |r|^2, |g - r|^2`, equal signs, elements: what alignment is computed from, ``(6,)`` a parameter.
 
     Sums, so that those of several parameters, micro-batches or devices add up. A name that only one side has counts as
     zero on the other: an update that a rule leaves out is an error of that rule, not a gap in the figure.
@@ -35,7 +35,7 @@ def moments(estimate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> 
 def alignment(estimate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
     """Alignment of two sets of gradients, taken as one long vector each: g the estimate, r the reference.
 
-    cosine = <g, r> / (|g| |r|); angle_deg, its angle in degrees; norm_ratio = |g| / |r|;
+    `cosine = <g, r> / (|g| |r|)`; angle_deg, its angle in degrees; norm_ratio = |g| / |r|;
     relative_error = |g - r| / |r|, which resolves what is left when the cosine reads 1 (angles below 1e-6 degrees are
     rounding); sign_agreement, the fraction of elements with equal sign (0 has a sign of its own).
 

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from lightning_ebm.delivery import Seed, slopes_of
 from lightning_ebm.energies import Energy
-from lightning_ebm.energies.base import LayerView, QuadraticEnergy, is_bounded, reads_drive
+from lightning_ebm.energies.base import (
+    LayerView,
+    QuadraticEnergy,
+    best_response,
+    is_bounded,
+    is_quadratic,
+    precision_of,
+    reads_drive,
+)
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.interpreter import Pass, StateOf, at_prediction, at_states
 from lightning_ebm.program.record import StateKey
@@ -107,7 +115,7 @@ class Network:
         """See `Landscape.forces`."""
         with torch.enable_grad():
             seen = self.at_states(states)
-            if isinstance(self.energy, QuadraticEnergy) and not isinstance(strength, complex):
+            if is_quadratic(self.energy) and not isinstance(strength, complex):
                 return self._quadratic_forces(seen, strength)
             internal, loss = self.internal(seen), self.loss(seen)
             gradients = self._slopes(seen, internal, loss, strength, range(len(self.free)))
@@ -159,7 +167,7 @@ class Network:
             slopes = self._slopes(seen, self.internal(seen, own=False), self.loss(seen), strength, layers)
         views = self.views(seen)
         return seen, [
-            self.energy.best_response(-slope, views[k]).detach() for k, slope in zip(layers, slopes, strict=True)
+            best_response(self.energy, -slope, views[k]).detach() for k, slope in zip(layers, slopes, strict=True)
         ]
 
     def energy_of(self, states: Sequence[Tensor], strength: complex) -> Tensor:
@@ -194,8 +202,8 @@ class Network:
         views, ahead, behind = self.views(seen), list(self.free), list(self.free)
 
         def answer(k: int, slope: Tensor) -> Tensor:
-            ahead[k] = self.energy.best_response(-0.5 * slope, views[k]).detach()
-            behind[k] = self.energy.best_response(0.5 * slope, views[k]).detach()
+            ahead[k] = best_response(self.energy, -0.5 * slope, views[k]).detach()
+            behind[k] = best_response(self.energy, 0.5 * slope, views[k]).detach()
             ends = (self.energy.layer_energy(x, views[k]).sum() for x in (ahead[k], behind[k]))
             return next(ends) - next(ends)
 
@@ -484,7 +492,7 @@ class Network:
 
     def _precisions(self, seen: Pass) -> list[float | Tensor]:
         assert isinstance(self.energy, QuadraticEnergy)
-        return [self.energy.layer_precision(view) for view in self.views(seen)]
+        return [precision_of(self.energy, view) for view in self.views(seen)]
 
     def _signals(self, seen: Pass, top: Tensor, answer: Callable[[int, Tensor], Tensor] | None = None) -> list[Tensor]:
         """d top / d x_l through every layer above, x = mu + e: top down, one layer's own Jacobian at a time.

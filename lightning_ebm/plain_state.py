@@ -75,7 +75,7 @@ class RandomState:
 
 
 class PlainState:
-    """Attributes of the user's own modules, and what they hold, recursively.
+    """Attributes of the user's own modules, and what they hold, recursively; and which modules hold which.
 
     Covered are lists, dicts, sets and deques (of any subclass), objects of classes that no library here defines, and
     generators (`torch.Generator`, `random.Random`, `numpy.random.Generator`). Tensors are not copied.
@@ -86,6 +86,8 @@ class PlainState:
         self._undo: list[Callable[[], None]] = []
         seen: set[int] = set()
         for owner in modules_of(module):
+            if isinstance(owner._modules, dict):  # those of scripted modules are none, and cannot change
+                self._undo.append(partial(_refill, owner._modules, dict(owner._modules)))
             # Modules of torch and torchmetrics keep no state outside of buffers and metrics.
             if not type(owner).__module__.startswith(("torch.", "torchmetrics.")):
                 values = {k: v for k, v in vars(owner).items() if k not in _MODULE_INTERNALS}

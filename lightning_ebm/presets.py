@@ -61,7 +61,7 @@ def zero_divergence() -> Algorithm:
     """Zero-divergence inference learning: weights move with the error that arrives first. Backprop, exactly.
 
     Energy: E = sum_l 1/2 |x_l - mu_l|^2 + lambda L, any lambda. Phase: one sweep from the output down with unit steps,
-    e_l = -lambda dL/dx_l(x_bar). Update: -1/lambda sum_l <e_l, dmu_l/dtheta(x_bar)>.
+    e_l = -lambda dL/dx_l(x_bar). Update: `-1/lambda sum_l <e_l, dmu_l/dtheta(x_bar)>`.
 
     Source: Song et al., NeurIPS 2020; Salvatori et al., AAAI 2022.
     """
@@ -86,7 +86,7 @@ def fixed_prediction() -> Algorithm:
 
     Energy: E = sum_l 1/2 |x_l - mu_l|^2 + lambda L, any lambda. Phase: e_l <- e_l - (e_l + lambda dL/dx_l
     - sum_k J_k' e_k), all slopes at x_bar, until nothing changes: as many steps as there are layers.
-    Update: -1/lambda sum_l <e_l, dmu_l/dtheta(x_bar)>.
+    Update: `-1/lambda sum_l <e_l, dmu_l/dtheta(x_bar)>`.
 
     Source: Millidge, Tschantz, Buckley 2022 (arXiv 2006.04182); Rosenbaum 2022, whose step size 1 is used.
     """
@@ -112,8 +112,8 @@ def augmented_lagrangian_pc() -> Algorithm:
     """Predictive coding with multipliers (PC-ALM): errors go to zero and leave backprop's deltas behind.
 
     Energy: L_rho = lambda L + sum_l [mu_l' e_l + 1/2 |e_l|^2], e_l = x_l - rho(a_l), lambda = 1/rho = .1.
-    Phases: 8 times, x <- argmin L_rho, mu <- mu + e. Update: -1/lambda sum_l <mu_l, d rho(a_l)/dtheta>, which tends to
-    backprop's gradient at a linear rate in the outer steps, at finite lambda. Settings are this library's choice.
+    Phases: 8 times, x <- argmin L_rho, mu <- mu + e. Update: `-1/lambda sum_l <mu_l, d rho(a_l)/dtheta>`, which tends
+    to backprop's gradient at a linear rate in the outer steps, at finite lambda. Settings are this library's choice.
 
     Source: arXiv 2605.31022 (2026).
     """
@@ -123,8 +123,8 @@ def augmented_lagrangian_pc() -> Algorithm:
 def equilibrium_propagation() -> Algorithm:
     """Equilibrium propagation (EP), centred.
 
-    Energy: E = sum_l [G(x_l) - <x_l, a_l>] + beta L, G' = rho^-1. Phases: free from the forward pass, then +-beta from
-    the free state, beta = .25, x_l <- rho(a_l + W_{l+1}' x_{l+1} - beta dL/dx_l), odd layers first, then even.
+    Energy: `E = sum_l [G(x_l) - <x_l, a_l>] + beta L`, G' = rho^-1. Phases: free from the forward pass, then +-beta
+    from the free state, beta = .25, x_l <- rho(a_l + W_{l+1}' x_{l+1} - beta dL/dx_l), odd layers first, then even.
     Update: [dE/dtheta(x_+) - dE/dtheta(x_-)] / 2 beta = d L(x_bar)/dtheta + O(beta^2), the gradient at the free
     *equilibrium*, which the trained network needs at evaluation as well. Both phases until settled to 1e-4 of what
     started them, by sweeps that conjugate gradients put together: published numbers of plain sweeps (20 free, 10
@@ -139,7 +139,7 @@ def equilibrium_propagation() -> Algorithm:
 def equilibrium_propagation_one_sided() -> Algorithm:
     """Equilibrium propagation as first published: one nudged phase against the free one.
 
-    Energy: E = sum_l [G(x_l) - <x_l, a_l>] + beta L. Phases: free, then beta = .1 from the free state.
+    Energy: `E = sum_l [G(x_l) - <x_l, a_l>] + beta L`. Phases: free, then beta = .1 from the free state.
     Update: [dE/dtheta(x_beta) - dE/dtheta(x_bar)] / beta = dL(x_bar)/dtheta + O(beta). Centred is cheaper for the
     same accuracy; this one suits hardware that cannot push away from a target. beta is this library's choice.
 
@@ -151,7 +151,7 @@ def equilibrium_propagation_one_sided() -> Algorithm:
 def holomorphic_ep() -> Algorithm:
     """Holomorphic equilibrium propagation: nudges around a circle in the complex plane.
 
-    Energy: E = sum_l [G(x_l) - <x_l, a_l>] + beta L, continued to complex states. Phases: free, then
+    Energy: `E = sum_l [G(x_l) - <x_l, a_l>] + beta L`, continued to complex states. Phases: free, then
     beta_k = .2 e^(2 pi i k/4), k = 0..3, two of them conjugate. Update: Re sum_k dE/dtheta(x_k) / (4 beta_k)
     = dL(x_bar)/dtheta + O(beta^4). Needs analytic activations. Radius and points are this library's choice.
 
@@ -164,8 +164,8 @@ def infinitesimal() -> Algorithm:
     """The limit itself: the gradient theorem without a finite nudge.
 
     Energy: E = sum_l 1/2 |x_l - mu_l|^2 + lambda L, or any other. Phase: free only; dx/dlambda = -H^-1 dL/dx there.
-    Update: dL/dtheta + <dx/dlambda, d2I/dx dtheta>. For a divergence energy that is backprop's gradient, for others the
-    gradient at the free equilibrium.
+    Update: `dL/dtheta + <dx/dlambda, d2I/dx dtheta>`. For a divergence energy that is backprop's gradient, for others
+    the gradient at the free equilibrium.
 
     Source: the limit in Millidge et al., ICLR 2023 (arXiv 2206.02629), taken by linear response.
     """
@@ -175,7 +175,7 @@ def infinitesimal() -> Algorithm:
 def recurrent_backprop() -> Algorithm:
     """Recurrent backpropagation: errors relax on the linearised network, then weights move.
 
-    Energy: I = sum_l [G(x_l) - <x_l, a_l>]. Phases: free, then H p = dL/dx for p.
+    Energy: `I = sum_l [G(x_l) - <x_l, a_l>]`. Phases: free, then H p = dL/dx for p.
     Update: dL/dtheta - (d2I/dtheta dx) p, the gradient at the free equilibrium, without a nudge.
 
     Source: Almeida 1987; Pineda 1987.
@@ -186,7 +186,7 @@ def recurrent_backprop() -> Algorithm:
 def contrastive_hebbian() -> Algorithm:
     """Contrastive Hebbian learning with weak feedback.
 
-    Energy: I = sum_l gamma^(l-L) [G(x_l) - <x_l, a_l>], gamma = .05. Phases: free; clamped, with the output held at
+    Energy: `I = sum_l gamma^(l-L) [G(x_l) - <x_l, a_l>]`, gamma = .05. Phases: free; clamped, with the output held at
     o - dL/do, the target of a squared error. Update: dI/dtheta(clamped) - dI/dtheta(free), that is
     gamma^(l-L) [x x' (free) - x x' (clamped)] for a layer's weights: backprop's direction + O(gamma), with a fully
     clamped output. The output is a state. At ``energy=Hopfield(1.0)`` it is Movellan's, which descends
@@ -200,7 +200,7 @@ def contrastive_hebbian() -> Algorithm:
 def coupled_learning() -> Algorithm:
     """Coupled learning: the output is nudged towards the target and held there.
 
-    Energy: I = sum_l [G(x_l) - <x_l, a_l>]. Phases: output held at o - eta dL/do and o + eta dL/do, eta = .1.
+    Energy: `I = sum_l [G(x_l) - <x_l, a_l>]`. Phases: output held at o - eta dL/do and o + eta dL/do, eta = .1.
     Update: [dI/dtheta(x_+) - dI/dtheta(x_-)] / 2 eta. It does *not* tend to the gradient of the loss, but to that of
     the loss weighted by the stiffness of the output, see `Coupled`. The output is a state. Settings as compared with
     equilibrium propagation by Scellier et al.; eta is this library's choice.
@@ -213,10 +213,10 @@ def coupled_learning() -> Algorithm:
 def dual_propagation() -> Algorithm:
     """Dual propagation: both nudged phases at once, in pairs of states.
 
-    Energy: E = sum_l [G(z_l) + G*(a_l) - <z_l, a_l>] + beta L with drives from the means of the pairs, beta = .1.
+    Energy: `E = sum_l [G(z_l) + G*(a_l) - <z_l, a_l>] + beta L` with drives from the means of the pairs, beta = .1.
     Phase: z_l^+- = rho(a_l +- 1/2 W_{l+1}' (z^+ - z^-)_{l+1}), the output pulled by +-beta/2.
-    Update: -1/beta sum_l <z_l^+ - z_l^-, da_l/dtheta> = backprop's gradient + O(beta^2), and exactly that where rho is
-    linear between the pair, as for ReLU away from its kink. beta is this library's choice.
+    Update: `-1/beta sum_l <z_l^+ - z_l^-, da_l/dtheta>` = backprop's gradient + O(beta^2), and exactly that where rho
+    is linear between the pair, as for ReLU away from its kink. beta is this library's choice.
 
     Source: Hoier, Staudt, Zach, ICML 2023; Hoier and Zach, ICML 2024 (arXiv 2402.08573).
     """

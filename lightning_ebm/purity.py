@@ -11,14 +11,14 @@ Not covered: files, sockets, globals, objects that do not hang on the module. Fo
 pass, as the passes are real ones; what they write to the module is undone.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
 
 from lightning_ebm.plain_state import PlainState, RandomState
@@ -116,7 +116,10 @@ def _copies(module: nn.Module, wanted: frozenset[str] | None) -> _Tensors:
     copies: _Tensors = {}
     for path in sorted(wanted):
         prefix, _, name = path.rpartition(".")
-        owner = module.get_submodule(prefix)
+        try:
+            owner = module.get_submodule(prefix)
+        except AttributeError:  # made by an earlier step, and gone
+            continue
         if (tensor := _held(owner, name)) is not None:
             copies[path] = owner, name, tensor.detach().clone()
     return copies
@@ -148,8 +151,10 @@ def _outermost_metrics(modules: Sequence[nn.Module]) -> list[nn.Module]:
 class MetricTape:
     """One torchmetrics object (with the metrics inside it): what its calls returned in the first pass, to return again.
 
-    Before a first pass has been recorded, calls go to a copy that is thrown away. `update` and `compute` are instance
-    attributes that torchmetrics wraps for its counting; they are put back as the very objects they were.
+    A value with a gradient is a loss, or a part of one, and is computed again, at the states of the further pass. For
+    that, and before a first pass has been recorded, the metric works on a state that is thrown away. `update` and
+    `compute` are instance attributes that torchmetrics wraps for its counting; they are put back as the very objects
+    they were.
     """
 
     _METHODS = ("forward", "compute", "update", "reset")
@@ -157,6 +162,7 @@ class MetricTape:
     def __init__(self, metric: nn.Module) -> None:
         self._metric = metric
         self._recorded = False
+        self._depth = 0
         self._returned: dict[tuple[int, str], list[Any]] = {}
 
     @contextmanager
@@ -167,27 +173,42 @@ class MetricTape:
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        if self._recorded:
-            position = dict.fromkeys(self._returned, 0)
-            instead = partial(self._returning, position)
-        else:
-            pairs = zip(_metrics_in(self._metric), _metrics_in(copy.deepcopy(self._metric)), strict=True)
-            instead = partial(_method_of_copy, {id(metric): twin for metric, twin in pairs})
-        with _replaced(_metrics_in(self._metric), instead, self._METHODS):
+        metrics = _metrics_in(self._metric)
+        own = [dict(vars(metric)) for metric in metrics]
+        if not self._recorded:
+            with _aside(metrics, own):
+                yield
+            return
+        again = partial(_aside, metrics, own)
+        position = dict.fromkeys(self._returned, 0)
+        with _replaced(metrics, partial(self._returning, position, again), self._METHODS):
             yield
 
     def _noting(self, metric: nn.Module, name: str) -> Callable[..., Any]:
         original = getattr(metric, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            value = original(*args, **kwargs)
-            self._returned.setdefault((id(metric), name), []).append(value)
+            self._depth += 1
+            try:
+                value = original(*args, **kwargs)
+            finally:
+                self._depth -= 1
+            if not self._depth:  # those that metrics make of each other are not made again
+                noted = _Differentiable if name == "forward" and _has_gradient(value) else value
+                self._returned.setdefault((id(metric), name), []).append(noted)
             return value
 
         return call
 
-    def _returning(self, position: dict[tuple[int, str], int], metric: nn.Module, name: str) -> Callable[..., Any]:
+    def _returning(
+        self,
+        position: dict[tuple[int, str], int],
+        again: Callable[[], AbstractContextManager[None]],
+        metric: nn.Module,
+        name: str,
+    ) -> Callable[..., Any]:
         key = (id(metric), name)
+        original = getattr(metric, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             values = self._returned.get(key)
@@ -195,7 +216,11 @@ class MetricTape:
                 return None
             index = position[key]
             position[key] = index + 1
-            return values[min(index, len(values) - 1)]
+            value = values[min(index, len(values) - 1)]
+            if value is not _Differentiable:
+                return value
+            with again():
+                return original(*args, **kwargs)
 
         return call
 
@@ -204,9 +229,38 @@ def _metrics_in(metric: nn.Module) -> list[nn.Module]:
     return [m for m in metric.modules() if isinstance(m, Metric | MetricCollection)]
 
 
-def _method_of_copy(copies: dict[int, nn.Module], metric: nn.Module, name: str) -> Callable[..., Any]:
-    method: Callable[..., Any] = getattr(copies[id(metric)], name)
-    return method
+class _Differentiable:
+    """Noted in place of a value with a gradient, whose graph is that of the first pass and not held here."""
+
+
+def _has_gradient(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(value))
+
+
+@contextmanager
+def _aside(metrics: Sequence[nn.Module], own: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """The metrics with the attributes given, on states that are thrown away.
+
+    Args:
+        metrics: which.
+        own: the attributes of each, methods that stand in for its own left out.
+    """
+    with ExitStack() as stack:
+        for metric, attributes in zip(metrics, own, strict=True):
+            stack.callback(_reset, metric, dict(vars(metric)))
+            states = {name: _fresh(attributes[name]) for name in getattr(metric, "_defaults", ()) if name in attributes}
+            _reset(metric, attributes | states)
+        yield
+
+
+def _reset(metric: nn.Module, attributes: dict[str, Any]) -> None:
+    vars(metric).clear()
+    vars(metric).update(attributes)
+
+
+def _fresh(state: Any) -> Any:
+    """A metric's state that may be written to: a tensor, or a list of tensors."""
+    return state.detach().clone() if isinstance(state, Tensor) else list(state) if isinstance(state, list) else state
 
 
 @contextmanager

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure
-from lightning_ebm.energies.base import QuadraticEnergy
+from lightning_ebm.energies.base import is_quadratic
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.learner import Learner
 from lightning_ebm.metrics import moments, read
-from lightning_ebm.nudges import Clamped, Coupled, Holomorphic, Infinitesimal, OneSided, RandomSign
+from lightning_ebm.nudges.base import without_draw
 from lightning_ebm.purity import Snapshot
 from lightning_ebm.reference import Settled
 from lightning_ebm.relaxers import Landscape, Relaxation, Relaxer
@@ -198,8 +198,8 @@ def of_step(step: Step, algorithm: Algorithm, equilibrium: Relaxer | None = None
             " with the states, or its states are complex. Measure the same energy and relaxer with ebm.OneSided(...)"
             ' and update="auto".'
         )
-    if isinstance(algorithm.nudge, RandomSign):  # looking on must not draw the training's next sign
-        algorithm = dataclasses.replace(algorithm, nudge=OneSided(algorithm.nudge.strength))
+    # Looking on must not draw the training's next sign.
+    algorithm = dataclasses.replace(algorithm, nudge=without_draw(algorithm.nudge))
     true = step.true_gradients()
     stopped, at_stop = step.again(algorithm)
     assert at_stop.network is not None
@@ -231,7 +231,7 @@ def of_step(step: Step, algorithm: Algorithm, equilibrium: Relaxer | None = None
 
 
 def _measurable(algorithm: Algorithm) -> bool:
-    return algorithm.read_as != "incremental" and not isinstance(algorithm.nudge, Holomorphic)
+    return algorithm.read_as != "incremental" and not algorithm.nudge.complex_states
 
 
 class Onward(Relaxer):
@@ -260,9 +260,8 @@ def _relaxed_further(
     """The same energy and nudge, relaxed until nothing moves."""
     settled = Settled(algorithm.energy)
     if equilibrium is None:
-        free = isinstance(algorithm.energy, QuadraticEnergy) and not isinstance(
-            algorithm.nudge, Coupled | Clamped | Infinitesimal
-        )
+        moved_freely = not (algorithm.nudge.needs_output_state or algorithm.nudge.linear_response)
+        free = is_quadratic(algorithm.energy) and moved_freely
         equilibrium = Onward(ends) if free else settled
     return Algorithm(algorithm.energy, algorithm.nudge, equilibrium, settled, initial_state=algorithm.initial_state)
 

@@ -1,8 +1,9 @@
 """One batch: its first pass, its relaxations, and the scalar whose gradient is the update."""
 
 import cmath
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -11,20 +12,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure, checked_loss
-from lightning_ebm.energies.base import rests_at_prediction
+from lightning_ebm.delivery import slopes_of
+from lightning_ebm.energies.base import is_divergence, rests_at_prediction
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError, UnsupportedModuleError
 from lightning_ebm.fast_network import FastNetwork
 from lightning_ebm.holding import Holding
 from lightning_ebm.linearization import Linearization
 from lightning_ebm.network import Network, Start
-from lightning_ebm.nudges import Holomorphic, Infinitesimal, Phase
+from lightning_ebm.nudges import Phase
+from lightning_ebm.nudges.base import table_of
 from lightning_ebm.program.calls import Replace, batch_size_among, in_place, nothing_in_place
+from lightning_ebm.program.complex_ops import ComplexOperations
 from lightning_ebm.program.interpreter import Pass, Program, StateOf, at_least_float32, at_prediction, at_states
 from lightning_ebm.program.programs import Found, Known, Programs
 from lightning_ebm.program.record import Mark, Value
 from lightning_ebm.program.recorder import Recorder
+from lightning_ebm.program.reduction import sums_over_batch
 from lightning_ebm.program.wiring import Plan, named_gradients, reached_parameters
-from lightning_ebm.program.complex_ops import ComplexOperations
 from lightning_ebm.purity import Snapshot
 from lightning_ebm.relaxers import Cheapest, Relaxation
 from lightning_ebm.relaxers.base import force_norm
@@ -32,6 +36,8 @@ from lightning_ebm.relaxers.forces import total_energy
 from lightning_ebm.report import PhaseReport
 from lightning_ebm.state_memory import StateMemory
 from lightning_ebm.watching import Recording
+
+log = logging.getLogger(__name__)
 
 Remember = Callable[[list[str], list[PhaseReport], Tensor], None]
 Code = Literal["traced", "compiled"] | None
@@ -94,6 +100,7 @@ class Step:
         self._loss: Tensor | None = None
         self._raw_loss: Tensor | None = None
         self._free: Relaxation | None = None
+        self._is_complex = False
         self.network: Network | None = None
         self.phases: list[tuple[complex, complex, Relaxation]] = []
         """Strength, weight and end of each phase of the last relaxation."""
@@ -128,7 +135,7 @@ class Step:
 
     def _relaxes_before(self) -> bool:
         """Whether the user's pass must be run at a free equilibrium that is not the forward pass."""
-        if self._algorithm.energy.divergence:
+        if is_divergence(self._algorithm.energy):
             return False
         latest = self._programs.latest
         if latest is not None and self._is_free_forward(latest.plan):
@@ -190,7 +197,7 @@ class Step:
         """Whether the free equilibrium is the forward pass, so that a relaxation that begins there stays there."""
         algorithm = self._algorithm
         alone = rests_at_prediction(algorithm.energy) and not any(row.parents for row in plan.rows)
-        return algorithm.energy.divergence or (alone and algorithm.initial_state == "forward")
+        return is_divergence(algorithm.energy) or (alone and algorithm.initial_state == "forward")
 
     def returned(self, loss: Any) -> None:
         """Notes the loss as the user's code returned it, where `surrogate` is given a multiple of it."""
@@ -207,7 +214,7 @@ class Step:
 
     def _rest(self, network: Network) -> None:
         """Notes that the forward pass is the free equilibrium; of a divergence there is nothing to say."""
-        if not self._algorithm.energy.divergence:
+        if not is_divergence(self._algorithm.energy):
             _announce(network, 0.0)
             with torch.no_grad():
                 energy = network.energy_of(network.free, 0.0)
@@ -234,7 +241,7 @@ class Step:
             assert self._program is not None
             return self._program.uncut() * scale
         update = self._relaxed(network, network.first_loss) * (scale / network.loss_scale)
-        self._check_coverage(update)
+        self._check_coverage(update, network)
         # The value is the loss, for hooks and loggers that look at it; the gradient is the update's.
         surrogate: Tensor = network.first_loss * scale + (update - update.detach())
         return surrogate
@@ -248,8 +255,8 @@ class Step:
         """
         network = self._opened(checked_loss(loss))
         relaxer = self._algorithm.relaxer
-        strength, weight, _ = self._algorithm.nudge.phases()[0]
-        strength = strength.real
+        nudged = next(phase for phase in table_of(self._algorithm.nudge) if phase.is_nudged)
+        strength, weight = nudged.strength.real, nudged.weight
         point, move = list(network.free), relaxer.stepper(network.free)
         energies, norms = [], []
         for taken in range(self._algorithm.increments):
@@ -268,7 +275,7 @@ class Step:
             found = Relaxation(point, "states", "fixed", taken, residual, energies)
             update = weight.real * network.energy_at(found, strength) * (scale / network.loss_scale)
             self._remember(list(network.names), [PhaseReport.of(strength, found)], network.first_loss)
-            self._check_coverage(update)
+            self._check_coverage(update, network)
             yield loss.detach() + (update - update.detach())
             network.parameters_moved()
             point = following
@@ -285,7 +292,8 @@ class Step:
         loss = loss if self._raw_loss is None else self._raw_loss
         if self.network is not None and self._free is not None:  # its states are in place in the user's pass
             return self._at_equilibrium(self.network, self._free, loss)
-        self._take(self._programs.of(self._recorder, loss), self._recorder, loss)
+        found = self._programs.of(self._recorder, loss, partial=not self._owns_recorder)
+        self._take(found, self._recorder, loss)
         return self._settled(self._program)
 
     def _settled(self, program: Program | None) -> Network:
@@ -356,6 +364,17 @@ class Step:
         with torch.enable_grad(), self._arithmetic():
             return self._program.run(state_of)
 
+    def _say_if_summed(self, size: int) -> None:
+        assert self._program is not None
+        if sums_over_batch(self._program, size):
+            log.warning(
+                'The loss sums over the %d samples of the batch, while loss_reduction="mean": the nudge is then %d times'
+                ' as strong as the algorithm says, and so is its bias. Say loss_reduction="sum", or take the mean. (Said'
+                " once for every program of the module.)",
+                size,
+                size,
+            )
+
     def true_gradients(self) -> dict[str, Tensor]:
         """Backprop's gradient of this very step: same batch, same random draws, same buffers. No side effects."""
         assert self._program is not None
@@ -415,17 +434,19 @@ class Step:
         free = self._free
         if free is not None:
             phases.append(PhaseReport.of(0.0, free))
-        table = algorithm.nudge.phases()
+        table = () if algorithm.nudge.linear_response else table_of(algorithm.nudge)
+        self._is_complex = any(isinstance(phase.strength, complex) for phase in table)
         if algorithm.read_as == "dyadic":  # both ends of the table at once
             span = max(p.strength.real for p in table) - min(p.strength.real for p in table)
             table = (Phase(span, 1 / span),)
         together = self._abreast(network, table)
+        taken = None
         for phase in table:
             strength, weight = phase.strength, phase.weight
             if phase in together:
                 found = together[phase]
                 phases.append(PhaseReport.of(strength, found))
-            elif strength:
+            elif phase.is_nudged:
                 _announce(network, strength, phase.held)
                 with torch.no_grad():
                     found = self._nudged(network, phase)
@@ -434,13 +455,16 @@ class Step:
                 continue  # dI/dtheta is exactly 0 at the forward pass of a divergence energy
             else:
                 found = free
+            if taken is None and phase.is_nudged and not isinstance(strength, complex):
+                taken = found
             self.phases.append((0.0 if phase.held else strength, weight, found))
         self._remember(list(network.names), phases, loss)
         if algorithm.read_as == "cross-derivative":
             return self._cross_derivative(network, self._start(network))
         update = network.contrast(self.phases)
-        taken = next((found for strength, _, found in self.phases if strength), None)
-        if self._teaches and taken is not None and algorithm.energy.divergence and taken.dyad is None:
+        if any(phase.held for phase in table):
+            update = update + self._direct(network, table)
+        if self._teaches and taken is not None and taken.dyad is None:
             algorithm.energy.observe(lambda: dict(zip(network.names, network.errors_at(taken), strict=True)))
         return update
 
@@ -469,38 +493,67 @@ class Step:
         slopes = network.loss_slopes(start)
         point = list(start)
         for k in network.outputs:
-            eta = phase.strength.real
-            point[k] = self._algorithm.nudge.held_output(start[k], slopes[k], eta, self._batch)
+            point[k] = self._held_output(start[k], slopes[k], phase.strength.real)
         return relaxer.relax(Holding(network, network.outputs), point, 0.0)  # type: ignore[arg-type]  # by delegation
+
+    def _held_output(self, free: Tensor, slope: Tensor, strength: float) -> Tensor:
+        nudge = self._algorithm.nudge
+        held = nudge.held_output(free, slope, strength, self._batch)
+        if not isinstance(held, Tensor) or held.shape != free.shape:
+            got = tuple(held.shape) if isinstance(held, Tensor) else type(held).__name__
+            raise ConfigurationError(
+                f"{type(nudge).__name__}: the output was to be held at {got}; expected a tensor of shape"
+                f" {tuple(free.shape)}, that of the output, from held_output(...) or from Clamped(target=...)."
+            )
+        return held.detach().to(free)
+
+    def _direct(self, network: Network, table: Sequence[Phase]) -> Tensor:
+        """A scalar with the gradient of what the loss says of parameters directly, such as a penalty on weights.
+
+        Where the output is held the loss is no part of E, and no contrast of phases would carry that.
+        """
+        assert self._known is not None
+        share = sum(phase.weight.real * phase.strength.real for phase in table if phase.held)
+        if not self._known.plan.loss_parameters or not share:
+            return torch.zeros_like(network.first_loss)
+        seen = network.at_states(self._start(network))
+        weight = share * network.loss_scale * torch.ones_like(seen.loss)
+        return slopes_of([(seen.loss, weight)], seen.states)
 
     def _cross_derivative(self, network: Network, start: Sequence[Tensor]) -> Tensor:
         """dL/dtheta + <d2I/dtheta dx, dx>, dx the (weighted) displacement of the states from the free equilibrium."""
         near = Linearization(network, start)
-        if isinstance(self._algorithm.nudge, Infinitesimal):
+        if self._algorithm.nudge.linear_response:
             moved = near.response()
         else:
             moved = [torch.zeros_like(x) for x in start]
             for strength, weight, found in self.phases:
                 if strength:
                     ends = zip(moved, network.held(found).point, start, strict=True)
-                    moved = [m + weight.real * (x - x0) for m, x, x0 in ends]
+                    moved = [m + _real(weight * (x - x0)) for m, x, x0 in ends]
         self.displaced = list(start), moved
         return near.loss() + near.cross_derivative(moved)
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
         """What passes need beyond the user's code: complex numbers, or second derivatives."""
-        return ComplexOperations() if isinstance(self._algorithm.nudge, Holomorphic) else self._derivatives()
+        stack = ExitStack()
+        stack.enter_context(self._derivatives())
+        if self._is_complex:
+            stack.enter_context(ComplexOperations())
+        return stack
 
     def _derivatives(self) -> AbstractContextManager[Any]:
         """Attention in single operations where slopes are differentiated again: fused kernels have no second ones."""
         return sdpa_kernel(SDPBackend.MATH) if self._algorithm.read_as == "cross-derivative" else nullcontext()
 
-    def _check_coverage(self, update: Tensor) -> None:
+    def _check_coverage(self, update: Tensor, network: Network) -> None:
         """Once for every set of layers: each parameter that backprop would reach must be reached by the energy."""
         known = self._known
         assert known is not None
         if known.covered:
             return
+        if self._loss_reduction == "mean" and network.batch_size > 1 and self._program is not None:
+            self._say_if_summed(network.batch_size)
         missing = known.plan.reached - reached_parameters(self._module, update)
         if missing:
             raise ConfigurationError(
@@ -529,3 +582,7 @@ def _announce(network: object, strength: complex, held: bool = False) -> None:
 
 def _forget(names: list[str], phases: list[PhaseReport], loss: Tensor) -> None:
     """A step of which no report is kept."""
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return tensor.real if tensor.is_complex() else tensor

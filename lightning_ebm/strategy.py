@@ -23,8 +23,10 @@ from torch.optim import Optimizer
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import NoLossError
 from lightning_ebm.companion import Companion
+from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.equilibrium import ordinary
 from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.harmless import harmless
 from lightning_ebm.program.calls import leading_sizes
 from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.learner import Learner, check_options
@@ -116,7 +118,7 @@ class EnergyStrategy(Strategy):
         """The user's own step, with every state at its prediction: this pass is the one with side effects."""
         module = self._module
         draws = any(isinstance(a, Iterator) for a in (*args, *kwargs.values()))
-        if self._relaxes and draws and not self.algorithm.energy.divergence:
+        if self._relaxes and draws and not is_divergence(self.algorithm.energy):
             raise ConfigurationError(
                 f"{type(module).__name__}.training_step takes a dataloader_iter, and for this energy the step runs"
                 " twice, quietly and at the free equilibrium: it would draw another batch. Let training_step take the"
@@ -294,7 +296,7 @@ class EnergyStrategy(Strategy):
             with self.precision_plugin.forward_context():
                 return getattr(self._module, name)(*args, **kwargs)  # type: ignore[no-any-return]
 
-        if self.algorithm.energy.divergence or not self._relaxes:
+        if is_divergence(self.algorithm.energy) or not self._relaxes:
             return step(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad():
             args, kwargs = ordinary((args, kwargs))
@@ -328,7 +330,7 @@ class EnergyStrategy(Strategy):
         if self._step is None:
             raise ConfigurationError("There is no training step yet whose gradient could be computed.")
         relaxes = self.algorithm.read_as != "backprop"
-        if reference == "equilibrium" and relaxes and not self.algorithm.energy.divergence:
+        if reference == "equilibrium" and relaxes and not is_divergence(self.algorithm.energy):
             found, other = self._step.again(exactly(self.algorithm))
             other.release()
         else:
@@ -379,13 +381,14 @@ class EnergyStrategy(Strategy):
         summaries = [c for c in callbacks if isinstance(c, ModelSummary)]
         if not summaries or not trainer.is_global_zero:
             return
-        table = of_plan(module, plan)
-        if isinstance(summaries[0], RichModelSummary):
-            from rich import get_console
+        with harmless("Printing the table of layers", set()):
+            table = of_plan(module, plan)
+            if isinstance(summaries[0], RichModelSummary):
+                from rich import get_console
 
-            get_console().print(table)
-        else:
-            print(table)
+                get_console().print(table)
+            else:
+                print(table)
 
     def _scaler(self) -> torch.amp.GradScaler | None:
         return getattr(self.precision_plugin, "scaler", None)

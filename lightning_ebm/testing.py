@@ -1,6 +1,6 @@
 """What proves our rules, offered for yours."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -9,15 +9,18 @@ from torch import Tensor, nn
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure
+from lightning_ebm.energies.base import best_response, has_best_response, is_divergence
 from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.learner import Learner, output_for
 from lightning_ebm.linearization import Linearization
 from lightning_ebm.metrics import alignment
-from lightning_ebm.nudges import Infinitesimal
+from lightning_ebm.network import Network
+from lightning_ebm.nudges.base import table_of, without_draw
 from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.reference import backprop, equilibrium
 from lightning_ebm.program.calls import clean
 from lightning_ebm.program.wiring import named_gradients
+from lightning_ebm.step import Step
 
 
 def check_locality(
@@ -122,7 +125,8 @@ def check_algorithm(algorithm: str | Algorithm, *, tol: float = 1e-3) -> dict[st
     """Proves of an algorithm what this library proves of its own, on a tanh network 4-6-5-3 in float64, six samples.
 
     1. The table of phases: its weights sum to 0 and weight * strength to 1, so that it is a slope in the nudge.
-    2. A divergence energy is never negative, and zero with zero force at the forward pass.
+    2. A divergence energy is never negative, and zero with zero force at the forward pass; a best response is the
+       minimum that it is said to be; and where a relaxer says "converged", the energy has no force left.
     3. Samples do not see each other: the update of a batch is the mean of the updates of its samples.
     4. Reductions: the update of a summed loss is B times that of the mean.
     5. No trace: parameters, `.grad` and random generators are as they were.
@@ -177,11 +181,15 @@ def check_algorithm(algorithm: str | Algorithm, *, tol: float = 1e-3) -> dict[st
     assert untouched, "gradients() left a trace on the module."
     assert torch.equal(random, torch.get_rng_state()), "gradients() left a trace on torch's generator."
 
-    if chosen.energy.divergence and chosen.read_as != "backprop":
+    if chosen.read_as != "backprop":
         step = Learner(module, chosen, capture=False).begin(closure)
         with step.first_pass():
             loss = closure()
         step.surrogate(loss)
+        assert step.network is not None
+        _check_response(step.network, drawn)
+        _check_ends(step, chosen)
+    if chosen.energy.divergence and chosen.read_as != "backprop":
         assert step.network is not None
         rest = step.network.forces(step.network.free, 0.0)
         force = max(float(gradient.abs().max()) for gradient in rest.gradients)
@@ -202,7 +210,7 @@ def check_algorithm(algorithm: str | Algorithm, *, tol: float = 1e-3) -> dict[st
     assert reduction_error <= tol, f"The update of a summed loss is {reduction_error:.2g} off B times that of the mean."
     check_locality(module, closure, chosen)
     reference = backprop(module, closure)
-    if not chosen.energy.divergence:
+    if not is_divergence(chosen.energy):
         reference = equilibrium(module, closure, chosen)
     figures = alignment(found, reference)
     assert figures["cosine"] > 0, f"The update ascends: its cosine with the true gradient is {figures['cosine']:.3f}."
@@ -214,10 +222,47 @@ def check_algorithm(algorithm: str | Algorithm, *, tol: float = 1e-3) -> dict[st
     }
 
 
-def _check_table(algorithm: Algorithm) -> None:
-    if isinstance(algorithm.nudge, Infinitesimal):
+def _check_response(network: Network, drawn: Callable[..., Tensor]) -> None:
+    """argmin_x e(x, a) - <pull, x> has no slope in x, but for those that the domain of x holds against."""
+    energy = network.energy
+    if not has_best_response(energy):
         return
-    table = algorithm.nudge.phases()
+    for view in network.views(network.at_states(network.free)):
+        pull = 0.1 * drawn(*view.prediction.shape)
+        state = best_response(energy, pull, view).detach().requires_grad_()
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(energy.layer_energy(state, view).sum(), state)
+        left = float(energy.tangent(slope - pull, state.detach(), view).abs().max())
+        assert left < 1e-6, (
+            f"{type(energy).__name__}.best_response of layer {view.name!r} is no minimum of layer_energy less the pull:"
+            f" a slope of {left:.2g} is left where it leads."
+        )
+
+
+def _check_ends(step: Step, algorithm: Algorithm) -> None:
+    """The force where a relaxation converged is small against the one that it started with."""
+    network = step.network
+    assert network is not None
+    if algorithm.nudge.needs_output_state or algorithm.nudge.complex_states:  # held by a force, or not one to compare
+        return
+    for strength, _, found in step.phases:
+        if found.status != "converged" or found.displacement is not None or found.dyad is not None or not strength:
+            continue
+        start, end = (
+            network.norms(network.forces(states, strength.real).gradients).norm()
+            for states in (network.free, network.held(found).point)
+        )
+        assert float(end) <= 0.05 * float(start), (
+            f'{algorithm.relaxer!r} says "converged" at nudge {strength:g}, where the force of'
+            f" {type(algorithm.energy).__name__} is {float(end / start):.2g} of what it started with: it relaxed"
+            " another energy, or did not relax."
+        )
+
+
+def _check_table(algorithm: Algorithm) -> None:
+    if algorithm.nudge.linear_response:
+        return
+    table = table_of(without_draw(algorithm.nudge))
     total = sum(complex(weight).real for _, weight, _ in table)
     slope = sum((weight * strength).real for strength, weight, _ in table)
     largest = max(abs(weight) for _, weight, _ in table)

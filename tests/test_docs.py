@@ -1,5 +1,8 @@
 """The documentation runs: every Python block of a page, in order, in one namespace; every file it names exists."""
 
+import html
+import inspect
+import pkgutil
 import re
 import subprocess
 import sys
@@ -71,8 +74,13 @@ def test_every_page_is_in_the_navigation():
     assert {next(iter(entry.values())) for entry in nav} == {page.name for page in PAGES}
 
 
+def shown_of(page):
+    """The text of a built page as a reader sees it, without blanks: lines break elsewhere there."""
+    return "".join(html.unescape(re.sub(r"<[^>]*>", "", page)).split())
+
+
 def test_the_site_builds_strictly_and_documents_every_public_name(tmp_path):
-    """A broken link, a missing page or an unknown name in the reference fails the build."""
+    """A broken link, a missing page or an unknown name in the reference fails the build; no formula is lost in it."""
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
         cwd=ROOT, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "NO_MKDOCS_2_WARNING": "true"},
@@ -82,3 +90,13 @@ def test_the_site_builds_strictly_and_documents_every_public_name(tmp_path):
     documented = {path.rsplit(".", 1)[1] for path in re.findall(r'id="(lightning_ebm\.[\w.]+)"', reference)}
     modules = {"metrics", "reference", "regime", "testing"}
     assert set(ebm.__all__) - modules <= documented
+    text, lost = shown_of(reference), []
+    for path in sorted(set(re.findall(r'id="(lightning_ebm\.[\w.]+)"', reference))):
+        owner, _, name = path.rpartition(".")
+        docstring = inspect.getdoc(getattr(pkgutil.resolve_name(owner), name, None)) or ""  # attributes have none
+        # Scalar products are eaten as HTML, stars as emphasis.
+        plain = re.sub(r"(?<![\w)])\*+[\w ]+\*+", "", docstring)  # without what is meant to be emphasised
+        for formula in re.findall(r"<(?![-=\s])[^<>]+>|[\w)]\*\S*", plain):
+            if "".join(formula.replace("`", "").split()) not in text:
+                lost.append((path, formula))
+    assert not lost, "Put these into code spans: " + "; ".join(f"{formula} in {path}" for path, formula in lost)

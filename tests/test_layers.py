@@ -471,3 +471,128 @@ def test_common_modules(make, shape, layers, training):
     x = torch.randn(shape, dtype=torch.float64)
     assert [name for name, _ in table(net, x)[0]] == layers
     both(net, x)
+
+
+class Branches(nn.Module):
+    """A gate at the input, a body, a part that no loss looks at, and one for evaluation alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Identity()
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.act, self.watched, self.late, self.pick = nn.Tanh(), nn.Linear(6, 3), nn.Linear(2, 2), nn.Flatten(0)
+        self.double()
+
+    def forward(self, x):
+        h = self.act(self.second(self.act(self.first(self.gate(x)))))
+        self.watched(h)
+        self.pick((h > 0).long())
+        return self.head(h) if self.training else self.late(self.head(h))
+
+
+@pytest.mark.parametrize(
+    ("asked", "name", "why"),
+    [
+        (["gate", "act"], "gate", "no trainable parameter feeds it"),
+        (["act", "watched"], "watched", "the loss does not depend on"),
+        (["act", "late"], "late", "not called"),
+        (("act", "pick"), "pick", "no floating-point tensor"),
+        (["first", "head"], "head", "it is the read-out"),
+        ((nn.Tanh, nn.Identity), "gate", "no trainable parameter feeds it"),
+    ],
+)
+def test_what_is_asked_for_carries_a_state_or_an_error_says_why_not(asked, name, why):
+    net = Branches()
+    closure = lambda: net(X).square().mean()  # noqa: E731
+    for look in (
+        lambda: ebm.Learner(net, layers=asked).gradients(closure),
+        lambda: ebm.summary(net, X, layers=asked),
+    ):
+        with pytest.raises(ebm.LayerDiscoveryError, match=rf"carries no state\. '{name}': .*{why}"):
+            look()
+
+
+@pytest.mark.parametrize("asked", [["gate"], nn.Identity, lambda m: isinstance(m, nn.Identity)])
+def test_what_matches_nothing_useful_is_an_error_with_the_reason(asked):
+    net = Branches()
+    with pytest.raises(ebm.LayerDiscoveryError, match=r"No layer.*'gate': no trainable parameter feeds it"):
+        ebm.Learner(net, layers=asked).gradients(lambda: net(X).square().mean())
+
+
+def test_a_read_out_that_is_named_carries_a_state_if_the_output_is_one():
+    net = Branches()
+    learner = ebm.Learner(net, layers=["first", "head"], output="state")
+    learner.gradients(lambda: net(X).square().mean())
+    assert learner.report["layers"] == ["first", "head"]
+
+
+def test_types_and_predicates_ask_for_no_module_in_particular():
+    net = Branches()
+    found = table(net, layers=nn.Linear)[0]
+    assert [name for name, _ in found] == ["first", "second"]
+    assert table(net, layers=lambda m: isinstance(m, nn.Linear | nn.Identity))[0] == found
+    assert table(net, layers=(nn.Linear, nn.GELU))[0] == found
+
+
+def test_a_frozen_part_may_be_named_and_is_said_to_carry_nothing_yet(caplog):
+    """As while the body is frozen for the first epochs: once it is thawed its layers carry states."""
+    net = Branches()
+    net.first.requires_grad_(False)
+    learner = ebm.Learner(net, layers=["first", "second"])
+    closure = lambda: net(X).square().mean()  # noqa: E731
+    learner.gradients(closure)
+    assert learner.report["layers"] == ["second"]
+    assert "'first': no trainable parameter feeds it" in caplog.text
+    net.first.requires_grad_(True)
+    learner.gradients(closure)
+    assert learner.report["layers"] == ["first", "second"]
+
+
+def test_evaluation_may_have_fewer_layers_than_training_and_other_ones():
+    """A network at its free equilibrium is looked at in both modes, with one list of layers."""
+    net = Branches()
+    algorithm = ebm.algorithm("equilibrium-propagation", relaxer=ebm.FixedPoint(50))
+    learner = ebm.Learner(net, algorithm, layers=["second", "act"])
+    learner.gradients(lambda: net(X).square().mean())
+    net.eval()
+    with learner.free_phase(lambda: net(X)):
+        assert net(X).shape == (5, 2)
+
+
+class Pooled(nn.Module):
+    """A body of functions, and one activation module at its end."""
+
+    def __init__(self, depth, body=nn.Linear):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.ModuleList(body(6, 6) for _ in range(depth))
+        self.pooler, self.act, self.head = nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1)
+        self.double()
+
+    def forward(self, x):
+        for layer in self.body:
+            x = F.relu(layer(x))
+        return self.head(self.act(self.pooler(x)))
+
+
+@pytest.mark.parametrize(("depth", "options", "said"), [(5, {}, True), (1, {}, False), (5, {"layers": ["act"]}, False)])
+def test_an_activation_that_takes_all_the_states_is_said(depth, options, said, caplog):
+    """Of 7 weighted modules 6 are trained through each other; who names the layer has chosen it."""
+    assert table(Pooled(depth), **options)[0] == [("act", ("input",))]
+    assert ("in the drive of one layer, act (Tanh)" in caplog.text) == said
+
+
+def test_stalled_states_are_said_once_with_their_residual(caplog):
+    class Stalls(ebm.GradientDescent):
+        def relax(self, landscape, start, strength):
+            found = super().relax(landscape, start, strength)
+            found.status, found.residual = "stalled", torch.full_like(found.residual, 0.25)
+            return found
+
+    net = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    learner = ebm.Learner(net, ebm.Algorithm(ebm.PredictiveCoding(), ebm.OneSided(1.0), Stalls(0.1, 5)))
+    for _ in range(3):
+        learner.gradients(lambda: net(X).square().mean())
+    (said,) = [record.getMessage() for record in caplog.records if "stalled" in record.getMessage()]
+    assert "a force of up to 0.25 of what it started with" in said

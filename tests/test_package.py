@@ -37,13 +37,13 @@ def test_doctests():
 
 # Lower layers know nothing of higher ones; torch alone below the strategy.
 ORDER = [
-    {"errors"},
+    {"errors", "harmless", "promises"},
     {"energies", "nudges"},
     {"relaxers"},
     {"automatic"},
     {"samples", "stamps", "tree"},
     {"algorithm", "closure", "plain_state", "promotion", "purity", "substitution", "wiring"},
-    {"delivery", "layers", "network"},
+    {"delivery", "layers", "network", "reduction"},
     {"holding", "linearization", "state_memory", "watching"},
     # the rooms of lightning_ebm.capture
     {"dyads", "front", "heap", "mode", "parts", "places", "traits"},

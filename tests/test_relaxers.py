@@ -191,3 +191,74 @@ def test_a_relaxer_that_moves_states_in_place_sees_the_forces_of_now(capture):
         for relaxer in (InPlace(), ebm.GradientDescent(lr=0.1, max_steps=30))
     ]
     assert ebm.metrics.alignment(*found)["relative_error"] < 1e-12
+
+
+class Seen(Quadratic):
+    """Samples that pull on each other, as a loss across the batch does: sum of quadratics and 1/2 c |sum_b x_b|^2."""
+
+    coupling = 4.0
+
+    def forces(self, states, strength):
+        del strength
+        x = torch.cat(list(states), 1)
+        away = x - self.minimum
+        gradient = torch.einsum("bij,bj->bi", self.hessian, away) + self.coupling * x.sum(0)
+        energy = 0.5 * (away * torch.einsum("bij,bj->bi", self.hessian, away)).sum(1)
+        energy = energy + 0.5 * self.coupling * x.sum(0).square().sum() / len(x)
+        return Forces(energy, torch.zeros((), dtype=torch.float64), list(gradient.split(D // 2, 1)))
+
+    error_forces = forces
+
+    def solution(self):
+        """The minimum of all samples together, by one linear system."""
+        batch = len(self.minimum)
+        matrix = torch.block_diag(*self.hessian) + self.coupling * torch.eye(D, dtype=torch.float64).repeat(
+            batch, batch
+        )
+        right = torch.einsum("bij,bj->bi", self.hessian, self.minimum).flatten()
+        return torch.linalg.solve(matrix, right).reshape(batch, D)
+
+
+@given(batch=st.integers(2, 6), condition=st.floats(1, 30), seed=st.integers(0, 10_000))
+@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("relaxer", [ebm.GradientDescent, ebm.ErrorCoordinates])
+def test_samples_that_see_each_other_settle_together_or_are_not_said_to(relaxer, batch, condition, seed):
+    """The residual is that of the forces at the end, measured here once more; settled means at the joint minimum."""
+    problem = Seen(batch, condition, seed)
+    found = relaxer(lr=0.05, max_steps=5000, tol=1e-6).relax(problem, problem.no_errors, 1.0)
+    at_end = torch.cat(problem.forces(found.point, 1.0).gradients, 1).norm(dim=1)
+    at_start = torch.cat(problem.forces(problem.no_errors, 1.0).gradients, 1).norm(dim=1)
+    together = at_start.square().mean().sqrt()
+    own, joint = at_end / at_start, at_end / together
+    assert torch.allclose(found.residual, own, rtol=1e-6) or torch.allclose(found.residual, joint, rtol=1e-6)
+    if found.status == "converged":
+        assert bool((found.residual <= 1e-6).all())
+    away = (end(found) - problem.solution()).norm()
+    assert bool(away <= 1e-3 * problem.solution().norm())
+
+
+class Shifted(Quadratic):
+    """The second sample's minimum moves with the first sample's state: the first is asleep long before."""
+
+    def forces(self, states, strength):
+        del strength
+        x = torch.cat(list(states), 1)
+        away = x - self.minimum
+        away = torch.stack([away[0], x[1] - self.minimum[1] - 3 * (x[0] - self.minimum[0])])
+        gradient = torch.einsum("bij,bj->bi", self.hessian, away)
+        energy = 0.5 * (away * gradient).sum(1)
+        back = torch.stack([-3 * gradient[1], torch.zeros_like(gradient[1])])
+        return Forces(energy, torch.zeros((), dtype=torch.float64), list((gradient + back).split(D // 2, 1)))
+
+    error_forces = forces
+
+
+def test_a_sample_that_slept_is_woken_by_another():
+    problem = Shifted(2, 8.0, 3)
+    problem.hessian[0] = torch.eye(D)
+    found = ebm.ErrorCoordinates(max_steps=4000, lr=0.05, tol=1e-5).relax(problem, problem.no_errors, 1.0)
+    forces = torch.cat(problem.forces(found.point, 1.0).gradients, 1).norm(dim=1)
+    assert found.status == "converged"
+    start = torch.cat(problem.forces(problem.no_errors, 1.0).gradients, 1).norm(dim=1)
+    assert float((forces / start).max()) < 1e-4
+    assert torch.allclose(end(found), problem.minimum, atol=1e-2)

@@ -79,6 +79,32 @@ class NoDivergence(ebm.PredictiveCoding):
         return super().layer_energy(state, layer) + 0.1 * state.square()
 
 
+class Softer(ebm.Hopfield):
+    """A best response of its own, of another energy than its own."""
+
+    def layer_energy(self, state, layer):
+        return super().layer_energy(state, layer) + 0.2 * state.square()
+
+    def best_response(self, pull, layer):
+        return super().best_response(pull, layer)
+
+
+class Inherited(ebm.FenchelYoung):
+    divergence = True
+
+    def layer_energy(self, state, layer):
+        return 2 * super().layer_energy(state, layer)
+
+
+class Asleep(ebm.GradientDescent):
+    """Says that it has arrived where it started."""
+
+    def relax(self, landscape, start, strength):
+        zero = landscape.per_sample([torch.zeros_like(x) for x in start])
+        moved = [x + 1e-3 for x in start]
+        return ebm.Relaxation(moved, "states", "converged", 1, zero, [zero.sum(), zero.sum()])
+
+
 class Uphill(ebm.Nudge):
     """A table whose signs are swapped."""
 
@@ -94,9 +120,17 @@ class Uphill(ebm.Nudge):
         (ebm.Algorithm(Coupling(), ebm.OneSided(1.0), ebm.GradientDescent(0.1, 20)), "samples"),
         (ebm.Algorithm(NoDivergence(), ebm.OneSided(1.0), ebm.GradientDescent(0.1, 20)), "divergence"),
         ("backprop", "not present at its own layer"),
+        (ebm.Algorithm(Softer(), ebm.Centered(0.1), ebm.FixedPoint(100, tol=1e-8)), "Softer.best_response of layer"),
+        (ebm.Algorithm(ebm.PredictiveCoding(), ebm.OneSided(1.0), Asleep()), "says .converged."),
     ],
-    ids=["twice", "uphill", "coupled samples", "no divergence", "not local"],
+    ids=["twice", "uphill", "coupled samples", "no divergence", "not local", "another response", "asleep"],
 )
 def test_what_is_offered_to_users_catches_what_is_wrong(algorithm, message):
     with pytest.raises(AssertionError, match=message):
         ebm.testing.check_algorithm(algorithm)
+
+
+@pytest.mark.parametrize("relaxer", [ebm.FixedPoint(100, tol=1e-8), ebm.Dyadic(), ebm.AcceleratedFixedPoint()])
+def test_an_energy_that_a_relaxer_would_ignore_does_not_pass(relaxer):
+    with pytest.raises(ebm.ConfigurationError, match="Inherited overrides layer_energy"):
+        ebm.testing.check_algorithm(ebm.Algorithm(Inherited(), ebm.OneSided(0.1), relaxer))

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from lightning.pytorch import Trainer
 
+from lightning_ebm.callbacks.loggers import observing
+
 _log = logging.getLogger("lightning_ebm")
 
 
@@ -14,6 +16,11 @@ def show(trainer: Trainer, title: str, headers: Sequence[str], rows: Sequence[Se
         return
     if not _log.isEnabledFor(logging.WARNING):
         return
+    with observing(trainer, f"Printing the table {title!r}"):
+        _print(title, headers, rows)
+
+
+def _print(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     try:
         from rich import get_console
         from rich.table import Table

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -247,12 +248,14 @@ class GradientAlignment(Callback):
             self.history = self.history[::2]
         overall = {figure: values[f"{prefix}/{figure}"] for figure in NAMES}
         self._file.add({"alignment": overall, "layers": rows, "dead": dead(names, total), "step": trainer.global_step})
-        if loggers.has_wandb(trainer):
-            row_of_figures = {self._table.key: self._table.with_rows(table)}
-            finite = [cosine for cosine in rows.values() if cosine is not None]
-            if (histogram := loggers.histogram(finite)) is not None:
-                row_of_figures["alignment/histogram"] = histogram
-            loggers.log_wandb(trainer, row_of_figures)
+        finite = [cosine for cosine in rows.values() if cosine is not None]
+        loggers.log_wandb(
+            trainer,
+            {
+                self._table.key: partial(self._table.with_rows, table),
+                "alignment/histogram": partial(loggers.histogram, finite),
+            },
+        )
 
     def _advise(self, trainer: Trainer, cosine: float) -> None:
         step = trainer.global_step
@@ -268,10 +271,13 @@ class GradientAlignment(Callback):
         self.cost = self._spent / took if took > 0 else 0.0
         self._file.add({"cost": {"alignment": self.cost}})
         log.info("Comparing updates with the true gradient took %.1f %% of the fit's time.", 100 * self.cost)
-        if self.history and trainer.loggers and loggers.has_matplotlib():
-            from lightning_ebm import plots
+        if self.history:
+            loggers.log_figure(trainer, "alignment/heatmap", self._heatmap)
 
-            loggers.log_figure(trainer, "alignment/heatmap", plots.alignment_heatmap(self.history))
+    def _heatmap(self) -> Any:
+        from lightning_ebm import plots
+
+        return plots.alignment_heatmap(self.history)
 
 
 _PREFIXES: dict[str, str] = {"backprop": "alignment", "equilibrium": "alignment_equilibrium"}

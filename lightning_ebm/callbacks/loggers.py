@@ -1,20 +1,32 @@
 """What each of a Trainer's loggers is told and shown.
 
 Everything is for rank 0 alone, and nothing passes `step=` to W&B's own run, which would drop rows that come late: the
-step is a column, as in WandbLogger's rows.
+step is a column, as in WandbLogger's rows. A logger that fails, or a picture that cannot be drawn, is one line in the
+log, see `harmless`.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
+from lightning_ebm.harmless import harmless
+
 GLOBAL_STEP = "trainer/global_step"
+
+_said: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
+
+
+def observing(trainer: Trainer, what: str) -> AbstractContextManager[None]:
+    """`harmless`, once for every Trainer."""
+    return harmless(what, _said.setdefault(trainer, set()))
 
 
 def log_scalars(
@@ -29,42 +41,66 @@ def log_scalars(
     known = {key: value for key, value in values.items() if not math.isnan(value)}
     trainer.callback_metrics.update({key: torch.tensor(value, dtype=torch.float32) for key, value in known.items()})
     for logger in trainer.loggers:
-        logger.log_metrics(known, step=trainer.global_step)
+        with observing(trainer, f"Logging metrics to {type(logger).__name__}"):
+            logger.log_metrics(known, step=trainer.global_step)
 
 
 def tell_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:
     """Puts the strategy's settings into the configuration of every logger, under "ebm"."""
     for logger in trainer.loggers:
-        logger.log_hyperparams({"ebm": dict(settings)})
+        with observing(trainer, f"Telling {type(logger).__name__} the settings"):
+            logger.log_hyperparams({"ebm": dict(settings)})
 
 
 def define(trainer: Trainer, keys: Iterable[str], axis: str = GLOBAL_STEP, summary: str | None = None) -> None:
     """Tells W&B the axis of exact keys, and which figures of them belong in the run's summary."""
     for run in _wandb_runs(trainer):
-        for key in keys:
-            run.define_metric(key, step_metric=axis, summary=summary)
+        with observing(trainer, "Defining the axes of W&B"):
+            for key in keys:
+                run.define_metric(key, step_metric=axis, summary=summary)
 
 
 def log_wandb(trainer: Trainer, values: Mapping[str, Any], with_step: bool = True) -> None:
-    """A row that only W&B can show."""
-    for run in _wandb_runs(trainer):
-        run.log({**values, GLOBAL_STEP: trainer.global_step} if with_step else dict(values))
+    """A row that only W&B can show.
+
+    Args:
+        trainer: whose.
+        values: by name; tables and histograms as functions that make them, None being nothing to show.
+        with_step: False leaves out the step of training.
+    """
+    runs = _wandb_runs(trainer)
+    row: dict[str, Any] = {}
+    for key, value in values.items() if runs else ():
+        with observing(trainer, f"Drawing {key!r}"):
+            made = value() if callable(value) else value
+            row |= {} if made is None else {key: made}
+    for run in runs if row else ():
+        with observing(trainer, "Logging a row to W&B"):
+            run.log({**row, GLOBAL_STEP: trainer.global_step} if with_step else row)
 
 
-def log_figure(trainer: Trainer, key: str, figure: Any) -> None:
-    """A matplotlib figure, to every logger that has a call for one."""
-    if not trainer.is_global_zero:
+def log_figure(trainer: Trainer, key: str, draw: Callable[[], Any]) -> None:
+    """A matplotlib figure, to every logger that has a call for one; None is nothing to show."""
+    if not trainer.is_global_zero or not trainer.loggers or not has_matplotlib():
         return
-    for logger in trainer.loggers:
-        experiment = getattr(logger, "experiment", None)
-        if isinstance(logger, WandbLogger):
-            import wandb
+    figure = None
+    with observing(trainer, f"Drawing {key!r}"):
+        figure = draw()
+    for logger in trainer.loggers if figure is not None else ():
+        with observing(trainer, f"Logging {key!r} to {type(logger).__name__}"):
+            _log_figure(trainer, logger, key, figure)
 
-            logger.experiment.log({key: wandb.Image(figure), GLOBAL_STEP: trainer.global_step})
-        elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_figure(key, figure, trainer.global_step)
-        elif hasattr(experiment, "log_figure"):  # MLflow's client, Comet's experiment
-            _log_figure_by_name(logger, experiment, key, figure)
+
+def _log_figure(trainer: Trainer, logger: Logger, key: str, figure: Any) -> None:
+    experiment = getattr(logger, "experiment", None)
+    if isinstance(logger, WandbLogger):
+        import wandb
+
+        logger.experiment.log({key: wandb.Image(figure), GLOBAL_STEP: trainer.global_step})
+    elif isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_figure(key, figure, trainer.global_step)
+    elif hasattr(experiment, "log_figure"):  # MLflow's client, Comet's experiment
+        _log_figure_by_name(logger, experiment, key, figure)
 
 
 def _log_figure_by_name(logger: Logger, experiment: Any, key: str, figure: Any) -> None:
@@ -100,10 +136,13 @@ class WandbTable:
 
 
 def histogram(values: Sequence[float]) -> Any:
-    """W&B's, of the finite ones among the values; None where there are none."""
+    """W&B's, of the finite ones among the values; None where there are none.
+
+    To six digits: between values that differ by rounding alone there is no room for bins.
+    """
     import wandb
 
-    finite = [value for value in values if math.isfinite(value)]
+    finite = [float(f"{value:.6g}") for value in values if math.isfinite(value)]
     return wandb.Histogram(finite) if finite else None
 
 
@@ -119,14 +158,20 @@ def has_wandb(trainer: Trainer) -> bool:
 
 def run_directory(trainer: Trainer) -> Path | None:
     """Where files that belong to this run lie: W&B's files, or the log directory; None without any logger."""
-    for run in _wandb_runs(trainer):
-        return Path(run.dir)
-    if not trainer.loggers or trainer.log_dir is None:
-        return None
-    return Path(trainer.log_dir)
+    with observing(trainer, "Finding the directory of the run"):
+        for run in _wandb_runs(trainer):
+            return Path(run.dir)
+        if trainer.loggers and trainer.log_dir is not None:
+            return Path(trainer.log_dir)
+    return None
 
 
 def _wandb_runs(trainer: Trainer) -> list[Any]:
     if not trainer.is_global_zero:
         return []
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+    found = []
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            with observing(trainer, "Asking for the W&B run"):
+                found.append(logger.experiment)
+    return found

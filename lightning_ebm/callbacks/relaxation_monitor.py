@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import torch
@@ -211,8 +212,7 @@ class RelaxationMonitor(Callback):
             ]
             record = record | {"phases": thin}
         self._file.add({"relaxation": record, "step": trainer.global_step})
-        if loggers.has_wandb(trainer):
-            loggers.log_wandb(trainer, {"ebm/residual_histogram": loggers.histogram(residual)})
+        loggers.log_wandb(trainer, {"ebm/residual_histogram": partial(loggers.histogram, residual)})
 
     def _curves(self, trainer: Trainer, phases: list[Any]) -> None:
         """To W&B, against the relaxation step."""
@@ -239,12 +239,13 @@ class RelaxationMonitor(Callback):
         self._recording = None
         if hasattr(trainer.strategy, "learner"):
             _strategy(trainer).learner.observer = None
-        if self._file.path is not None and loggers.has_matplotlib():
-            from lightning_ebm import plots, runs
+        loggers.log_figure(trainer, "ebm/energy_curves", self._energy_curves)
 
-            run = runs.read(self._file.path.parent)
-            if plots.has_curves(run):
-                loggers.log_figure(trainer, "ebm/energy_curves", plots.energy_curves(run))
+    def _energy_curves(self) -> Any:
+        from lightning_ebm import plots, runs
+
+        run = None if self._file.path is None else runs.read(self._file.path.parent)
+        return None if run is None or not plots.has_curves(run) else plots.energy_curves(run)
 
 
 _AXIS = "ebm/curves/relaxation_step"

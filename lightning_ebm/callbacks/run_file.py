@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lightning_ebm.callbacks.loggers import run_directory, tell_settings
+from lightning_ebm.harmless import harmless
 from lightning_ebm.runs import FILE_NAME
 
 
@@ -17,12 +18,14 @@ class RunFile:
     def __init__(self) -> None:
         self.path: Path | None = None
         self._told: dict[str, Any] | None = None
+        self._said: set[str] = set()
 
     def open(self, trainer: Trainer) -> None:
         """Finds the directory; nothing is written yet."""
         directory = run_directory(trainer) if trainer.is_global_zero else None
         self.path = None if directory is None else directory / FILE_NAME
         self._told = None
+        self._said = set()
 
     def tell(self, trainer: Trainer, settings: dict[str, Any]) -> None:
         """The strategy's settings, here and to every logger; again when they have changed, as a relaxer was chosen."""
@@ -34,9 +37,10 @@ class RunFile:
     def add(self, record: dict[str, Any]) -> None:
         """One line of JSON, whole: a run that is killed leaves a file that can be read."""
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps(_plain(record)) + "\n")
+            with harmless(f"Writing to {self.path}", self._said):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a") as file:
+                    file.write(json.dumps(_plain(record)) + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.promises import is_kept
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Energy(ABC):
     A subclass writes ``layer_energy``. Everything else (which layers, which parents, batching, gradients) is the
     network's affair, so an energy never sees a module it would have to call. With ``best_response`` as well, relaxers
     of the fixed-point kind can use it.
+
+    What a class promises of its methods (the attributes below, and `best_response`) holds for a subclass as long as
+    the subclass does not override what the promise is about. One that writes another ``layer_energy`` promises nothing
+    until it says so itself.
     """
 
     divergence: ClassVar[bool] = False
@@ -44,19 +49,18 @@ class Energy(ABC):
     feed-forward pass, costs nothing, and contributes nothing to the update (theory: dI/dtheta vanishes there)."""
 
     reads_drive: ClassVar[bool] = True
-    """False promises that neither energy nor response looks at ``layer.drive``, which then is not kept: memory. It does
-    not pass to subclasses, which may look; each class says it for itself."""
+    """False promises that no method here looks at ``layer.drive``, which then is not kept: memory."""
 
     rests_at_prediction: ClassVar[bool] = False
     """True promises that argmin_x e(x, a) is rho(a), to rounding: a layer that nothing pulls emits what it does in a
-    forward pass. Where no layer reads another's state, that is the free equilibrium. Not passed on either."""
+    forward pass. Where no layer reads another's state, that is the free equilibrium."""
 
     @abstractmethod
     def layer_energy(self, state: Tensor, layer: LayerView) -> Tensor:
         """e(x_l, a_l, rho_l), batch first. Any trailing shape: it is summed over all but the batch dimension."""
 
     def best_response(self, pull: Tensor, layer: LayerView) -> Tensor:
-        """argmin_x e(x, a_l) - <pull, x>: where the layer goes if everything around it stays.
+        """`argmin_x e(x, a_l) - <pull, x>`: where the layer goes if everything around it stays.
 
         The pull is the slope of all the other terms, -d/dx_l [sum_{k != l} e_k + lambda L], in the shape of the state.
 
@@ -86,19 +90,44 @@ class Energy(ABC):
         return gradient
 
 
+_READERS = ("layer_energy", "layer_precision", "best_response", "feasible", "tangent")
+"""Methods that are given a `LayerView`."""
+
+
+def is_divergence(energy: Energy) -> bool:
+    """Whether e >= 0 is zero exactly at the forward pass, as a class says that still has the energy it says it of."""
+    return is_quadratic(energy) or (bool(energy.divergence) and is_kept(energy, "divergence", "layer_energy"))
+
+
 def reads_drive(energy: Energy) -> bool:
-    """Whether the energy may look at the drives: unless its very class, no parent of it, says that it does not."""
-    return bool(type(energy).__dict__.get("reads_drive", True))
+    """Whether the energy may look at the drives: unless it promises that it does not."""
+    return bool(energy.reads_drive) or not is_kept(energy, "reads_drive", *_READERS)
 
 
 def rests_at_prediction(energy: Energy) -> bool:
-    """Whether the energy's very class promises that a layer that nothing pulls is at its prediction."""
-    return bool(type(energy).__dict__.get("rests_at_prediction", False))
+    """Whether the energy promises that a layer that nothing pulls is at its prediction."""
+    return bool(energy.rests_at_prediction) and is_kept(energy, "rests_at_prediction", "layer_energy", "feasible")
 
 
 def has_best_response(energy: Energy) -> bool:
-    """Whether the energy's class says where layers go."""
-    return type(energy).best_response is not Energy.best_response
+    """Whether the energy says where layers go, and says it of the energy that it has."""
+    return type(energy).best_response is not Energy.best_response and is_kept(energy, "best_response", "layer_energy")
+
+
+def best_response(energy: Energy, pull: Tensor, layer: LayerView) -> Tensor:
+    """`Energy.best_response`, unless it is that of another energy.
+
+    Raises:
+        ConfigurationError: a subclass overrides `layer_energy` and inherits the response that belonged to its parent's.
+    """
+    if not is_kept(energy, "best_response", "layer_energy"):
+        name = type(energy).__name__
+        raise ConfigurationError(
+            f"{name} overrides layer_energy and inherits best_response, which is the minimum of its parent's energy:"
+            f" fixed-point relaxers would relax the parent's energy and never see {name}'s. Write"
+            f" {name}.best_response too, or relax by ebm.GradientDescent(...), which asks for layer_energy alone."
+        )
+    return energy.best_response(pull, layer)
 
 
 def is_bounded(energy: Energy) -> bool:
@@ -110,7 +139,8 @@ class QuadraticEnergy(Energy):
     """A divergence e = 1/2 Pi_l |x_l - rho(a_l)|^2, which can be written in the errors e_l = x_l - rho(a_l).
 
     In these coordinates nothing is ever subtracted, so a nudge of 1e-5 costs no digits in float32; relaxers that work
-    on errors (`ErrorCoordinates`, `Sweep`) ask for this class.
+    on errors (`ErrorCoordinates`, `Sweep`) ask for this class. A subclass may write another ``layer_precision``; with
+    another ``layer_energy`` it is no quadratic any more, and those relaxers refuse it.
     """
 
     divergence: ClassVar[bool] = True
@@ -120,7 +150,32 @@ class QuadraticEnergy(Energy):
         """Pi_l > 0, a number or a tensor that broadcasts over the batch."""
 
     def layer_energy(self, state: Tensor, layer: LayerView) -> Tensor:
-        return 0.5 * self.layer_precision(layer) * (state - layer.prediction).square()
+        return 0.5 * precision_of(self, layer) * (state - layer.prediction).square()
 
     def best_response(self, pull: Tensor, layer: LayerView) -> Tensor:
-        return layer.prediction + pull / self.layer_precision(layer)
+        return layer.prediction + pull / precision_of(self, layer)
+
+
+def is_quadratic(energy: Energy) -> bool:
+    """Whether e is 1/2 Pi |x - rho(a)|^2, so that Pi and the errors are all there is to know of it."""
+    if not isinstance(energy, QuadraticEnergy) or "layer_energy" in vars(energy):
+        return False
+    return type(energy).layer_energy is QuadraticEnergy.layer_energy
+
+
+def precision_of(energy: QuadraticEnergy, layer: LayerView) -> float | Tensor:
+    """Pi_l, which relaxers and updates in error coordinates treat as a constant.
+
+    Raises:
+        ConfigurationError: it is a function of states or parameters that autograd would differentiate.
+    """
+    precision = energy.layer_precision(layer)
+    if isinstance(precision, Tensor) and precision.requires_grad:
+        name = type(energy).__name__
+        raise ConfigurationError(
+            f"{name}.layer_precision of layer {layer.name!r} has a gradient, as a function of parameters or states: the"
+            " energy 1/2 Pi |x - rho(a)|^2 is written in errors with Pi as a constant, and its slope in Pi would be"
+            f" left out. Return precision.detach(); or override {name}.layer_energy and take a relaxer of states, such"
+            " as ebm.GradientDescent(...)."
+        )
+    return precision

@@ -11,7 +11,7 @@ from lightning_ebm.energies.conjugates import conjugate_of
 
 @dataclass(frozen=True)
 class FenchelYoung(Energy):
-    """I = sum_l [G(x_l) + G*(a_l) - <x_l, a_l>] >= 0, zero exactly at x_l = rho(a_l), per sample.
+    """`I = sum_l [G(x_l) + G*(a_l) - <x_l, a_l>] >= 0`, zero exactly at x_l = rho(a_l), per sample.
 
     A divergence: its free equilibrium is the forward pass, one phase is enough, and as the nudge goes to 0 the update
     is backprop's. It is convex in x_l and in a_l, and its slope in the drive is rho(a_l) - x_l: the update never

@@ -13,7 +13,7 @@ from lightning_ebm.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Hopfield(Energy):
-    """I = sum_l gamma^(l-L) [G(x_l) - <x_l, a_l>], with G' = rho^-1, per sample.
+    """`I = sum_l gamma^(l-L) [G(x_l) - <x_l, a_l>]`, with G' = rho^-1, per sample.
 
     Its equilibria are x_l = rho(a_l + gamma W_{l+1}' x_{l+1}): what stands above pulls on what lies below, also in the
     free phase, so the free equilibrium is not the forward pass and has to be found. For drives that are not linear,

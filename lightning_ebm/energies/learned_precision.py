@@ -11,11 +11,11 @@ from lightning_ebm.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class LearnedPrecision:
-    """log Pi_l <- log Pi_l + rate / 2 (1 - Pi_l <e_l^2>) after each step: descent of <1/2 Pi e^2 - 1/2 log Pi>.
+    """`log Pi_l <- log Pi_l + rate / 2 (1 - Pi_l <e_l^2>)` after each step: descent of `<1/2 Pi e^2 - 1/2 log Pi>`.
 
-    <.> is the mean over the batch, and over the units of the layer with ``per="layer"``; e_l are the errors at the end
-    of the first nudged phase. Settles where Pi_l = 1 / <e_l^2>, the inverse variance. Starts from 1. Only updates that
-    are meant to be taken teach it: `Learner.backward`, `Learner.step` and the strategies, not `Learner.gradients`.
+    `<.>` is the mean over the batch, and over the units of the layer with ``per="layer"``; e_l are the errors at the
+    end of the first nudged phase. Settles where `Pi_l = 1 / <e_l^2>`, the inverse variance. Starts from 1. Only updates
+    that are meant to be taken teach it: `Learner.backward`, `Learner.step` and the strategies, not `Learner.gradients`.
 
     The trap: errors shrink with the nudge, and precisions then grow towards `highest`. Learn them at lambda near 1.
 

@@ -1,12 +1,14 @@
 """A nudge is a table of phases."""
 
+import cmath
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.promises import is_kept
 
 
 class Phase(NamedTuple):
@@ -22,24 +24,92 @@ class Phase(NamedTuple):
     weight: complex
     held: bool = False
 
+    @property
+    def is_nudged(self) -> bool:
+        """Whether something pulls or holds, so that this is not the free phase."""
+        return self.held or self.strength != 0
+
 
 class Nudge(ABC):
     """The update is sum_p weight_p * dE/dtheta(x_p), with x_p the state relaxed at strength_p and then held fixed.
 
     The weights of a table sum to 0 and weight * strength sums to 1, so that a finite difference in lambda results,
     and whatever part of the loss depends on the parameters directly keeps its own gradient.
-    """
 
-    needs_output_state: ClassVar[bool] = False
-    """Whether the output must be a state, because the nudge holds it."""
+    A subclass writes ``phases``. What the table needs of the network and of the relaxer is read off it, by the
+    properties below; a subclass may override them where it knows better.
+    """
 
     @abstractmethod
     def phases(self) -> tuple[Phase, ...]:
-        """The table of one batch, one row for each strength, the strongest first."""
+        """The table of one batch, one row for each strength, the strongest first. Empty is the limit of no nudge."""
 
     def held_output(self, free: Tensor, loss_slope: Tensor, strength: float, batch: Any) -> Tensor:
         """Where a held phase holds the output: o - strength dL/do, both ``(B, ...)``, L per sample."""
         return free - strength * loss_slope
+
+    def deterministic(self) -> "Nudge":
+        """A nudge with the same needs whose table may be looked at without a draw: itself, if it draws nothing."""
+        return self
+
+    @property
+    def needs_output_state(self) -> bool:
+        """Whether the output must be a state, because the nudge holds it."""
+        return any(phase.held for phase in self._typical)
+
+    @property
+    def complex_states(self) -> bool:
+        """Whether states become complex, because a strength is."""
+        return any(isinstance(phase.strength, complex) for phase in self._typical)
+
+    @property
+    def linear_response(self) -> bool:
+        """Whether the nudge is infinitesimal: no state moves, the free equilibrium is linearised instead."""
+        return not self._typical
+
+    @property
+    def _typical(self) -> tuple[Phase, ...]:
+        """The table of some batch."""
+        return table_of(without_draw(self))
+
+
+def without_draw(nudge: Nudge) -> Nudge:
+    """`Nudge.deterministic`; a subclass of one that draws, with a table of its own, is asked itself."""
+    return nudge.deterministic() if is_kept(nudge, "deterministic", "phases") else nudge
+
+
+def table_of(nudge: Nudge) -> tuple[Phase, ...]:
+    """`Nudge.phases` for one batch, with numbers that are real where they can be.
+
+    Raises:
+        ConfigurationError: rows that are no phases, that are not finite, or that hold the output at a complex strength.
+    """
+    return tuple(_checked(nudge, row) for row in nudge.phases())
+
+
+def _checked(nudge: Nudge, row: Any) -> Phase:
+    name = type(nudge).__name__
+    try:
+        phase = Phase(*row)
+        strength, weight = complex(phase.strength), complex(phase.weight)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"{name}.phases() gave the row {row!r}; expected ebm.Phase(strength, weight, held=False), two numbers and"
+            " whether the output is held."
+        ) from error
+    if not (cmath.isfinite(strength) and cmath.isfinite(weight)):
+        raise ConfigurationError(
+            f"{name}.phases() gave {phase!r}: strength and weight must be finite, or every update is nan. Is the weight"
+            " 1 over a strength that is 0?"
+        )
+    if strength.imag == 0:  # real arithmetic is exact there, and cheaper; only the real part of the update counts
+        return Phase(strength.real, weight.real, bool(phase.held))
+    if phase.held:
+        raise ConfigurationError(
+            f"{name}.phases() gave {phase!r}: a held output lies at a real value, o - strength dL/do, so that the"
+            " strength of a held phase must be real. Leave `held` out for a complex nudge."
+        )
+    return Phase(strength, weight)
 
 
 def checked_strength(owner: object, strength: float) -> float:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -34,8 +34,6 @@ class Coupled(Nudge):
     Source:
         Stern et al. 2021; sides as in Scellier et al. 2023.
     """
-
-    needs_output_state: ClassVar[bool] = True
 
     eta: float = 0.1
     sides: Sides = "both"
@@ -76,8 +74,6 @@ class Clamped(Nudge):
         Movellan 1991; Xie and Seung 2003 for its relation to backpropagation.
     """
 
-    needs_output_state: ClassVar[bool] = True
-
     target: Callable[[Any], Tensor] | None = None
 
     def phases(self) -> tuple[Phase, ...]:
@@ -86,8 +82,4 @@ class Clamped(Nudge):
     def held_output(self, free: Tensor, loss_slope: Tensor, strength: float, batch: Any) -> Tensor:
         if self.target is None:
             return super().held_output(free, loss_slope, strength, batch)
-        held = self.target(batch)
-        if not isinstance(held, Tensor) or held.shape != free.shape:
-            got = tuple(held.shape) if isinstance(held, Tensor) else type(held).__name__
-            raise ConfigurationError(f"Clamped(target=...) gave {got}; expected a tensor of shape {tuple(free.shape)}.")
-        return held.detach().to(free)
+        return self.target(batch)

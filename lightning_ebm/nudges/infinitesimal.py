@@ -10,7 +10,7 @@ class Infinitesimal(Nudge):
     """lambda -> 0: d/dlambda dE/dtheta(x_lambda) at the free equilibrium, by linearising there.
 
     H dx/dlambda = -dL/dx is solved by conjugate gradients (H = d2I/dx2), and the update is
-    dL/dtheta + <dx/dlambda, d2I/dx dtheta>: the gradient of the loss at the free equilibrium, without a finite
+    `dL/dtheta + <dx/dlambda, d2I/dx dtheta>`: the gradient of the loss at the free equilibrium, without a finite
     difference and so without its bias and without its round-off. States are not moved, only the free phase is relaxed,
     by the algorithm's relaxer. The price is a second derivative of the network: some fused kernels have none.
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lightning_ebm.nudges.base import Nudge, Phase, checked_strength
+from lightning_ebm.nudges.one_sided import OneSided
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class RandomSign(Nudge):
             self._seeded.append(True)
         signed = self.strength if self._generator.random() < 0.5 else -self.strength
         return Phase(signed, 1 / signed), Phase(0.0, -1 / signed)
+
+    def deterministic(self) -> Nudge:
+        return OneSided(self.strength)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sequence of signs stands."""

@@ -6,7 +6,7 @@ drive is computed from, which parameters stand in between, and what enters the l
 
 import difflib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -16,6 +16,7 @@ from lightning_ebm.errors import ConfigurationError, LayerDiscoveryError, Unsupp
 from lightning_ebm.program.calls import clean
 from lightning_ebm.program.record import Mark, Record, StateKey, Value
 from lightning_ebm.program.wiring import Plan, Wiring
+from lightning_ebm.tree import modules_of, parameters_of
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class LayerFinder:
         self._module = module
         self._layers = layers
         self._output: Output = output
+        self._carried: set[str] = set()
 
     def candidates(self) -> list[dict[nn.Module, str]]:
         """The modules whose calls may carry states, and their names: sets of them, the first that does being taken."""
@@ -58,24 +60,54 @@ class LayerFinder:
             return set(_chosen(self._module, self._layers))
         return {m for m in self._module.modules() if isinstance(m, ACTIVATIONS)}.union(*_repeated(self._module))
 
-    def find(self, record: Record, loss: Value) -> tuple[Plan, list[Mark]]:
+    def find(self, record: Record, loss: Value, partial: bool | None = False) -> tuple[Plan, list[Mark]]:
         """The calls that carry states, and the wiring between them.
+
+        Args:
+            record: of the pass.
+            loss: what it returned.
+            partial: whether the loss is one of several of a step, and need not reach every layer that was asked for;
+                None says nothing of those that it does not.
 
         Raises:
             ConfigurationError: `layers` or `output` name nothing.
-            LayerDiscoveryError: no call could carry a state.
+            LayerDiscoveryError: no call could carry a state, or one that was asked for carries none.
         """
         tried = []
         for candidates in self.candidates():
             marks = [mark for mark in record.marks if mark.module in candidates]
-            states = _carrying(Wiring(self._module, record, marks, loss), self._output)
+            wiring = Wiring(self._module, record, marks, loss)
+            states = _carrying(wiring, self._output)
+            why_not = wiring.why_not(candidates.values() if self._layers is not None else (), states)
             if states:
                 cut = [mark for mark in record.marks if mark.key in states]
                 plan = Wiring(self._module, record, cut, loss).plan()
                 _say_what_goes_around(plan, self._module)
+                if self._layers is None:
+                    _say_what_is_left_in_one_drive(plan, self._module)
+                self._carried |= {key.name for key in plan.states}
+                absent = _absent(candidates, self._layers, plan, why_not)
+                if partial is not None:
+                    self._complain({n: why for n, why in absent.items() if n not in self._carried}, partial)
                 return plan, cut
-            tried.append(f"{len(candidates)} modules called {len(marks)} times")
+            told = "".join(f"; {name!r}: {why}" for name, why in list(why_not.items())[:3])
+            tried.append(f"{len(candidates)} modules called {len(marks)} times{told}")
         _refuse(self._module, tried)
+
+    def _complain(self, absent: Mapping[str, str], partial: bool) -> None:
+        """Of layers that were asked for and carry no state."""
+        if not absent:
+            return
+        told = "; ".join(f"{name!r}: {why}" for name, why in absent.items())
+        # What is frozen may be thawed, and other closures of the step may reach what this one does not.
+        if partial or not all(p.requires_grad for p in parameters_of(modules_of(self._module))):
+            log.warning("Layers that were asked for carry no state as things are, and no error. %s.", told)
+            return
+        raise LayerDiscoveryError(
+            f"layers={_shown(self._layers)}: what was asked for carries no state. {told}. States move, and their errors"
+            " train what lies below; a layer without one would silently be a part of the next. Leave it out of"
+            " layers=...; under closures that reach different parts of a module, take a learner for each."
+        )
 
 
 def _refuse(module: nn.Module, tried: list[str]) -> NoReturn:
@@ -92,6 +124,32 @@ def _refuse(module: nn.Module, tried: list[str]) -> NoReturn:
         ' single weighted layer, give its output a state with output="state"; if its nonlinearities are functions'
         ' (F.relu), name the modules in front of them: layers=["fc1", "fc2"] or layers=nn.Linear.'
     )
+
+
+def _absent(
+    candidates: Mapping[nn.Module, str], layers: Layers, plan: Plan, why_not: Mapping[str, str]
+) -> dict[str, str]:
+    """Names that were asked for and carry no state; of types, one module of each of which none does. And why."""
+    kinds: tuple[Any, ...] = layers if isinstance(layers, tuple) else (layers,)
+    if isinstance(layers, list) or all(isinstance(kind, str) for kind in kinds):
+        groups = [[name] for name in candidates.values()]
+    elif all(isinstance(kind, type) for kind in kinds):
+        groups = [[name for m, name in candidates.items() if isinstance(m, kind)] for kind in kinds]
+    else:  # found, or by a predicate, which asks for none in particular
+        return {}
+    carrying = {key.name for key in plan.states}
+    return {
+        group[0]: why_not.get(group[0], "it is no layer of this pass")
+        for group in groups
+        if group and not carrying & set(group)
+    }
+
+
+def _shown(layers: Layers) -> str:
+    kinds = layers if isinstance(layers, tuple) else (layers,)
+    if all(isinstance(kind, type) for kind in kinds):
+        return ", ".join(kind.__name__ for kind in kinds)  # type: ignore[union-attr]
+    return repr(layers)
 
 
 def _chosen(module: nn.Module, layers: ChosenLayers) -> dict[nn.Module, str]:
@@ -170,4 +228,21 @@ def _say_what_goes_around(plan: Plan, module: nn.Module) -> None:
             len(plan.around),
             type(module).__name__,
             ", ".join(plan.around[:3]),
+        )
+
+
+def _say_what_is_left_in_one_drive(plan: Plan, module: nn.Module) -> None:
+    """One line where a stray activation takes the states and most weights stay between two of them."""
+    weighted = {clean(name) for name, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))}
+    largest = max(plan.rows, key=lambda row: row.modules_between)
+    if largest.activation is not None and 4 <= largest.modules_between > len(weighted) / 2:
+        log.warning(
+            "%d of %d weighted modules of %s lie in the drive of one layer, %s (%s): they learn by backprop through"
+            " each other, as activations that are no modules (F.relu) carry no state. Put states into the body:"
+            " layers=BlockType, layers=nn.Linear or layers=[...]. ebm.summary shows the layers.",
+            largest.modules_between,
+            len(weighted),
+            type(module).__name__,
+            largest.key,
+            largest.activation,
         )

@@ -85,12 +85,13 @@ class Programs:
         with watched(self._module, recorder, chosen.__contains__, replace), recorder:
             yield
 
-    def of(self, recorder: Recorder, loss: Tensor) -> Found:
+    def of(self, recorder: Recorder, loss: Tensor, partial: bool = False) -> Found:
         """The program whose loss this is.
 
         Args:
             recorder: of the pass.
             loss: what the pass returned, in its own graph.
+            partial: whether it is one of several of a step.
 
         Raises:
             LayerDiscoveryError: no call could carry a state.
@@ -104,7 +105,7 @@ class Programs:
                 self._known.insert(0, known)
                 known.uses += 1
                 return Found(Program(record, found[0], value), known, found[1])
-        plan, marks = self._finder.find(record, value)
+        plan, marks = self._finder.find(record, value, partial)
         program = Program(record, marks, value)
         with recorder.pausing(), torch.enable_grad():
             check_against_autograd(self._module, program, plan, loss)
@@ -114,7 +115,7 @@ class Programs:
         """The program of a pass that returns no loss: it ends in whatever nothing else consumes."""
         record = recorder.settle()
         value = _sum_of_ends(record)
-        plan, marks = self._finder.find(record, value)
+        plan, marks = self._finder.find(record, value, partial=None)
         program = Program(record, marks, value)
         return Found(program, self._added(program, plan, value), None)
 

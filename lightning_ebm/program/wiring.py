@@ -1,6 +1,6 @@
 """The graph between the states of one record: which states, parameters and weighted modules feed which."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -118,6 +118,24 @@ class Wiring:
             if self._parameters(region) or fed & set(self._parents(region)):
                 fed.add(k)
         return {self.marks[k].key for k in self._live() & fed}
+
+    def why_not(self, names: Iterable[str], states: Set[StateKey]) -> dict[str, str]:
+        """Why each of these modules carries no state in any of its calls; without those that carry one."""
+        carrying = {key.name for key in states}
+        useful = {key.name for key in self.useful()}
+        live = {self.marks[k].key.name for k in self._live()}
+        called = {mark.key.name for mark in self.marks}
+        return {
+            name: "it was not called in this pass, or returned no floating-point tensor"
+            if name not in called
+            else "the loss does not depend on what it returns"
+            if name not in live
+            else "no trainable parameter feeds it, so that its output is an input of the network and nothing to predict"
+            if name not in useful
+            else 'it is the read-out, which enters the loss directly unless output="state"'
+            for name in names
+            if name not in carrying
+        }
 
     def ends(self, but_activations: bool = False) -> set[StateKey]:
         """Calls whose states enter the loss with no weighted module, and no other layer, after them."""

@@ -29,9 +29,10 @@ class AcceleratedFixedPoint(SweepingRelaxer):
     of the energy of what they leave the odd ones to answer, in the metric of their responses, and conjugate gradients
     need the square root of the plain count: a rate of rho a sweep becomes (1 - s) / (1 + s), s = sqrt(1 - rho).
 
-    One sweep a step, at y = x + p: it is the trial that measures the curvature along p, alpha = <r(x), p> / <p, r(x) -
-    r(y)>, and where the next step would end. r at the new x follows from those at the old one and at y as in a linear
-    network; beta makes the new p conjugate to the old one. Products are those of even layers, each sample's own.
+    One sweep a step, at y = x + p: it is the trial that measures the curvature along p,
+    `alpha = <r(x), p> / <p, r(x) - r(y)>`, and where the next step would end. r at the new x follows from those at the
+    old one and at y as in a linear network; beta makes the new p conjugate to the old one. Products are those of even
+    layers, each sample's own.
 
     At first x + p = S(x), and again wherever a sample starts anew: where the curvature is not positive (least squares
     on r, as `Anderson` takes them, do not ask, and would be drawn to saddles), where a sweep finds more than a tenth of
@@ -97,7 +98,7 @@ class AcceleratedFixedPoint(SweepingRelaxer):
                 break
             if len(halves) > 1 or steps > _ALONE:
                 point = search.onwards(step, ~(searching <= settled_at))
-        settled = bool((norm <= settled_at).all()) if failed else not moving
+        settled = not failed and not moving  # of a mixture of two sweeps nobody has measured anything
         energies.append(landscape.energy_of(point, strength))
         return ended(point, steps, norm, first, settled, self.tol, energies)
 

@@ -19,7 +19,7 @@ class AugmentedLagrangian(Relaxer):
 
     The constraint e = x - rho(a) = 0 is what makes a network out of layers; its multipliers are backprop's deltas. The
     first outer step is predictive coding; each further one brings errors closer to 0 and -mu closer to lambda delta, at
-    a linear rate, at any precision and without a small nudge. The update reads the multipliers: -<mu_l, d rho(a_l)>.
+    a linear rate, at any precision and without a small nudge. The update reads the multipliers: `-<mu_l, d rho(a_l)>`.
 
     Args:
         outer_steps: how many updates of the multipliers.

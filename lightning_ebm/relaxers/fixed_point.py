@@ -17,7 +17,7 @@ _LOOK_AT = 10
 
 @dataclass(frozen=True)
 class FixedPoint(SweepingRelaxer):
-    """x_l <- (1 - damping) argmin_x [e_l(x, a_l) - <pull_l, x>] + damping x_l, until nothing moves.
+    """`x_l <- (1 - damping) argmin_x [e_l(x, a_l) - <pull_l, x>] + damping x_l`, until nothing moves.
 
     For the Hopfield energy that is x_l <- rho(a_l + W_{l+1}' x_{l+1} - lambda dL/dx_l), for predictive coding
     x_l <- rho(a_l) + pull_l / Pi_l. "synchronous": all layers from the states of before. "odd-even": the layers at odd

@@ -1,0 +1,138 @@
+"""Who only looks on never ends the run: what fails to be drawn, logged or written is one line in the log."""
+
+import json
+import math
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning_modules import Template
+
+import lightning_ebm as ebm
+from lightning_ebm import plots, runs
+from lightning_ebm.callbacks import console, loggers
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def observers():
+    return [ebm.GradientAlignment(every_n_steps=1), ebm.RelaxationMonitor(1, regime_every_n_steps=2)]
+
+
+def fit(tmp_path, logger=False, callbacks=(), algorithm="predictive-coding", **options):
+    L.seed_everything(0, verbose=False)
+    module = Template(dropout=0.0)
+    trainer = L.Trainer(
+        strategy=ebm.EBMStrategy(algorithm), max_epochs=2, accelerator="cpu", devices=1, logger=logger,
+        enable_model_summary=False, enable_checkpointing=False, log_every_n_steps=1, default_root_dir=tmp_path,
+        callbacks=list(callbacks), **options,
+    )  # fmt: skip
+    trainer.fit(module)
+    return module.state_dict()
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+class Broken(Logger):
+    """Fails wherever Lightning itself does not call it, and at the metrics of this library."""
+
+    name, version, log_dir = "broken", "0", None
+
+    def log_metrics(self, metrics, step=None):
+        if any(name.startswith(("alignment", "ebm")) for name in metrics):
+            raise OSError("the disk is full")
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        if "ebm" in params:
+            raise ConnectionError("no server")
+
+
+def test_loggers_that_raise(tmp_path, caplog):
+    """Training ends where it ends with nobody looking on, and the logger beside the broken one has every figure."""
+    plain = fit(tmp_path / "plain")
+    good = CSVLogger(tmp_path / "observed")
+    observed = fit(tmp_path / "observed", [Broken(), good], observers(), enable_progress_bar=False)
+    assert same(plain, observed)
+    for what in ("Logging metrics to Broken", "Telling Broken the settings"):
+        assert caplog.text.count(what) == 1
+    assert "the disk is full" in caplog.text
+    assert "alignment/cosine" in (tmp_path / "observed" / "lightning_logs" / "version_0" / "metrics.csv").read_text()
+
+
+def raising(*args, **kwargs):
+    raise ValueError("too many bins")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "line"),
+    [
+        (loggers, "histogram", "Drawing 'alignment/histogram'"),
+        (loggers.WandbTable, "with_rows", "Drawing 'alignment/table'"),
+        (plots, "alignment_heatmap", "Drawing 'alignment/heatmap'"),
+        (plots, "energy_curves", "Drawing 'ebm/energy_curves'"),
+        (runs, "read", "Drawing 'ebm/energy_curves'"),
+        (loggers, "_log_figure", "Logging 'alignment/heatmap' to WandbLogger"),
+        (console, "_print", "Printing the table"),
+    ],
+)
+def test_pictures_and_tables_that_cannot_be_made(tmp_path, monkeypatch, caplog, owner, name, line):
+    plain = fit(tmp_path / "plain", enable_progress_bar=False)
+    monkeypatch.setattr(owner, name, raising)
+    bar = name == "_print"
+    logger = WandbLogger(save_dir=str(tmp_path), offline=True)
+    observed = fit(tmp_path / "observed", logger, observers(), enable_progress_bar=bar)
+    logger.experiment.finish()
+    assert same(plain, observed)
+    assert caplog.text.count(f"{line}") >= 1
+    assert "too many bins" in caplog.text
+    lines = [record.message for record in caplog.records if "goes on without" in record.message]
+    assert len(lines) == len(set(lines))
+
+
+def test_no_matplotlib(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(loggers, "has_matplotlib", lambda: False)
+    monkeypatch.setattr(plots, "alignment_heatmap", raising)
+    fit(tmp_path, CSVLogger(tmp_path), observers(), enable_progress_bar=False)
+    assert "goes on without" not in caplog.text
+
+
+def test_a_run_file_that_cannot_be_written(tmp_path, caplog):
+    logger = CSVLogger(tmp_path, version=0)
+    (tmp_path / "lightning_logs" / "version_0" / "ebm.jsonl").mkdir(parents=True)  # a directory where the file goes
+    plain = fit(tmp_path / "plain", enable_progress_bar=False)
+    observed = fit(tmp_path, logger, observers(), enable_progress_bar=False)
+    assert same(plain, observed)
+    lines = [record.message for record in caplog.records if "Writing to" in record.message]
+    assert len(lines) == 2  # once for each of the two callbacks
+
+
+def test_the_error_that_ended_a_run_is_not_hidden_by_those_who_look_on(tmp_path):
+    class Ends(L.Callback):
+        def on_train_batch_end(self, *args):
+            raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        fit(tmp_path, Broken(), [*observers(), Ends()], enable_progress_bar=False)
+
+
+@pytest.mark.parametrize("values", [[1.0, 1 - 1e-16, 1.0], [0.5 + 1e-17] * 3, [1e6, 1e6 * (1 + 1e-15)]])
+def test_values_that_differ_by_rounding_have_a_histogram(values):
+    """All of them in it, as counted by its bins."""
+    found = loggers.histogram([*values, math.nan, math.inf])
+    assert sum(found.histogram) == len(values)
+
+
+def test_a_run_file_holds_what_json_cannot(tmp_path):
+    """nan is null, infinities are the largest numbers, and an object that is no number costs its own line only."""
+    from lightning_ebm.callbacks.run_file import RunFile
+
+    file = RunFile()
+    file.path = tmp_path / "ebm.jsonl"
+    file.add({"x": [math.nan, math.inf]})
+    file.add({"x": object()})
+    file.add({"x": 1.0})
+    assert [json.loads(line) for line in file.path.read_text().splitlines()] == [{"x": [None, 1e308]}, {"x": 1.0}]
