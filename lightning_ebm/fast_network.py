@@ -258,10 +258,16 @@ class FastNetwork(Network):
 
     def energy_at(self, found: Relaxation, strength: complex) -> Tensor:
         """See `Network.energy_at`."""
-        return self.contrast([(strength, 1.0, found)])
+        update = self._update([(strength, 1.0, found)])
+        return super().energy_at(found, strength) if update is None else update
 
     def contrast(self, phases: Sequence[tuple[complex, complex, Relaxation]]) -> Tensor:
-        """See `Network.contrast`; the gradients of the parameters are computed when they are asked for."""
+        """See `Network.contrast`."""
+        update = self._update(phases)
+        return super().contrast(phases) if update is None else update
+
+    def _update(self, phases: Sequence[tuple[complex, complex, Relaxation]]) -> Tensor | None:
+        """The same by code: a number whose gradients are computed when they are asked for; None without code."""
         point: list[Tensor] = []
         shapes = []
         for strength, weight, found in phases:
@@ -275,7 +281,7 @@ class FastNetwork(Network):
                 (strength, weight, _rebuilt(twin, found, kind, rest))
                 for (strength, weight, _, kind), (_, _, found) in zip(shapes, phases, strict=True)
             ]
-            total = Network.contrast(twin, terms) * scale
+            total = twin.contrast(terms) * scale
             slopes = torch.autograd.grad(total, leaves, allow_unused=True)
             return [torch.zeros_like(leaf) if s is None else s for s, leaf in zip(slopes, leaves, strict=True)]
 
@@ -287,7 +293,7 @@ class FastNetwork(Network):
         key = ("update", *shapes)
         one = self.first_loss.new_ones(()).real
         if self._code(self._key(key, [*point, one]), key, evaluate, [*point, one]) is None:
-            return super().contrast(phases)
+            return None
         targets = [leaf for leaf in self._leaves if leaf is not None]
         return Delivered.apply(one.new_zeros(()), update, *targets)  # type: ignore[no-any-return, no-untyped-call]
 

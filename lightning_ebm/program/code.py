@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ebm.program.interpreter import Program
-from lightning_ebm.program.operations import traits
+from lightning_ebm.program.operations import tensors_at, traits
 from lightning_ebm.program.record import Node, Value, stands_for
 
 log = logging.getLogger(__name__)
@@ -113,9 +113,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in _SAME_VALUE:
             self._bind(result, self.node(args[0]))
             return result
-        args, kwargs = self._seen(args), {name: self._seen((arg,))[0] for name, arg in kwargs.items()}
         kind = traits(func)
-        key = None if kind.writes or kind.random else _key(func, (*args, *kwargs.items()))
+        if kind.writes and tensors_at(kind, args, kwargs):  # one stage may make what another writes to
+            raise NotImplementedError(f"{func} writes to a tensor")
+        args, kwargs = self._seen(args), {name: self._seen((arg,))[0] for name, arg in kwargs.items()}
+        key = None if kind.random or kind.name == "clone" else _key(func, (*args, *kwargs.items()))
         node = None if key is None else self._made.get(key)
         if node is None:
             node = self.graph.call_function(func, args, kwargs)

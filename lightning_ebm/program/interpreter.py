@@ -145,6 +145,8 @@ class Program:
         """Why no code can be traced from it, if so: user's own code runs in its midst."""
         if self.record.hooks:
             return "gradient hooks"
+        if any(node.written for node in self.order):
+            return "operations that write to several tensors"
         own = [node.func for node in self.order if not isinstance(node.func, torch._ops.OpOverload)]
         strange = [func for func in own if getattr(func, "__module__", "").partition(".")[0] != __name__.partition(".")[0]]
         return f"custom functions: {strange[0]}" if strange else None

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Traits(NamedTuple):
@@ -72,3 +73,26 @@ def _traits(func: Any) -> Traits:
         random=torch.Tag.nondeterministic_seeded in func.tags,
         dynamic=torch.Tag.dynamic_output_shape in func.tags,
     )
+
+
+def functional_form(func: Any, kind: Traits) -> Any:
+    """The overload that returns what an in-place one writes to its first argument; None where there is none."""
+    if kind.writes != (0,) or not kind.name.endswith("_") or not func._schema.name.startswith("aten::"):
+        return None
+    packet = getattr(torch.ops.aten, kind.name[:-1], None)
+    found = getattr(packet, func._overloadname, None)
+    if found is None or found._schema.is_mutable:
+        return None
+    same = [a.name for a in found._schema.arguments] == [a.name for a in func._schema.arguments]
+    return found if same else None
+
+
+def tensors_at(kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operation writes to."""
+    if kind.name in BATCH_NORMS and not args[5]:
+        return []
+    found: list[Tensor] = []
+    for where in kind.writes:
+        arg = kwargs.get(where) if isinstance(where, str) else args[where] if where < len(args) else None
+        found.extend(t for t in (arg if isinstance(arg, list | tuple) else (arg,)) if isinstance(t, Tensor))
+    return found

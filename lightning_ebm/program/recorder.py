@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.aliasing import Aliasing
-from lightning_ebm.program.operations import BATCH_NORMS, Traits, traits
+from lightning_ebm.program.operations import BATCH_NORMS, Traits, functional_form, tensors_at, traits
 from lightning_ebm.program.random_draws import repeated_without_drawing
 from lightning_ebm.program.record import (
     Mark,
@@ -58,6 +58,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.held: dict[Value, Tensor] = {}
         """What values hold that the pass computed, as long as the record is not released."""
         self._marked: set[Value] = set()
+        self._written_over: list[Tensor] = []
         self._aliasing = Aliasing()
         self._undo: list[tuple[Tensor, Tensor]] | None = [] if undoes else None
         self._entered: list[Any] = []
@@ -84,7 +85,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._constant_from_now(tensor)
             return result
         named = self._seen_by_name(kwargs) if kwargs else kwargs
-        node = Node(func, self._seen(args), named, kind.writes if written else ())
+        node = Node(func, self._seen(args), named)
+        if written:
+            self._functional(node, kind)
         if kind.name in _BY_MASK or kind.name in _PUT_BY_MASK:
             self._freeze_masks(node, kind)
         self._about_to_write(written)
@@ -93,6 +96,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             by, given = repeated(args, kwargs, result)
             node, written = Node(by, self._seen(given), {}), written[:1] if kind.name.endswith("_") else []
         self._ended(node, kind, written, result)
+        if written and kind.name in BATCH_NORMS:
+            for tensor in written:
+                self._constant_from_now(tensor)
         return result
 
     def value(self, tensor: Tensor) -> Value:
@@ -149,7 +155,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.record.reads.append((str(node.func), values))
             return
         self.record.nodes.append(node)
-        for tensor in written:
+        for tensor in written if kind.name not in BATCH_NORMS else ():
             now = self.value(tensor)
             if now.node is not node:
                 now = Value(node, meta_of(tensor))
@@ -161,6 +167,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._bind(tensor, now)
             if not tensor._is_view():
                 self.held[now] = tensor
+
+    def _functional(self, node: Node, kind: Traits) -> None:
+        """The same operation without writing to anything."""
+        if kind.name in BATCH_NORMS:  # statistics of the batch; those that run are no part of what is differentiated
+            node.args = (*node.args[:3], None, None, *node.args[5:])
+        elif (functional := functional_form(node.func, kind)) is not None:
+            node.func = functional
+        else:
+            node.written = kind.writes
 
     def _freeze_masks(self, node: Node, kind: Traits) -> None:
         """How many elements a mask picks belongs to the recorded pass: masks by which others are cut are constants."""
@@ -294,6 +309,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if self.record.inputs.get(value) is alias:
                     self.record.inputs[value] = alias.detach().clone()
                 held = self.held.pop(value, None)
+                if held is not None:
+                    self._written_over.append(held)  # still there: what shares its memory is read from it
                 if value in self._marked:
                     assert held is not None
                     self.held[value] = held.detach().clone()
@@ -338,6 +355,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def release(self) -> None:
         """Lets go of all tensors but those that the record needs."""
         self.held.clear()
+        self._written_over.clear()
         self._known.clear()
         self._aliasing = Aliasing()
 
@@ -435,15 +453,3 @@ def _rounding(tensor: Tensor) -> float:
     device = tensor.device.type
     computed_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
     return max(torch.finfo(tensor.dtype).eps, torch.finfo(computed_in).eps)
-
-
-def tensors_at(kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that an operation writes to."""
-    if kind.name in BATCH_NORMS and not args[5]:
-        return []
-    found: list[Tensor] = []
-    for where in kind.writes:
-        arg = kwargs.get(where) if isinstance(where, str) else args[where] if where < len(args) else None
-        found.extend(t for t in (arg if isinstance(arg, list | tuple) else (arg,)) if isinstance(t, Tensor))
-    return found
-
