@@ -24,6 +24,7 @@ from lightning_ebm.errors import ConfigurationError, EBMError, RelaxationDiverge
 from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.purity import shadowed
 from lightning_ebm.relaxers import Cheapest
+from lightning_ebm.samples import BatchSize
 from lightning_ebm.strategy import EnergyStrategy
 
 log = logging.getLogger(__name__)
@@ -137,6 +138,7 @@ class EBMDDPStrategy(JointStrategy, DDPStrategy):
         loss_reduction: how the module's loss reduces over the batch of one rank, "mean" or "sum".
         capture: as in `EBMStrategy`.
         compile: as in `EBMStrategy`.
+        batch_size: as in `EBMStrategy`.
         ddp_options: those of `lightning.pytorch.strategies.DDPStrategy` (`timeout`, `ddp_comm_hook`, `start_method`,
             ...) and, through it, of torch's DDP (`find_unused_parameters`, `gradient_as_bucket_view`, ...).
 
@@ -154,6 +156,7 @@ class EBMDDPStrategy(JointStrategy, DDPStrategy):
         loss_reduction: Literal["mean", "sum"] = "mean",
         capture: bool = True,
         compile: bool = False,
+        batch_size: BatchSize = None,
         **ddp_options: Any,
     ) -> None:
         if ddp_options.get("static_graph"):
@@ -163,7 +166,7 @@ class EBMDDPStrategy(JointStrategy, DDPStrategy):
                 " ranks drift apart in silence. Leave it out; find_unused_parameters=True is supported."
             )
         super().__init__(**ddp_options)
-        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile)
+        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile, batch_size)
 
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Lightning's own; the reducer is not told of this pass's graph, as another one will be differentiated."""
@@ -223,6 +226,7 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
         loss_reduction: how the module's loss reduces over the batch of one rank, "mean" or "sum".
         capture: as in `EBMStrategy`.
         compile: as in `EBMStrategy`.
+        batch_size: as in `EBMStrategy`.
         options: those of `lightning.pytorch.strategies.ModelParallelStrategy`, but `tensor_parallel_size`: all devices
             share the data.
 
@@ -240,6 +244,7 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
         loss_reduction: Literal["mean", "sum"] = "mean",
         capture: bool = True,
         compile: bool = False,
+        batch_size: BatchSize = None,
         **options: Any,
     ) -> None:
         if options.get("tensor_parallel_size", "auto") not in ("auto", 1):
@@ -249,7 +254,7 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
                 " weights over all devices instead, fully_shard(layer, mesh=self.device_mesh['data_parallel'])."
             )
         super().__init__(**{**options, "tensor_parallel_size": 1})
-        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile)
+        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile, batch_size)
 
     def setup_environment(self) -> None:
         """Lightning's own; by default all devices share the data."""

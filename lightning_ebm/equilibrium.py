@@ -10,8 +10,8 @@ from torch.utils import _pytree as pytree
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.learner import Learner
+from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.relaxers import AcceleratedFixedPoint, FixedPoint
 
 

@@ -12,16 +12,17 @@ from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure
 from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.program.programs import Programs
 from lightning_ebm.program.recorder import Recorder
-from lightning_ebm.program.seen_backward import no_other_backward
-from lightning_ebm.presets import algorithm as preset
+from lightning_ebm.program.seen_backward import refuse_backward
+from lightning_ebm.program.wiring import Plan, named_gradients
 from lightning_ebm.purity import Snapshot
 from lightning_ebm.report import PhaseReport, Report, report_of
+from lightning_ebm.samples import BatchSize, Samples, Scale
 from lightning_ebm.state_memory import StateMemory
 from lightning_ebm.step import Code, Observer, Step
-from lightning_ebm.program.wiring import Plan, named_gradients
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +43,14 @@ class Learner:
             loss), "auto" (a state if the network ends in an activation, else a read-out).
         loss_reduction: how the closure's loss reduces over the batch, "mean" or "sum".
         quiet: a context manager for all passes but the first, to silence what closures do besides computing.
-        capture: run the relaxation as straight-line code recorded from the first pass, see `lightning_ebm.capture`;
-            False runs the closure itself at every point, several times slower.
+        capture: run programs that come again as straight-line code, see `lightning_ebm.program`; False interprets
+            their record at every point, which gives the same and is several times slower.
         compile: send that code through Inductor, which takes seconds once for every shape of batch and, on a CPU, a C++
             compiler; on a GPU through `torch.compile` with CUDA graphs.
+        batch_size: number of samples of a batch: a number, or a function of what the module is called with; None finds
+            it: the size that most layers, and what the loss reduces, have in common.
+        scale: the factor that the closure's loss already carries (a GradScaler's, 1/N of accumulation), a number or a
+            function without arguments: the relaxation does not see it, the update carries it.
 
     Raises:
         ConfigurationError: an argument that cannot work, or a closure that does not return a usable loss.
@@ -68,6 +73,8 @@ class Learner:
         quiet: Callable[[], AbstractContextManager[Any]] = nullcontext,
         capture: bool = True,
         compile: bool = False,
+        batch_size: BatchSize = None,
+        scale: Scale = None,
     ) -> None:
         check_options(output, loss_reduction)
         self.module = module
@@ -77,6 +84,7 @@ class Learner:
         self.compile = compile
         self._code: Code = ("compiled" if compile else "traced") if capture else None
         self._quiet = quiet
+        self._samples = Samples(batch_size, scale)
         self._options: tuple[Layers, Output] = (layers, output_for(self.algorithm, output))
         self._programs = Programs(module, *self._options)
         self._evaluated = Programs(module, *self._options)
@@ -101,10 +109,11 @@ class Learner:
     def backward(self, closure: Closure) -> Tensor:
         """Adds the update of one batch to ``.grad``; returns the loss of the forward pass, detached.
 
-        The closure is run several times; only its first run has side effects (see `lightning_ebm.purity`).
+        The closure runs once; for energies whose free equilibrium is not the forward pass twice, the first time without
+        side effects (see `lightning_ebm.purity`).
         """
         step = self.begin(closure)
-        with step.first_pass(), no_other_backward():
+        with step.first_pass(refuse_backward):
             losses = [closure()]
         surrogate = step.surrogate(losses.pop())  # its graph is not held here
         torch.autograd.backward(surrogate)
@@ -189,7 +198,7 @@ class Learner:
             recorder: of a pass that has begun already.
         """
         parts = self.module, self.algorithm, self._programs, closure, self._quiet, self._remember, self.loss_reduction
-        step = Step(*parts, list(sizes), batch, self._memory, teaches, recorder, self._code)
+        step = Step(*parts, list(sizes), batch, self._memory, teaches, recorder, self._code, self._samples)
         step.observer = self.observer
         return step
 

@@ -27,11 +27,11 @@ from lightning_ebm.energies.base import (
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.interpreter import Pass, StateOf, at_prediction, at_states
 from lightning_ebm.program.record import StateKey
+from lightning_ebm.program.wiring import Plan
 from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.relaxers.forces import total_energy
 from lightning_ebm.samples import by_sample, layout_of, norm_by_sample, squares_by_sample, to_samples
 from lightning_ebm.stamps import Stamps, stamps
-from lightning_ebm.program.wiring import Plan
 
 Run = Callable[[StateOf], Pass]
 """Runs the program of the step with the given states in place."""
@@ -125,13 +125,16 @@ class Network:
         return Forces(internal.detach(), loss.detach(), gradients)
 
     def _quadratic_forces(self, seen: Pass, strength: float) -> Forces:
-        """dE/dx_l = Pi_l e_l - sum_k (d mu_k / dx_l)' Pi_k e_k + strength * dL/dx_l, written out: no more than needed."""
+        """dE/dx_l = Pi_l e_l - sum_k (d mu_k / dx_l)' Pi_k e_k + strength * dL/dx_l, and nothing more."""
         unit = strength or 1.0  # as in _slopes
         leaves = seen.states
         with torch.no_grad():
             errors = [call.state - call.prediction for call in seen.layers]
             pulls = [e if is_one(p) else p * e for e, p in zip(errors, self._precisions(seen), strict=True)]
-        tops = [(call.prediction, -pull / unit if unit != 1 else -pull) for call, pull in zip(seen.layers, pulls, strict=True)]
+        tops = [
+            (call.prediction, -pull / unit if unit != 1 else -pull)
+            for call, pull in zip(seen.layers, pulls, strict=True)
+        ]
         if strength:
             tops.append((seen.loss, torch.full_like(seen.loss, self.loss_scale)))
         live = [(top, seed) for top, seed in tops if top.requires_grad]

@@ -11,13 +11,13 @@ from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure, checked_loss
 from lightning_ebm.energies.base import Energy, has_best_response
 from lightning_ebm.errors import RelaxationDivergedError
-from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.learner import Learner, output_for
 from lightning_ebm.nudges import Infinitesimal
 from lightning_ebm.presets import algorithm as preset
+from lightning_ebm.program.layers import Layers, Output
+from lightning_ebm.program.wiring import named_gradients
 from lightning_ebm.purity import Snapshot
 from lightning_ebm.relaxers import Anderson, FixedPoint, GradientDescent, Landscape, Relaxation, Relaxer
-from lightning_ebm.program.wiring import named_gradients
 
 Reference = Literal["backprop", "equilibrium"]
 """Which gradient is called true."""

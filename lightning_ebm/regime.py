@@ -18,10 +18,10 @@ from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure
 from lightning_ebm.energies.base import is_quadratic
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.learner import Learner
 from lightning_ebm.metrics import moments, read
 from lightning_ebm.nudges.base import without_draw
+from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.purity import Snapshot
 from lightning_ebm.reference import Settled
 from lightning_ebm.relaxers import Landscape, Relaxation, Relaxer

@@ -1,7 +1,63 @@
 """Where the samples of a batch lie in a tensor."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from lightning_ebm.errors import ConfigurationError
+
+BatchSize = int | Callable[[Any], int] | None
+"""Number of samples: a number, a function of the batch, or found."""
+Scale = float | Callable[[], float] | None
+"""A factor that a loss carries already: a number, or a function without arguments; None is 1."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What users say of their batches.
+
+    Args:
+        batch_size: see `BatchSize`.
+        loss_scale: see `Scale`.
+
+    Raises:
+        ConfigurationError: a number that is not positive.
+    """
+
+    batch_size: BatchSize = None
+    loss_scale: Scale = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.batch_size, int):
+            _positive("batch_size", self.batch_size)
+        if self.loss_scale is not None and not callable(self.loss_scale):
+            _positive("scale", self.loss_scale)
+
+    def of(self, batch: Any) -> int | None:
+        """The number of samples in a batch; None is to be found."""
+        size = self.batch_size(batch) if callable(self.batch_size) else self.batch_size
+        return None if size is None else int(size)
+
+    def scale(self) -> float:
+        """The factor of now."""
+        if self.loss_scale is None:
+            return 1.0
+        return float(_positive("scale", self.loss_scale() if callable(self.loss_scale) else self.loss_scale))
+
+
+def _positive(name: str, value: float) -> float:
+    if not value > 0:
+        raise ConfigurationError(
+            f"{name}={value!r}: expected a positive number; the nudge is multiplied by the number of samples and"
+            " divided by the factor that the loss carries."
+        )
+    return value
+
+
+FOUND = Samples()
 
 
 def layout_of(shape: torch.Size, batch_size: int) -> int | None:

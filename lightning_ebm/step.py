@@ -26,7 +26,7 @@ from lightning_ebm.program.complex_ops import ComplexOperations
 from lightning_ebm.program.interpreter import Pass, Program, StateOf, at_least_float32, at_prediction, at_states
 from lightning_ebm.program.programs import Found, Known, Programs
 from lightning_ebm.program.record import Mark, Value
-from lightning_ebm.program.recorder import Recorder
+from lightning_ebm.program.recorder import Recorder, TakesCare
 from lightning_ebm.program.reduction import sums_over_batch
 from lightning_ebm.program.wiring import Plan, named_gradients, reached_parameters
 from lightning_ebm.purity import Snapshot
@@ -34,6 +34,7 @@ from lightning_ebm.relaxers import Cheapest, Relaxation
 from lightning_ebm.relaxers.base import force_norm
 from lightning_ebm.relaxers.forces import total_energy
 from lightning_ebm.report import PhaseReport
+from lightning_ebm.samples import FOUND, Samples
 from lightning_ebm.state_memory import StateMemory
 from lightning_ebm.watching import Recording
 
@@ -60,6 +61,7 @@ class Step:
         memory: of the states that samples were left in; None starts all from the forward pass.
         teaches: whether the energy may learn from this step, and the memory note it: it is taken, not only looked at.
         recorder: of a pass that has begun already, as under manual optimization.
+        samples: how many there are, and what factor the loss carries.
         code: whether evaluations of programs that come again run as code, "traced" or "compiled".
     """
 
@@ -78,6 +80,7 @@ class Step:
         teaches: bool = True,
         recorder: Recorder | None = None,
         code: Code = None,
+        samples: Samples = FOUND,
     ) -> None:
         self._module = module
         self._batch = batch
@@ -93,6 +96,7 @@ class Step:
         self._recorder = recorder
         self._owns_recorder = recorder is None
         self._code = code
+        self._samples = samples
         self._program: Program | None = None
         self._known: Known | None = None
         self._binding: dict[Value, Value] | None = None
@@ -119,8 +123,8 @@ class Step:
         return self._algorithm.read_as == "backprop"
 
     @contextmanager
-    def first_pass(self) -> Iterator[None]:
-        """The user's own pass, side effects and all, recorded.
+    def first_pass(self, on_backward: TakesCare | None = None) -> Iterator[None]:
+        """The user's own pass, side effects and all, recorded; `on_backward` is told of `backward` calls within.
 
         For a divergence energy it is the free equilibrium, as it is for others where no layer reads another's state.
         Else a quiet pass is recorded before, and the user's own has the states that it relaxed to in place.
@@ -129,6 +133,7 @@ class Step:
             yield
             return
         self._recorder = Recorder()
+        self._recorder.on_backward = on_backward
         replace = self._states_in_place() if self._relaxes_before() else nothing_in_place
         with self._programs.recording(self._recorder, replace), self._derivatives():
             yield
@@ -170,7 +175,8 @@ class Step:
         """Relaxes to the free equilibrium; gives the states that are to stand for what the layers return."""
         network = self._network_of(self._program)
         self._relax_freely(network)
-        assert self._free is not None and self._program is not None
+        assert self._free is not None
+        assert self._program is not None
         states = {mark.key: x for mark, x in zip(self._program.marks, self._free.point, strict=True)}
 
         def state_of(mark: Mark, output: Tensor) -> Tensor | None:
@@ -309,13 +315,14 @@ class Step:
 
     def _at_equilibrium(self, network: Network, free: Relaxation, loss: Tensor) -> Network:
         """The network, given the user's pass with states in place: it must be the program that was relaxed."""
-        assert self._recorder is not None and self._known is not None
+        assert self._recorder is not None
+        assert self._known is not None
         value, record = self._recorder.value(loss), self._recorder.settle()
         found = self._known.outline.repeated_by(record, value)
         if isinstance(found, str):
             raise UnsupportedModuleError(
-                "For this energy the step runs twice: quietly, to find the free equilibrium, and then with its states in"
-                f" place. The two runs differ in {found}: the step depends on values of its layers, or on something"
+                "For this energy the step runs twice: quietly, to find the free equilibrium, and then with its states"
+                f" in place. The two runs differ in {found}: the step depends on values of its layers, or on something"
                 " outside of the module that each run changes, so that the states are of another network. Let the flow"
                 " depend on the batch alone, or take a divergence energy such as ebm.PredictiveCoding()."
             )
@@ -330,7 +337,8 @@ class Step:
 
     def _network_of(self, program: Program | None) -> Network:
         """The network of a program."""
-        assert program is not None and self._known is not None
+        assert program is not None
+        assert self._known is not None
         record, start = program.record, None
         fast = self._code is not None and self._programs.repeats(self._known)
         held = self._held
@@ -341,8 +349,11 @@ class Step:
             start = Start.of(self._run(at_prediction()))
         if self._batch is None:
             self._batch = record.arguments
-        size = batch_size_among(self._leading_sizes or record.leading_sizes, [state.shape for state in start.free])
-        loss_scale = size if self._loss_reduction == "mean" else 1
+        size = self._samples.of(self._batch)
+        if size is None:
+            shapes = [state.shape for state in start.free]
+            size = batch_size_among(self._leading_sizes or record.leading_sizes, shapes, self._known.reduced)
+        loss_scale = (size if self._loss_reduction == "mean" else 1) / self._samples.scale()
         parts = self._algorithm.energy, self._known.plan, start, self._run, size, loss_scale
         network = Network(*parts)
         if fast:
@@ -368,9 +379,9 @@ class Step:
         assert self._program is not None
         if sums_over_batch(self._program, size):
             log.warning(
-                'The loss sums over the %d samples of the batch, while loss_reduction="mean": the nudge is then %d times'
-                ' as strong as the algorithm says, and so is its bias. Say loss_reduction="sum", or take the mean. (Said'
-                " once for every program of the module.)",
+                'The loss sums over the %d samples of the batch, while loss_reduction="mean": the nudge is then %d'
+                ' times as strong as the algorithm says, and so is its bias. Say loss_reduction="sum", or take the'
+                " mean. (Said once for every program of the module.)",
                 size,
                 size,
             )
@@ -395,7 +406,7 @@ class Step:
             )
         other = Step(
             self._module, algorithm, self._programs, self._closure, self._quiet, _forget, self._loss_reduction,
-            self._leading_sizes, self._batch,
+            self._leading_sizes, self._batch, samples=self._samples,
         )  # fmt: skip
         other._program, other._known, other._binding = self._program, self._known, self._binding
         other.observer = observer
@@ -408,7 +419,8 @@ class Step:
         """Within it the module computes with its states at the free equilibrium, and nothing is recorded."""
         recorder, _ = self._recorded_quietly()
         self._take(self._programs.without_loss(recorder), recorder)
-        assert self._program is not None and self._known is not None
+        assert self._program is not None
+        assert self._known is not None
         if self._is_free_forward(self._known.plan) or self._is_empty:
             yield
             return

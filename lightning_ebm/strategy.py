@@ -27,17 +27,18 @@ from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.equilibrium import ordinary
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.harmless import harmless
-from lightning_ebm.program.calls import leading_sizes
-from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.learner import Learner, check_options
 from lightning_ebm.presets import algorithm as preset
+from lightning_ebm.program.calls import leading_sizes
+from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.program.recorder import Recorder
-from lightning_ebm.program.seen_backward import seen_backward
+from lightning_ebm.program.seen_backward import SeenBackward
 from lightning_ebm.program.wiring import graph_of
 from lightning_ebm.purity import shadowed
 from lightning_ebm.reference import Reference, exactly
 from lightning_ebm.regime import Regime, of_step as regime_of_step
 from lightning_ebm.relaxers import Relaxer
+from lightning_ebm.samples import BatchSize
 from lightning_ebm.step import Step
 from lightning_ebm.summary import of_plan
 
@@ -61,6 +62,7 @@ class EnergyStrategy(Strategy):
         loss_reduction: Literal["mean", "sum"],
         capture: bool,
         compile: bool,
+        batch_size: BatchSize = None,
     ) -> None:
         """Keeps the settings; `connect` makes the engine of them."""
         check_options(output, loss_reduction)
@@ -70,6 +72,7 @@ class EnergyStrategy(Strategy):
         self.loss_reduction: Literal["mean", "sum"] = loss_reduction
         self.capture = capture
         self.compile = compile
+        self.batch_size = batch_size
         self._learner: Learner | None = None
         self._step: Step | None = None
         self._increments: Iterator[Tensor] | None = None
@@ -112,6 +115,7 @@ class EnergyStrategy(Strategy):
             quiet=self._quiet,
             capture=self.capture,
             compile=self.compile,
+            batch_size=self.batch_size,
         )
 
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -138,7 +142,8 @@ class EnergyStrategy(Strategy):
             if not module.automatic_optimization:
                 self._recorder = Recorder()
                 try:
-                    with self.learner.recording(self._recorder), seen_backward(self._recorder, self._plain_backward):
+                    self._recorder.on_backward = self._plain_backward
+                    with self.learner.recording(self._recorder):
                         return training_step(*args, **kwargs)
                 finally:
                     self._recorder.release()
@@ -146,10 +151,9 @@ class EnergyStrategy(Strategy):
             step = self._begun()
             with ExitStack() as stack:
                 try:
-                    stack.enter_context(step.first_pass())
+                    stack.enter_context(step.first_pass(self._other_backward))
                 except NoLossError:  # a step that Lightning skips
                     return training_step(*args, **kwargs)
-                stack.enter_context(seen_backward(None, self._other_backward))
                 output = training_step(*args, **kwargs)
             step.returned(_loss_of(output))
             self._step = step
@@ -165,7 +169,7 @@ class EnergyStrategy(Strategy):
         recorder = self._recorder
         with nullcontext() if recorder is None else recorder.pausing():
             surrogate = self._surrogate(closure_loss)
-            with seen_backward(None, partial(self._second_backward, surrogate)):
+            with SeenBackward(partial(self._second_backward, surrogate)):
                 loss = super().backward(surrogate, optimizer, *args, **kwargs)
             if recorder is not None and self._relaxes:
                 self._relaxed.update(id(leaf) for leaf in graph_of([surrogate])[0])
@@ -434,7 +438,8 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
         output: "readout", "state" or "auto", see `Learner`.
         loss_reduction: how the module's loss reduces over the batch, "mean" or "sum".
         capture: run the relaxation as recorded straight-line code, see `Learner`.
-        compile: and that through `torch.compile`, see `Learner`.
+        compile: and that through Inductor, see `Learner`.
+        batch_size: number of samples of a batch, a number or a function of the batch; None finds it, see `Learner`.
         device: where to train; None is the device that the Trainer chose.
         accelerator: Lightning's own.
         checkpoint_io: Lightning's own.
@@ -456,6 +461,7 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
         loss_reduction: Literal["mean", "sum"] = "mean",
         capture: bool = True,
         compile: bool = False,
+        batch_size: BatchSize = None,
         device: str | torch.device | None = None,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
@@ -470,7 +476,7 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
         # Lightning fills these on any strategy that has them, and otherwise leaves one for a single device on the CPU.
         self.num_nodes = 1
         self.parallel_devices: list[torch.device] | None = [self._root_device] if device is not None else None
-        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile)
+        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile, batch_size)
 
     @property
     def root_device(self) -> torch.device:

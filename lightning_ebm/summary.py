@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.learner import Learner
 from lightning_ebm.program.calls import clean
+from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.program.wiring import Plan
 
 

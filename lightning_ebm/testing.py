@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure
 from lightning_ebm.energies.base import best_response, has_best_response, is_divergence
-from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.learner import Learner, output_for
 from lightning_ebm.linearization import Linearization
 from lightning_ebm.metrics import alignment
 from lightning_ebm.network import Network
 from lightning_ebm.nudges.base import table_of, without_draw
 from lightning_ebm.presets import algorithm as preset
-from lightning_ebm.reference import backprop, equilibrium
 from lightning_ebm.program.calls import clean
+from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.program.wiring import named_gradients
+from lightning_ebm.reference import backprop, equilibrium
 from lightning_ebm.step import Step
 
 

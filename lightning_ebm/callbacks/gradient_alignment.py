@@ -15,10 +15,10 @@ from lightning_ebm.callbacks import console, loggers
 from lightning_ebm.callbacks.run_file import RunFile
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.metrics import NAMES, Alignment, dead, read
-from lightning_ebm.reference import Reference
-from lightning_ebm.strategy import EnergyStrategy
 from lightning_ebm.program.calls import clean
 from lightning_ebm.program.wiring import named_gradients
+from lightning_ebm.reference import Reference
+from lightning_ebm.strategy import EnergyStrategy
 
 log = logging.getLogger(__name__)
 

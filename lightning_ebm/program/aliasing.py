@@ -108,7 +108,8 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _order(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(sorted(range(tensor.ndim), key=lambda d: (-tensor.stride(d), -tensor.shape[d])))
+    strides = tensor.stride()
+    return tuple(sorted(range(tensor.ndim), key=lambda d: (-strides[d], -tensor.shape[d])))
 
 
 def _is_whole(tensor: Tensor) -> bool:

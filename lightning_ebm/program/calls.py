@@ -7,7 +7,7 @@ them whatever happens; the user's own hooks run as ever, before.
 import copy
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -28,7 +28,9 @@ def nothing_in_place(mark: Mark, output: Tensor) -> None:
 
 
 @contextmanager
-def watched(root: nn.Module, recorder: Recorder, chosen: Callable[[nn.Module], bool], replace: Replace) -> Iterator[None]:
+def watched(
+    root: nn.Module, recorder: Recorder, chosen: Callable[[nn.Module], bool], replace: Replace
+) -> Iterator[None]:
     """Runs the body with calls of modules below `root` marked in a record.
 
     Args:
@@ -156,14 +158,20 @@ def leading_sizes(batch: Any) -> list[int]:
     return [t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim > 0]
 
 
-def batch_size_among(candidates: list[int], shapes: list[torch.Size]) -> int:
-    """The candidate that most states have among their first two dimensions, then the most frequent, then the first.
+def batch_size_among(candidates: list[int], shapes: list[torch.Size], reduced: Collection[int] = ()) -> int:
+    """The candidate that most states have among their first two dimensions, then one that the loss reduces.
 
-    A time-major batch (T, B, ...) or a loose tensor beside the samples is not mistaken for the batch size that way.
+    Then the most frequent, then the first. A time-major batch (T, B, ...) or a loose tensor beside the samples is
+    not mistaken for the batch size that way.
+
+    Args:
+        candidates: sizes.
+        shapes: of the states.
+        reduced: first dimensions of what the loss reduces to one number.
     """
     found = candidates or [size for shape in shapes for size in shape[:1]] or [1]
     carried = {size: sum(size in shape[:2] for shape in shapes) for size in found}
-    return max(found, key=lambda size: (carried[size], found.count(size), -found.index(size)))
+    return max(found, key=lambda size: (carried[size], size in reduced, found.count(size), -found.index(size)))
 
 
 def _is_continuous(tensor: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """A new record against autograd: the exact rule on the record must be autograd's own gradient of the user's pass."""
 
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -74,9 +75,15 @@ def exact_rule(seen: Pass, plan: Plan, leaves: Sequence[Tensor]) -> list[Tensor 
     return list(torch.autograd.grad(outputs, leaves, weights, allow_unused=True))
 
 
-def _refuse(what: str, program: Program) -> None:
-    special = sorted({str(node.func) for node in program.record.nodes if not isinstance(node.func, torch._ops.OpOverload)})
-    there = [name for name in special if "stands_for" not in name]
+def _foreign(func: Any) -> str:
+    """The name of a function that is neither torch's operation nor this library's."""
+    if isinstance(func, torch._ops.OpOverload) or getattr(func, "__module__", "").startswith("lightning_ebm."):
+        return ""
+    return str(getattr(func, "__qualname__", func))
+
+
+def _refuse(what: str, program: Program) -> NoReturn:
+    there = sorted({name for node in program.order if (name := _foreign(node.func))})
     raise UnsupportedModuleError(
         f"The step cannot be repeated at other states: {what}."
         + (f" What stands there besides torch's own operations: {', '.join(there)}." if there else "")

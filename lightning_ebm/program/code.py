@@ -76,7 +76,9 @@ class Code:
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down the operations made while it is active, below autograd: what `make_fx` does, in a hundredth of its time.
+    """Writes down the operations made while it is active, below autograd.
+
+    It does what torch's `make_fx` does, in a hundredth of its time.
 
     An operation that has been made before, on the same tensors, is not written down again.
     """

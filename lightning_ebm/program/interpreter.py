@@ -148,7 +148,9 @@ class Program:
         if any(node.written for node in self.order):
             return "operations that write to several tensors"
         own = [node.func for node in self.order if not isinstance(node.func, torch._ops.OpOverload)]
-        strange = [func for func in own if getattr(func, "__module__", "").partition(".")[0] != __name__.partition(".")[0]]
+        strange = [
+            func for func in own if getattr(func, "__module__", "").partition(".")[0] != __name__.partition(".")[0]
+        ]
         return f"custom functions: {strange[0]}" if strange else None
 
     def outline(self) -> "Program":
@@ -193,7 +195,7 @@ class Held:
         content = self._record.inputs[value] if leaf is None else self._record.inputs.get(value, leaf)
         if leaf is None:
             return content.detach() if content.requires_grad else content
-        return leaf if content is leaf else AtValue.apply(leaf, content)  # type: ignore[no-any-return,no-untyped-call]
+        return leaf if content is leaf else AtValue.apply(leaf, content)  # type: ignore[no-untyped-call]
 
     def run(self, node: Node) -> None:
         """One operation."""
@@ -226,7 +228,7 @@ class Held:
 
 
 class AtValue(torch.autograd.Function):
-    """A leaf as it was when the user's pass read it, though it has been written to since; its gradient is the leaf's."""
+    """A leaf as it was when the user's pass read it, though written to since; its gradient is the leaf's."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, content: Tensor) -> Tensor:

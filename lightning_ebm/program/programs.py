@@ -16,6 +16,7 @@ from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.layers import LayerFinder, Layers, Output
 from lightning_ebm.program.record import Node, Record, Value, meta_of
 from lightning_ebm.program.recorder import Recorder
+from lightning_ebm.program.reduction import reduced_sizes
 from lightning_ebm.program.wiring import Plan, Region
 
 _KEPT = 16
@@ -29,6 +30,7 @@ class Known:
     Attributes:
         outline: what it is recognised by.
         plan: its wiring.
+        reduced: first dimensions of what its loss reduces to one number.
         traced: its code.
         uses: how often it has been seen.
         covered: whether every parameter is known to be reached by the energy.
@@ -36,6 +38,7 @@ class Known:
 
     outline: Outline
     plan: Plan
+    reduced: frozenset[int]
     traced: TracedProgram
     uses: int = 1
     covered: bool = False
@@ -120,7 +123,8 @@ class Programs:
         return Found(program, self._added(program, plan, value), None)
 
     def _added(self, program: Program, plan: Plan, loss: Value) -> Known:
-        known = Known(Outline(program.record, program.marks, loss), plan, TracedProgram(program))
+        outline = Outline(program.record, program.marks, loss)
+        known = Known(outline, plan, reduced_sizes(program), TracedProgram(program))
         self._known = [known, *self._known[: _KEPT - 1]]
         return known
 

@@ -35,6 +35,10 @@ from lightning_ebm.program.record import (
 )
 from lightning_ebm.program.seams import seams
 
+TakesCare = Callable[[Tensor, dict[str, Any]], bool]
+"""Told of a `backward` call, by the tensor and its options; answers whether it has done what the call was to do."""
+
+_BACKWARD = ("gradient", "retain_graph", "create_graph", "inputs")
 _BY_MASK = frozenset({"index", "masked_select"})
 _PUT_BY_MASK = frozenset({"index_put", "index_put_", "_index_put_impl_"})
 _DETACH = torch.ops.aten.detach.default
@@ -54,6 +58,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.paused = 0
         self.asked = False
         """Whether the user asked for the detached tensor that is about to be made; else autograd did, to save it."""
+        self.on_backward: TakesCare | None = None
+        """Told of every `Tensor.backward` that is called while this records."""
         self._known: dict[int, tuple[Callable[[], Tensor | None], Value]] = {}
         self.held: dict[Value, Tensor] = {}
         """What values hold that the pass computed, as long as the record is not released."""
@@ -373,13 +379,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __enter__(self) -> "Recorder":
         calls = _Calls(self)
         seams.enter(self)
-        calls.__enter__()
+        calls.__enter__()  # type: ignore[no-untyped-call]
         self._entered.append(calls)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._entered.pop().__exit__(*error)
         seams.leave(self)
 
@@ -391,7 +397,7 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self._recorder = recorder
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         recorder = self._recorder
         if recorder.paused or func not in _SEEN:
@@ -405,11 +411,16 @@ class _Calls(TorchFunctionMode):
             if func in _IN_PLACE:
                 recorder.forget(args[0])
             return result
-        if func is Tensor.data.__set__:
+        if func is _SET_DATA:
             with recorder.pausing():
                 func(*args, **kwargs)
             return recorder.forget(args[0])
-        if func is Tensor.register_hook:
+        if func is _BACKWARD_OF:
+            listens = recorder.on_backward
+            if listens is not None and listens(args[0], {**dict(zip(_BACKWARD, args[1:], strict=False)), **kwargs}):
+                return None
+            return func(*args, **kwargs)
+        if func is _HOOK:
             tensor, hook = args[0], args[1] if len(args) > 1 else kwargs["hook"]
             value, owner = recorder.known(tensor), _owner(hook)
             if owner.startswith("lightning.fabric."):  # it only checks who calls backward, and here a learner does
@@ -427,9 +438,10 @@ def _owner(hook: Any) -> str:
     return str(getattr(getattr(hook, "func", hook), "__module__", ""))
 
 
+_SET_DATA, _BACKWARD_OF, _HOOK = Tensor.data.__set__, Tensor.backward, Tensor.register_hook  # type: ignore[attr-defined]
 _IN_PLACE = frozenset({Tensor.detach_, torch.detach_})
 _DETACHES = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__, *_IN_PLACE})  # type: ignore[attr-defined]
-_SEEN = _DETACHES | {Tensor.data.__set__, Tensor.register_hook}  # type: ignore[attr-defined]
+_SEEN = _DETACHES | {_SET_DATA, _HOOK, _BACKWARD_OF}
 
 
 def _refuse_unrecorded(tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Whether a loss sums over the batch, read from the record of the pass that computed it."""
+"""How a loss reduces over the batch, read from the record of the pass that computed it."""
 
 from typing import Any
 
@@ -9,7 +9,20 @@ from lightning_ebm.program.record import Node, Value
 
 _SUM = 2
 """torch's number for reduction="sum"."""
-_TRANSPARENT = {"add", "sub", "neg", "_to_copy", "clone", "view", "reshape", "squeeze", "unsqueeze", "stands_for", "stack", "sum"}
+_TRANSPARENT = {
+    "add",
+    "sub",
+    "neg",
+    "_to_copy",
+    "clone",
+    "view",
+    "reshape",
+    "squeeze",
+    "unsqueeze",
+    "stands_for",
+    "stack",
+    "sum",
+}
 
 
 def sums_over_batch(program: Program, batch_size: int) -> bool:
@@ -33,6 +46,21 @@ def sums_over_batch(program: Program, batch_size: int) -> bool:
         if _name(value.node) in _TRANSPARENT:
             queue.extend(value.node.values())
     return False
+
+
+def reduced_sizes(program: Program) -> frozenset[int]:
+    """First dimensions of the tensors that the loss reduces to single numbers: samples are among them."""
+    queue, seen, found = [program.loss], set[Value](), set[int]()
+    while queue:
+        value = queue.pop()
+        if value is None or value in seen or not value.is_continuous:
+            continue
+        seen.add(value)
+        if value.shape.numel() > 1:
+            found.add(value.shape[0])
+        elif value.node is not None:
+            queue.extend(value.node.values())
+    return frozenset(found)
 
 
 def _name(node: Node) -> str:

@@ -4,6 +4,7 @@ They are watched only while something records, and only for the thread that does
 """
 
 import threading
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 _FUNCTION_APPLY = torch.autograd.Function.__dict__["apply"]
 _ENTER_HOOKS = saved_tensors_hooks.__dict__["__enter__"]
-_SETUP_INPUT, _SETUP_OUTPUT = BackwardHook.setup_input_hook, BackwardHook.setup_output_hook
+_SETUP_INPUT: Callable[..., Any] = BackwardHook.setup_input_hook
+_SETUP_OUTPUT: Callable[..., Any] = BackwardHook.setup_output_hook
 
 
 class _Seams(threading.local):
