@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.energies import LearnedPrecision
 from lightning_ebm.errors import ConfigurationError, EBMError, RelaxationDivergedError
 from lightning_ebm.program.layers import Layers, Output
+from lightning_ebm.program.wiring import graph_of
 from lightning_ebm.purity import shadowed
 from lightning_ebm.relaxers import Cheapest
 from lightning_ebm.samples import BatchSize
@@ -254,6 +257,7 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
                 " weights over all devices instead, fully_shard(layer, mesh=self.device_mesh['data_parallel'])."
             )
         super().__init__(**{**options, "tensor_parallel_size": 1})
+        self._handles: list[RemovableHandle] = []
         self.learn_by(algorithm, layers, output, loss_reduction, capture, compile, batch_size)
 
     def setup_environment(self) -> None:
@@ -276,12 +280,30 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
 
         def and_reshard(loss: Tensor, *args: Any, **kwargs: Any) -> None:
             backward(loss, *args, **kwargs)
+            while self._handles:
+                self._handles.pop().remove()
             for part in self._sharded:  # not sooner: hooks before it may look at weights, and so may other phases
                 part.reshard()
             self._reshard_after_passes(True)
 
         with shadowed(self._module, {"backward": and_reshard}):
             return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+    def _surrogate(self, closure_loss: Tensor) -> Tensor:
+        """The user's own loss, whose backward pass tells FSDP when to reduce; the update arrives in gradients' places."""
+        surrogate = super()._surrogate(closure_loss)
+        if not self._relaxes or surrogate is closure_loss:
+            return surrogate
+        leaves = graph_of([surrogate])[0]
+        updates = torch.autograd.grad(surrogate, leaves, allow_unused=True)
+        for leaf, update in zip(leaves, updates, strict=True):
+            if update is not None:
+                self._handles.append(leaf.register_hook(partial(self._instead, update)))
+        return closure_loss
+
+    def _instead(self, update: Tensor, gradient: Tensor) -> Tensor:
+        scaler = self._scaler()
+        return update if scaler is None else update * scaler.get_scale()
 
     @property
     def _sharded(self) -> list[FSDPModule]:

@@ -23,7 +23,7 @@ from lightning_ebm.nudges import Phase
 from lightning_ebm.nudges.base import table_of
 from lightning_ebm.program.calls import Replace, batch_size_among, in_place, nothing_in_place
 from lightning_ebm.program.complex_ops import ComplexOperations
-from lightning_ebm.program.interpreter import Pass, Program, StateOf, at_least_float32, at_prediction, at_states
+from lightning_ebm.program.interpreter import AtValue, Pass, Program, StateOf, at_least_float32, at_prediction, at_states
 from lightning_ebm.program.programs import Found, Known, Programs
 from lightning_ebm.program.record import Mark, Value
 from lightning_ebm.program.recorder import Recorder, TakesCare
@@ -103,6 +103,7 @@ class Step:
         self._held: Mapping[Value, Tensor] = {}
         self._loss: Tensor | None = None
         self._raw_loss: Tensor | None = None
+        self._graph: tuple[Tensor, float] | None = None
         self._free: Relaxation | None = None
         self._is_complex = False
         self.network: Network | None = None
@@ -155,8 +156,8 @@ class Step:
         assert self._program is not None
         return all(not mark.prediction.shape.numel() for mark in self._program.marks)
 
-    def _recorded_quietly(self) -> tuple[Recorder, Any]:
-        """The record of a pass without side effects, and what it returned."""
+    def _quietly(self, find: Callable[[Recorder, Any], Found]) -> None:
+        """A pass without side effects, and what it was."""
         recorder = Recorder(undoes=True)
         try:
             with (
@@ -167,14 +168,15 @@ class Step:
                 self._derivatives(),
             ):
                 returned = self._closure()
+            self._take(find(recorder, returned), recorder, returned)
         finally:
             recorder.undo()
-        return recorder, returned
 
     def _states_in_place(self) -> Replace:
         """Relaxes to the free equilibrium; gives the states that are to stand for what the layers return."""
-        network = self._network_of(self._program)
+        network, recorder = self._network_of(self._program), self._recorder
         self._relax_freely(network)
+        assert recorder is not None
         assert self._free is not None
         assert self._program is not None
         states = {mark.key: x for mark, x in zip(self._program.marks, self._free.point, strict=True)}
@@ -182,22 +184,20 @@ class Step:
         def state_of(mark: Mark, output: Tensor) -> Tensor | None:
             if (state := states.get(mark.key)) is None:
                 return None
-            with torch.no_grad():
-                handed = torch.empty_like(output).copy_(state)
-            return handed.requires_grad_(output.requires_grad)
+            with recorder.pausing():  # whose graph goes on to what the layer returned, for whoever follows it
+                return AtValue.apply(output, torch.empty_like(output).copy_(state))  # type: ignore[no-untyped-call]
 
         return state_of
 
     def examine(self) -> Plan:
         """Finds the layers by a pass without side effects, which `true_gradients` and `again` then are about."""
-        recorder, loss = self._recorded_quietly()
-        self._take(self._programs.of(recorder, checked_loss(loss)), recorder, loss)
+        self._quietly(lambda recorder, loss: self._programs.of(recorder, checked_loss(loss)))
         assert self._known is not None
         return self._known.plan
 
-    def _take(self, found: Found, recorder: Recorder, loss: Tensor | None = None) -> None:
+    def _take(self, found: Found, recorder: Recorder, loss: Any) -> None:
         self._program, self._known, self._binding = found
-        self._held, self._loss = recorder.held, None if loss is None else loss.detach()
+        self._held, self._loss = recorder.held, loss.detach() if isinstance(loss, Tensor) else None
 
     def _is_free_forward(self, plan: Plan) -> bool:
         """Whether the free equilibrium is the forward pass, so that a relaxation that begins there stays there."""
@@ -239,7 +239,7 @@ class Step:
         loss = checked_loss(loss)
         if self._is_control:
             self._remember([], [], loss.detach() / scale)
-            return loss
+            return self.unrelaxed(loss, scale)
         network = self._opened(loss)
         del loss
         if self._is_empty:  # no sample, no state: what is left of the loss depends on parameters alone
@@ -386,8 +386,17 @@ class Step:
                 size,
             )
 
+    def unrelaxed(self, loss: Tensor, scale: float = 1.0) -> Tensor:
+        """The loss in its own graph, for a step without relaxation: the control's, or one that is thrown away."""
+        self._graph = loss, scale
+        return loss
+
     def true_gradients(self) -> dict[str, Tensor]:
         """Backprop's gradient of this very step: same batch, same random draws, same buffers. No side effects."""
+        if self._graph is not None:
+            loss, scale = self._graph
+            found = named_gradients(self._module, loss, retain_graph=True)
+            return {name: gradient / scale for name, gradient in found.items()}
         assert self._program is not None
         with torch.enable_grad():
             return named_gradients(self._module, self._program.uncut())
@@ -417,8 +426,7 @@ class Step:
     @contextmanager
     def at_free_equilibrium(self) -> Iterator[None]:
         """Within it the module computes with its states at the free equilibrium, and nothing is recorded."""
-        recorder, _ = self._recorded_quietly()
-        self._take(self._programs.without_loss(recorder), recorder)
+        self._quietly(lambda recorder, _: self._programs.without_loss(recorder))
         assert self._program is not None
         assert self._known is not None
         if self._is_free_forward(self._known.plan) or self._is_empty:
@@ -432,7 +440,7 @@ class Step:
 
     def release(self) -> None:
         """Lets go of the graphs; `true_gradients` still works."""
-        self._free = self.network = self._raw_loss = self._loss = None
+        self._free = self.network = self._raw_loss = self._loss = self._graph = None
         self._held = {}
         if self._recorder is not None and self._owns_recorder:
             self._recorder.release()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from lightning_ebm.program.record import Mark, StateKey, Value
 from lightning_ebm.program.recorder import Recorder
@@ -81,16 +82,20 @@ def watched(
             record.arguments = args[0] if len(args) == 1 and not kwargs else (args, kwargs)
 
     with ExitStack() as stack:
-        add = stack.callback
+
+        def add(module: nn.Module, handle: RemovableHandle) -> None:
+            stack.callback(handle.remove)
+            stack.enter_context(_left_out_of_copies(module, handle.id))
+
         for name, module in root.named_modules():
             holds = bool(module._parameters)
             if not holds and not chosen(module):
                 continue
             names[module], weighted[module] = clean(name), holds
             if is_activation(module):
-                add(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            add(module.register_forward_hook(after, with_kwargs=True).remove)
-        add(root.register_forward_pre_hook(note_batch, with_kwargs=True).remove)
+                add(module, module.register_forward_pre_hook(before, with_kwargs=True))
+            add(module, module.register_forward_hook(after, with_kwargs=True))
+        add(root, root.register_forward_pre_hook(note_batch, with_kwargs=True))
         if any("_orig_mod" in module._modules for module in modules_of(root)):
             # A compiled network would not see the hooks: for this pass it runs as it was written.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -176,3 +181,34 @@ def batch_size_among(candidates: list[int], shapes: list[torch.Size], reduced: C
 
 def _is_continuous(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+
+
+@contextmanager
+def _left_out_of_copies(module: nn.Module, hook: int) -> Iterator[None]:
+    """Copies and pickles of the module that the user's code makes meanwhile are made without this hook.
+
+    Copying asks an object for its state, where one hook less is all that differs. Several of these may be nested.
+    """
+    before = vars(module).get("__getstate__")
+    state_of = getattr(module, "__getstate__", None) or (lambda: dict(vars(module)))  # objects have one from 3.11 on
+
+    def state_without() -> Any:
+        state = state_of()
+        if isinstance(state, dict):
+            state = {name: value for name, value in state.items() if name != "__getstate__"}
+            for name in _HOOKS:
+                if hook in state.get(name, ()):
+                    state[name] = type(state[name])((k, v) for k, v in state[name].items() if k != hook)
+        return state
+
+    vars(module)["__getstate__"] = state_without
+    try:
+        yield
+    finally:
+        if before is None:
+            vars(module).pop("__getstate__", None)
+        else:
+            vars(module)["__getstate__"] = before

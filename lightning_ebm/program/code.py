@@ -48,7 +48,7 @@ class Code:
         held: Callable[[Value], Tensor | None],
         compile: bool,
     ) -> None:
-        traced = traced_graph(evaluate, point, given)
+        traced, expected = traced_graph(evaluate, point, given)
         inputs = [node for node in traced.graph.nodes if node.op == "placeholder"][len(point) :]
         found = known(traced.graph, inputs)
         self.recalled: list[Value] = []
@@ -61,6 +61,11 @@ class Code:
         self._once, self._point = _stages(traced, len(point))
         if compile:
             self._point = _compiled(self._point, [*point, *self.before(given, held)])
+        for found, wanted in zip(self.at(point, self.before(given, held)), expected, strict=True):
+            # Where something of the program is no function of its inputs. Inductor may round in other places.
+            room = 1e-2 if compile else 1e-5
+            if not torch.allclose(found, wanted, rtol=room, atol=room * _size(wanted), equal_nan=True):
+                raise NotImplementedError("the code gives other values than what it was traced from")
 
     @torch.no_grad()
     def before(self, given: Sequence[Tensor], held: Callable[[Value], Tensor | None]) -> list[Tensor]:
@@ -142,8 +147,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
 
-def traced_graph(evaluate: Evaluate, point: Sequence[Tensor], given: Sequence[Tensor]) -> fx.GraphModule:
-    """The operations of an evaluation, as a function of a point and of what the batch fixed."""
+def _size(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def traced_graph(
+    evaluate: Evaluate, point: Sequence[Tensor], given: Sequence[Tensor]
+) -> tuple[fx.GraphModule, list[Tensor]]:
+    """The operations of an evaluation, as a function of a point and of what the batch fixed; and what they gave."""
     tracer = Tracer()
     point, given = [x.detach() for x in point], [x.detach() for x in given]  # the same one twice is two inputs
     for tensor in (*point, *given):
@@ -152,7 +163,7 @@ def traced_graph(evaluate: Evaluate, point: Sequence[Tensor], given: Sequence[Te
         outputs = evaluate(point, given)
     tracer.graph.output(tuple(tracer.node(tensor) for tensor in outputs))
     tracer.graph.eliminate_dead_code()
-    return fx.GraphModule(tracer.constants, tracer.graph)
+    return fx.GraphModule(tracer.constants, tracer.graph), [tensor.detach() for tensor in outputs]
 
 
 def _stages(traced: fx.GraphModule, point: int) -> tuple[Callable[..., Any], Callable[..., Any]]:

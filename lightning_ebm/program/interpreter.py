@@ -228,7 +228,7 @@ class Held:
 
 
 class AtValue(torch.autograd.Function):
-    """A leaf as it was when the user's pass read it, though written to since; its gradient is the leaf's."""
+    """A tensor with other contents, whose gradient is that tensor's: a leaf as it was when the user's pass read it."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, content: Tensor) -> Tensor:

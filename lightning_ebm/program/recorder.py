@@ -203,14 +203,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def function(self, function: type[torch.autograd.Function], run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A custom function is one node: its forward runs while gradients are off, and its backward is in no record."""
         if function.__module__.startswith("torch.distributed"):  # it tells FSDP when gradients are there
-            return run(*args, **kwargs)
+            with self.pausing():
+                result = run(*args, **kwargs)
+            pairs = zip(_tensors((args, kwargs)), _tensors(result), strict=False)
+            for old, new in pairs:
+                self._bind(new, self.value(old))
+            return result
         if function.__module__ == "torch.utils.checkpoint":
             raise UnsupportedModuleError(
                 "torch.utils.checkpoint with use_reentrant=True runs the layers where nothing can be recorded, so that"
                 " they could not relax and their parameters would not learn. Use use_reentrant=False."
             )
         node = Node(function.apply, self._seen(args), self._seen_by_name(kwargs))
-        before = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        before = {id(t) for t in _tensors((args, kwargs))}
         with self.pausing():
             result = run(*args, **kwargs)
         results = result if isinstance(result, tuple) else (result,)
@@ -431,6 +436,10 @@ class _Calls(TorchFunctionMode):
                 recorder.record.hooks.setdefault(value, []).append(hook)
             return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _tensors(held: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(held) if isinstance(leaf, Tensor)]
 
 
 def _owner(hook: Any) -> str:

@@ -152,7 +152,7 @@ class Wiring:
     def heads(self) -> list[Mark]:
         """Calls of weighted modules whose outputs enter the loss with no weighted module after them."""
         trainable = [m for m in self._weighted if any(p.requires_grad for p in m.module.parameters(recurse=False))]
-        hit = Region([self._loss], (), self._leaves, {mark.state for mark in trainable}).stopped
+        hit = self._region([self._loss], {mark.state for mark in trainable} - self._index.keys()).stopped
         return [mark for mark in trainable if mark.state in hit]
 
     def plan(self) -> Plan:
