@@ -23,7 +23,15 @@ from lightning_ebm.nudges import Phase
 from lightning_ebm.nudges.base import table_of
 from lightning_ebm.program.calls import Replace, batch_size_among, in_place, nothing_in_place
 from lightning_ebm.program.complex_ops import ComplexOperations
-from lightning_ebm.program.interpreter import AtValue, Pass, Program, StateOf, at_least_float32, at_prediction, at_states
+from lightning_ebm.program.interpreter import (
+    AtValue,
+    Pass,
+    Program,
+    StateOf,
+    at_least_float32,
+    at_prediction,
+    at_states,
+)
 from lightning_ebm.program.programs import Found, Known, Programs
 from lightning_ebm.program.record import Mark, Value
 from lightning_ebm.program.recorder import Recorder, TakesCare

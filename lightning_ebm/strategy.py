@@ -184,7 +184,9 @@ class EnergyStrategy(Strategy):
         if self._step is None:
             raise ConfigurationError("EBMStrategy.backward was called outside a training step: nothing to relax.")
         if self._scaler() is not None and not bool(torch.isfinite(closure_loss)):
-            return self._step.unrelaxed(closure_loss, 1 / self._accumulated())  # the scaler skips this step, as in stock
+            return self._step.unrelaxed(
+                closure_loss, 1 / self._accumulated()
+            )  # the scaler skips this step, as in stock
         if self.algorithm.read_as == "incremental":
             self._refuse_increments()
             self._increments = self._step.increments(closure_loss)

@@ -193,14 +193,17 @@ def test_two_trainers_in_one_process_do_not_meet(tmp_path):
     assert difference(alone, again) == 0
 
 
-def test_a_loader_iterator_in_training_step_is_refused(tmp_path):
+def test_a_loader_iterator_in_training_step_is_drawn_from_once_and_refused_where_the_step_runs_twice(tmp_path):
     class Iterates(Template):
         def training_step(self, dataloader_iter):
             (x, _), _, _ = next(dataloader_iter)
             return self.net(x).square().mean()
 
+    stock, _ = fitted(Iterates, dict, "auto", tmp_path)
+    ours, _ = fitted(Iterates, dict, ebm.EBMStrategy("zero-divergence"), tmp_path)
+    assert difference(stock, ours) < 1e-6
     with pytest.raises(ebm.ConfigurationError, match="dataloader_iter"):
-        fitted(Iterates, dict, ebm.EBMStrategy("pc-nudge"), tmp_path)
+        fitted(Iterates, dict, ebm.EBMStrategy("equilibrium-propagation"), tmp_path)
 
 
 def test_a_batch_that_the_step_writes_to_is_written_to_once(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ebm.energies import LayerView
+from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value
 
 StateOf = Callable[[StateKey, Tensor], Tensor | None]
@@ -106,7 +107,10 @@ class Program:
         for node in self.order:
             mark = at.get(node)
             if mark is None:
-                held.run(node)
+                try:
+                    held.run(node)
+                except UnsupportedModuleError as error:
+                    raise UnsupportedModuleError(f"{error} It is computed {self._place(node)}.") from error
             else:
                 original = held[mark.prediction]
                 prediction = at_least_float32(original)
@@ -122,6 +126,15 @@ class Program:
         if self.loss is not None:
             seen.loss = held[self.loss]
         return seen
+
+    def _place(self, node: Node) -> str:
+        """Where an operation stands, in the user's terms."""
+        following = self.order[self.order.index(node) :]
+        keys = {mark.state.node: mark for mark in self.marks}
+        mark = next((keys[n] for n in following if n in keys), None)
+        return (
+            "between the last layers and the loss" if mark is None else f"in {type(mark.module).__name__} {mark.key!s}"
+        )
 
     def given(self) -> list[Value]:
         """What the batch fixed: values that no operation here computes, and leaves."""
