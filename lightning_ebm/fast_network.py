@@ -61,6 +61,8 @@ class FastNetwork(Network):
         self._arithmetic = arithmetic
         self._settings = settings_of(energy)
         self._held: Callable[[Value], Tensor | None] = lambda value: None
+        self.returns = True
+        """Whether states may come back to the forward pass: False where the last phase begins there."""
         self.rebind(program, binding, held)
 
     def rebind(self, program: Program, binding: dict[Value, Value] | None, held: Mapping[Value, Tensor]) -> None:
@@ -80,6 +82,14 @@ class FastNetwork(Network):
         self._leaves = [program.record.leaves.get(value) for value in values]
         self._given = [program.content(value) for value in values]
         self._before: dict[Key, list[Tensor]] = {}
+
+    def departs(self) -> None:
+        """Nobody comes back to the forward pass: lets go of its states, each as large as a point."""
+        moving, held = self._traced.moving, self._held
+        self.free = [zero.view_as(zero) for zero in self.no_errors]  # their kind is still asked for
+        self._held = lambda value: None if value in moving else held(value)
+        self._before.clear()
+        self._forward = None
 
     def parameters_moved(self) -> None:
         """See `Network.parameters_moved`: what the pass held belongs to parameters that are no more."""
@@ -222,6 +232,9 @@ class FastNetwork(Network):
         """
         if is_bounded(self.energy):
             return None
+        if not self.returns and point[0] is not self.free[0] and point[0] is not self.no_errors[0]:
+            self.returns = True
+            self.departs()
         at_rest = coordinates == "errors" and point[0] is self.no_errors[0]
 
         def evaluate(twin: Network, here: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:

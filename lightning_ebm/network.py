@@ -355,6 +355,8 @@ class Network:
         errors = found.displacement
         if errors is None and found.coordinates == "errors":
             errors = found.point
+        if errors is None and found.dyad is None and is_quadratic(self.energy):
+            errors = [(call.state - call.prediction).detach() for call in seen.layers]
         with torch.enable_grad():
             if found.dyad is not None:
                 ahead, behind = found.dyad

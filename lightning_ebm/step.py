@@ -350,6 +350,8 @@ class Step:
         record, start = program.record, None
         fast = self._code is not None and self._programs.repeats(self._known)
         held = self._held
+        if fast and self._known.traced.codes:
+            held = self._held = self._thinned()
         if fast and self._loss is not None and all(mark.state in held for mark in program.marks):
             free = [at_least_float32(held[mark.state]) for mark in program.marks]
             start = Start(self._loss, free, max(mark.rounding for mark in program.marks), None)
@@ -376,6 +378,17 @@ class Step:
             )
         self.network = network if self.observer is None else self.observer(network)
         return self.network
+
+    def _thinned(self) -> Mapping[Value, Tensor]:
+        """What code needs of the user's pass, and nothing of its graph: the rest is as large as a step of backprop."""
+        assert self._known is not None
+        assert self._program is not None
+        needed, binding = self._known.traced.needed(), self._binding
+        values = [value if binding is None else binding[value] for value in needed]
+        held = {v: self._held[v].detach() for v in (*values, *(m.state for m in self._program.marks)) if v in self._held}
+        if self._recorder is not None and self._owns_recorder:
+            self._recorder.release()
+        return held
 
     def _run(self, state_of: StateOf) -> Pass:
         """The program of this step, with states in place."""
@@ -468,6 +481,8 @@ class Step:
             span = max(p.strength.real for p in table) - min(p.strength.real for p in table)
             table = (Phase(span, 1 / span),)
         together = self._abreast(network, table)
+        held = any(phase.held for phase in table)
+        departs = is_divergence(algorithm.energy) and algorithm.read_as == "contrast" and not held
         taken = None
         for phase in table:
             strength, weight = phase.strength, phase.weight
@@ -476,6 +491,8 @@ class Step:
                 phases.append(PhaseReport.of(strength, found))
             elif phase.is_nudged:
                 _announce(network, strength, phase.held)
+                if departs and phase is table[-1] and isinstance(network, FastNetwork):
+                    network.returns, self._held = False, {}
                 with torch.no_grad():
                     found = self._nudged(network, phase)
                 phases.append(PhaseReport.of(strength, found))

@@ -7,6 +7,7 @@ every batch, less what the user's own pass has computed already.
 
 import logging
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,17 +93,17 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}
-        self._nodes: dict[int, fx.Node] = {}
-        self._kept: list[Tensor] = []
+        self._nodes: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}
         self._made: dict[Any, fx.Node] = {}
 
     def input(self, tensor: Tensor) -> None:
         """Makes a tensor an input of the graph."""
-        self._bind(tensor, self.graph.placeholder(f"input_{len(self._kept)}"))
+        self._bind(tensor, self.graph.placeholder(f"input_{len(self._nodes)}"))
 
     def node(self, tensor: Tensor) -> fx.Node:
         """What computed a tensor; a constant where nothing here did."""
-        found = self._nodes.get(id(tensor))
+        known = self._nodes.get(id(tensor))
+        found = known[1] if known is not None and known[0]() is tensor else None
         if found is None:
             name = f"constant_{len(self.constants)}"
             self.constants[name] = tensor.detach()
@@ -111,8 +112,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return found
 
     def _bind(self, tensor: Tensor, node: fx.Node) -> None:
-        self._nodes[id(tensor)] = node
-        self._kept.append(tensor)
+        self._nodes[id(tensor)] = weakref.ref(tensor), node
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -185,11 +185,27 @@ def _stages(traced: fx.GraphModule, point: int) -> tuple[Callable[..., Any], Cal
     once.output(tuple(here[node] for node in boundary))
     once.eliminate_dead_code()
     there = {node: later.placeholder(node.name) for node in [*inputs[:point], *boundary]}
-    for node in nodes:
-        if node in moving and node not in there:
-            there[node] = later.node_copy(node, there.__getitem__)
+    for node in _output_by_output(end, moving - set(inputs)):
+        there[node] = later.node_copy(node, there.__getitem__)
     later.output(fx.map_arg(end.args[0], there.__getitem__))
     return fx.GraphModule(traced, once).forward, fx.GraphModule(traced, later).forward
+
+
+def _output_by_output(end: fx.Node, wanted: set[fx.Node]) -> list[fx.Node]:
+    """The operations, each right before the first output that needs it: layer by layer, so that little is held."""
+    found: dict[fx.Node, None] = {}
+    for output in end.all_input_nodes:
+        path = [output]
+        while path:
+            node = path[-1]
+            ahead = [source for source in node.all_input_nodes if source in wanted and source not in found]
+            if node in found or node not in wanted or not ahead:
+                path.pop()
+                if node in wanted:
+                    found[node] = None
+            else:
+                path.append(ahead[0])
+    return list(found)
 
 
 def _compiled(forward: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any]:
@@ -225,6 +241,10 @@ class TracedProgram:
         self.moving = _depending({mark.state for mark in program.marks}, self.program.order)
         self._made = {_key(node.func, self._canonical(node)): node for node in self.program.order}
         self.refused = program.not_traceable()
+
+    def needed(self) -> set[Value]:
+        """What code recalls of the user's pass."""
+        return {value for code in self.codes.values() if isinstance(code, Code) for value in code.recalled}
 
     def _canonical(self, node: Node) -> tuple[Any, ...]:
         """The arguments, with predictions in the place of states: so they are in the user's pass."""
