@@ -353,7 +353,7 @@ class Step:
         if fast and self._known.traced.codes:
             held = self._held = self._thinned()
         if fast and self._loss is not None and all(mark.state in held for mark in program.marks):
-            free = [at_least_float32(held[mark.state]) for mark in program.marks]
+            free = [at_least_float32(held[mark.state].detach()) for mark in program.marks]
             start = Start(self._loss, free, max(mark.rounding for mark in program.marks), None)
         else:
             start = Start.of(self._run(at_prediction()))

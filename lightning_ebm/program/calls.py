@@ -81,21 +81,19 @@ def watched(
         if record.arguments is None:
             record.arguments = args[0] if len(args) == 1 and not kwargs else (args, kwargs)
 
+    hooks = _Hooks()
     with ExitStack() as stack:
-
-        def add(module: nn.Module, handle: RemovableHandle) -> None:
-            stack.callback(handle.remove)
-            stack.enter_context(_left_out_of_copies(module, handle.id))
-
+        stack.callback(hooks.remove)
         for name, module in root.named_modules():
             holds = bool(module._parameters)
             if not holds and not chosen(module):
                 continue
             names[module], weighted[module] = clean(name), holds
+            found = [module.register_forward_hook(after, with_kwargs=True)]
             if is_activation(module):
-                add(module, module.register_forward_pre_hook(before, with_kwargs=True))
-            add(module, module.register_forward_hook(after, with_kwargs=True))
-        add(root, root.register_forward_pre_hook(note_batch, with_kwargs=True))
+                found.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.add(module, *found)
+        hooks.add(root, root.register_forward_pre_hook(note_batch, with_kwargs=True))
         if any("_orig_mod" in module._modules for module in modules_of(root)):
             # A compiled network would not see the hooks: for this pass it runs as it was written.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -186,29 +184,40 @@ def _is_continuous(tensor: Tensor) -> bool:
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
 
-@contextmanager
-def _left_out_of_copies(module: nn.Module, hook: int) -> Iterator[None]:
-    """Copies and pickles of the module that the user's code makes meanwhile are made without this hook.
+class _Hooks:
+    """Hooks on modules, which copies and pickles of a module that the user's code makes meanwhile do not take along.
 
-    Copying asks an object for its state, where one hook less is all that differs. Several of these may be nested.
+    Copying asks an object for its state, where these hooks less is all that differs. Several of these may be nested.
     """
-    before = vars(module).get("__getstate__")
-    state_of = getattr(module, "__getstate__", None) or (lambda: dict(vars(module)))  # objects have one from 3.11 on
 
-    def state_without() -> Any:
-        state = state_of()
-        if isinstance(state, dict):
-            state = {name: value for name, value in state.items() if name != "__getstate__"}
-            for name in _HOOKS:
-                if hook in state.get(name, ()):
-                    state[name] = type(state[name])((k, v) for k, v in state[name].items() if k != hook)
-        return state
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._before: list[tuple[nn.Module, Any]] = []
 
-    vars(module)["__getstate__"] = state_without
-    try:
-        yield
-    finally:
-        if before is None:
-            vars(module).pop("__getstate__", None)
-        else:
-            vars(module)["__getstate__"] = before
+    def add(self, module: nn.Module, *handles: RemovableHandle) -> None:
+        """Hooks that have just been put on a module."""
+        self._handles += handles
+        ours, attributes = {handle.id for handle in handles}, vars(module)
+        self._before.append((module, attributes.get("__getstate__")))
+        state_of = getattr(module, "__getstate__", None) or attributes.copy  # objects have one from 3.11 on
+
+        def state_without() -> Any:
+            state = state_of()
+            if isinstance(state, dict):
+                state = {name: value for name, value in state.items() if name != "__getstate__"}
+                for name in _HOOKS:
+                    if not ours.isdisjoint(state.get(name, ())):
+                        state[name] = type(state[name])((k, v) for k, v in state[name].items() if k not in ours)
+            return state
+
+        attributes["__getstate__"] = state_without
+
+    def remove(self) -> None:
+        """The modules are as they were."""
+        for handle in self._handles:
+            handle.remove()
+        for module, before in reversed(self._before):
+            if before is None:
+                vars(module).pop("__getstate__", None)
+            else:
+                vars(module)["__getstate__"] = before

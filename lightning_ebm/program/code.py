@@ -123,6 +123,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kind = traits(func)
         if kind.writes and tensors_at(kind, args, kwargs):  # one stage may make what another writes to
             raise NotImplementedError(f"{func} writes to a tensor")
+        if func is _aten.t.default and (turned := self.node(args[0])).target is func:  # turned round twice
+            self._bind(result, turned.args[0])  # type: ignore[arg-type]
+            return result
         args, kwargs = self._seen(args), {name: self._seen((arg,))[0] for name, arg in kwargs.items()}
         key = None if kind.random or kind.name == "clone" else _key(func, (*args, *kwargs.items()))
         node = None if key is None else self._made.get(key)

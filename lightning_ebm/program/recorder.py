@@ -131,8 +131,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node.results.append(state)
         self.record.nodes.append(node)
         self._bind(output, state)
-        with self.pausing():
-            self.held[state] = output.detach()
+        self.held[state] = output
         self._marked.add(state)
         mark = Mark(key, module, prediction if drive is None else drive, prediction, state, _rounding(output), weighted)
         self.record.marks.append(mark)

@@ -95,7 +95,7 @@ def fixed_steps(
     before, after, force = numbers[0], numbers[max_steps], numbers[max_steps + 1 :]
     growth = force[-1] / max(force[0], tiny)
     # At a negative nudge the energy may fall without bound, and only the growing force tells.
-    room = max(1e-4, 16 * landscape.rounding) * abs(before)
+    room = max(1e-4, 16 * landscape.rounding) * abs(before) + 16 * landscape.rounding * landscape.batch_size
     rose = not isinstance(strength, complex) and strength >= 0 and after > before + room
     finite = all(map(math.isfinite, (before, after, force[-1])))
     moving = growth > landscape.rounding**0.5  # below, forces are rounding
