@@ -290,7 +290,7 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
             return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def _surrogate(self, closure_loss: Tensor) -> Tensor:
-        """The user's own loss, whose backward pass tells FSDP when to reduce; updates take the place of its gradients."""
+        """The user's own loss, whose backward pass tells FSDP when to reduce; updates replace its gradients."""
         surrogate = super()._surrogate(closure_loss)
         if not self._relaxes or surrogate is closure_loss:
             return surrogate

@@ -385,7 +385,9 @@ class Step:
         assert self._program is not None
         needed, binding = self._known.traced.needed(), self._binding
         values = [value if binding is None else binding[value] for value in needed]
-        held = {v: self._held[v].detach() for v in (*values, *(m.state for m in self._program.marks)) if v in self._held}
+        held = {
+            v: self._held[v].detach() for v in (*values, *(m.state for m in self._program.marks)) if v in self._held
+        }
         if self._recorder is not None and self._owns_recorder:
             self._recorder.release()
         return held

@@ -90,6 +90,9 @@ class EnergyStrategy(Strategy):
             raise ConfigurationError("This EBMStrategy has no module yet: Trainer.fit gives it one.")
         return self._learner
 
+    def _engine(self) -> Learner:
+        return self.learner
+
     def describe(self) -> dict[str, Any]:
         """Every setting as text, for the configuration of a run."""
         return {
@@ -102,7 +105,7 @@ class EnergyStrategy(Strategy):
         super().connect(model)
         callbacks: list[Callback] = model.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
         self._companion = next((c for c in callbacks if isinstance(c, Companion)), None) or Companion(
-            self.gather, lambda: self.learner
+            self.gather, self._engine
         )
         if self._companion not in callbacks:
             callbacks.append(self._companion)
@@ -479,6 +482,11 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
         self.num_nodes = 1
         self.parallel_devices: list[torch.device] | None = [self._root_device] if device is not None else None
         self.learn_by(algorithm, layers, output, loss_reduction, capture, compile, batch_size)
+
+    def teardown(self) -> None:
+        """Lightning's own; another Trainer may choose another device, and refuses a strategy that has one."""
+        self._root_device, self.parallel_devices = self.root_device, None
+        super().teardown()
 
     @property
     def root_device(self) -> torch.device:

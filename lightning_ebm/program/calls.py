@@ -172,7 +172,7 @@ def batch_size_among(candidates: list[int], shapes: list[torch.Size], reduced: C
         shapes: of the states.
         reduced: first dimensions of what the loss reduces to one number.
     """
-    found = candidates or [size for shape in shapes for size in shape[:1]] or [1]
+    found = candidates or [size for shape in shapes for size in shape[: 2 if len(shape) > 2 else 1]] or [1]
     carried = {size: sum(size in shape[:2] for shape in shapes) for size in found}
     return max(found, key=lambda size: (carried[size], size in reduced, found.count(size), -found.index(size)))
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,10 @@ class Programs:
         self._module = module
         self._finder = LayerFinder(module, layers, output)
         self._known: list[Known] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what can be found again."""
+        return {**self.__dict__, "_known": []}
 
     @property
     def latest(self) -> Known | None:

@@ -1,0 +1,90 @@
+"""How many samples a batch has, and what factor its loss carries."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lightning_ebm as ebm
+
+FINITE = ebm.algorithm("error-pc")
+
+
+def encoder(batch_first):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first)
+    return nn.ModuleDict(
+        {"body": nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), "head": nn.Linear(8, 3)}
+    ).double()
+
+
+def off(found, expected):
+    return ebm.metrics.alignment(found, expected)["relative_error"]
+
+
+@pytest.mark.parametrize(("samples", "times"), [(4, 16), (16, 4), (5, 7)])
+@pytest.mark.parametrize("pooled", ["mean", "last", "all"])
+def test_time_comes_first_or_samples_do(samples, times, pooled):
+    """The same network on (B, T, F) and on (T, B, F) has the same update at a finite nudge."""
+    x, y = torch.randn(samples, times, 8).double(), torch.randint(3, (samples,))
+
+    def update(batch_first):
+        net, data = encoder(batch_first), x if batch_first else x.transpose(0, 1).contiguous()
+
+        def closure():
+            h = net["body"](data)
+            axis = 1 if batch_first else 0
+            h = h if pooled == "all" else h.mean(axis) if pooled == "mean" else h.select(axis, -1)
+            out = net["head"](h)
+            if pooled == "all":
+                labels = y[:, None].expand(samples, times) if batch_first else y[None].expand(times, samples)
+                return F.cross_entropy(out.flatten(0, 1), labels.flatten())
+            return F.cross_entropy(out, y)
+
+        said = {} if pooled != "all" else {"batch_size": samples}  # then both readings are possible
+        learner = ebm.Learner(net, FINITE, **said)
+        found = learner.gradients(closure)
+        assert len(learner.report["residual"]) == samples
+        return found
+
+    assert off(update(True), update(False)) < 1e-9
+
+
+def test_the_number_of_samples_may_be_a_function_of_what_the_module_is_called_with():
+    """A graph batch: six nodes of two graphs; lambda counts graphs. The oracle multiplies the nudge by hand."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    nodes, owner = torch.randn(6, 4).double(), torch.tensor([0, 0, 0, 1, 1, 1])
+
+    def closure():
+        per_graph = torch.zeros(2, 1).double().index_add(0, owner, net(nodes))
+        return (per_graph - 1).square().mean()
+
+    def euler(strength):
+        return ebm.Algorithm(ebm.PredictiveCoding(), ebm.OneSided(strength), ebm.GradientDescent(0.05, 12))
+
+    told = ebm.Learner(net, euler(0.5), batch_size=lambda batch: len(batch) // 3).gradients(closure)
+    counted = ebm.Learner(net, euler(0.5), batch_size=2).gradients(closure)
+    by_nodes = ebm.Learner(net, euler(0.5 * 2 / 6), batch_size=6).gradients(closure)
+    assert off(told, counted) == 0
+    assert off(told, by_nodes) < 1e-12
+
+
+@pytest.mark.parametrize("algorithm", ["pc-nudge", "predictive-coding", "error-pc", "equilibrium-propagation"])
+@pytest.mark.parametrize("factor", [65536.0, 0.25])
+def test_a_factor_that_the_loss_carries_is_not_seen_by_the_relaxation(algorithm, factor):
+    """The update of s times the loss, told of s, is s times the update of the loss."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Hardsigmoid(), nn.Linear(8, 8), nn.Hardsigmoid(), nn.Linear(8, 2)).double()
+    x, y = torch.randn(8, 4).double(), torch.randint(2, (8,))
+    plain = ebm.Learner(net, algorithm).gradients(lambda: F.cross_entropy(net(x), y))
+    for told in (factor, lambda: factor):
+        learner = ebm.Learner(net, algorithm, scale=told)
+        found = learner.gradients(lambda: factor * F.cross_entropy(net(x), y))
+        assert off({name: g / factor for name, g in found.items()}, plain) < 1e-9
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"batch_size": -3}, {"scale": 0.0}, {"scale": -1.0}])
+def test_numbers_that_cannot_be_are_refused_where_they_are_written(wrong):
+    with pytest.raises(ebm.ConfigurationError, match=next(iter(wrong))):
+        ebm.Learner(nn.Linear(2, 2), **wrong)
