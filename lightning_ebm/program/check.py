@@ -34,18 +34,21 @@ def check_against_autograd(module: nn.Module, program: Program, plan: Plan, loss
     true = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
     rounding = max(seen.rounding, torch.finfo(loss.dtype).eps)
     largest = max((float(t.abs().max()) for t in true if t is not None and t.numel()), default=0.0)
+    parting: dict[str, str] = {}
     for leaf, g, t in zip(leaves, ours, true, strict=True):
-        if t is None:
+        if t is None or not bool(torch.isfinite(t).all()):
             continue
         name = names.get(id(leaf), f"a tensor of shape {tuple(leaf.shape)}")
         if g is None:
             if bool(t.any()):
-                _refuse(f"autograd reaches {name}, and what was recorded of the step does not", program)
+                parting[name] = f"autograd reaches {name}, and what was recorded of the step does not"
             continue
         off = float((g - t).abs().max()) if t.numel() else 0.0
         size = max(float(t.abs().max()) if t.numel() else 0.0, 1e-3 * largest)
-        if torch.isfinite(t).all() and not off <= min(1e4 * rounding, 0.1) * size:
-            _refuse(f"the gradient of {name} is {off / max(size, 1e-300):.2g} off autograd's own", program)
+        if not off <= min(1e4 * rounding, 0.1) * size:
+            parting[name] = f"the gradient of {name} is {off / max(size, 1e-300):.2g} off autograd's own"
+    if parting:
+        _refuse(parting, program, plan)
 
 
 def exact_rule(seen: Pass, plan: Plan, leaves: Sequence[Tensor]) -> list[Tensor | None]:
@@ -82,10 +85,14 @@ def _foreign(func: Any) -> str:
     return str(getattr(func, "__qualname__", func))
 
 
-def _refuse(what: str, program: Program) -> NoReturn:
-    there = sorted({name for node in program.order if (name := _foreign(node.func))})
+def _refuse(parting: dict[str, str], program: Program, plan: Plan) -> NoReturn:
+    # What comes in on the way down is wrong in every layer below: the last one from the input is where it starts.
+    drives = [(str(row.key), row.parameters) for row in plan.rows] + [("the loss", plan.loss_parameters)]
+    where = next((f", in the drive of {k}" for k, names in reversed(drives) if parting.keys() & set(names)), "")
+    name = next((n for _, names in reversed(drives) for n in names if n in parting), next(iter(parting)))
+    there = sorted({other for node in program.order if (other := _foreign(node.func))})
     raise UnsupportedModuleError(
-        f"The step cannot be repeated at other states: {what}."
+        f"The step cannot be repeated at other states: {parting[name]}{where}."
         + (f" What stands there besides torch's own operations: {', '.join(there)}." if there else "")
         + (f" Hooks on {len(program.record.hooks)} hidden tensors change gradients." if program.record.hooks else "")
         + " A custom autograd function, a hook, a checkpoint or an operation with a state of its own can be the cause;"
