@@ -193,7 +193,7 @@ class Step:
             if (state := states.get(mark.key)) is None:
                 return None
             with recorder.pausing():  # whose graph goes on to what the layer returned, for whoever follows it
-                return AtValue.apply(output, torch.empty_like(output).copy_(state))  # type: ignore[no-untyped-call]
+                return AtValue.apply(output, torch.empty_like(output).copy_(state))  # type: ignore[no-any-return,no-untyped-call]
 
         return state_of
 

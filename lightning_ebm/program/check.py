@@ -82,7 +82,8 @@ def _foreign(func: Any) -> str:
     """The name of a function that is neither torch's operation nor this library's."""
     if isinstance(func, torch._ops.OpOverload) or getattr(func, "__module__", "").startswith("lightning_ebm."):
         return ""
-    return str(getattr(func, "__qualname__", func))
+    owner = getattr(func, "__self__", None)
+    return str(getattr(owner if isinstance(owner, type) else func, "__qualname__", func))
 
 
 def _refuse(parting: dict[str, str], program: Program, plan: Plan) -> NoReturn:

@@ -213,7 +213,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 "torch.utils.checkpoint with use_reentrant=True runs the layers where nothing can be recorded, so that"
                 " they could not relax and their parameters would not learn. Use use_reentrant=False."
             )
-        node = Node(function.apply, self._seen(args), self._seen_by_name(kwargs))
+        node = Node(run, self._seen(args), self._seen_by_name(kwargs))
         before = {id(t) for t in _tensors((args, kwargs))}
         with self.pausing():
             result = run(*args, **kwargs)
