@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_ebm.energies import LayerView
 from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value
+from lightning_ebm.program.seams import hooked_input, hooked_output
 
 StateOf = Callable[[StateKey, Tensor], Tensor | None]
 """Chooses x_l from the key and the prediction; None leaves the call alone."""
@@ -148,6 +149,8 @@ class Program:
         if any(node.written for node in self.order):
             return "operations that write to several tensors"
         own = [node.func for node in self.order if not isinstance(node.func, torch._ops.OpOverload)]
+        if any(func in (hooked_input, hooked_output) for func in own):
+            return "backward hooks of modules"
         strange = [func for func in own if getattr(func, "__module__", "").partition(".")[0] != __name__.partition(".")[0]]
         return f"custom functions: {strange[0]}" if strange else None
 
