@@ -99,7 +99,7 @@ def first_column(net, h, h0=None):
 
 def half(net, h, h0=None):
     h = h * 1
-    h[:, :3].mul_(h[:, 3:].clone())
+    h[:, 3:].mul_(h[:, :3].clone())
     return h.sin()
 
 
@@ -117,7 +117,8 @@ def turned(net, h, h0=None):
 
 
 def batch_written_to(net, h, h0=None):
-    factor = torch.ones(6, dtype=h.dtype)
+    with torch.no_grad():  # so that it comes from outside of the record
+        factor = torch.ones(6, dtype=h.dtype)
     a = h + factor
     factor.mul_(2)
     return a * factor
@@ -233,6 +234,11 @@ def changing(net, x, k):
         lambda: F.dropout(h, 0.5).square().mean(),
         lambda: F.dropout(h, 0.25).square().mean(),
         lambda: net.layer(net.above(h)).square().mean(),
+        lambda: (h * 5).square().mean(),
+        lambda: hook(net, h * 2.5).square().mean(),
+        lambda: (h.cos() - h).square().mean(),
+        lambda: (h - h.cos()).exp().mean(),
+        lambda: (h.cos() - h).exp().mean(),
     ][k]()
 
 
@@ -242,7 +248,7 @@ def test_whatever_changes_between_steps_is_seen(batch):
     net = Net(lambda net, h: h)
     used = ebm.Learner(net, EULER)
     for _ in range(3):
-        for k in range(17):
+        for k in range(22):
 
             def closure(k=k):
                 torch.manual_seed(3)
@@ -403,6 +409,18 @@ def test_two_runs_that_differ_are_an_error_where_the_step_runs_twice(batch):
     with pytest.raises(ebm.UnsupportedModuleError, match="runs twice"):
         ebm.Learner(net, "equilibrium-propagation").backward(closure)
     assert len(runs) == 2
+
+
+def test_torch_is_afterwards_as_it_was(batch):
+    x, y = batch
+    places = torch.autograd.Function, torch.autograd.graph.saved_tensors_hooks, torch.utils.hooks.BackwardHook
+    names = "apply", "__enter__", "setup_input_hook", "setup_output_hook"
+    before = [vars(place).get(name) for place in places for name in names]
+    net = Net(custom)
+    hooks = {module: len(module._forward_hooks) + len(module._forward_pre_hooks) for module in net.modules()}
+    ebm.Learner(net, EULER).backward(lambda: F.mse_loss(net(x), y))
+    assert before == [vars(place).get(name) for place in places for name in names]
+    assert hooks == {module: len(module._forward_hooks) + len(module._forward_pre_hooks) for module in net.modules()}
 
 
 def test_the_first_time_is_interpreted_and_nothing_is_said(batch, caplog):
