@@ -213,6 +213,22 @@ def test_a_step_is_at_other_states_what_it_is_by_hand(between, capture, batch):
         assert len(runs) == step + 1
 
 
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("algorithm", [EULER, "equilibrium-propagation"], ids=["euler", "ep"])
+def test_running_statistics_move_once_a_step(algorithm, capture, batch):
+    x, y = batch
+    net, stock = Net(normalised), Net(normalised)
+    net.norm.register_forward_hook(lambda module, args, output: seen.append(args[0].detach()))
+    seen = []
+    learner = ebm.Learner(net, algorithm, capture=capture)
+    for step in range(3):
+        learner.backward(lambda: F.mse_loss(net(x), y))
+        stock.norm(seen[-1])  # of the last run: the one that is heard
+        assert torch.allclose(net.norm.running_mean, stock.norm.running_mean, rtol=0, atol=1e-12)
+        assert torch.allclose(net.norm.running_var, stock.norm.running_var, rtol=0, atol=1e-12)
+        assert int(net.norm.num_batches_tracked) == step + 1
+
+
 def changing(net, x, k):
     """One closure a step; everything but the first two differs from its neighbours in one thing."""
     h = net.layer(net.below(x))
