@@ -83,6 +83,10 @@ def dropout(net, h, h0=None):
     return F.dropout(h, 0.4)
 
 
+def fused_dropout(net, h, h0=None):
+    return torch.native_dropout(h, 0.4, True)[0]
+
+
 def normalised(net, h, h0=None):
     return net.norm(h)
 
@@ -111,7 +115,7 @@ def half_read_before(net, h, h0=None):
 
 
 def turned(net, h, h0=None):
-    h = (h * 1).t()
+    h = h.t() * 1  # lies in memory column by column
     h[0].mul_(4)
     return h.t()
 
@@ -156,8 +160,9 @@ def several(net, h, h0=None):
 
 
 KINDS = [
-    detached, without_gradients, data, number, branch, masked, array, noise, dropout, normalised, in_place,
-    first_column, half, half_read_before, turned, batch_written_to, custom, hook, checkpointed, inner, inner_loop,
+    detached, without_gradients, data, number, branch, masked, array, noise, dropout, fused_dropout, normalised,
+    in_place, first_column,
+    half, half_read_before, turned, batch_written_to, custom, hook, checkpointed, inner, inner_loop,
     several,
 ]  # fmt: skip
 
