@@ -161,9 +161,8 @@ def several(net, h, h0=None):
 
 KINDS = [
     detached, without_gradients, data, number, branch, masked, array, noise, dropout, fused_dropout, normalised,
-    in_place, first_column,
-    half, half_read_before, turned, batch_written_to, custom, hook, checkpointed, inner, inner_loop,
-    several,
+    in_place, first_column, half, half_read_before, turned, batch_written_to, custom, hook, checkpointed, inner,
+    inner_loop, several,
 ]  # fmt: skip
 
 
@@ -260,22 +259,26 @@ def changing(net, x, k):
         lambda: (h.cos() - h).square().mean(),
         lambda: (h - h.cos()).exp().mean(),
         lambda: (h.cos() - h).exp().mean(),
+        lambda: (h[:1] * net.narrow).square().mean(),
+        lambda: (h[:1] * net.wide).square().mean(),
     ][k]()
 
 
-def test_whatever_changes_between_steps_is_seen(batch):
-    """A learner that knows other programs gives what one gives that has seen none."""
+@pytest.mark.parametrize("k", range(23))
+def test_whatever_changes_between_steps_is_seen(k, batch):
+    """A learner with code for one step gives of the next one what one gives that has seen no other."""
     x, _ = batch
     net = Net(lambda net, h: h)
+    net.narrow, net.wide = torch.full((1, 1), 2.0).double(), torch.linspace(0, 2, 8).double()[:, None]
+
+    def closure(k):
+        torch.manual_seed(3)
+        return changing(net, x, k)
+
     used = ebm.Learner(net, EULER)
-    for _ in range(3):
-        for k in range(22):
-
-            def closure(k=k):
-                torch.manual_seed(3)
-                return changing(net, x, k)
-
-            same(used.gradients(closure), ebm.Learner(net, EULER, capture=False).gradients(closure))
+    for one in (k, k, k, k + 1, k, k + 1):
+        found = used.gradients(lambda one=one: closure(one))
+        same(found, ebm.Learner(net, EULER, capture=False).gradients(lambda one=one: closure(one)))
 
 
 @pytest.mark.parametrize("kind", ["frozen", "shape", "strides", "dtype", "mode", "hook"])
