@@ -254,7 +254,7 @@ def changing(net, x, k):
         lambda: F.dropout(h, 0.5).square().mean(),
         lambda: F.dropout(h, 0.25).square().mean(),
         lambda: net.layer(net.above(h)).square().mean(),
-        lambda: (h * 5).square().mean(),
+        lambda: (h * 2.5 * 2).square().mean(),
         lambda: hook(net, h * 2.5).square().mean(),
         lambda: (h.cos() - h).square().mean(),
         lambda: (h - h.cos()).exp().mean(),
