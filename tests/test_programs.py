@@ -261,10 +261,12 @@ def changing(net, x, k):
         lambda: (h.cos() - h).exp().mean(),
         lambda: (h[:1] * net.narrow).square().mean(),
         lambda: (h[:1] * net.wide).square().mean(),
+        lambda: h.sin().square().mean(),
+        lambda: h.cos().square().mean(),
     ][k]()
 
 
-@pytest.mark.parametrize("k", range(23))
+@pytest.mark.parametrize("k", range(25))
 def test_whatever_changes_between_steps_is_seen(k, batch):
     """A learner with code for one step gives of the next one what one gives that has seen no other."""
     x, _ = batch
@@ -278,7 +280,9 @@ def test_whatever_changes_between_steps_is_seen(k, batch):
     used = ebm.Learner(net, EULER)
     for one in (k, k, k, k + 1, k, k + 1):
         found = used.gradients(lambda one=one: closure(one))
-        same(found, ebm.Learner(net, EULER, capture=False).gradients(lambda one=one: closure(one)))
+        fresh = ebm.Learner(net, EULER, capture=False)
+        same(found, fresh.gradients(lambda one=one: closure(one)))
+        assert used.plan == fresh.plan
 
 
 @pytest.mark.parametrize("kind", ["frozen", "shape", "strides", "dtype", "mode", "hook"])
@@ -352,6 +356,25 @@ def test_an_operation_with_a_state_of_its_own_is_refused_by_the_parameter(batch)
     with pytest.raises(ebm.UnsupportedModuleError, match=r"gradient of above\.weight"):
         ebm.Learner(net, EULER).backward(lambda: F.mse_loss(net(x), y))
     assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_states_keep_their_digits_where_layers_compute_in_less(capture, batch):
+    """bfloat16 has eight bits: differences of a small nudge would be gone."""
+    x, y = (t.float() for t in batch)
+    net = Net(lambda net, h: h).float()
+    weak = ebm.algorithm("predictive-coding", nudge=ebm.OneSided(1e-3), relaxer=EULER.relaxer)
+
+    def gradients(reduced):
+        def closure():
+            with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
+                loss = F.mse_loss(net(x).float(), y)
+            return loss
+
+        learner = ebm.Learner(net, weak, capture=capture)
+        return [learner.gradients(closure) for _ in range(3)][-1]
+
+    assert ebm.metrics.alignment(gradients(True), gradients(False))["relative_error"] < 0.05
 
 
 def dirty(net, h):
