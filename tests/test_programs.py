@@ -443,6 +443,19 @@ def test_fused_attention_with_dropout_is_right_or_refused(batch):
         same(found, by_hand(net, x, y))
 
 
+def test_backward_inside_a_closure_is_an_error(batch):
+    x, y = batch
+    net = Net(lambda net, h: h)
+
+    def closure():
+        F.l1_loss(net(x), y).backward()
+        return F.mse_loss(net(x), y)
+
+    with pytest.raises(ebm.ConfigurationError, match="closure calls backward"):
+        ebm.Learner(net, EULER).backward(closure)
+    assert all(p.grad is None for p in net.parameters())
+
+
 def test_two_runs_that_differ_are_an_error_where_the_step_runs_twice(batch):
     x, y = batch
     net = Net(lambda net, h: h)
