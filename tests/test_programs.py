@@ -314,6 +314,25 @@ def test_what_no_operation_tells_is_seen_too(kind, batch):
         same(found, fresh, 1e-6 if kind == "dtype" else 1e-11)
 
 
+class Weighted(ebm.Energy):
+    divergence = True
+    factor = 1.0
+
+    def layer_energy(self, state, layer):
+        return self.factor * (state - layer.prediction).square()
+
+
+def test_settings_of_an_energy_may_change(batch):
+    x, y = batch
+    net, energy = Net(lambda net, h: h), Weighted()
+    algorithm = ebm.Algorithm(energy, ebm.OneSided(1.0), EULER.relaxer)
+    used = ebm.Learner(net, algorithm)
+    for factor in (1.0, 1.0, 1.0, 3.0):
+        energy.factor = factor
+        found = used.gradients(lambda: F.mse_loss(net(x), y))
+        same(found, ebm.Learner(net, algorithm, capture=False).gradients(lambda: F.mse_loss(net(x), y)))
+
+
 def test_values_of_tensors_may_change_freely(batch, monkeypatch):
     """One program, and one piece of code for each evaluation, whatever tensors hold."""
     from lightning_ebm.program import code
