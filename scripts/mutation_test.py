@@ -338,8 +338,8 @@ MUTATIONS = [
     Mutation(
         "nothing is cut",
         "program/interpreter.py",
-        "held[mark.state] = state.to(original.dtype) if narrower else state",
-        "held[mark.state] = original",
+        "state.to(original.dtype) if narrower else state",
+        "original",
         "programs",
     ),
     Mutation(
