@@ -361,15 +361,15 @@ def memory(given: Settings) -> Lines:
     """Peak memory."""
     yield (
         f"## Peak memory\n\n{TITLE}: what a process grows by at its peak over three steps, each measured in a process"
-        " of its own, with the code that is loaded, the capturing of the first step and what the allocator keeps; and,"
+        " of its own, with the code that is loaded, the tracing of the first steps and what the allocator keeps; and,"
         " exactly, what is allocated at the peak of a fourth step, alone and with weights, Adam's moments, the batch."
     )
     yield table("algorithm", "process, MiB", "of backprop's", "a later step, MiB", "in all, MiB", "of backprop's")
     kinds = {
         "backprop": ("backprop", 1),
         "predictive-coding": ("equilibrium", 1),
-        "PC, 5 Euler steps": ("captured", 5),
-        "PC, 200 Euler steps": ("captured", 200),
+        "PC, 5 Euler steps": ("traced", 5),
+        "PC, 200 Euler steps": ("traced", 200),
         "PC, 5 Euler steps, capture=False": ("plain", 5),
         "PC, 200 Euler steps, capture=False": ("plain", 200),
     }

@@ -42,11 +42,11 @@ class Learner:
         output: "readout" (the last drive enters the loss directly), "state" (the output is a free state, nudged by the
             loss), "auto" (a state if the network ends in an activation, else a read-out).
         loss_reduction: how the closure's loss reduces over the batch, "mean" or "sum".
-        quiet: a context manager for all passes but the first, to silence what closures do besides computing.
-        capture: run programs that come again as straight-line code, see `lightning_ebm.program`; False interprets
-            their record at every point, which gives the same and is several times slower.
+        quiet: a context manager for passes without side effects, to silence what closures do besides computing.
+        capture: run programs that come again as code traced from them, see `lightning_ebm.program`; False interprets
+            them at every point, slower and the same.
         compile: send that code through Inductor, which takes seconds once for every shape of batch and, on a CPU, a C++
-            compiler; on a GPU through `torch.compile` with CUDA graphs.
+            compiler.
         batch_size: number of samples of a batch: a number, or a function of what the module is called with; None finds
             it: the size that most layers, and what the loss reduces, have in common.
         scale: the factor that the closure's loss already carries (a GradScaler's, 1/N of accumulation), a number or a
@@ -109,8 +109,8 @@ class Learner:
     def backward(self, closure: Closure) -> Tensor:
         """Adds the update of one batch to ``.grad``; returns the loss of the forward pass, detached.
 
-        The closure runs once; for energies whose free equilibrium is not the forward pass twice, the first time without
-        side effects (see `lightning_ebm.purity`).
+        The closure is run once; with energies whose free equilibrium is not the forward pass twice, the first time
+        without side effects (see `lightning_ebm.purity`).
         """
         step = self.begin(closure)
         with step.first_pass(refuse_backward):
@@ -152,8 +152,8 @@ class Learner:
     def free_phase(self, run: Callable[[], Any]) -> AbstractContextManager[None]:
         """Within it the module computes at the free equilibrium of its energy, as it has to after training on it.
 
-        ``with learner.free_phase(lambda: module(x)): output = module(x)``. What `run` runs is run several times,
-        without side effects, and must be what the body runs. For divergence energies the equilibrium is the forward
+        ``with learner.free_phase(lambda: module(x)): output = module(x)``. What `run` runs is run once, without side
+        effects, and must be what the body runs. For divergence energies the equilibrium is the forward
         pass, and nothing is done. Outside of inference mode only: states are found by gradients.
         """
         if is_divergence(self.algorithm.energy) or self.algorithm.read_as == "backprop":

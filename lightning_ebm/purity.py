@@ -1,8 +1,8 @@
-"""Only the first pass of a step may have side effects; this file undoes those of all the others.
+"""Only the user's own pass may have side effects; this file undoes those of a quiet one.
 
-A training step is run once as the user meant it, and again and again to see the network at other states. A `Snapshot`
-is what the first pass started from; inside `replaying` the module, the random generators and its metrics are as they
-were then, and on the way out (an exception too, KeyboardInterrupt included) as the first pass left them.
+A quiet pass is run where the free equilibrium is not the forward pass, and for gradients that leave no trace. A
+`Snapshot` is what the user's pass starts from; inside `replaying` the module, the random generators and its metrics are
+as they were then, and on the way out (an exception too, KeyboardInterrupt included) as they had been before.
 
 Covered: buffers (BatchNorm, spectral norm, any other), parameters that the user's code writes to (averaged teachers),
 `requires_grad`, plain Python state of the user's own modules and of the objects they hold (see `PlainState`),

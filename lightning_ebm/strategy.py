@@ -442,7 +442,7 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
         layers: which calls carry states, see `Learner`.
         output: "readout", "state" or "auto", see `Learner`.
         loss_reduction: how the module's loss reduces over the batch, "mean" or "sum".
-        capture: run the relaxation as recorded straight-line code, see `Learner`.
+        capture: run programs that come again as code traced from them, see `Learner`.
         compile: and that through Inductor, see `Learner`.
         batch_size: number of samples of a batch, a number or a function of the batch; None finds it, see `Learner`.
         device: where to train; None is the device that the Trainer chose.
@@ -451,8 +451,8 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
         precision_plugin: Lightning's own.
 
     Raises:
-        ConfigurationError: an argument that cannot work; more than one device; a training step that draws its own
-            batches from the loader.
+        ConfigurationError: an argument that cannot work; more than one device; a training step that would run twice, as
+            with Hopfield energies, and draws its own batches from the loader.
     """
 
     strategy_name = "ebm"

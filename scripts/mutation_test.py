@@ -2,7 +2,8 @@
 
     bash scripts/with-venv python scripts/mutation_test.py
 
-Works on a copy of the checkout. A sabotage that survives names a hole in the tests. About ten minutes.
+Works on a copy of the checkout. A sabotage that survives names a hole in the tests. Names of some of them as
+arguments run these alone. About half an hour.
 """
 
 import os
@@ -31,8 +32,8 @@ MUTATIONS = [
     Mutation(
         "the energy loses its half",
         "energies/base.py",
-        "return 0.5 * self.layer",
-        "return 1.0 * self.layer",
+        "return 0.5 * precision_of(self, layer)",
+        "return 1.0 * precision_of(self, layer)",
         "predictive_coding",
     ),
     Mutation(
@@ -84,7 +85,7 @@ MUTATIONS = [
         "False",
         "delivery",
     ),
-    Mutation("states get gradients too", "delivery.py", "if i not in held]", "]", "delivery predictive_coding"),
+    Mutation("states get gradients too", "delivery.py", "if id(leaf) not in held]", "]", "delivery predictive_coding"),
     Mutation(
         "signals sent bottom up",
         "network.py",
@@ -101,16 +102,6 @@ MUTATIONS = [
     ),
     Mutation(
         "a pass starts too early", "purity.py", "        self._is_taken = False\n", "        self._take()\n", "purity"
-    ),
-    Mutation(
-        "labels are counted once",
-        "capture/tape.py",
-        "(kind.name in _NLL and _is_constant(node.args[1:3]))",
-        "kind.name in _NLL",
-        "capture",
-    ),
-    Mutation(
-        "BatchNorm moves in each pass", "layers.py", "written=frozenset(written)", "written=frozenset()", "purity"
     ),
     Mutation(
         "metrics count each pass", "purity.py", '("forward", "compute", "update", "reset")', '("forward",)', "purity"
@@ -130,13 +121,10 @@ MUTATIONS = [
         "conformance",
     ),
     Mutation(
-        "a second call is forgotten", "substitution.py", "counts[module] = number + 1", "counts[module] = 0", "layers"
-    ),
-    Mutation(
         "states ignore what is above",
         "network.py",
-        "best_response(-slope,",
-        "best_response(0 * slope,",
+        "best_response(self.energy, -slope,",
+        "best_response(self.energy, 0 * slope,",
         "equilibrium_propagation",
     ),
     Mutation(
@@ -154,13 +142,6 @@ MUTATIONS = [
         "equilibrium_propagation",
     ),
     Mutation(
-        "a changed constant is not seen",
-        "capture/comparison.py",
-        "return bool(old == new) or",
-        "return True or",
-        "capture",
-    ),
-    Mutation(
         "layers that read each other rest where they are predicted",
         "step.py",
         "and not any(row.parents for row in plan.rows)",
@@ -169,118 +150,24 @@ MUTATIONS = [
     ),
     Mutation(
         "who derives from an energy inherits where it rests",
-        "energies/base.py",
-        'type(energy).__dict__.get("rests_at_prediction", False)',
-        'getattr(energy, "rests_at_prediction", False)',
-        "resting",
-    ),
-    Mutation(
-        "GPUs are handed the processor's kernel",
-        "capture/program.py",
-        "    if rewrite is not None:",
-        "    if True:",
-        "products",
-    ),
-    Mutation(
-        "rows are taken for granted",
-        "capture/products.py",
-        "return one == other == 1 and",
-        "return True or",
-        "products",
-    ),
-    Mutation(
-        "a sum is forgotten by the kernel",
-        "capture/products.py",
-        "_multiply(kernel(), x, matrix, out, term is not None)",
-        "_multiply(kernel(), x, matrix, out, False)",
-        "products",
-    ),
-    Mutation(
-        "weights are turned without being copied",
-        "capture/running.py",
-        ".t().contiguous()",
-        ".t()",
-        "products",
-    ),
-    Mutation(
-        "the compiler's tanh has another coefficient",
-        "capture/elementwise.py",
-        "1.33314422036e-1",
-        "1.33414422036e-1",
-        "products",
-    ),
-    Mutation(
-        "the heap is given back",
-        "capture/captures.py",
-        "        keep_heap()",
-        "        pass",
-        "heap",
-    ),
-    Mutation(
-        "a mean of four is their half",
-        "capture/kernels.py",
-        "total.mul_(0.25)",
-        "total.mul_(0.5)",
-        "capture_fixed_points capture",
+        "promises.py",
+        "return all(author <= _author(part, name) for name in about)",
+        "return True",
+        "resting own_energy",
     ),
     Mutation(
         "errors are pulled by the conjugate",
         "network.py",
         "strength * holomorphic(signals[k])",
         "strength * signals[k]",
-        "capture_complex infinitesimal_limit",
-    ),
-    Mutation(
-        "all phases get the first one's rows", "capture/abreast.py", "k * rows, (k + 1) * rows", "0, rows", "abreast"
-    ),
-    Mutation(
-        "phases end together",
-        "relaxers/sweeping.py",
-        "strengths[k] for k in points",
-        "strengths[0] for k in points",
-        "abreast",
-    ),
-    Mutation(
-        "the forward pass is left too early",
-        "capture/running.py",
-        "if self.returns or self._found",
-        "if self._found",
-        "memory capture",
+        "infinitesimal_limit",
     ),
     Mutation(
         "no slope is analytic",
         "network.py",
         "self._check_analytic(seen)\n        return",
         "pass\n        return",
-        "capture_complex",
-    ),
-    Mutation("a real part is added", "capture/pairs.py", "shape, less=True)", "shape)", "capture_complex"),
-    Mutation("masks are left out", "capture/lowering.py", "return x * mask * scale", "return x * scale", "capture"),
-    Mutation("only one end of a pair", "capture/dyads.py", "0.5 * (p + q)", "p", "capture_dyads"),
-    Mutation(
-        "what is read again is overwritten", "capture/reuse.py", "and last[value] == index", "", "capture_fixed_points"
-    ),
-    Mutation(
-        "the front leaves parents behind",
-        "capture/front.py",
-        "(wrong, *(self._parents[k] for k in wrong))",
-        "(wrong)",
-        "front",
-    ),
-    Mutation("the front is ahead of the signal", "capture/front.py", "if known.issuperset(moved)", "if known", "front"),
-    Mutation(
-        "a state is its prediction for ever",
-        "capture/lowering.py",
-        "if self._level(mu) == CONSTANT}",
-        "}",
-        "front capture",
-    ),
-    Mutation(
-        "layouts are not looked at",
-        "capture/compiled.py",
-        "self._runs.get(tuple([tensor.stride() for tensor in flat]))",
-        "next(iter(self._runs.values()), None)",
-        "compiled",
+        "own_nudge infinitesimal_limit precision",
     ),
     Mutation(
         "directions are not conjugate",
@@ -290,31 +177,10 @@ MUTATIONS = [
         "accelerated_fixed_point",
     ),
     Mutation(
-        "operations before what they read",
-        "capture/order.py",
-        "            if before:\n",
-        "            if before and not order:\n",
-        "order",
-    ),
-    Mutation(
         "a dead gradient reads nan", "metrics.py", "torch.where(dead_g | dead_r, zero, dot", "(0 + dot", "metrics"
     ),
     Mutation("each sign chooses by itself", "relaxers/trials.py", "if not missed:", "if missed < 0:", "cheapest"),
     Mutation("who is given up may win", "relaxers/trials.py", "dear = FURTHER * min(", "dear = 0 * min(", "cheapest"),
-    Mutation(
-        "signs are compared only where steps are captured",
-        "step.py",
-        "if not captured and not isinstance(relaxer, Cheapest):",
-        "if not captured:",
-        "cheapest",
-    ),
-    Mutation(
-        "an update is used up",
-        "capture/replay.py",
-        "list(left[0]) if again else left.pop()",
-        "left.pop()",
-        "fixed_steps capture delivery",
-    ),
     Mutation(
         "forces are measured too late",
         "relaxers/fixed_steps.py",
@@ -323,11 +189,384 @@ MUTATIONS = [
         "fixed_steps",
     ),
     Mutation(
-        "points are not let go of",
-        "capture/writing.py",
-        'lines.append(f"{parameters[taken]}.clear()")',
+        "what the user detaches goes on",
+        "program/recorder.py",
+        "if func is _DETACH and not self.asked:",
+        "if func is _DETACH:",
+        "programs",
+    ),
+    Mutation(
+        "what is off is computed again",
+        "program/recorder.py",
+        "off = not torch.is_grad_enabled() or",
+        "off =",
+        "programs",
+    ),
+    Mutation(
+        "masks pick anew",
+        "program/recorder.py",
+        "if kind.name in _BY_MASK or kind.name in _PUT_BY_MASK:",
+        "if False:",
+        "programs",
+    ),
+    Mutation(
+        "random numbers are drawn again",
+        "program/recorder.py",
+        "off = repeated is None",
+        "off = False",
+        "programs",
+    ),
+    Mutation(
+        "what is written to is not copied before",
+        "program/recorder.py",
+        "self.record.inputs[value] = alias.detach().clone()",
         "pass",
-        "memory",
+        "programs",
+    ),
+    Mutation(
+        "gradient hooks are forgotten",
+        "program/recorder.py",
+        "recorder.record.hooks.setdefault(value, []).append(hook)",
+        "pass",
+        "programs",
+    ),
+    Mutation(
+        "who writes to its input is trusted",
+        "program/recorder.py",
+        "if id(tensor) in before and tensor._version:",
+        "if False:",
+        "programs",
+    ),
+    Mutation(
+        "reentrant checkpoints run unseen",
+        "program/recorder.py",
+        'if function.__module__ == "torch.utils.checkpoint":',
+        "if False:",
+        "programs",
+    ),
+    Mutation(
+        "graphs from before the step are leaves",
+        "program/recorder.py",
+        "        if tensor.requires_grad and not tensor.is_leaf:\n",
+        "        if False:\n",
+        "programs",
+    ),
+    Mutation(
+        "leaves that the pass makes are none",
+        "program/recorder.py",
+        "tensor.is_leaf and value not in self.record.leaves:",
+        "False:",
+        "programs",
+    ),
+    Mutation(
+        "marks are read as what they mark",
+        "program/recorder.py",
+        "self._bind(output, state)",
+        "pass",
+        "programs",
+    ),
+    Mutation(
+        "views lie at the start",
+        "program/aliasing.py",
+        ".as_strided(size, stride, offset)",
+        ".as_strided(size, stride, 0)",
+        "programs",
+    ),
+    Mutation(
+        "other views keep what they had",
+        "program/aliasing.py",
+        "            rebind(alias, read.results[0])\n",
+        "            pass\n",
+        "programs",
+    ),
+    Mutation(
+        "memory is read in the order of dimensions",
+        "program/aliasing.py",
+        "key=lambda d: (-tensor.stride(d), -tensor.shape[d])",
+        "key=lambda d: d",
+        "programs",
+    ),
+    Mutation(
+        "masks are left out",
+        "program/random_draws.py",
+        "return x * mask * scale, mask",
+        "return x * scale, mask",
+        "programs",
+    ),
+    Mutation(
+        "dropout does not scale",
+        "program/random_draws.py",
+        "0.0 if p == 1 else 1 / (1 - p)",
+        "1.0",
+        "programs",
+    ),
+    Mutation(
+        "custom functions are not seen",
+        "program/seams.py",
+        "if recorder is None or not torch.is_grad_enabled():\n        return plain",
+        "if True:\n        return plain",
+        "programs",
+    ),
+    Mutation(
+        "torch stays patched",
+        "program/seams.py",
+        "torch.autograd.Function.apply = _FUNCTION_APPLY",
+        "pass",
+        "programs",
+    ),
+    Mutation(
+        "backward hooks of modules are not seen",
+        "program/seams.py",
+        "if (recorder := seams.recorder) is None or not torch.is_grad_enabled():\n        return _SETUP_INPUT",
+        "if True:\n        return _SETUP_INPUT",
+        "programs",
+    ),
+    Mutation(
+        "a second call is forgotten",
+        "program/calls.py",
+        "counts[module] = number + 1",
+        "counts[module] = number",
+        "predictive_coding layers",
+    ),
+    Mutation(
+        "states in place are not known",
+        "program/calls.py",
+        "recorder.stands_for(state, mark.state)",
+        "pass",
+        "equilibrium_propagation",
+    ),
+    Mutation(
+        "nothing is cut",
+        "program/interpreter.py",
+        "state.to(original.dtype) if narrower else state",
+        "original",
+        "programs",
+    ),
+    Mutation(
+        "states live in what the layer computes in",
+        "program/interpreter.py",
+        "return tensor.float() if tensor.dtype in",
+        "return tensor if tensor.dtype in",
+        "programs",
+    ),
+    Mutation(
+        "leaves that the pass makes are computed",
+        "program/interpreter.py",
+        "if value in self._record.leaves:\n                tensor",
+        "if False:\n                tensor",
+        "programs",
+    ),
+    Mutation(
+        "hooks are not repeated",
+        "program/interpreter.py",
+        "                    tensor.register_hook(hook)\n",
+        "                    pass\n",
+        "programs",
+    ),
+    Mutation(
+        "code is traced through hooks",
+        "program/interpreter.py",
+        "        if self.record.hooks:\n            return",
+        "        if False:\n            return",
+        "programs",
+    ),
+    Mutation(
+        "code is traced through hooked modules",
+        "program/interpreter.py",
+        "if any(func in (hooked_input, hooked_output) for func in own):",
+        "if False:",
+        "programs",
+    ),
+    Mutation(
+        "the loss has no parents",
+        "program/wiring.py",
+        "loss_parents=self._parents(self._above_loss),",
+        "loss_parents=(),",
+        "programs",
+    ),
+    Mutation(
+        "layers have no parents",
+        "program/wiring.py",
+        "names, modules, self._parents(region)))",
+        "names, modules, ()))",
+        "predictive_coding",
+    ),
+    Mutation(
+        "what is fed by states alone is no layer",
+        "program/wiring.py",
+        "if self._parameters(region) or fed & set(self._parents(region)):",
+        "if self._parameters(region):",
+        "layers",
+    ),
+    Mutation(
+        "any end is a read-out",
+        "program/layers.py",
+        "states -= wiring.ends(but_activations=True)",
+        "states -= wiring.ends()",
+        "predictive_coding layers",
+    ),
+    Mutation(
+        "gradients are not compared",
+        "program/check.py",
+        "not off <= min(1e4 * rounding, 0.1) * size:",
+        "False:",
+        "programs",
+    ),
+    Mutation(
+        "what is not reached is passed over", "program/check.py", "if bool(t.any()):", "if False:", "recorder fuzz"
+    ),
+    Mutation(
+        "errors of two children are one",
+        "program/check.py",
+        "else before if part is None else before + part",
+        "else before",
+        "layers recorder",
+    ),
+    Mutation(
+        "a changed constant is not seen",
+        "program/comparison.py",
+        "return bool(old == new) or (old != old and new != new)",
+        "return True",
+        "programs",
+    ),
+    Mutation(
+        "another operation is not seen",
+        "program/comparison.py",
+        "if one.func is not other.func and one.func != other.func:",
+        "if False:",
+        "programs",
+    ),
+    Mutation(
+        "another parameter is not seen",
+        "program/comparison.py",
+        "return before() is new or",
+        "return True or",
+        "programs",
+    ),
+    Mutation(
+        "another wiring is not seen",
+        "program/comparison.py",
+        "if here[old] is not new:",
+        "if False:",
+        "programs",
+    ),
+    Mutation(
+        "other hooks are not seen", "program/comparison.py", "if hooked != {", "if False and hooked != {", "programs"
+    ),
+    Mutation(
+        "other hooks on saved tensors are not seen",
+        "program/comparison.py",
+        "if record.notes != self.notes:",
+        "if False:",
+        "recorder",
+    ),
+    Mutation(
+        "writes are traced as they come",
+        "program/code.py",
+        "if functional is None or not self._is_own(tensors[0]):",
+        "if functional is None:",
+        "code fuzz",
+    ),
+    Mutation(
+        "kinds of numbers are one to code",
+        "program/code.py",
+        "repr([type(a).__name__ for a in args])",
+        '""',
+        "code fuzz",
+    ),
+    Mutation(
+        "random numbers are drawn once in code",
+        "program/code.py",
+        'key = None if kind.random or kind.name == "clone" else _key',
+        "key = _key",
+        "code",
+    ),
+    Mutation(
+        "what the batch fixed is that of the first",
+        "fast_network.py",
+        "        self._before: dict[Key, list[Tensor]] = {}\n",
+        "        self._before = self._traced.__dict__.setdefault('before', {})\n",
+        "programs",
+    ),
+    Mutation(
+        "settings of an energy are not looked at",
+        "fast_network.py",
+        "return (*kind, self._settings, *(",
+        "return (*kind, *(",
+        "programs",
+    ),
+    Mutation(
+        "strengths share their code",
+        "fast_network.py",
+        "self._run_code((kind, strength, at_rest), evaluate",
+        "self._run_code((kind, at_rest), evaluate",
+        "code",
+    ),
+    Mutation(
+        "code of the start is run everywhere",
+        "fast_network.py",
+        'at_rest = kind == "error_forces" and point[0] is self.no_errors[0]',
+        'at_rest = kind == "error_forces"',
+        "code",
+    ),
+    Mutation(
+        "phases are written down in one weight",
+        "fast_network.py",
+        "shapes.append((strength, weight, found.coordinates, kind))",
+        "shapes.append((strength, 1.0, found.coordinates, kind))",
+        "code",
+    ),
+    Mutation(
+        "an update forgets its scale",
+        "fast_network.py",
+        "total = twin.contrast(terms) * scale",
+        "total = twin.contrast(terms)",
+        "predictive_coding conformance",
+    ),
+    Mutation(
+        "the second pass is the first one's",
+        "fast_network.py",
+        "if value in moving and (found := before(value)) is not None:",
+        "if False:",
+        "free_equilibrium equilibrium_propagation",
+    ),
+    Mutation(
+        "code outlives parameters",
+        "fast_network.py",
+        "        self._before.clear()\n",
+        "        pass\n",
+        "free_equilibrium code",
+    ),
+    Mutation(
+        "two runs may differ",
+        "step.py",
+        'if isinstance(found, str):\n            raise UnsupportedModuleError(\n                "For this energy',
+        'if False:\n            raise UnsupportedModuleError(\n                "For this energy',
+        "programs",
+    ),
+    Mutation(
+        "steps on gradients of backprop are taken",
+        "strategy.py",
+        "if parameters and not any(id(p) in self._relaxed for p in parameters):",
+        "if False:",
+        "same_step",
+    ),
+    Mutation(
+        "another loss learns by backprop",
+        "strategy.py",
+        "if graph_of([loss], {surrogate.grad_fn})[0]:",
+        "if False:",
+        "same_step recorder",
+    ),
+    Mutation(
+        "backward in a closure is let pass",
+        "program/seen_backward.py",
+        'if options.get("inputs") is not None:\n            return False\n        raise',
+        "if True:\n            return False\n        raise",
+        "programs",
+    ),
+    Mutation(
+        "means are sums", "program/reduction.py", "return reduction == _SUM and", "return reduction and", "reduction"
     ),
 ]
 
@@ -335,7 +574,9 @@ MUTATIONS = [
 def caught(copy: Path, tests: str) -> bool:
     """Whether these tests fail in that copy."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider"]
-    files = [f"tests/test_{name}.py" for name in tests.split()]
+    files = [file for name in tests.split() if (copy / (file := f"tests/test_{name}.py")).exists()]
+    if not files:
+        raise SystemExit(f"There are no tests called {tests}: bring this list up to date.")
     environment = {**os.environ, "PYTHONPATH": str(copy)}
     done = subprocess.run([*command, *files], cwd=copy, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):  # not a verdict of the tests
@@ -343,10 +584,14 @@ def caught(copy: Path, tests: str) -> bool:
     return done.returncode == 1
 
 
-def main() -> int:
-    """Number of sabotages that nobody noticed."""
+def main(chosen: list[str]) -> int:
+    """Number of sabotages that nobody noticed, of those named or of all."""
+    mutations = [mutation for mutation in MUTATIONS if not chosen or mutation.what in chosen]
+    tests = " ".join(dict.fromkeys(name for mutation in mutations for name in mutation.tests.split()))
+    if caught(ROOT, tests):
+        raise SystemExit(f"Some of these fail without any sabotage: {tests}.")
     survivors = 0
-    for mutation in MUTATIONS:
+    for mutation in mutations:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder)
             for part in (PACKAGE, "tests", "recipes", "benchmarks"):
@@ -364,4 +609,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_ebm.energies import LayerView
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value
+from lightning_ebm.program.seams import hooked_input, hooked_output
 
 StateOf = Callable[[StateKey, Tensor], Tensor | None]
 """Chooses x_l from the key and the prediction; None leaves the call alone."""
@@ -161,9 +162,9 @@ class Program:
         if any(node.written for node in self.order):
             return "operations that write to several tensors"
         own = [node.func for node in self.order if not isinstance(node.func, torch._ops.OpOverload)]
-        strange = [
-            func for func in own if getattr(func, "__module__", "").partition(".")[0] != __name__.partition(".")[0]
-        ]
+        if any(func in (hooked_input, hooked_output) for func in own):
+            return "backward hooks of modules"
+        strange = [func for func in own if not getattr(func, "__module__", "").startswith("lightning_ebm.")]
         return f"custom functions: {strange[0]}" if strange else None
 
     def outline(self) -> "Program":

@@ -357,8 +357,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def settle(self) -> Record:
         """The record, when the pass is over: leaves that the pass itself made are among them."""
-        for value, tensor in self.held.items():
-            if tensor.requires_grad and tensor.is_leaf and value not in self.record.leaves:
+        # What a factory returned is handed on as a copy if it is held here: torch.zeros(3) is another tensor than this one.
+        seen = [*self.held.items(), *((value, ref()) for ref, value in self._known.values() if value.node is not None)]
+        for value, tensor in seen:
+            if tensor is not None and tensor.requires_grad and tensor.is_leaf and value not in self.record.leaves:
                 self.record.leaves[value] = tensor
         return self.record
 
