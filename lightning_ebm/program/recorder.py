@@ -311,9 +311,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 held = self.held.pop(value, None)
                 if held is not None:
                     self._written_over.append(held)  # still there: what shares its memory is read from it
-                if value in self._marked:
-                    assert held is not None
-                    self.held[value] = held.detach().clone()
+                content = None
+                while value in self._marked:  # what the call returned, under each name that it was marked by
+                    if content is None:
+                        assert held is not None
+                        content = held.detach().clone()
+                    self.held[value] = content
+                    assert value.node is not None
+                    value = value.node.args[0]
+                    if self.held.pop(value, None) is not None:
+                        self.held[value] = content
             if self._undo is not None and (self.known(tensor) is None or self.known(tensor).node is None):  # type: ignore[union-attr]
                 self._undo.append((tensor, tensor.detach().clone()))
 
