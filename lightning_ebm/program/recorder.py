@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -36,6 +37,8 @@ from lightning_ebm.program.record import (
 from lightning_ebm.program.seams import seams
 
 _BY_MASK = frozenset({"index", "masked_select"})
+_SLOPED = _BY_MASK | {"_ctc_loss"}
+"""Operations that have a slope, though the shape of what they give depends on values."""
 _PUT_BY_MASK = frozenset({"index_put", "index_put_", "_index_put_impl_"})
 _DETACH = torch.ops.aten.detach.default
 
@@ -74,7 +77,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kind = traits(func)
         written = tensors_at(kind, args, kwargs) if kind.writes else []
         repeated = None
-        off = not torch.is_grad_enabled() or func is _DETACH or (kind.dynamic and kind.name not in _BY_MASK)
+        off = not torch.is_grad_enabled() or func is _DETACH or (kind.dynamic and kind.name not in _SLOPED)
         if kind.random and not off:
             repeated = repeated_without_drawing(kind, func, args, kwargs)
             off = repeated is None
@@ -272,6 +275,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.record.inputs[value] = tensor
         if tensor.requires_grad:
             self.record.leaves[value] = tensor
+        elif not tensor.untyped_storage().resizable():  # NumPy's memory, or other processes'
+            with self.pausing():
+                self.record.inputs[value] = tensor.detach().clone(memory_format=torch.preserve_format)
         return value
 
     def _bind(self, tensor: Tensor, value: Value) -> None:
@@ -339,6 +345,25 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 )
             else:
                 del self._known[id(alias)]
+
+    def about_to_move(self, tensor: Tensor) -> None:
+        """The tensor is about to be given other memory: the record goes on with that which it has."""
+        value = self.known(tensor)
+        if value is None:
+            return
+        with self.pausing():
+            if self.record.inputs.get(value, self.record.leaves.get(value)) is tensor:
+                self.record.inputs[value] = tensor.detach()
+            if self.held.get(value) is tensor:
+                self.held[value] = tensor.detach()
+
+    def shared_with_numpy(self, tensor: Tensor) -> None:
+        """NumPy may write to the tensor's memory from now on, and nobody would see it: the record takes copies."""
+        with self.pausing():
+            self._about_to_write([tensor])
+        for alias in [tensor, *self._aliasing.others(tensor)]:
+            if not alias.requires_grad:
+                self._known.pop(id(alias), None)
 
     def forget(self, tensor: Tensor) -> None:
         """The tensor has been given other memory: what it holds is read anew."""
@@ -412,10 +437,17 @@ class _Calls(TorchFunctionMode):
             if func in _IN_PLACE:
                 recorder.forget(args[0])
             return result
-        if func is Tensor.data.__set__:
+        if func == Tensor.data.__set__:  # type: ignore[attr-defined]  # another object at every look
+            recorder.about_to_move(args[0])
             with recorder.pausing():
                 func(*args, **kwargs)
             return recorder.forget(args[0])
+        if func is F.gumbel_softmax:
+            return self._gumbel_softmax(*args, **kwargs)
+        if func in _NUMPY:
+            result = func(*args, **kwargs)
+            recorder.shared_with_numpy(args[0])
+            return result
         if func is Tensor.register_hook:
             tensor, hook = args[0], args[1] if len(args) > 1 else kwargs["hook"]
             value, owner = recorder.known(tensor), _owner(hook)
@@ -429,6 +461,20 @@ class _Calls(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+    def _gumbel_softmax(
+        self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
+    ) -> Tensor:
+        """The same, operation by operation: torch's own detaches where no mode sees it."""
+        soft = F.gumbel_softmax(logits, tau=tau, eps=eps, dim=dim)
+        if not hard:
+            return soft
+        index = soft.max(dim, keepdim=True)[1]
+        picked = torch.zeros_like(logits, memory_format=torch.legacy_contiguous_format).scatter_(dim, index, 1.0)
+        with self:
+            cut = soft.detach()
+        return picked - cut + soft
+
+
 def _owner(hook: Any) -> str:
     """The module that a hook was written in."""
     return str(getattr(getattr(hook, "func", hook), "__module__", ""))
@@ -436,7 +482,8 @@ def _owner(hook: Any) -> str:
 
 _IN_PLACE = frozenset({Tensor.detach_, torch.detach_})
 _DETACHES = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__, *_IN_PLACE})  # type: ignore[attr-defined]
-_SEEN = _DETACHES | {Tensor.data.__set__, Tensor.register_hook}  # type: ignore[attr-defined]
+_NUMPY = frozenset({Tensor.numpy, Tensor.__array__})
+_SEEN = _DETACHES | _NUMPY | {F.gumbel_softmax, Tensor.data.__set__, Tensor.register_hook}  # type: ignore[attr-defined]
 
 
 def _refuse_unrecorded(tensor: Tensor) -> None:
