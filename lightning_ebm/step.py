@@ -14,7 +14,7 @@ from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure, checked_loss
 from lightning_ebm.delivery import slopes_of
 from lightning_ebm.energies.base import is_divergence, rests_at_prediction
-from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError, UnsupportedModuleError
+from lightning_ebm.errors import ConfigurationError, EBMError, RelaxationDivergedError, UnsupportedModuleError
 from lightning_ebm.fast_network import FastNetwork
 from lightning_ebm.holding import Holding
 from lightning_ebm.linearization import Linearization
@@ -131,7 +131,11 @@ class Step:
         self._recorder = Recorder()
         replace = self._states_in_place() if self._relaxes_before() else nothing_in_place
         with self._programs.recording(self._recorder, replace), self._derivatives():
-            yield
+            if replace is nothing_in_place:
+                yield
+            else:
+                with _told_of_states_in_place():
+                    yield
 
     def _relaxes_before(self) -> bool:
         """Whether the user's pass must be run at a free equilibrium that is not the forward pass."""
@@ -150,21 +154,20 @@ class Step:
         assert self._program is not None
         return all(not mark.prediction.shape.numel() for mark in self._program.marks)
 
-    def _recorded_quietly(self) -> tuple[Recorder, Any]:
-        """The record of a pass without side effects, and what it returned."""
+    def _record_quietly(self, take: Callable[[Recorder, Any], None]) -> None:
+        """Records a pass without side effects; `take` is told of it, and what it returned, before they are undone."""
         recorder = Recorder(undoes=True)
         try:
             with (
                 Snapshot(self._module, frozenset()).replaying(),
                 self._quiet(),
                 torch.enable_grad(),
-                self._programs.recording(recorder),
-                self._derivatives(),
             ):
-                returned = self._closure()
+                with self._programs.recording(recorder), self._derivatives():
+                    returned = self._closure()
+                take(recorder, returned)  # while its graph can be differentiated: what it saved has not been written to
         finally:
             recorder.undo()
-        return recorder, returned
 
     def _states_in_place(self) -> Replace:
         """Relaxes to the free equilibrium; gives the states that are to stand for what the layers return."""
@@ -184,8 +187,9 @@ class Step:
 
     def examine(self) -> Plan:
         """Finds the layers by a pass without side effects, which `true_gradients` and `again` then are about."""
-        recorder, loss = self._recorded_quietly()
-        self._take(self._programs.of(recorder, checked_loss(loss)), recorder, loss)
+        self._record_quietly(
+            lambda recorder, loss: self._take(self._programs.of(recorder, checked_loss(loss)), recorder, loss)
+        )
         assert self._known is not None
         return self._known.plan
 
@@ -406,8 +410,7 @@ class Step:
     @contextmanager
     def at_free_equilibrium(self) -> Iterator[None]:
         """Within it the module computes with its states at the free equilibrium, and nothing is recorded."""
-        recorder, _ = self._recorded_quietly()
-        self._take(self._programs.without_loss(recorder), recorder)
+        self._record_quietly(lambda recorder, _: self._take(self._programs.without_loss(recorder), recorder))
         assert self._program is not None and self._known is not None
         if self._is_free_forward(self._known.plan) or self._is_empty:
             yield
@@ -572,6 +575,22 @@ def free_equilibrium(network: Network, algorithm: Algorithm, start: Sequence[Ten
         start = [torch.zeros_like(x) for x in network.free] if algorithm.initial_state == "zeros" else network.free
     with torch.no_grad():
         return (algorithm.free_relaxer or algorithm.relaxer).relax(network, network.feasible(list(start)), 0.0)
+
+
+@contextmanager
+def _told_of_states_in_place() -> Iterator[None]:
+    """Says what is special about a run that fails where the quiet one before did not."""
+    try:
+        yield
+    except EBMError:
+        raise
+    except Exception as error:
+        raise UnsupportedModuleError(
+            "For this energy the step runs twice: quietly, to find the free equilibrium, and then with its states in"
+            f" place. The second run raised {type(error).__name__}: {error} A derivative that the step takes through its"
+            " layers does not exist there, as states are values of their own. Take a divergence energy such as"
+            " ebm.PredictiveCoding(), under which the step runs once and uncut."
+        ) from error
 
 
 def _announce(network: object, strength: complex, held: bool = False) -> None:

@@ -857,3 +857,26 @@ def test_what_no_energy_says_is_refused(kind, algorithm):
     error, words = REFUSED[kind]
     with pytest.raises(error, match=words):
         fitted(kind, ebm.EBMStrategy(algorithm, layers=kind.layers))
+
+
+NOT_HOPFIELD = {Gan, WganGp, Scheduled}
+"""Activations without a Hopfield energy, and an equilibrium that does not exist."""
+DIFFERENTIATES = {Pinn, Maml, Dual}
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in RIGHT if kind not in NOT_HOPFIELD | {DataloaderIter}], ids=lambda kind: kind.__name__
+)
+def test_equilibrium_propagation_leaves_side_effects_of_one_step_and_has_one_answer(kind):
+    """Its step runs twice, quietly and with the states in place."""
+    if kind in DIFFERENTIATES:
+        with pytest.raises(ebm.UnsupportedModuleError, match="with its states in place"):
+            fitted(kind, ebm.EBMStrategy("equilibrium-propagation", layers=kind.layers))
+        return
+    stock, _ = stock_of(kind)
+    ours, _ = fitted(kind, ebm.EBMStrategy("equilibrium-propagation", layers=kind.layers))
+    assert ours.calls == stock.calls
+    assert all(p.isfinite().all() for p in ours.parameters())
+    if "Lbfgs" not in kind.__name__:
+        plain, _ = fitted(kind, ebm.EBMStrategy("equilibrium-propagation", layers=kind.layers, capture=False))
+        assert far(plain, ours) < 1e-5

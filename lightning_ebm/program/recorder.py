@@ -372,10 +372,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def undo(self) -> None:
         """Puts back what was written to tensors that had been there before."""
         assert self._undo is not None
-        with torch.no_grad():
-            for tensor, content in reversed(self._undo):
+        undo, self._undo = self._undo, None
+        with self.pausing(), torch.no_grad():
+            for tensor, content in reversed(undo):
+                self._about_to_write([tensor])  # what the pass read of it afterwards
                 tensor.copy_(content)
-        self._undo.clear()
 
     def settle(self) -> Record:
         """The record, when the pass is over: leaves that the pass itself made are among them."""
