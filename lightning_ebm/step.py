@@ -316,6 +316,11 @@ class Step:
         assert self._recorder is not None and self._known is not None
         value, record = self._recorder.value(loss), self._recorder.settle()
         found = self._known.outline.repeated_by(record, value)
+        before, binding = self._program, self._binding
+        if not isinstance(found, str):
+            self._program = Program(record, found[0], value)
+            if not _fix_the_same(before, binding, self._program, found[1]):
+                found = "what they were given"
         if isinstance(found, str):
             raise UnsupportedModuleError(
                 "For this energy the step runs twice: quietly, to find the free equilibrium, and then with its states in"
@@ -323,7 +328,7 @@ class Step:
                 " outside of the module that each run changes, so that the states are of another network. Let the flow"
                 " depend on the batch alone, or take a divergence energy such as ebm.PredictiveCoding()."
             )
-        self._program = Program(record, found[0], value)
+        assert self._program is not None
         states = at_states(dict(zip([mark.key for mark in found[0]], free.point, strict=True)))
         with torch.enable_grad():
             network.adopt(free.point, self._program.run(states), self._run)
@@ -575,6 +580,29 @@ def free_equilibrium(network: Network, algorithm: Algorithm, start: Sequence[Ten
         start = [torch.zeros_like(x) for x in network.free] if algorithm.initial_state == "zeros" else network.free
     with torch.no_grad():
         return (algorithm.free_relaxer or algorithm.relaxer).relax(network, network.feasible(list(start)), 0.0)
+
+
+def _fix_the_same(
+    before: Program | None, old: dict[Value, Value] | None, now: Program, new: dict[Value, Value]
+) -> bool:
+    """Whether two passes of one known program were given the same numbers, which parameters need not be compared for.
+
+    Args:
+        before: the first pass.
+        old: its values by those of the pass that was examined; None where it is that pass.
+        now: the second pass.
+        new: its values by those of the pass that was examined.
+    """
+    assert before is not None
+    examined = {mine: known for known, mine in old.items()} if old is not None else None
+    for value in before.given():
+        other = new.get(value if examined is None else examined[value])
+        if value in before.record.leaves or other is None:
+            continue
+        one, another = before.content(value), now.content(other)
+        if one.data_ptr() != another.data_ptr() and not torch.equal(one, another):
+            return bool(one.is_floating_point() and one.isnan().any())
+    return True
 
 
 @contextmanager

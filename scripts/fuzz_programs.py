@@ -681,7 +681,9 @@ class Fuzz:
             if name == "zero-divergence":
                 self._compare(label, "against autograd", plain, truth, 1e-9)
                 self._compare(label, "buffers", dict(slow[0].named_buffers()), dict(self.stock.named_buffers()), 1e-9)
-                self._compare(label, "fast buffers", dict(fast[0].named_buffers()), dict(self.stock.named_buffers()), 1e-9)
+                self._compare(
+                    label, "fast buffers", dict(fast[0].named_buffers()), dict(self.stock.named_buffers()), 1e-9
+                )
             if name == "descent" and may_rerun(before, s):
                 self._compare(label, "against explicit states", plain, descended(copy.deepcopy(before), s), 1e-9)
         self._follow(self.stock, truth)
@@ -774,7 +776,9 @@ def main() -> int:
     torch.set_num_threads(1)
     began = time.monotonic()
     counts, done = fuzzed(options.programs, options.steps, options.seed, options.seconds)
-    print(f"{done} programs of {options.steps} steps in {time.monotonic() - began:.0f} s; {counts.skipped} steps skipped")
+    print(
+        f"{done} programs of {options.steps} steps in {time.monotonic() - began:.0f} s; {counts.skipped} steps skipped"
+    )
     print("equal:", dict(counts.equal))
     print("refused:")
     for why, count in counts.refused.most_common():

@@ -28,7 +28,9 @@ def nothing_in_place(mark: Mark, output: Tensor) -> None:
 
 
 @contextmanager
-def watched(root: nn.Module, recorder: Recorder, chosen: Callable[[nn.Module], bool], replace: Replace) -> Iterator[None]:
+def watched(
+    root: nn.Module, recorder: Recorder, chosen: Callable[[nn.Module], bool], replace: Replace
+) -> Iterator[None]:
     """Runs the body with calls of modules below `root` marked in a record.
 
     Args:

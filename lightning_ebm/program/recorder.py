@@ -403,6 +403,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self.paused -= 1
 
+    @contextmanager
+    def handing_over(self) -> Any:
+        """Within it nothing is recorded, and gradients of leaves change, which the pass may read before and after."""
+        before = [leaf.grad for leaf in self.record.leaves.values() if leaf.grad is not None]
+        with self.pausing():
+            self._about_to_write(before)
+            yield
+        for leaf in self.record.leaves.values():
+            if leaf.grad is not None:
+                for alias in [leaf.grad, *self._aliasing.others(leaf.grad)]:
+                    self._known.pop(id(alias), None)
+
     def __enter__(self) -> "Recorder":
         calls = _Calls(self)
         seams.enter(self)
@@ -460,7 +472,6 @@ class _Calls(TorchFunctionMode):
                 recorder.record.hooks.setdefault(value, []).append(hook)
             return func(*args, **kwargs)
         return func(*args, **kwargs)
-
 
     def _gumbel_softmax(
         self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
