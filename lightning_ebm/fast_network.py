@@ -63,9 +63,7 @@ class FastNetwork(Network):
         self._held: Callable[[Value], Tensor | None] = lambda value: None
         self.rebind(program, binding, held)
 
-    def rebind(
-        self, program: Program, binding: dict[Value, Value] | None, held: Mapping[Value, Tensor]
-    ) -> None:
+    def rebind(self, program: Program, binding: dict[Value, Value] | None, held: Mapping[Value, Tensor]) -> None:
         """Goes on with what another pass of the same program holds.
 
         What follows from states stays that of the first pass, which was at the predictions.
@@ -104,9 +102,7 @@ class FastNetwork(Network):
         twin._known_analytic = True
         return twin
 
-    def _run_code(
-        self, kind: Key, evaluate: Evaluate, point: Sequence[Tensor]
-    ) -> list[Tensor] | None:
+    def _run_code(self, kind: Key, evaluate: Evaluate, point: Sequence[Tensor]) -> list[Tensor] | None:
         """The outputs of an evaluation; None where there is no code for it."""
         key = self._key(kind, point)
         code = self._code(key, kind, evaluate, point)
@@ -119,7 +115,8 @@ class FastNetwork(Network):
 
     def _key(self, kind: Key, point: Sequence[Tensor]) -> Key:
         """All that code depends on besides the program."""
-        return (*kind, self._settings, *((x.shape, x.stride(), x.dtype) for x in point))
+        fixed = self._settings, self.batch_size, self.loss_scale
+        return (*kind, *fixed, *((x.shape, x.stride(), x.dtype) for x in point))
 
     def _code(self, key: Key, kind: Key, evaluate: Evaluate, point: Sequence[Tensor]) -> Code | None:
         if self._settings is None:
@@ -132,9 +129,7 @@ class FastNetwork(Network):
             return None
         return code
 
-    def _trace(
-        self, kind: Key, evaluate: Evaluate, point: Sequence[Tensor]
-    ) -> "Code | str":
+    def _trace(self, kind: Key, evaluate: Evaluate, point: Sequence[Tensor]) -> "Code | str":
         if self._traced.refused is not None:
             return self._traced.refused
 
@@ -187,7 +182,9 @@ class FastNetwork(Network):
     def answers(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]) -> list[Tensor]:
         """See `Landscape.answers`."""
         found = self._run_code(
-            ("answers", strength, tuple(layers)), lambda twin, point, leaves: twin.answers(point, strength, layers), states
+            ("answers", strength, tuple(layers)),
+            lambda twin, point, leaves: twin.answers(point, strength, layers),
+            states,
         )
         return super().answers(states, strength, layers) if found is None else found
 
@@ -320,9 +317,7 @@ def _rebuilt(twin: Network, found: Relaxation, kind: str, tensors: list[Tensor])
     point = list(twin.no_errors) if kind.startswith("rest") else taken()
     displacement = taken() if kind.endswith("displaced") else None
     dyad = (taken(), taken()) if kind == "dyad" else None
-    return Relaxation(
-        point, found.coordinates, "fixed", 0, found.residual, displacement=displacement, dyad=dyad
-    )
+    return Relaxation(point, found.coordinates, "fixed", 0, found.residual, displacement=displacement, dyad=dyad)
 
 
 def settings_of(energy: Energy) -> Key | None:

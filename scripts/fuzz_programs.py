@@ -409,10 +409,11 @@ class Settings:
         )
 
 
-FLAGS = sorted(
-    "leaky other order transposed again norm noise put fill cut branch through quiet hook custom checkpoint longer"
-    " weights pool add scatter chunk write flip normal call transpose mean flat diagonal skip".split()
-)
+FLAGS = [
+    "add", "again", "branch", "call", "checkpoint", "chunk", "custom", "cut", "diagonal", "fill", "flat", "flip",
+    "hook", "leaky", "longer", "mean", "noise", "norm", "normal", "order", "other", "pool", "put", "quiet",
+    "scatter", "skip", "through", "transpose", "transposed", "weights", "write",
+]  # fmt: skip
 
 
 def loss_of(net: Net, s: Settings) -> Tensor:

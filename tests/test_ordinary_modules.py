@@ -1,6 +1,7 @@
-"""LightningModules of every ordinary kind: the exact rules end where stock Lightning ends, and run the step as often."""
+"""LightningModules of every ordinary kind: the exact rules end where stock Lightning ends, and run a step as often."""
 
 import copy
+import itertools
 import random
 from collections import deque
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ Y = torch.arange(24) % 3
 
 
 def mlp(*widths, act=nn.Tanh):
-    parts = [part for a, b in zip(widths, widths[1:], strict=False) for part in (nn.Linear(a, b), act())]
+    parts = [part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), act())]
     return nn.Sequential(*parts[:-1])
 
 
@@ -278,8 +279,8 @@ class GradNorm(ByHand):
         last = self.net[4].weight
         norms = torch.stack(
             [
-                torch.autograd.grad(s * l, last, create_graph=True)[0].norm()
-                for s, l in zip(self.scales, losses, strict=True)
+                torch.autograd.grad(scale * loss, last, create_graph=True)[0].norm()
+                for scale, loss in zip(self.scales, losses, strict=True)
             ]
         )
         (slope,) = torch.autograd.grad((norms - norms.mean().detach()).abs().sum(), self.scales)
@@ -722,6 +723,133 @@ class Pruned(Base):
         nn.utils.prune.random_unstructured(self.net[2], "weight", 0.3)
 
 
+class ForeachTeacher(MeanTeacher):
+    """Averages with gradients on, by operations on lists; the teacher, and then its head again, are read afterwards."""
+
+    def average(self):
+        teacher, student = list(self.teacher.parameters()), [p.detach() for p in self.net.parameters()]
+        torch._foreach_mul_(teacher, 0.9)
+        torch._foreach_add_(teacher, student, alpha=0.1)
+
+
+class SparseEmbedding(Base):
+    def build(self):
+        self.table = nn.Embedding(5, 4, sparse=True)
+
+    def loss(self, x, y):
+        return super().loss(x + self.table(y), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class MaxNorm(Base):
+    def build(self):
+        self.table = nn.Embedding(5, 4, max_norm=0.5)
+
+    def loss(self, x, y):
+        return super().loss(x + self.table(y) + self.table(y.flip(0)), y)
+
+
+class Anomaly(Base):
+    options: ClassVar[dict] = {"detect_anomaly": True}
+
+
+class OutArgument(Base):
+    def loss(self, x, y):
+        shifted = torch.empty_like(x)
+        torch.add(x, 0.1 * self.calls, out=shifted)
+        torch.mul(shifted, 0.9, out=shifted)
+        return super().loss(shifted, y)
+
+
+class ComplexNumbers(Base):
+    def build(self):
+        self.phase = nn.Parameter(torch.randn(8))
+
+    def loss(self, x, y):
+        h = self.net[:2](x)
+        h = torch.fft.fft(h) * torch.polar(torch.ones_like(self.phase), self.phase).conj()
+        h = torch.view_as_real(torch.fft.ifft(h))[..., 0] + h.imag * 0.1
+        return F.cross_entropy(self.net[2:](h), y)
+
+
+class Sorted(Base):
+    def loss(self, x, y):
+        h, order = self.net[:2](x).sort(1, descending=True)
+        h = h.gather(1, order.argsort(1).flip(1)) + h.cummax(1).values
+        return F.cross_entropy(self.net[2:](h.unfold(1, 3, 1).mean(-1).repeat(1, 2)[:, :8]), y)
+
+
+class Truncated(Base):
+    """A recurrent state that is kept for the next batch, cut from its graph."""
+
+    layers = nn.GRUCell
+
+    def build(self):
+        self.net = None
+        self.cell, self.out = nn.GRUCell(4, 8), nn.Linear(8, 3)
+        self.state = torch.zeros(8, 8).double()
+
+    def loss(self, x, y):
+        h = self.cell(x, self.state)
+        h2 = self.cell(x.flip(0), h)
+        self.state = h2.detach()
+        self.state[self.calls % 8] = 0
+        return F.cross_entropy(self.out(h2), y)
+
+
+class DetachedInPlace(Base):
+    def loss(self, x, y):
+        aim = self.net(x)
+        aim.detach_()
+        return super().loss(x, y) + F.mse_loss(self.net(x + 0.1), aim)
+
+
+class Replaced(Base):
+    """A parameter that is made anew between batches."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 1:
+            self.net[4].bias = nn.Parameter(self.net[4].bias.detach() + 0.1)
+
+
+class ManyHeads(Base):
+    """Losses in turn."""
+
+    def build(self):
+        self.heads = nn.ModuleList([mlp(8, 5, 3) for _ in range(3)])
+
+    def loss(self, x, y):
+        return F.cross_entropy(self.heads[self.calls % 3](self.net[:2](x)), y)
+
+
+class Distilled(Base):
+    """A big network, frozen and in evaluation mode, says what to learn."""
+
+    def build(self):
+        self.big = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3))
+        self.big.requires_grad_(False)
+
+    def loss(self, x, y):
+        self.big.eval()
+        soft = F.log_softmax(self.big(x) / 2, -1)
+        return super().loss(x, y) + F.kl_div(F.log_softmax(self.net(x) / 2, -1), soft, log_target=True)
+
+
+class Ordinal(Base):
+    """A loss with data-dependent loops and numbers read off the network."""
+
+    def loss(self, x, y):
+        out = self.net(x)
+        total = out.new_zeros(())
+        for label in y.unique().tolist():
+            total = total + (out[y == label].mean(0) - float(label)).square().sum()
+        if float(out.detach().norm()) > 1.0:
+            total = total + 0.01 * out.square().mean()
+        return total / int((y >= 0).sum())
+
+
 # ----------------------------------------------------------------------------------------------- shapes of the step
 
 
@@ -863,12 +991,15 @@ def test_what_no_energy_says_is_refused(kind, algorithm):
 
 
 DIFFERENTIATES = [Pinn, Maml, Dual]
+TWICE = [
+    *DIFFERENTIATES, Sam, TwoBackwards, Pgd, PgdInEval, Dqn, SemiSupervised, MeanTeacherData, Bank, ArrayAfter,
+    WrittenBatch, StochasticDepth, Spectral, Growing, Dataclass, CallsAgain,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "kind",
-    [*DIFFERENTIATES, Sam, TwoBackwards, Pgd, PgdInEval, Dqn, SemiSupervised, MeanTeacherData, Bank, ArrayAfter]
-    + [WrittenBatch, StochasticDepth, Spectral, Growing, Dataclass, CallsAgain],
+    TWICE,
     ids=lambda kind: kind.__name__,
 )
 def test_equilibrium_propagation_leaves_side_effects_of_one_step_and_has_one_answer(kind):
@@ -883,3 +1014,21 @@ def test_equilibrium_propagation_leaves_side_effects_of_one_step_and_has_one_ans
     assert all(p.isfinite().all() for p in ours.parameters())
     plain, _ = fitted(kind, ebm.EBMStrategy("equilibrium-propagation", layers=kind.layers, capture=False))
     assert far(plain, ours) < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_in_other_precisions_the_sweep_trains_about_as_stock_does(precision):
+    def run(strategy):
+        L.seed_everything(5, verbose=False)
+        module = Base()
+        loader = DataLoader(TensorDataset(X.float(), Y), 8)
+        trainer = L.Trainer(
+            max_epochs=3, strategy=strategy, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, precision=precision,
+        )  # fmt: skip
+        trainer.fit(module, loader)
+        return module
+
+    stock = run("auto")
+    for algorithm in ("zero-divergence", "pc-nudge"):
+        assert far(stock, run(ebm.EBMStrategy(algorithm))) < (1e-2 if precision == "64-true" else 8e-2)

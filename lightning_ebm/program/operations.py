@@ -79,6 +79,8 @@ def functional_form(func: Any, kind: Traits) -> Any:
     """The overload that returns what an in-place one writes to its first argument; None where there is none."""
     if kind.writes != (0,) or not kind.name.endswith("_") or not func._schema.name.startswith("aten::"):
         return None
+    if not func._schema.returns:  # on lists of tensors, of which the functional one returns as many
+        return None
     if kind.name == "copy_":  # its functional overload has no derivative
         return copied
     packet = getattr(torch.ops.aten, kind.name[:-1], None)
