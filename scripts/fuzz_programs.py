@@ -551,6 +551,8 @@ class Counts:
     equal: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
+    examples: dict[str, str] = field(default_factory=dict)
+    """Of what was refused."""
     skipped: int = 0
 
 
@@ -674,6 +676,7 @@ class Fuzz:
             if isinstance(quick, str) or isinstance(plain, str):
                 if quick == plain and quick.startswith("refused"):  # type: ignore[union-attr]
                     self.counts.refused[str(quick)] += 1
+                    self.counts.examples.setdefault(str(quick), label)
                 else:
                     self._wrong(label, f"fast: {short(quick)}; plain: {short(plain)}")
                 continue
@@ -783,7 +786,7 @@ def main() -> int:
     print("equal:", dict(counts.equal))
     print("refused:")
     for why, count in counts.refused.most_common():
-        print(f"  {count:5d} {why}")
+        print(f"  {count:5d} {why}\n        such as {counts.examples[why]}")
     print("wrong:", len(counts.wrong))
     for why, count in Counter(reason(text.splitlines()[-1].strip()) for text in counts.wrong).most_common():
         print(f"  {count:5d} {why}")

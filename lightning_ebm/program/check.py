@@ -30,7 +30,9 @@ def check_against_autograd(module: nn.Module, program: Program, plan: Plan, loss
     leaves = [leaf for leaf in graph_of([loss])[0] if not leaf._backward_hooks]
     seen = program.run(at_prediction())
     ours = exact_rule(seen, plan, leaves)
-    true = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+    ours = [None if g is None else g.to_dense() for g in ours]
+    found = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+    true = [None if t is None else t.to_dense() for t in found]
     rounding = max(seen.rounding, torch.finfo(loss.dtype).eps)
     largest = max((float(t.abs().max()) for t in true if t is not None and t.numel()), default=0.0)
     for leaf, g, t in zip(leaves, ours, true, strict=True):
@@ -75,7 +77,9 @@ def exact_rule(seen: Pass, plan: Plan, leaves: Sequence[Tensor]) -> list[Tensor 
 
 
 def _refuse(what: str, program: Program) -> None:
-    special = sorted({str(node.func) for node in program.record.nodes if not isinstance(node.func, torch._ops.OpOverload)})
+    special = sorted(
+        {str(node.func) for node in program.record.nodes if not isinstance(node.func, torch._ops.OpOverload)}
+    )
     there = [name for name in special if "stands_for" not in name]
     raise UnsupportedModuleError(
         f"The step cannot be repeated at other states: {what}."

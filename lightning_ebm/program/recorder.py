@@ -78,6 +78,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         written = tensors_at(kind, args, kwargs) if kind.writes else []
         repeated = None
         off = not torch.is_grad_enabled() or func is _DETACH or (kind.dynamic and kind.name not in _SLOPED)
+        off = off or self._unseen_by_autograd(written)
         if kind.random and not off:
             repeated = repeated_without_drawing(kind, func, args, kwargs)
             off = repeated is None
@@ -329,6 +330,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                         self.held[value] = content
             if self._undo is not None and (self.known(tensor) is None or self.known(tensor).node is None):  # type: ignore[union-attr]
                 self._undo.append((tensor, tensor.detach().clone()))
+
+    def _unseen_by_autograd(self, written: Sequence[Tensor]) -> bool:
+        """Whether a detached alias is written to: the graph of what shares its memory stays as it is."""
+        return any(
+            not tensor.requires_grad
+            and tensor.grad_fn is None
+            and any(alias.requires_grad for alias in self._aliasing.others(tensor))
+            for tensor in written
+        )
 
     def _constant_from_now(self, tensor: Tensor) -> None:
         """Written to while gradients are off: what it holds from now on is a constant, or a leaf's new value."""
