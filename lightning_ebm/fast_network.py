@@ -125,7 +125,8 @@ class FastNetwork(Network):
 
     def _key(self, kind: Key, point: Sequence[Tensor]) -> Key:
         """All that code depends on besides the program."""
-        return (*kind, self._settings, *((x.shape, x.stride(), x.dtype) for x in point))
+        fixed = self._settings, self.batch_size, self.loss_scale
+        return (*kind, *fixed, *((x.shape, x.stride(), x.dtype) for x in point))
 
     def _code(self, key: Key, kind: Key, evaluate: Evaluate, point: Sequence[Tensor]) -> Code | None:
         if self._settings is None:

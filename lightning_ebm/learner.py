@@ -112,6 +112,7 @@ class Learner:
         The closure is run once; with energies whose free equilibrium is not the forward pass twice, the first time
         without side effects (see `lightning_ebm.purity`).
         """
+        self._refuse_scaler()
         step = self.begin(closure)
         with step.first_pass(refuse_backward):
             losses = [closure()]
@@ -160,6 +161,15 @@ class Learner:
             return nullcontext()
         parts = self.module, self.algorithm, self._evaluated, run, self._quiet, _unheard, self.loss_reduction
         return Step(*parts, [], code=self._code).at_free_equilibrium()
+
+    def _refuse_scaler(self) -> None:
+        """Under Fabric with 16-bit floats gradients are divided by a scale that nothing here has multiplied by."""
+        precision = getattr(getattr(self.module, "_strategy", None), "precision", None)
+        if getattr(precision, "scaler", None) is not None:
+            raise ConfigurationError(
+                f"{type(precision).__name__} of Fabric scales the loss and divides gradients by the scale before the"
+                ' optimizer steps; the learner does not see that scale. Use precision="bf16-mixed" or "32-true".'
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What parts of the algorithm carry from one step to the next, such as the stand of `RandomSign`."""

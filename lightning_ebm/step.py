@@ -14,7 +14,7 @@ from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure, checked_loss
 from lightning_ebm.delivery import slopes_of
 from lightning_ebm.energies.base import is_divergence, rests_at_prediction
-from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError, UnsupportedModuleError
+from lightning_ebm.errors import ConfigurationError, EBMError, RelaxationDivergedError, UnsupportedModuleError
 from lightning_ebm.fast_network import FastNetwork
 from lightning_ebm.holding import Holding
 from lightning_ebm.linearization import Linearization
@@ -145,7 +145,11 @@ class Step:
         self._recorder.on_backward = on_backward
         replace = self._states_in_place() if self._relaxes_before() else nothing_in_place
         with self._programs.recording(self._recorder, replace), self._derivatives():
-            yield
+            if replace is nothing_in_place:
+                yield
+            else:
+                with _told_of_states_in_place():
+                    yield
 
     def _relaxes_before(self) -> bool:
         """Whether the user's pass must be run at a free equilibrium that is not the forward pass."""
@@ -165,18 +169,18 @@ class Step:
         return all(not mark.prediction.shape.numel() for mark in self._program.marks)
 
     def _quietly(self, find: Callable[[Recorder, Any], Found]) -> None:
-        """A pass without side effects, and what it was."""
+        """A pass without side effects, and what it was, found out before they are undone."""
         recorder = Recorder(undoes=True)
         try:
             with (
                 Snapshot(self._module, frozenset()).replaying(),
                 self._quiet(),
                 torch.enable_grad(),
-                self._programs.recording(recorder),
-                self._derivatives(),
             ):
-                returned = self._closure()
-            self._take(find(recorder, returned), recorder, returned)
+                with self._programs.recording(recorder), self._derivatives():
+                    returned = self._closure()
+                # While its graph can be differentiated: what that saved has not been written to.
+                self._take(find(recorder, returned), recorder, returned)
         finally:
             recorder.undo()
 
@@ -327,6 +331,11 @@ class Step:
         assert self._known is not None
         value, record = self._recorder.value(loss), self._recorder.settle()
         found = self._known.outline.repeated_by(record, value)
+        before, binding = self._program, self._binding
+        if not isinstance(found, str):
+            self._program = Program(record, found[0], value)
+            if not _fix_the_same(before, binding, self._program, found[1]):
+                found = "what they were given"
         if isinstance(found, str):
             raise UnsupportedModuleError(
                 "For this energy the step runs twice: quietly, to find the free equilibrium, and then with its states"
@@ -334,7 +343,7 @@ class Step:
                 " outside of the module that each run changes, so that the states are of another network. Let the flow"
                 " depend on the batch alone, or take a divergence energy such as ebm.PredictiveCoding()."
             )
-        self._program = Program(record, found[0], value)
+        assert self._program is not None
         states = at_states(dict(zip([mark.key for mark in found[0]], free.point, strict=True)))
         with torch.enable_grad():
             network.adopt(free.point, self._program.run(states), self._run)
@@ -619,6 +628,45 @@ def free_equilibrium(network: Network, algorithm: Algorithm, start: Sequence[Ten
         start = [torch.zeros_like(x) for x in network.free] if algorithm.initial_state == "zeros" else network.free
     with torch.no_grad():
         return (algorithm.free_relaxer or algorithm.relaxer).relax(network, network.feasible(list(start)), 0.0)
+
+
+def _fix_the_same(
+    before: Program | None, old: dict[Value, Value] | None, now: Program, new: dict[Value, Value]
+) -> bool:
+    """Whether two passes of one known program were given the same numbers, which parameters need not be compared for.
+
+    Args:
+        before: the first pass.
+        old: its values by those of the pass that was examined; None where it is that pass.
+        now: the second pass.
+        new: its values by those of the pass that was examined.
+    """
+    assert before is not None
+    examined = {mine: known for known, mine in old.items()} if old is not None else None
+    for value in before.given():
+        other = new.get(value if examined is None else examined[value])
+        if value in before.record.leaves or other is None:
+            continue
+        one, another = before.content(value), now.content(other)
+        if one.data_ptr() != another.data_ptr() and not torch.equal(one, another):
+            return bool(one.is_floating_point() and one.isnan().any())
+    return True
+
+
+@contextmanager
+def _told_of_states_in_place() -> Iterator[None]:
+    """Says what is special about a run that fails where the quiet one before did not."""
+    try:
+        yield
+    except EBMError:
+        raise
+    except Exception as error:
+        raise UnsupportedModuleError(
+            "For this energy the step runs twice: quietly, to find the free equilibrium, and then with its states in"
+            f" place. The second run raised {type(error).__name__}: {error} A derivative that the step takes through"
+            " its layers does not exist there, as states are values of their own. Take a divergence energy such as"
+            " ebm.PredictiveCoding(), under which the step runs once and uncut."
+        ) from error
 
 
 def _announce(network: object, strength: complex, held: bool = False) -> None:

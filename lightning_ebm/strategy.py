@@ -170,7 +170,7 @@ class EnergyStrategy(Strategy):
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Relaxes, and lets Lightning run its backward on the scalar whose gradient is the update."""
         recorder = self._recorder
-        with nullcontext() if recorder is None else recorder.pausing():
+        with nullcontext() if recorder is None else recorder.handing_over():
             surrogate = self._surrogate(closure_loss)
             with SeenBackward(partial(self._second_backward, surrogate)):
                 loss = super().backward(surrogate, optimizer, *args, **kwargs)
@@ -212,7 +212,7 @@ class EnergyStrategy(Strategy):
                 type(self._module).__name__,
             )
         gradient = options.get("gradient")
-        with recorder.pausing():
+        with recorder.handing_over():
             step = self._begun(recorder)
             surrogate = step.surrogate(loss)
             self._print_layers()

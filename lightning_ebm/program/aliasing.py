@@ -32,9 +32,11 @@ class Aliasing:
                 self._groups.setdefault(_memory(alias), []).append(ref)
         self._unsorted.clear()
         found: dict[int, Tensor] = {}
-        for ref in self._groups.get(_memory(tensor), ()):
+        if not (memory := _memory(tensor)):
+            return []
+        for ref in self._groups.get(memory, ()):
             alias = ref()
-            if alias is not None and alias is not tensor and _memory(alias) == _memory(tensor):
+            if alias is not None and alias is not tensor and _memory(alias) == memory:
                 found[id(alias)] = alias
         return list(found.values())
 
@@ -104,7 +106,11 @@ def _places(memory: Tensor, size: torch.Size, stride: tuple[int, ...], offset: i
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """Where a tensor lies; 0 of what has no memory that could be written to."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # tangents that are zero, and what a transform of torch.func wraps
+        return 0
 
 
 def _order(tensor: Tensor) -> tuple[int, ...]:

@@ -45,9 +45,13 @@ def watched(
     names: dict[nn.Module, str] = {}
     weighted: dict[nn.Module, bool] = {}
 
+    def marks_now() -> bool:
+        # Inside of a transform of torch.func modules see wrapped tensors: what they compute is part of what follows.
+        return torch.is_grad_enabled() and not recorder.paused and torch._C._functorch.peek_interpreter_stack() is None
+
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         drive = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if module in names and drive is not None and torch.is_grad_enabled() and not recorder.paused:
+        if module in names and drive is not None and marks_now():
             drives[module] = recorder.value(drive)
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -56,7 +60,7 @@ def watched(
         number = counts.get(module, 0)
         counts[module] = number + 1
         drive = drives.pop(module, None)
-        if recorder.paused or not torch.is_grad_enabled():
+        if not marks_now():
             return output
         leaves, rebuild = flattened(output)
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and _is_continuous(leaf)]

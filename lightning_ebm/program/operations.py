@@ -79,12 +79,21 @@ def functional_form(func: Any, kind: Traits) -> Any:
     """The overload that returns what an in-place one writes to its first argument; None where there is none."""
     if kind.writes != (0,) or not kind.name.endswith("_") or not func._schema.name.startswith("aten::"):
         return None
+    if not func._schema.returns:  # on lists of tensors, of which the functional one returns as many
+        return None
+    if kind.name == "copy_":  # its functional overload has no derivative
+        return copied
     packet = getattr(torch.ops.aten, kind.name[:-1], None)
     found = getattr(packet, func._overloadname, None)
     if found is None or found._schema.is_mutable:
         return None
     same = [a.name for a in found._schema.arguments] == [a.name for a in func._schema.arguments]
     return found if same else None
+
+
+def copied(before: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """What a tensor holds after `before.copy_(source)`."""
+    return source.to(device=before.device, dtype=before.dtype).expand(before.shape).clone()
 
 
 def tensors_at(kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -40,6 +41,8 @@ TakesCare = Callable[[Tensor, dict[str, Any]], bool]
 
 _BACKWARD = ("gradient", "retain_graph", "create_graph", "inputs")
 _BY_MASK = frozenset({"index", "masked_select"})
+_SLOPED = _BY_MASK | {"_ctc_loss"}
+"""Operations that have a slope, though the shape of what they give depends on values."""
 _PUT_BY_MASK = frozenset({"index_put", "index_put_", "_index_put_impl_"})
 _DETACH = torch.ops.aten.detach.default
 
@@ -80,7 +83,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kind = traits(func)
         written = tensors_at(kind, args, kwargs) if kind.writes else []
         repeated = None
-        off = not torch.is_grad_enabled() or func is _DETACH or (kind.dynamic and kind.name not in _BY_MASK)
+        off = not torch.is_grad_enabled() or func is _DETACH or (kind.dynamic and kind.name not in _SLOPED)
+        off = off or self._unseen_by_autograd(written)
         if kind.random and not off:
             repeated = repeated_without_drawing(kind, func, args, kwargs)
             off = repeated is None
@@ -282,6 +286,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.record.inputs[value] = tensor
         if tensor.requires_grad:
             self.record.leaves[value] = tensor
+        elif not tensor.untyped_storage().resizable():  # NumPy's memory, or other processes'
+            with self.pausing():
+                self.record.inputs[value] = tensor.detach().clone(memory_format=torch.preserve_format)
         return value
 
     def _bind(self, tensor: Tensor, value: Value) -> None:
@@ -321,11 +328,27 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 held = self.held.pop(value, None)
                 if held is not None:
                     self._written_over.append(held)  # still there: what shares its memory is read from it
-                if value in self._marked:
-                    assert held is not None
-                    self.held[value] = held.detach().clone()
+                content = None
+                while value in self._marked:  # what the call returned, under each name that it was marked by
+                    if content is None:
+                        assert held is not None
+                        content = held.detach().clone()
+                    self.held[value] = content
+                    assert value.node is not None
+                    value = value.node.args[0]
+                    if self.held.pop(value, None) is not None:
+                        self.held[value] = content
             if self._undo is not None and (self.known(tensor) is None or self.known(tensor).node is None):  # type: ignore[union-attr]
                 self._undo.append((tensor, tensor.detach().clone()))
+
+    def _unseen_by_autograd(self, written: Sequence[Tensor]) -> bool:
+        """Whether a detached alias is written to: the graph of what shares its memory stays as it is."""
+        return any(
+            not tensor.requires_grad
+            and tensor.grad_fn is None
+            and any(alias.requires_grad for alias in self._aliasing.others(tensor))
+            for tensor in written
+        )
 
     def _constant_from_now(self, tensor: Tensor) -> None:
         """Written to while gradients are off: what it holds from now on is a constant, or a leaf's new value."""
@@ -343,6 +366,25 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             else:
                 del self._known[id(alias)]
 
+    def about_to_move(self, tensor: Tensor) -> None:
+        """The tensor is about to be given other memory: the record goes on with that which it has."""
+        value = self.known(tensor)
+        if value is None:
+            return
+        with self.pausing():
+            if self.record.inputs.get(value, self.record.leaves.get(value)) is tensor:
+                self.record.inputs[value] = tensor.detach()
+            if self.held.get(value) is tensor:
+                self.held[value] = tensor.detach()
+
+    def shared_with_numpy(self, tensor: Tensor) -> None:
+        """NumPy may write to the tensor's memory from now on, and nobody would see it: the record takes copies."""
+        with self.pausing():
+            self._about_to_write([tensor])
+        for alias in [tensor, *self._aliasing.others(tensor)]:
+            if not alias.requires_grad:
+                self._known.pop(id(alias), None)
+
     def forget(self, tensor: Tensor) -> None:
         """The tensor has been given other memory: what it holds is read anew."""
         self._known.pop(id(tensor), None)
@@ -350,14 +392,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def undo(self) -> None:
         """Puts back what was written to tensors that had been there before."""
         assert self._undo is not None
-        with torch.no_grad():
-            for tensor, content in reversed(self._undo):
+        undo, self._undo = self._undo, None
+        with self.pausing(), torch.no_grad():
+            for tensor, content in reversed(undo):
+                self._about_to_write([tensor])  # what the pass read of it afterwards
                 tensor.copy_(content)
-        self._undo.clear()
 
     def settle(self) -> Record:
         """The record, when the pass is over: leaves that the pass itself made are among them."""
-        # What a factory returned is handed on as a copy if it is held here: torch.zeros(3) is another tensor than this one.
+        # What a factory returned is handed on as a copy if it is held here: torch.zeros(3) is another than this one.
         seen = [*self.held.items(), *((value, ref()) for ref, value in self._known.values() if value.node is not None)]
         for value, tensor in seen:
             if tensor is not None and tensor.requires_grad and tensor.is_leaf and value not in self.record.leaves:
@@ -381,6 +424,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             yield
         finally:
             self.paused -= 1
+
+    @contextmanager
+    def handing_over(self) -> Any:
+        """Within it nothing is recorded, and gradients of leaves change, which the pass may read before and after."""
+        before = [leaf.grad for leaf in self.record.leaves.values() if leaf.grad is not None]
+        with self.pausing():
+            self._about_to_write(before)
+            yield
+        for leaf in self.record.leaves.values():
+            if leaf.grad is not None:
+                for alias in [leaf.grad, *self._aliasing.others(leaf.grad)]:
+                    self._known.pop(id(alias), None)
 
     def __enter__(self) -> "Recorder":
         calls = _Calls(self)
@@ -417,7 +472,8 @@ class _Calls(TorchFunctionMode):
             if func in _IN_PLACE:
                 recorder.forget(args[0])
             return result
-        if func is _SET_DATA:
+        if func == _SET_DATA:  # another object at every look
+            recorder.about_to_move(args[0])
             with recorder.pausing():
                 func(*args, **kwargs)
             return recorder.forget(args[0])
@@ -426,6 +482,12 @@ class _Calls(TorchFunctionMode):
             if listens is not None and listens(args[0], {**dict(zip(_BACKWARD, args[1:], strict=False)), **kwargs}):
                 return None
             return func(*args, **kwargs)
+        if func is F.gumbel_softmax:
+            return self._gumbel_softmax(*args, **kwargs)
+        if func in _NUMPY:
+            result = func(*args, **kwargs)
+            recorder.shared_with_numpy(args[0])
+            return result
         if func is _HOOK:
             tensor, hook = args[0], args[1] if len(args) > 1 else kwargs["hook"]
             value, owner = recorder.known(tensor), _owner(hook)
@@ -437,6 +499,19 @@ class _Calls(TorchFunctionMode):
                 recorder.record.hooks.setdefault(value, []).append(hook)
             return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _gumbel_softmax(
+        self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
+    ) -> Tensor:
+        """The same, operation by operation: torch's own detaches where no mode sees it."""
+        soft = F.gumbel_softmax(logits, tau=tau, eps=eps, dim=dim)
+        if not hard:
+            return soft
+        index = soft.max(dim, keepdim=True)[1]
+        picked = torch.zeros_like(logits, memory_format=torch.legacy_contiguous_format).scatter_(dim, index, 1.0)
+        with self:
+            cut = soft.detach()
+        return picked - cut + soft
 
 
 def _tensors(held: Any) -> list[Tensor]:
@@ -451,7 +526,8 @@ def _owner(hook: Any) -> str:
 _SET_DATA, _BACKWARD_OF, _HOOK = Tensor.data.__set__, Tensor.backward, Tensor.register_hook  # type: ignore[attr-defined]
 _IN_PLACE = frozenset({Tensor.detach_, torch.detach_})
 _DETACHES = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__, *_IN_PLACE})  # type: ignore[attr-defined]
-_SEEN = _DETACHES | {_SET_DATA, _HOOK, _BACKWARD_OF}
+_NUMPY: frozenset[Any] = frozenset([Tensor.numpy, Tensor.__array__])
+_SEEN = _DETACHES | _NUMPY | {F.gumbel_softmax, _SET_DATA, _HOOK, _BACKWARD_OF}
 
 
 def _refuse_unrecorded(tensor: Tensor) -> None:
