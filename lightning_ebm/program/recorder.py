@@ -526,7 +526,7 @@ def _owner(hook: Any) -> str:
 _SET_DATA, _BACKWARD_OF, _HOOK = Tensor.data.__set__, Tensor.backward, Tensor.register_hook  # type: ignore[attr-defined]
 _IN_PLACE = frozenset({Tensor.detach_, torch.detach_})
 _DETACHES = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__, *_IN_PLACE})  # type: ignore[attr-defined]
-_NUMPY: frozenset[Any] = frozenset([Tensor.numpy, Tensor.__array__])
+_NUMPY: frozenset[Any] = frozenset((Tensor.numpy, Tensor.__array__))  # type: ignore[arg-type]
 _SEEN = _DETACHES | _NUMPY | {F.gumbel_softmax, _SET_DATA, _HOOK, _BACKWARD_OF}
 
 
