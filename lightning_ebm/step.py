@@ -150,21 +150,25 @@ class Step:
         assert self._program is not None
         return all(not mark.prediction.shape.numel() for mark in self._program.marks)
 
-    def _recorded_quietly(self) -> tuple[Recorder, Any]:
-        """The record of a pass without side effects, and what it returned."""
+    @contextmanager
+    def _recorded_quietly(self) -> Iterator[tuple[Recorder, Any]]:
+        """The record of a pass without side effects, and what it returned.
+
+        What the pass wrote to is put back at the end of the body, which may differentiate what was returned.
+        """
         recorder = Recorder(undoes=True)
-        try:
-            with (
-                Snapshot(self._module, frozenset()).replaying(),
-                self._quiet(),
-                torch.enable_grad(),
-                self._programs.recording(recorder),
-                self._derivatives(),
-            ):
-                returned = self._closure()
-        finally:
-            recorder.undo()
-        return recorder, returned
+        with (
+            Snapshot(self._module, frozenset()).replaying(),
+            self._quiet(),
+            torch.enable_grad(),
+            self._derivatives(),
+        ):
+            try:
+                with self._programs.recording(recorder):
+                    returned = self._closure()
+                yield recorder, returned
+            finally:
+                recorder.undo()
 
     def _states_in_place(self) -> Replace:
         """Relaxes to the free equilibrium; gives the states that are to stand for what the layers return."""
@@ -184,8 +188,8 @@ class Step:
 
     def examine(self) -> Plan:
         """Finds the layers by a pass without side effects, which `true_gradients` and `again` then are about."""
-        recorder, loss = self._recorded_quietly()
-        self._take(self._programs.of(recorder, checked_loss(loss)), recorder, loss)
+        with self._recorded_quietly() as (recorder, loss):
+            self._take(self._programs.of(recorder, checked_loss(loss)), recorder, loss)
         assert self._known is not None
         return self._known.plan
 
@@ -406,8 +410,8 @@ class Step:
     @contextmanager
     def at_free_equilibrium(self) -> Iterator[None]:
         """Within it the module computes with its states at the free equilibrium, and nothing is recorded."""
-        recorder, _ = self._recorded_quietly()
-        self._take(self._programs.without_loss(recorder), recorder)
+        with self._recorded_quietly() as (recorder, _):
+            self._take(self._programs.without_loss(recorder), recorder)
         assert self._program is not None and self._known is not None
         if self._is_free_forward(self._known.plan) or self._is_empty:
             yield

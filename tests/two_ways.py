@@ -647,5 +647,3 @@ CHANGING = [
     written_before_and_after, a_leaf_made_of_a_constant, *map(step_with, LATE_CHANGES), *KINDS,
 ]  # fmt: skip
 """Steps that do something else in every batch, or from one on, and show it in no shape of the batch."""
-WITHOUT_CODE = {hook_on_a_hidden_tensor: ""}
-"""These stay with the plain way, for the reason given."""

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ebm.program.interpreter import Program
-from lightning_ebm.program.operations import tensors_at, traits
+from lightning_ebm.program.operations import functional_form, tensors_at, traits
 from lightning_ebm.program.record import Node, Value, stands_for
 
 log = logging.getLogger(__name__)
@@ -103,19 +103,31 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._bind(tensor, found)
         return found
 
+    def _is_own(self, tensor: Tensor) -> bool:
+        """Whether it was computed here, and nothing else lies in its memory."""
+        if (node := self._nodes.get(id(tensor))) is None or node.op != "call_function":
+            return False
+        memory = tensor.untyped_storage().data_ptr()
+        return all(other is tensor or other.untyped_storage().data_ptr() != memory for other in self._kept)
+
     def _bind(self, tensor: Tensor, node: fx.Node) -> None:
         self._nodes[id(tensor)] = node
         self._kept.append(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        kind = traits(func)
+        written = func
+        if kind.writes and (tensors := tensors_at(kind, args, kwargs)):
+            functional = functional_form(func, kind)
+            if functional is None or not self._is_own(tensors[0]):  # one stage may make what another writes to
+                raise NotImplementedError(f"{func} writes to a tensor")
+            written = functional
         result = func(*args, **kwargs)
         if func in _SAME_VALUE:
             self._bind(result, self.node(args[0]))
             return result
-        kind = traits(func)
-        if kind.writes and tensors_at(kind, args, kwargs):  # one stage may make what another writes to
-            raise NotImplementedError(f"{func} writes to a tensor")
+        func = written
         args, kwargs = self._seen(args), {name: self._seen((arg,))[0] for name, arg in kwargs.items()}
         key = None if kind.random or kind.name == "clone" else _key(func, (*args, *kwargs.items()))
         node = None if key is None else self._made.get(key)

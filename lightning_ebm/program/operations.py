@@ -80,11 +80,25 @@ def functional_form(func: Any, kind: Traits) -> Any:
     if kind.writes != (0,) or not kind.name.endswith("_") or not func._schema.name.startswith("aten::"):
         return None
     packet = getattr(torch.ops.aten, kind.name[:-1], None)
-    found = getattr(packet, func._overloadname, None)
-    if found is None or found._schema.is_mutable:
+    if packet is None:
         return None
-    same = [a.name for a in found._schema.arguments] == [a.name for a in func._schema.arguments]
-    return found if same else None
+    wanted = [(a.name, str(a.type)) for a in func._schema.arguments]
+    for overload in (func._overloadname, *packet.overloads()):  # transpose_.default is transpose.int
+        found = getattr(packet, overload, None)
+        if found is None or found._schema.is_mutable:
+            continue
+        if [(a.name, str(a.type)) for a in found._schema.arguments] == wanted:
+            return found
+    return None
+
+
+def copied(source: Tensor, like: tuple[Any, ...]) -> Tensor:
+    """What a tensor of a given shape, strides, dtype and device holds once another one has been copied into it."""
+    shape, stride, dtype, device = like[:4]
+    order = sorted(range(len(shape)), key=lambda d: (-stride[d], -shape[d]))
+    back = [order.index(d) for d in range(len(shape))]
+    turned = source.to(device, dtype).expand(shape).permute(order)
+    return turned.clone(memory_format=torch.contiguous_format).permute(back)
 
 
 def tensors_at(kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

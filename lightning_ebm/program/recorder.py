@@ -21,8 +21,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.aliasing import Aliasing
-from lightning_ebm.program.operations import BATCH_NORMS, Traits, functional_form, tensors_at, traits
-from lightning_ebm.program.random_draws import repeated_without_drawing
+from lightning_ebm.program.operations import BATCH_NORMS, Traits, copied, functional_form, tensors_at, traits
+from lightning_ebm.program.random_draws import draws, repeated_without_drawing
 from lightning_ebm.program.record import (
     Mark,
     Node,
@@ -75,8 +75,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         written = tensors_at(kind, args, kwargs) if kind.writes else []
         repeated = None
         off = not torch.is_grad_enabled() or func is _DETACH or (kind.dynamic and kind.name not in _BY_MASK)
-        if kind.random and not off:
-            repeated = repeated_without_drawing(kind, func, args, kwargs)
+        if kind.random and not off and draws(func, args, kwargs):
+            repeated = repeated_without_drawing(kind, args)
             off = repeated is None
         if off:
             self._about_to_write(written)
@@ -172,6 +172,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The same operation without writing to anything."""
         if kind.name in BATCH_NORMS:  # statistics of the batch; those that run are no part of what is differentiated
             node.args = (*node.args[:3], None, None, *node.args[5:])
+        elif kind.name == "copy_":  # of what was there before only the kind of tensor matters
+            target, source = node.args[:2]
+            node.func, node.args, node.kwargs = copied, (source, target.meta), {}
         elif (functional := functional_form(node.func, kind)) is not None:
             node.func = functional
         else:
@@ -313,7 +316,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._written_over.append(held)  # still there: what shares its memory is read from it
                 if value in self._marked:
                     assert held is not None
-                    self.held[value] = held.detach().clone()
+                    kept = held.detach().clone()
+                    while value.node is not None and value.node.func is stands_for:
+                        self.held[value] = kept
+                        value = value.node.args[0]
+                    self.held[value] = kept
             if self._undo is not None and (self.known(tensor) is None or self.known(tensor).node is None):  # type: ignore[union-attr]
                 self._undo.append((tensor, tensor.detach().clone()))
 
@@ -338,9 +345,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known.pop(id(tensor), None)
 
     def undo(self) -> None:
-        """Puts back what was written to tensors that had been there before."""
+        """Puts back what was written to tensors that had been there before; the record keeps what it read of them."""
         assert self._undo is not None
-        with torch.no_grad():
+        changing = {tensor.untyped_storage().data_ptr() for tensor, _ in self._undo}
+        for contents in (self.record.inputs, self.held):
+            for value, tensor in contents.items():
+                if tensor.untyped_storage().data_ptr() in changing:
+                    contents[value] = tensor.detach().clone()
+        with torch.no_grad(), self.pausing():
             for tensor, content in reversed(self._undo):
                 tensor.copy_(content)
         self._undo.clear()
