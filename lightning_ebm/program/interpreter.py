@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_ebm.energies import LayerView
 from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value
+from lightning_ebm.program.seams import hooked_input, hooked_output
 
 StateOf = Callable[[StateKey, Tensor], Tensor | None]
 """Chooses x_l from the key and the prediction; None leaves the call alone."""
@@ -114,7 +115,7 @@ class Program:
                 state = state_of(mark.key, prediction)
                 state = prediction if state is None else state
                 narrower = state.dtype != original.dtype and not state.is_complex()
-                held[mark.state] = state.to(original.dtype) if narrower else state
+                held.hand_out(mark.state, state.to(original.dtype) if narrower else state)
                 seen.layers.append(Call(mark.key, mark.module, drive, prediction, state))
                 seen.rounding = max(seen.rounding, mark.rounding)
             for value in self._last.get(node, ()):
@@ -143,13 +144,23 @@ class Program:
 
     def not_traceable(self) -> str | None:
         """Why no code can be traced from it, if so: user's own code runs in its midst."""
-        if self.record.hooks:
-            return "gradient hooks"
         if any(node.written for node in self.order):
             return "operations that write to several tensors"
+        return self.user_code()
+
+    def user_code(self) -> str | None:
+        """Which code of the user's own runs in its backward pass, if any."""
+        if self.record.hooks:
+            return "gradient hooks"
         own = [node.func for node in self.order if not isinstance(node.func, torch._ops.OpOverload)]
-        strange = [func for func in own if getattr(func, "__module__", "").partition(".")[0] != __name__.partition(".")[0]]
-        return f"custom functions: {strange[0]}" if strange else None
+        if hooked_input in own or hooked_output in own:
+            return "backward hooks of modules"
+        library = __name__.partition(".")[0]
+        for func in own:
+            by = getattr(func, "__self__", func)  # the class of a custom function, of which its `apply` is recorded
+            if getattr(by, "__module__", "").partition(".")[0] != library:
+                return f"custom functions: {getattr(by, '__name__', by)}"
+        return None
 
     def outline(self) -> "Program":
         """The same program without any tensor of the batch: it runs on what is given."""
@@ -183,6 +194,15 @@ class Held:
 
     def __setitem__(self, value: Value, tensor: Tensor) -> None:
         self._tensors[value] = tensor
+
+    def hand_out(self, value: Value, state: Tensor) -> None:
+        """A state to those downstream, with the hooks that the user put on what the layer returned."""
+        hooks = self._record.hooks.get(value)
+        if hooks and state.requires_grad:
+            state = state.view_as(state)
+            for hook in hooks:
+                state.register_hook(hook)
+        self._tensors[value] = state
 
     def free(self, value: Value) -> None:
         """Nobody reads it any more."""

@@ -10,10 +10,12 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -75,6 +77,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         written = tensors_at(kind, args, kwargs) if kind.writes else []
         repeated = None
         off = not torch.is_grad_enabled() or func is _DETACH or (kind.dynamic and kind.name not in _BY_MASK)
+        off = off or any(self._is_hidden_from_autograd(tensor) for tensor in written)
         if kind.random and not off and draws(func, args, kwargs):
             repeated = repeated_without_drawing(kind, args)
             off = repeated is None
@@ -83,6 +86,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = func(*args, **kwargs)
             for tensor in written:
                 self._constant_from_now(tensor)
+            if kind.random and isinstance(result, Tensor) and not written:
+                self._constant(result)
             return result
         named = self._seen_by_name(kwargs) if kwargs else kwargs
         node = Node(func, self._seen(args), named)
@@ -324,6 +329,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self._undo is not None and (self.known(tensor) is None or self.known(tensor).node is None):  # type: ignore[union-attr]
                 self._undo.append((tensor, tensor.detach().clone()))
 
+    def _is_hidden_from_autograd(self, tensor: Tensor) -> bool:
+        """Whether autograd sees no write to it in the tensors that lie in the same memory: it is their `.data`."""
+        return not tensor.requires_grad and any(alias.requires_grad for alias in self._aliasing.others(tensor))
+
+    def _constant(self, tensor: Tensor) -> None:
+        """What was drawn has no slope, whatever autograd makes of it later."""
+        value = Value(None, outside_meta_of(tensor))
+        self._bind(tensor, value)
+        self.record.inputs[value] = tensor
+
     def _constant_from_now(self, tensor: Tensor) -> None:
         """Written to while gradients are off: what it holds from now on is a constant, or a leaf's new value."""
         for alias in [tensor, *self._aliasing.others(tensor)]:
@@ -408,6 +423,9 @@ class _Calls(TorchFunctionMode):
         recorder = self._recorder
         if recorder.paused or func not in _SEEN:
             return func(*args, **kwargs)
+        if func is F.gumbel_softmax:  # it detaches within, where calls are not seen unless it runs within this mode
+            with self:
+                return _gumbel_softmax(*args, **kwargs)
         if func in _DETACHES:
             before, recorder.asked = recorder.asked, True
             try:
@@ -441,7 +459,13 @@ def _owner(hook: Any) -> str:
 
 _IN_PLACE = frozenset({Tensor.detach_, torch.detach_})
 _DETACHES = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__, *_IN_PLACE})  # type: ignore[attr-defined]
-_SEEN = _DETACHES | {Tensor.data.__set__, Tensor.register_hook}  # type: ignore[attr-defined]
+_SEEN = _DETACHES | {Tensor.data.__set__, Tensor.register_hook, F.gumbel_softmax}  # type: ignore[attr-defined]
+_gumbel_softmax = FunctionType(
+    F.gumbel_softmax.__code__,
+    {**F.gumbel_softmax.__globals__, "has_torch_function_unary": lambda tensor: False},
+    argdefs=F.gumbel_softmax.__defaults__,
+)
+"""torch's own code, which does not ask again whether a mode wants to run it."""
 
 
 def _refuse_unrecorded(tensor: Tensor) -> None:
