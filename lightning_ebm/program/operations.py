@@ -95,6 +95,8 @@ def functional_form(func: Any, kind: Traits) -> Any:
 def copied(source: Tensor, like: tuple[Any, ...]) -> Tensor:
     """What a tensor of a given shape, strides, dtype and device holds once another one has been copied into it."""
     shape, stride, dtype, device = like[:4]
+    if source.is_complex():  # a state that was real when this was recorded
+        dtype = source.dtype
     order = sorted(range(len(shape)), key=lambda d: (-stride[d], -shape[d]))
     back = [order.index(d) for d in range(len(shape))]
     turned = source.to(device, dtype).expand(shape).permute(order)
