@@ -22,14 +22,14 @@ def layered() -> nn.Module:
 
 
 def updates(
-    algorithm: ebm.Algorithm, dtype: torch.dtype = torch.float64, make=layered, **options: bool
+    algorithm: ebm.Algorithm, dtype: torch.dtype = torch.float64, make=layered, counts=(7, 7, 7), **options: bool
 ) -> tuple[list[dict[str, Tensor]], ebm.Learner]:
-    """Of batches that repeat, of which the last is smaller, and after which the weights have moved."""
+    """Of batches that repeat, after each of which the weights move."""
     torch.manual_seed(0)
     net = make().to(dtype)
     learner, found = ebm.Learner(net, algorithm, **options), []
     generator = torch.Generator().manual_seed(1)
-    for count in (7, 7, 7, 4, 4, 4, 7):
+    for count in counts:
         x, y = (
             torch.randn(count, net[0].in_features, generator=generator, dtype=torch.float64).to(dtype),
             torch.arange(count) % 3,
@@ -53,7 +53,7 @@ ALGORITHMS = {
 @needs_compiler
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_compiled_steps_end_where_the_plain_ones_do(algorithm: str) -> None:
-    """With dropout masks and a smaller last batch."""
+    """With dropout masks."""
     make = small(layered) if algorithm in ("sweeps", "dual") else layered
     plain, _ = updates(ALGORITHMS[algorithm](), make=make, capture=False)
     fast, learner = updates(ALGORITHMS[algorithm](), make=make, compile=True)
@@ -61,6 +61,14 @@ def test_compiled_steps_end_where_the_plain_ones_do(algorithm: str) -> None:
     codes = learner._programs.latest.traced.codes.values()
     assert codes
     assert all(isinstance(code, Code) for code in codes)
+
+
+@needs_compiler
+def test_a_smaller_batch_is_code_of_its_own() -> None:
+    counts = (7, 7, 7, 4, 4, 4, 7)
+    plain, _ = updates(pc(), counts=counts, capture=False)
+    fast, _ = updates(pc(), counts=counts, compile=True)
+    assert apart(fast, plain) < 1e-10
 
 
 @needs_compiler
