@@ -177,7 +177,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The same operation without writing to anything."""
         if kind.name in BATCH_NORMS:  # statistics of the batch; those that run are no part of what is differentiated
             node.args = (*node.args[:3], None, None, *node.args[5:])
-        elif kind.name == "copy_" and node.args[0].meta[2].is_complex >= node.args[1].meta[2].is_complex:  # of what was there before only the kind of tensor matters
+        elif kind.name == "copy_" and node.args[0].meta[2].is_complex >= node.args[1].meta[2].is_complex:
+            # Of what was there before only the kind of tensor matters.
             target, source = node.args[:2]
             node.func, node.args, node.kwargs = copied, (source, target.meta), {}
         elif (functional := functional_form(node.func, kind)) is not None:
