@@ -191,8 +191,19 @@ def _stages(traced: fx.GraphModule, point: int) -> tuple[Callable[..., Any], Cal
     return fx.GraphModule(traced, once).forward, fx.GraphModule(traced, later).forward
 
 
+def _without_alpha(graph: fx.Graph) -> None:
+    """Writes x + alpha y as two operations: Inductor loses alpha where y is a product of matrices."""
+    for node in list(graph.nodes):
+        if node.target in (_aten.add.Tensor, _aten.sub.Tensor) and (alpha := node.kwargs.get("alpha", 1)) != 1:
+            with graph.inserting_before(node):
+                scaled = graph.call_function(_aten.mul.Tensor, (node.args[1], alpha))
+            node.args, node.kwargs = (node.args[0], scaled), {}
+
+
 def _compiled(forward: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any]:
     module: Any = forward.__self__  # type: ignore[attr-defined]
+    _without_alpha(module.graph)
+    module.recompile()
     try:
         return torch._inductor.compile(module, list(inputs))  # type: ignore[no-any-return]
     except Exception as error:  # no compiler, or an operation it does not have
