@@ -12,7 +12,6 @@ from lightning_modules import Template, data
 from torch.utils.data import DataLoader
 
 import lightning_ebm as ebm
-from lightning_ebm.capture import products
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 QUIET = {
@@ -134,25 +133,6 @@ def test_ends_bit_identical(case, tmp_path):
     resumed = end_of(trainer(algorithm, tmp_path, enable_checkpointing=False, **flags), make, tmp_path / "stopped.ckpt")
     assert len(whole) == len(resumed)
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
-
-
-class Repeats(Random):
-    """Its random number is a tensor, so that every step is the code of the first."""
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return Template.training_step(self, (x * (1 + 0.1 * torch.rand(())), y), batch_idx)
-
-
-@pytest.mark.parametrize("library", ["oneDNN", "kernel"])
-@pytest.mark.parametrize("case", ["mid-epoch", "first step", "accumulation, mid-epoch"])
-def test_products_of_other_libraries_end_bit_identical_too(case, library, tmp_path, monkeypatch):
-    """As those of larger networks: the step that is captured anew rounds as the captured one would have."""
-    monkeypatch.setattr(products, "_WORTH_IT", 1)
-    monkeypatch.setattr(products, "available", lambda: True)
-    monkeypatch.setattr(products, "kernel", products.torchs_kernel if library == "kernel" else lambda: None)
-    monkeypatch.setitem(CASES, case, CASES[case]._replace(make=Repeats))
-    test_ends_bit_identical(case, tmp_path)
 
 
 def test_a_run_stopped_twice_in_one_epoch(tmp_path):

@@ -98,7 +98,8 @@ def read_memory(memory: Tensor, size: torch.Size, stride: tuple[int, ...], offse
 
 def write_memory(memory: Tensor, written: Tensor, size: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
     """Flat memory after a view of it has been written to."""
-    return memory.scatter(0, _places(memory, size, stride, offset), written.reshape(-1))
+    dtype = torch.promote_types(memory.dtype, written.dtype)  # one alone may be complex by now
+    return memory.to(dtype).scatter(0, _places(memory, size, stride, offset), written.reshape(-1).to(dtype))
 
 
 def _places(memory: Tensor, size: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:

@@ -35,6 +35,10 @@ def check_against_autograd(module: nn.Module, program: Program, plan: Plan, loss
     found = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
     true = [None if t is None else t.to_dense() for t in found]
     rounding = max(seen.rounding, torch.finfo(loss.dtype).eps)
+    if not all(p is None or torch.isfinite(p).all() for p in true):
+        return
+    if program.user_code():
+        _check_proportional(program, plan, leaves, ours, rounding)
     largest = max((float(t.abs().max()) for t in true if t is not None and t.numel()), default=0.0)
     parting: dict[str, str] = {}
     for leaf, g, t in zip(leaves, ours, true, strict=True):
@@ -53,8 +57,32 @@ def check_against_autograd(module: nn.Module, program: Program, plan: Plan, loss
         _refuse(parting, program, plan)
 
 
-def exact_rule(seen: Pass, plan: Plan, leaves: Sequence[Tensor]) -> list[Tensor | None]:
-    """dL/dtheta from errors that are sent down, layer by layer: delta_l = sum over its children of J^T delta."""
+_SCALES = (1e-3, 1e3)
+
+
+def _check_proportional(
+    program: Program, plan: Plan, leaves: Sequence[Tensor], ours: Sequence[Tensor | None], rounding: float
+) -> None:
+    """Errors come in the scale of the nudge: backward code of the user's own must be proportional to its input."""
+    largest = max((float(g.abs().max()) for g in ours if g is not None and g.numel()), default=0.0)
+    for scale in _SCALES:
+        scaled = exact_rule(program.run(at_prediction()), plan, leaves, scale)
+        pairs = [(g, s / scale) for g, s in zip(ours, scaled, strict=True) if g is not None and s is not None]
+        if any(not float((g - s).abs().max()) <= 1e5 * rounding * largest for g, s in pairs if g.numel()):
+            raise UnsupportedModuleError(
+                "A gradient hook, or the backward code of a custom autograd function, gives something that is not"
+                " proportional to the gradient it is given, as clipping and taking signs do. Between layers errors"
+                " come in the scale of the nudge, so that it would do something else than under backprop. Clip the"
+                " gradients of parameters instead (Trainer(gradient_clip_val=...), or a hook on the parameter)."
+            )
+
+
+def exact_rule(seen: Pass, plan: Plan, leaves: Sequence[Tensor], scale: float = 1.0) -> list[Tensor | None]:
+    """dL/dtheta from errors that are sent down, layer by layer: delta_l = sum over its children of J^T delta.
+
+    Given a scale, the same of that multiple of the loss.
+    """
+    top = torch.full_like(seen.loss, scale)
     states = seen.states
     errors: list[Tensor | None] = [None] * len(states)
 
@@ -67,11 +95,11 @@ def exact_rule(seen: Pass, plan: Plan, leaves: Sequence[Tensor]) -> list[Tensor 
             before = errors[p]
             errors[p] = part if before is None else before if part is None else before + part
 
-    send(seen.loss, torch.ones_like(seen.loss), plan.loss_parents)
+    send(seen.loss, top, plan.loss_parents)
     for k in range(len(states) - 1, -1, -1):
         if (error := errors[k]) is not None:
             send(seen.layers[k].prediction, error, plan.rows[k].parents)
-    tops = [(seen.loss, torch.ones_like(seen.loss))]
+    tops = [(seen.loss, top)]
     tops += [(call.prediction, e) for call, e in zip(seen.layers, errors, strict=True) if e is not None]
     live = [(top, weight) for top, weight in tops if top.requires_grad]
     if not live or not leaves:

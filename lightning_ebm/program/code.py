@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ebm.program.interpreter import Program
-from lightning_ebm.program.operations import tensors_at, traits
+from lightning_ebm.program.operations import functional_form, tensors_at, traits
 from lightning_ebm.program.record import Node, Value, stands_for
 
 log = logging.getLogger(__name__)
@@ -111,18 +111,32 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._bind(tensor, found)
         return found
 
+    def _is_own(self, tensor: Tensor) -> bool:
+        """Whether it was computed here, and nothing else lies in its memory."""
+        if (known := self._nodes.get(id(tensor))) is None or known[1].op != "call_function":
+            return False
+        memory = tensor.untyped_storage().data_ptr()
+        others = (ref() for ref, _ in self._nodes.values())
+        return not any(o is not None and o is not tensor and o.untyped_storage().data_ptr() == memory for o in others)
+
     def _bind(self, tensor: Tensor, node: fx.Node) -> None:
         self._nodes[id(tensor)] = weakref.ref(tensor), node
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        kind = traits(func)
+        written = func
+        if kind.writes and (tensors := tensors_at(kind, args, kwargs)):
+            functional = functional_form(func, kind)
+            if functional is None or not self._is_own(tensors[0]):  # one stage may make what another writes to
+                raise NotImplementedError(f"{func} writes to a tensor")
+            written = functional
         result = func(*args, **kwargs)
         if func in _SAME_VALUE:
             self._bind(result, self.node(args[0]))
             return result
+        func = written
         kind = traits(func)
-        if kind.writes and tensors_at(kind, args, kwargs):  # one stage may make what another writes to
-            raise NotImplementedError(f"{func} writes to a tensor")
         if func is _aten.t.default and (turned := self.node(args[0])).target is func:  # turned round twice
             self._bind(result, turned.args[0])  # type: ignore[arg-type]
             return result
@@ -211,8 +225,19 @@ def _output_by_output(end: fx.Node, wanted: set[fx.Node]) -> list[fx.Node]:
     return list(found)
 
 
+def _without_alpha(graph: fx.Graph) -> None:
+    """Writes x + alpha y as two operations: Inductor loses alpha where y is a product of matrices."""
+    for node in list(graph.nodes):
+        if node.target in (_aten.add.Tensor, _aten.sub.Tensor) and (alpha := node.kwargs.get("alpha", 1)) != 1:
+            with graph.inserting_before(node):
+                scaled = graph.call_function(_aten.mul.Tensor, (node.args[1], alpha))
+            node.args, node.kwargs = (node.args[0], scaled), {}
+
+
 def _compiled(forward: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any]:
     module: Any = forward.__self__  # type: ignore[attr-defined]
+    _without_alpha(module.graph)
+    module.recompile()
     try:
         return torch._inductor.compile(module, list(inputs))  # type: ignore[no-any-return]
     except Exception as error:  # no compiler, or an operation it does not have

@@ -94,6 +94,23 @@ def _cast(x: Tensor, **options: Any) -> Tensor:
     return found
 
 
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    """Linear in the input and in the weight, by their parts."""
+
+    def of(image: Tensor, kernel: Tensor) -> Tensor:
+        found: Tensor = _aten.convolution.default(image, kernel, None, *options)
+        return found
+
+    real, imaginary = of(x.real, weight.real), of(x.imag, weight.real) if x.is_complex() else None
+    if weight.is_complex():
+        across = of(x.real, weight.imag)
+        real = real - of(x.imag, weight.imag) if x.is_complex() else real
+        imaginary = across if imaginary is None else imaginary + across
+    assert imaginary is not None
+    found = torch.complex(real, imaginary)
+    return found if bias is None else found + bias.view(-1, *[1] * (x.ndim - 2))
+
+
 _CONTINUED: dict[Any, Callable[..., Any]] = {
     _aten._log_softmax: log_softmax,
     _aten._softmax: _softmax,
@@ -101,6 +118,7 @@ _CONTINUED: dict[Any, Callable[..., Any]] = {
     _aten.nll_loss_forward: _nll,
     _aten.nll_loss2d_forward: _nll,
     _aten._to_copy: _cast,
+    _aten.convolution: _convolution,
 }
 _BY_PARTS = {
     _aten.avg_pool1d, _aten.avg_pool2d, _aten.avg_pool3d, _aten._adaptive_avg_pool2d, _aten._adaptive_avg_pool3d,

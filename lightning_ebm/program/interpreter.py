@@ -119,7 +119,7 @@ class Program:
                 state = state_of(mark.key, prediction)
                 state = prediction if state is None else state
                 narrower = state.dtype != original.dtype and not state.is_complex()
-                held[mark.state] = state.to(original.dtype) if narrower else state
+                held.hand_out(mark.state, state.to(original.dtype) if narrower else state)
                 seen.layers.append(Call(mark.key, mark.module, drive, prediction, state))
                 seen.rounding = max(seen.rounding, mark.rounding)
             for value in self._last.get(node, ()):
@@ -157,15 +157,23 @@ class Program:
 
     def not_traceable(self) -> str | None:
         """Why no code can be traced from it, if so: user's own code runs in its midst."""
-        if self.record.hooks:
-            return "gradient hooks"
         if any(node.written for node in self.order):
             return "operations that write to several tensors"
+        return self.user_code()
+
+    def user_code(self) -> str | None:
+        """Which code of the user's own runs in its backward pass, if any."""
+        if self.record.hooks:
+            return "gradient hooks"
         own = [node.func for node in self.order if not isinstance(node.func, torch._ops.OpOverload)]
-        if any(func in (hooked_input, hooked_output) for func in own):
+        if hooked_input in own or hooked_output in own:
             return "backward hooks of modules"
-        strange = [func for func in own if not getattr(func, "__module__", "").startswith("lightning_ebm.")]
-        return f"custom functions: {strange[0]}" if strange else None
+        library = __name__.partition(".")[0]
+        for func in own:
+            by = getattr(func, "__self__", func)  # the class of a custom function, of which its `apply` is recorded
+            if getattr(by, "__module__", "").partition(".")[0] != library:
+                return f"custom functions: {getattr(by, '__name__', by)}"
+        return None
 
     def outline(self) -> "Program":
         """The same program without any tensor of the batch: it runs on what is given."""
@@ -199,6 +207,15 @@ class Held:
 
     def __setitem__(self, value: Value, tensor: Tensor) -> None:
         self._tensors[value] = tensor
+
+    def hand_out(self, value: Value, state: Tensor) -> None:
+        """A state to those downstream, with the hooks that the user put on what the layer returned."""
+        hooks = self._record.hooks.get(value)
+        if hooks and state.requires_grad:
+            state = state.view_as(state)
+            for hook in hooks:
+                state.register_hook(hook)  # type: ignore[no-untyped-call]
+        self._tensors[value] = state
 
     def free(self, value: Value) -> None:
         """Nobody reads it any more."""

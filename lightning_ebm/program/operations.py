@@ -82,16 +82,32 @@ def functional_form(func: Any, kind: Traits) -> Any:
     if not func._schema.returns:  # on lists of tensors, of which the functional one returns as many
         return None
     if kind.name == "copy_":  # its functional overload has no derivative
-        return copied
+        return overwritten
     packet = getattr(torch.ops.aten, kind.name[:-1], None)
-    found = getattr(packet, func._overloadname, None)
-    if found is None or found._schema.is_mutable:
+    if packet is None:
         return None
-    same = [a.name for a in found._schema.arguments] == [a.name for a in func._schema.arguments]
-    return found if same else None
+    wanted = [(a.name, str(a.type)) for a in func._schema.arguments]
+    for overload in (func._overloadname, *packet.overloads()):  # transpose_.default is transpose.int
+        found = getattr(packet, overload, None)
+        if found is None or found._schema.is_mutable:
+            continue
+        if [(a.name, str(a.type)) for a in found._schema.arguments] == wanted:
+            return found
+    return None
 
 
-def copied(before: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+def copied(source: Tensor, like: tuple[Any, ...]) -> Tensor:
+    """What a tensor of a given shape, strides, dtype and device holds once another one has been copied into it."""
+    shape, stride, dtype, device = like[:4]
+    if source.is_complex():  # a state that was real when this was recorded
+        dtype = source.dtype
+    order = sorted(range(len(shape)), key=lambda d: (-stride[d], -shape[d]))
+    back = [order.index(d) for d in range(len(shape))]
+    turned = source.to(device, dtype).expand(shape).permute(order)
+    return turned.clone(memory_format=torch.contiguous_format).permute(back)
+
+
+def overwritten(before: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """What a tensor holds after `before.copy_(source)`."""
     return source.to(device=before.device, dtype=before.dtype).expand(before.shape).clone()
 

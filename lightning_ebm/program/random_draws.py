@@ -20,7 +20,16 @@ _NO_SLOPE = frozenset(
 """What these give has no slope in what they are given, so it is a constant."""
 
 
-def repeated_without_drawing(kind: Traits, func: Any, args: Any, kwargs: Any) -> Repeated | None:
+def draws(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a random operation draws anything this time: attention without dropout does not."""
+    names = [argument.name for argument in func._schema.arguments]
+    if "dropout_p" not in names:
+        return True
+    position = names.index("dropout_p")
+    return bool((args[position] if position < len(args) else kwargs.get("dropout_p", 0.0)) != 0)
+
+
+def repeated_without_drawing(kind: Traits, args: Any) -> Repeated | None:
     """How to repeat a random operation; None where its result is a constant.
 
     Raises:
@@ -32,20 +41,11 @@ def repeated_without_drawing(kind: Traits, func: Any, args: Any, kwargs: Any) ->
         return _leaky
     if kind.name in _NO_SLOPE or not any(isinstance(a, Tensor) and a.requires_grad for a in args):
         return None
-    names = [argument.name for argument in func._schema.arguments]
-    if "dropout_p" in names:
-        position = names.index("dropout_p")
-        if (args[position] if position < len(args) else kwargs.get("dropout_p", 0.0)) == 0:
-            return lambda args, kwargs, result: (_called(func, kwargs), args)
     raise UnsupportedModuleError(
         f"The step draws random numbers inside an operation that also computes with its layers ({kind.name}): it could"
         " not be repeated at other states with the same draws. Draw first, then compute; in attention, dropout of 0, or"
         " torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
     )
-
-
-def _called(func: Any, kwargs: Any) -> Callable[..., Any]:
-    return lambda *args: func(*args, **kwargs)
 
 
 def _dropout(args: Any, kwargs: Any, result: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -22,8 +22,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.aliasing import Aliasing
-from lightning_ebm.program.operations import BATCH_NORMS, Traits, functional_form, tensors_at, traits
-from lightning_ebm.program.random_draws import repeated_without_drawing
+from lightning_ebm.program.operations import BATCH_NORMS, Traits, copied, functional_form, tensors_at, traits
+from lightning_ebm.program.random_draws import draws, repeated_without_drawing
 from lightning_ebm.program.record import (
     Mark,
     Node,
@@ -85,14 +85,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         repeated = None
         off = not torch.is_grad_enabled() or func is _DETACH or (kind.dynamic and kind.name not in _SLOPED)
         off = off or self._unseen_by_autograd(written)
-        if kind.random and not off:
-            repeated = repeated_without_drawing(kind, func, args, kwargs)
+        if kind.random and not off and draws(func, args, kwargs):
+            repeated = repeated_without_drawing(kind, args)
             off = repeated is None
         if off:
             self._about_to_write(written)
             result = func(*args, **kwargs)
             for tensor in written:
                 self._constant_from_now(tensor)
+            if kind.random and isinstance(result, Tensor) and not written:
+                self._constant(result)
             return result
         named = self._seen_by_name(kwargs) if kwargs else kwargs
         node = Node(func, self._seen(args), named)
@@ -181,6 +183,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The same operation without writing to anything."""
         if kind.name in BATCH_NORMS:  # statistics of the batch; those that run are no part of what is differentiated
             node.args = (*node.args[:3], None, None, *node.args[5:])
+        elif kind.name == "copy_" and node.args[0].meta[2].is_complex >= node.args[1].meta[2].is_complex:
+            # Of what was there before only the kind of tensor matters.
+            target, source = node.args[:2]
+            node.func, node.args, node.kwargs = copied, (source, target.meta), {}
         elif (functional := functional_form(node.func, kind)) is not None:
             node.func = functional
         else:
@@ -350,6 +356,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in written
         )
 
+    def _constant(self, tensor: Tensor) -> None:
+        """What was drawn has no slope, whatever autograd makes of it later."""
+        value = Value(None, outside_meta_of(tensor))
+        self._bind(tensor, value)
+        self.record.inputs[value] = tensor
+
     def _constant_from_now(self, tensor: Tensor) -> None:
         """Written to while gradients are off: what it holds from now on is a constant, or a leaf's new value."""
         for alias in [tensor, *self._aliasing.others(tensor)]:
@@ -390,7 +402,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known.pop(id(tensor), None)
 
     def undo(self) -> None:
-        """Puts back what was written to tensors that had been there before."""
+        """Puts back what was written to tensors that had been there before; the record keeps what it read of them."""
         assert self._undo is not None
         undo, self._undo = self._undo, None
         with self.pausing(), torch.no_grad():
@@ -526,7 +538,7 @@ def _owner(hook: Any) -> str:
 _SET_DATA, _BACKWARD_OF, _HOOK = Tensor.data.__set__, Tensor.backward, Tensor.register_hook  # type: ignore[attr-defined]
 _IN_PLACE = frozenset({Tensor.detach_, torch.detach_})
 _DETACHES = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__, *_IN_PLACE})  # type: ignore[attr-defined]
-_NUMPY: frozenset[Any] = frozenset((Tensor.numpy, Tensor.__array__))  # type: ignore[arg-type]
+_NUMPY: frozenset[Any] = frozenset((Tensor.numpy, Tensor.__array__))
 _SEEN = _DETACHES | _NUMPY | {F.gumbel_softmax, _SET_DATA, _HOOK, _BACKWARD_OF}
 
 
