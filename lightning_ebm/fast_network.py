@@ -61,6 +61,8 @@ class FastNetwork(Network):
         self._arithmetic = arithmetic
         self._settings = settings_of(energy)
         self._held: Callable[[Value], Tensor | None] = lambda value: None
+        self.way = "plain"
+        """Which way evaluations have run."""
         self.returns = True
         """Whether states may come back to the forward pass: False where the last phase begins there."""
         self.rebind(program, binding, held)
@@ -118,6 +120,7 @@ class FastNetwork(Network):
         code = self._code(key, kind, evaluate, point)
         if code is None:
             return None
+        self.way = "compiled" if self._compile else "traced"
         before = self._before.get(key)
         if before is None:
             before = self._before[key] = code.before(self._given, self._held)

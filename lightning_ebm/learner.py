@@ -89,7 +89,7 @@ class Learner:
         self._programs = Programs(module, *self._options)
         self._evaluated = Programs(module, *self._options)
         self._memory = StateMemory()
-        self._last: tuple[list[str], list[PhaseReport], Tensor] | None = None
+        self._last: tuple[list[str], list[PhaseReport], Tensor, str] | None = None
         self._warned: set[str] = set()
         self.observer: Observer | None = None
         """Told of the network of every step before it relaxes, see `Step.observer`; None costs nothing."""
@@ -212,9 +212,9 @@ class Learner:
         step.observer = self.observer
         return step
 
-    def _remember(self, names: list[str], phases: list[PhaseReport], loss: Tensor) -> None:
+    def _remember(self, names: list[str], phases: list[PhaseReport], loss: Tensor, way: str) -> None:
         """Keeps how a step went, and says it once when the states ended elsewhere than at an equilibrium."""
-        self._last = (names, phases, loss)
+        self._last = (names, phases, loss, way)
         for status, text in _UNSETTLED.items():
             found = [phase for phase in phases if phase.status == status]
             if found and status not in self._warned:
@@ -249,7 +249,7 @@ def check_options(output: str, loss_reduction: str) -> None:
         )
 
 
-def _unheard(names: list[str], phases: list[PhaseReport], loss: Tensor) -> None:
+def _unheard(names: list[str], phases: list[PhaseReport], loss: Tensor, way: str) -> None:
     """Nobody asks how an evaluation went."""
 
 

@@ -33,7 +33,8 @@ class Report(TypedDict):
     "max_steps" (still moving when the count was up), "none" (backprop).
     steps: of all phases together. residual: force left over force at the start, the worst of the phases, per sample.
     energy_free, energy_nudged: I + lambda L of the batch at the forward pass or free equilibrium, and at the end of the
-    first nudged phase. phases: each of them. layers: the names of the states.
+    first nudged phase. phases: each of them. layers: the names of the states. kernels: which way the relaxation ran,
+    "plain", "traced" or "compiled", and by which instructions of the processor torch computes, such as "traced: AVX2".
     """
 
     loss: float
@@ -45,6 +46,7 @@ class Report(TypedDict):
     phases: list[PhaseEntry]
     layers: list[str]
     algorithm: dict[str, str]
+    kernels: str
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ class PhaseReport:
 _WORST_FIRST = ("max_steps", "fixed", "stalled", "converged")
 
 
-def report_of(algorithm: Algorithm, names: Sequence[str], phases: Sequence[PhaseReport], loss: Tensor) -> Report:
+def report_of(
+    algorithm: Algorithm, names: Sequence[str], phases: Sequence[PhaseReport], loss: Tensor, way: str
+) -> Report:
     """Reads the numbers off the device, once."""
     entries: list[PhaseEntry] = [
         {
@@ -92,4 +96,5 @@ def report_of(algorithm: Algorithm, names: Sequence[str], phases: Sequence[Phase
         "phases": entries,
         "layers": list(names),
         "algorithm": algorithm.describe(),
+        "kernels": f"{way}: {torch.backends.cpu.get_cpu_capability()}",
     }

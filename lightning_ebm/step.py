@@ -48,7 +48,7 @@ from lightning_ebm.watching import Recording
 
 log = logging.getLogger(__name__)
 
-Remember = Callable[[list[str], list[PhaseReport], Tensor], None]
+Remember = Callable[[list[str], list[PhaseReport], Tensor, str], None]
 Code = Literal["traced", "compiled"] | None
 Observer = Callable[[Network], Network]
 
@@ -250,12 +250,12 @@ class Step:
         """
         loss = checked_loss(loss)
         if self._is_control:
-            self._remember([], [], loss.detach() / scale)
+            self._remember([], [], loss.detach() / scale, "plain")
             return self.unrelaxed(loss, scale)
         network = self._opened(loss)
         del loss
         if self._is_empty:  # no sample, no state: what is left of the loss depends on parameters alone
-            self._remember(list(network.names), [], network.first_loss)
+            self._remember(list(network.names), [], network.first_loss, "plain")
             assert self._program is not None
             return self._program.uncut() * scale
         update = self._relaxed(network, network.first_loss) * (scale / network.loss_scale)
@@ -292,7 +292,7 @@ class Step:
             residual = norms[-1] / norms[0].clamp_min(torch.finfo(norms[0].dtype).tiny)
             found = Relaxation(point, "states", "fixed", taken, residual, energies)
             update = weight.real * network.energy_at(found, strength) * (scale / network.loss_scale)
-            self._remember(list(network.names), [PhaseReport.of(strength, found)], network.first_loss)
+            self._remember(list(network.names), [PhaseReport.of(strength, found)], network.first_loss, way_of(network))
             self._check_coverage(update, network)
             yield loss.detach() + (update - update.detach())
             network.parameters_moved()
@@ -491,7 +491,7 @@ class Step:
         if algorithm.read_as == "dyadic":  # both ends of the table at once
             span = max(p.strength.real for p in table) - min(p.strength.real for p in table)
             table = (Phase(span, 1 / span),)
-        together = self._abreast(network, table)
+        together = self._together(network, table)
         held = any(phase.held for phase in table)
         departs = is_divergence(algorithm.energy) and algorithm.read_as == "contrast" and not held
         taken = None
@@ -514,7 +514,7 @@ class Step:
             if taken is None and phase.is_nudged and not isinstance(strength, complex):
                 taken = found
             self.phases.append((0.0 if phase.held else strength, weight, found))
-        self._remember(list(network.names), phases, loss)
+        self._remember(list(network.names), phases, loss, way_of(network))
         if algorithm.read_as == "cross-derivative":
             return self._cross_derivative(network, self._start(network))
         update = network.contrast(self.phases)
@@ -524,7 +524,7 @@ class Step:
             algorithm.energy.observe(lambda: dict(zip(network.names, network.errors_at(taken), strict=True)))
         return update
 
-    def _abreast(self, network: Network, table: Sequence[Phase]) -> dict[Phase, Relaxation]:
+    def _together(self, network: Network, table: Sequence[Phase]) -> dict[Phase, Relaxation]:
         """The phases, in real numbers, that one choice is made for."""
         relaxer = self._algorithm.relaxer
         phases = [p for p in table if p.strength and not p.held and not isinstance(p.strength, complex)]
@@ -532,9 +532,9 @@ class Step:
             return {}
         strengths = [phase.strength for phase in phases]
         if isinstance(network, Recording):
-            network.begin_abreast(strengths)
+            network.begin_together(strengths)
         with torch.no_grad():
-            found = relaxer.relax_abreast(network, self._start(network), strengths)
+            found = relaxer.relax_all(network, self._start(network), strengths)
         return dict(zip(phases, found, strict=True))
 
     def _start(self, network: Network) -> Sequence[Tensor]:
@@ -675,7 +675,13 @@ def _announce(network: object, strength: complex, held: bool = False) -> None:
         network.begin(strength, held)
 
 
-def _forget(names: list[str], phases: list[PhaseReport], loss: Tensor) -> None:
+def way_of(network: Network) -> str:
+    """Which way a network's evaluations have run: "plain", "traced" or "compiled"."""
+    inner = getattr(network, "unwatched", network)
+    return inner.way if isinstance(inner, FastNetwork) else "plain"
+
+
+def _forget(names: list[str], phases: list[PhaseReport], loss: Tensor, way: str) -> None:
     """A step of which no report is kept."""
 
 

@@ -106,16 +106,16 @@ class Recording:
     def __init__(self, landscape: Landscape) -> None:
         self._landscape = landscape
         self._phase = _Phase()
-        self._abreast: dict[complex, _Phase] = {}
+        self._together: dict[complex, _Phase] = {}
         self.traces: list[Trace] = []
 
     def begin(self, nudge: complex, held: bool = False) -> None:
         """The next question belongs to a new phase; a held one asks at strength 0."""
-        self._phase, self._abreast = _Phase((nudge, held)), {}
+        self._phase, self._together = _Phase((nudge, held)), {}
 
-    def begin_abreast(self, nudges: Sequence[complex]) -> None:
+    def begin_together(self, nudges: Sequence[complex]) -> None:
         """The next questions belong to new phases, which are told apart by the strength they ask at."""
-        self._abreast = {nudge: _Phase((nudge, False)) for nudge in nudges}
+        self._together = {nudge: _Phase((nudge, False)) for nudge in nudges}
 
     @property
     def unwatched(self) -> Landscape:
@@ -149,23 +149,13 @@ class Recording:
             self._look(states, strength)
         return self._landscape.answers(states, strength, layers)
 
-    def answers_abreast(
-        self, points: Sequence[Sequence[Tensor]], strengths: Sequence[float], layers: Sequence[int]
-    ) -> list[list[Tensor]]:
-        """See `CapturedNetwork.answers_abreast`."""
-        if 0 in layers:
-            for states, strength in zip(points, strengths, strict=True):
-                self._look(states, strength)
-        found: list[list[Tensor]] = self._landscape.answers_abreast(points, strengths, layers)  # type: ignore[attr-defined]
-        return found
-
     def energy_of(self, states: Sequence[Tensor], strength: complex) -> Tensor:
         """See `Landscape.energy_of`. Asked for at the start and at the end."""
         self._look(states, strength)
         return self._landscape.energy_of(states, strength)
 
     def _look(self, states: Sequence[Tensor], strength: complex) -> None:
-        phase, here = self._abreast.get(strength, self._phase), stamps(states)
+        phase, here = self._together.get(strength, self._phase), stamps(states)
         if phase.announced is not None or phase.looked != here:
             self._note("states", states, strength, self._landscape.responses(states, strength))
         phase.looked = here
@@ -184,7 +174,7 @@ class Recording:
 
     @torch.no_grad()
     def _note(self, coordinates: Coordinates, point: Sequence[Tensor], strength: complex, found: Forces) -> None:
-        phase = self._abreast.get(strength, self._phase)
+        phase = self._together.get(strength, self._phase)
         last = phase.trace
         asked = last is not None and (0 if last.held else last.nudge) == strength
         if last is None or phase.announced is not None or not asked or last.coordinates != coordinates:

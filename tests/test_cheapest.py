@@ -187,7 +187,7 @@ class Signed(ebm.Relaxer):
 
 
 def both(chooser, landscape=None):
-    return chooser.relax_abreast(landscape or Line(), START, [0.5, -0.5])
+    return chooser.relax_all(landscape or Line(), START, [0.5, -0.5])
 
 
 def test_both_signs_take_the_one_whose_sum_is_least_though_neither_would_alone():

@@ -510,3 +510,21 @@ def test_the_first_time_is_interpreted_and_nothing_is_said(batch, caplog):
         for _ in range(3):
             learner.backward(lambda: F.mse_loss(net(x), y))
     assert not caplog.records
+
+
+def test_a_number_that_is_read_off_a_layer_is_said_once(caplog) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    x = torch.randn(5, 4).double()
+
+    def closure(times: int) -> torch.Tensor:
+        hidden = net[1](net[0](x))
+        if float(hidden.abs().max()) > 0.0:
+            hidden = hidden * times
+        return net[2](hidden).square().mean()
+
+    learner = ebm.Learner(net, "zero-divergence")
+    with caplog.at_level("INFO", logger="lightning_ebm"):
+        for times in (1, 2, 3):
+            learner.gradients(lambda times=times: closure(times))
+    assert caplog.text.count("reads numbers off its layers") == 1

@@ -37,8 +37,6 @@ def check_against_autograd(module: nn.Module, program: Program, plan: Plan, loss
     rounding = max(seen.rounding, torch.finfo(loss.dtype).eps)
     if not all(p is None or torch.isfinite(p).all() for p in true):
         return
-    if program.user_code():
-        _check_proportional(program, plan, leaves, ours, rounding)
     largest = max((float(t.abs().max()) for t in true if t is not None and t.numel()), default=0.0)
     parting: dict[str, str] = {}
     for leaf, g, t in zip(leaves, ours, true, strict=True):
@@ -55,6 +53,8 @@ def check_against_autograd(module: nn.Module, program: Program, plan: Plan, loss
             parting[name] = f"the gradient of {name} is {off / max(size, 1e-300):.2g} off autograd's own"
     if parting:
         _refuse(parting, program, plan)
+    if program.user_code():
+        _check_proportional(program, plan, leaves, ours, rounding)
 
 
 _SCALES = (1e-3, 1e3)

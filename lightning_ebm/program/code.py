@@ -266,7 +266,7 @@ class TracedProgram:
         self.program = program.outline()
         self.values = program.given()
         self.codes: Codes = {}
-        self.moving = _depending({mark.state for mark in program.marks}, self.program.order)
+        self.moving = depending({mark.state for mark in program.marks}, self.program.order)
         self._made = {_key(node.func, self._canonical(node)): node for node in self.program.order}
         self.refused = program.not_traceable()
 
@@ -317,7 +317,7 @@ class TracedProgram:
         return found
 
 
-def _depending(values: set[Value], order: Sequence[Node]) -> set[Value]:
+def depending(values: set[Value], order: Sequence[Node]) -> set[Value]:
     """The values that depend on these, and these."""
     found = set(values)
     for node in order:

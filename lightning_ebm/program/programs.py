@@ -1,5 +1,6 @@
 """The programs of one module: a new record is examined once, and recognised when it comes again."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_ebm.program.calls import Replace, nothing_in_place, watched
 from lightning_ebm.program.check import check_against_autograd
-from lightning_ebm.program.code import TracedProgram
+from lightning_ebm.program.code import TracedProgram, depending
 from lightning_ebm.program.comparison import Outline
 from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.layers import LayerFinder, Layers, Output
@@ -18,6 +19,8 @@ from lightning_ebm.program.record import Node, Record, Value, meta_of
 from lightning_ebm.program.recorder import Recorder
 from lightning_ebm.program.reduction import reduced_sizes
 from lightning_ebm.program.wiring import Plan, Region
+
+log = logging.getLogger(__name__)
 
 _KEPT = 16
 """Known programs: full and last batches, training modes, branches, losses in turn."""
@@ -71,6 +74,7 @@ class Programs:
         self._module = module
         self._finder = LayerFinder(module, layers, output)
         self._known: list[Known] = []
+        self._said = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what can be found again."""
@@ -112,11 +116,25 @@ class Programs:
                 self._known.insert(0, known)
                 known.uses += 1
                 return Found(Program(record, found[0], value), known, found[1])
+        self._say_what_is_read(record)
         plan, marks = self._finder.find(record, value, partial)
         program = Program(record, marks, value)
         with recorder.pausing(), torch.enable_grad():
             check_against_autograd(self._module, program, plan, loss)
         return Found(program, self._added(program, plan, value), None)
+
+    def _say_what_is_read(self, record: Record) -> None:
+        """Once: a branch, or the shape of a mask, may hang on a number that Python read off a layer."""
+        moving = depending({mark.state for mark in record.marks}, record.nodes)
+        reads = [name for name, value in record.reads if value in moving]
+        if reads and not self._said:
+            self._said = True
+            log.info(
+                "The step reads numbers off its layers into Python (%s). If a branch, or the size of a mask, hangs on"
+                " one, it is that of the recorded pass at every state: the energy is that of the program that ran."
+                " (Said once.)",
+                ", ".join(dict.fromkeys(reads)),
+            )
 
     def without_loss(self, recorder: Recorder) -> Found:
         """The program of a pass that returns no loss: it ends in whatever nothing else consumes."""

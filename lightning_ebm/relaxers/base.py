@@ -55,8 +55,7 @@ class Landscape(Protocol):
         with every drive and Jacobian taken at the mean. As gradients: mean - (z^+ + z^-) / 2.
         """
 
-    # A landscape may also have `descended`, a step along the forces in one piece, and `answers_abreast`, the answers at
-    # several points at once: see `CapturedNetwork`.
+    # A landscape may also have `descended`, a step along the forces in one piece: see `FastNetwork`.
 
     def feasible(self, states: list[Tensor]) -> list[Tensor]:
         """The nearest states at which the energy is finite."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer
-from lightning_ebm.relaxers.sweeping import SweepingRelaxer
 from lightning_ebm.relaxers.trials import FURTHER, Trial, Tried, decided, table_of, trials_of
 
 log = logging.getLogger(__name__)
@@ -104,15 +103,15 @@ class Cheapest(Relaxer):
         return f"Cheapest({len(self.candidates)} candidates{chosen or ', none chosen yet'})"
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
-        return self.relax_abreast(landscape, start, [strength])[0]
+        return self.relax_all(landscape, start, [strength])[0]
 
-    def relax_abreast(
+    def relax_all(
         self, landscape: Landscape, start: Sequence[Tensor], strengths: Sequence[complex]
     ) -> list[Relaxation]:
         """The relaxations at all these strengths, by one relaxer if there is one for all of them.
 
         Args:
-            landscape: the network; if it has `answers_abreast`, sweeps are made together.
+            landscape: the network.
             start: where each begins.
             strengths: the nudges, real if there are several.
         """
@@ -138,9 +137,6 @@ class Cheapest(Relaxer):
         self, kinds: Sequence[str], landscape: Landscape, start: Sequence[Tensor], strengths: Sequence[complex]
     ) -> list[Relaxation]:
         chosen: list[Any] = [self._chosen[kind] for kind in kinds]
-        alike = len(chosen) > 1 and chosen.count(chosen[0]) == len(chosen) and isinstance(chosen[0], SweepingRelaxer)
-        if alike and hasattr(getattr(landscape, "unwatched", landscape), "answers_abreast"):
-            return chosen[0].relax_abreast(landscape, start, strengths)  # type: ignore[no-any-return]
         return [one.relax(landscape, start, strength) for one, strength in zip(chosen, strengths, strict=True)]
 
     def _compared(

@@ -34,49 +34,22 @@ class SweepingRelaxer(Relaxer):
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
         if get_proxy_mode() is not None:  # a graph is being made
             return self._unrolled(landscape, as_complex(start, strength), strength)
-        return self.relax_abreast(landscape, start, [strength])[0]
-
-    def relax_abreast(
-        self, landscape: Landscape, start: Sequence[Tensor], strengths: Sequence[complex]
-    ) -> list[Relaxation]:
-        """What `relax` gives at each strength, whose sweeps are made together as long as there are several.
-
-        Args:
-            landscape: the network; for more than one strength it must have `answers_abreast`.
-            start: where each begins.
-            strengths: the nudges, real if there are several.
-        """
-        runs = [self.sweeps(landscape, as_complex(start, strength), strength) for strength in strengths]
-        points, found = {k: next(run) for k, run in enumerate(runs)}, {}
-        groups = self.groups(landscape)
-        while points:
-            for k, point in self._swept(landscape, groups, points, strengths).items():
-                try:
-                    points[k] = runs[k].send(point)
-                except StopIteration as end:
-                    found[k] = end.value
-                    del points[k]
-        return [found[k] for k in range(len(runs))]
+        run, groups = self.sweeps(landscape, as_complex(start, strength), strength), self.groups(landscape)
+        point = next(run)
+        while True:
+            try:
+                point = run.send(self._swept(landscape, groups, point, strength))
+            except StopIteration as end:
+                found: Relaxation = end.value
+                return found
 
     def _swept(
-        self,
-        landscape: Landscape,
-        groups: list[list[int]],
-        points: dict[int, list[Tensor]],
-        strengths: Sequence[complex],
-    ) -> dict[int, list[Tensor]]:
+        self, landscape: Landscape, groups: list[list[int]], point: list[Tensor], strength: complex
+    ) -> list[Tensor]:
         """The states after each group of layers in turn has gone to its best response."""
-        given = [strengths[k] for k in points]
         for layers in groups:
-            if len(given) > 1:
-                answered = landscape.answers_abreast(list(points.values()), given, layers)  # type: ignore[attr-defined]
-            else:
-                answered = [landscape.answers(point, given[0], layers) for point in points.values()]
-            points = {
-                k: self._put(point, layers, answers)
-                for (k, point), answers in zip(points.items(), answered, strict=True)
-            }
-        return points
+            point = self._put(point, layers, landscape.answers(point, strength, layers))
+        return point
 
     def _put(self, point: list[Tensor], layers: list[int], answers: list[Tensor]) -> list[Tensor]:
         after = list(point)
@@ -88,7 +61,7 @@ class SweepingRelaxer(Relaxer):
         """All steps, whatever the tolerance, for a graph: it cannot ask how it goes."""
         groups = self.groups(landscape)
         for _ in range(self.max_steps):
-            point = self._swept(landscape, groups, {0: point}, [strength])[0]
+            point = self._swept(landscape, groups, point, strength)
         unknown = landscape.per_sample(point).new_full((landscape.batch_size,), float("nan"))
         return Relaxation(point, "states", "fixed", self.max_steps, unknown)
 
