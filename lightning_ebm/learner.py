@@ -18,7 +18,7 @@ from lightning_ebm.program.programs import Programs
 from lightning_ebm.program.recorder import Recorder
 from lightning_ebm.program.seen_backward import refuse_backward
 from lightning_ebm.program.wiring import Plan, named_gradients
-from lightning_ebm.purity import Snapshot
+from lightning_ebm.purity import untouched
 from lightning_ebm.report import PhaseReport, Report, report_of
 from lightning_ebm.samples import BatchSize, Samples, Scale
 from lightning_ebm.state_memory import StateMemory
@@ -126,7 +126,7 @@ class Learner:
 
         Leaves no trace: `.grad`, buffers, metrics and random generators are afterwards as they were.
         """
-        with Snapshot(self.module).replaying(), self._quiet(), torch.enable_grad():
+        with untouched(self.module), self._quiet(), torch.enable_grad():
             step = self.begin(closure, teaches=False)
             with step.first_pass():
                 loss = closure()

@@ -16,7 +16,7 @@ from lightning_ebm.nudges import Infinitesimal
 from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.program.wiring import named_gradients
-from lightning_ebm.purity import Snapshot
+from lightning_ebm.purity import untouched
 from lightning_ebm.relaxers import Anderson, FixedPoint, GradientDescent, Landscape, Relaxation, Relaxer
 
 Reference = Literal["backprop", "equilibrium"]
@@ -38,7 +38,7 @@ def backprop(module: nn.Module, closure: Closure) -> dict[str, Tensor]:
     Raises:
         ConfigurationError: the closure returns no usable loss.
     """
-    with Snapshot(module).replaying(), torch.enable_grad():
+    with untouched(module), torch.enable_grad():
         return named_gradients(module, checked_loss(closure()))
 
 

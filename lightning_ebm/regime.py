@@ -22,7 +22,7 @@ from lightning_ebm.learner import Learner
 from lightning_ebm.metrics import moments, read
 from lightning_ebm.nudges.base import without_draw
 from lightning_ebm.program.layers import Layers, Output
-from lightning_ebm.purity import Snapshot
+from lightning_ebm.purity import untouched
 from lightning_ebm.reference import Settled
 from lightning_ebm.relaxers import Landscape, Relaxation, Relaxer
 from lightning_ebm.relaxers.descent import descend
@@ -177,7 +177,7 @@ def of(
         True
     """
     learner = Learner(module, algorithm, layers=layers, output=output, loss_reduction=loss_reduction)
-    with Snapshot(module).replaying(), torch.enable_grad():
+    with untouched(module), torch.enable_grad():
         step = learner.begin(closure)
         if learner.algorithm.read_as != "backprop":
             step.examine()

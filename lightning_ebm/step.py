@@ -37,7 +37,7 @@ from lightning_ebm.program.record import Mark, Value
 from lightning_ebm.program.recorder import Recorder, TakesCare
 from lightning_ebm.program.reduction import sums_over_batch
 from lightning_ebm.program.wiring import Plan, named_gradients, reached_parameters
-from lightning_ebm.purity import Snapshot
+from lightning_ebm.purity import untouched
 from lightning_ebm.relaxers import Cheapest, Relaxation
 from lightning_ebm.relaxers.base import force_norm
 from lightning_ebm.relaxers.forces import total_energy
@@ -173,7 +173,7 @@ class Step:
         recorder = Recorder(undoes=True)
         try:
             with (
-                Snapshot(self._module, frozenset()).replaying(),
+                untouched(self._module, tensors=False),
                 self._quiet(),
                 torch.enable_grad(),
             ):
