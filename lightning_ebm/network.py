@@ -136,7 +136,7 @@ class Network:
             for call, pull in zip(seen.layers, pulls, strict=True)
         ]
         if strength:
-            tops.append((seen.loss, torch.full_like(seen.loss, self.loss_scale)))
+            tops.append((seen.loss, self.loss_scale * ones_for(seen.loss)))
         live = [(top, seed) for top, seed in tops if top.requires_grad]
         slopes: Sequence[Tensor | None] = [None] * len(leaves)
         if live:
@@ -361,15 +361,15 @@ class Network:
             if found.dyad is not None:
                 ahead, behind = found.dyad
                 internal = self.internal(seen, at=ahead) - self.internal(seen, at=behind)
-                terms = [(internal, torch.ones_like(internal))]
+                terms = [(internal, ones_for(internal))]
             elif errors is None:
                 internal = self.internal(seen)
-                terms = [(internal, torch.ones_like(internal))]
+                terms = [(internal, ones_for(internal))]
             else:
                 parts = zip(self._precisions(seen), errors, seen.layers, strict=True)
                 terms = [(call.prediction, -e if is_one(p) else -p * e) for p, e, call in parts]
             if strength:
-                terms.append((seen.loss, strength * self.loss_scale * torch.ones_like(seen.loss)))
+                terms.append((seen.loss, strength * self.loss_scale * ones_for(seen.loss)))
             return terms
 
     def loss(self, seen: Pass) -> Tensor:
@@ -413,7 +413,7 @@ class Network:
         unit = strength or 1.0
         total = internal.sum() / unit + loss if strength else internal.sum()
         leaves = [seen.states[k] for k in layers]
-        one = torch.ones_like(total)
+        one = ones_for(total)
         if not total.requires_grad:
             return [torch.zeros_like(leaf) for leaf in leaves]
         kept = self._differentiated_again or seen is self._forward or total.is_complex()
@@ -431,7 +431,7 @@ class Network:
         for name, top in tops:
             if not top.is_complex() or not top.requires_grad:
                 continue
-            weight = torch.ones_like(top)
+            weight = ones_for(top)
             slopes = [
                 torch.autograd.grad(top, seen.states, factor * weight, retain_graph=True, allow_unused=True)
                 for factor in (1, 1j)
@@ -528,6 +528,11 @@ class Network:
                 else:
                     send(answer(k, signal), None, parents)
         return [torch.zeros_like(x) if s is None else s for s, x in zip(signals, leaves, strict=True)]
+
+
+def ones_for(tensor: Tensor) -> Tensor:
+    """Ones of its kind, made without its value, which code then need not compute."""
+    return torch.ones(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def holomorphic(slope: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ _aten = torch.ops.aten
 Evaluate = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 """From a point, and what the batch fixed, to some tensors."""
 
+_SCALING = frozenset({_aten.mul.Tensor, _aten.div.Tensor})
 _SAME_VALUE = frozenset({_aten.detach.default, _aten.alias.default})
 
 
@@ -137,6 +138,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
         func = written
         kind = traits(func)
+        if func in _SCALING and type(args[1]) in (int, float) and args[1] == 1 and result.dtype == args[0].dtype:
+            self._bind(result, self.node(args[0]))
+            return result
         if func is _aten.t.default and (turned := self.node(args[0])).target is func:  # turned round twice
             self._bind(result, turned.args[0])  # type: ignore[arg-type]
             return result
