@@ -140,6 +140,8 @@ class FastNetwork(Network):
         code = codes[key]
         if isinstance(code, str) or (self._moved and code.recalled):
             return None
+        if key not in self._before and any(self._held(value) is None for value in code.recalled):
+            return None  # somebody has written over what the user's pass had computed
         return code
 
     def _trace(self, kind: Key, evaluate: Evaluate, point: Sequence[Tensor]) -> "Code | str":

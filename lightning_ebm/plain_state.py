@@ -78,7 +78,7 @@ class PlainState:
     """Attributes of the user's own modules, and what they hold, recursively; and which modules hold which.
 
     Covered are lists, dicts, sets and deques (of any subclass), objects of classes that no library here defines, and
-    generators (`torch.Generator`, `random.Random`, `numpy.random.Generator`). Tensors are not copied.
+    generators (`torch.Generator`, `random.Random`, `numpy.random.Generator`), and NumPy arrays. Tensors are not copied.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -122,6 +122,8 @@ class PlainState:
             self._undo.append(partial(value.set_state, value.get_state()))  # type: ignore[arg-type]
         elif isinstance(value, random.Random):
             self._undo.append(partial(value.setstate, value.getstate()))
+        elif hasattr(value, "__array_interface__") and hasattr(value, "copy"):  # numpy.ndarray, without importing NumPy
+            self._undo.append(partial(_put_back, value, value.copy()))
         elif hasattr(value, "bit_generator"):  # numpy.random.Generator, without importing NumPy
             self._undo.append(partial(setattr, value.bit_generator, "state", copy.deepcopy(value.bit_generator.state)))
         elif hasattr(value, "__dict__") and type(value).__module__.split(".")[0] not in _LIBRARIES:
@@ -131,6 +133,10 @@ class PlainState:
         if len(items) <= _WALKED_ITEMS:
             for item in items:
                 self._read(item, seen)
+
+
+def _put_back(array: Any, contents: Any) -> None:
+    array[...] = contents
 
 
 def _reset_attributes(owner: object, values: dict[str, Any]) -> None:

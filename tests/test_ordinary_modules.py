@@ -990,9 +990,10 @@ def test_what_no_energy_says_is_refused(kind, algorithm):
         fitted(kind, ebm.EBMStrategy(algorithm, layers=kind.layers))
 
 
-DIFFERENTIATES = [Pinn, Maml, Dual]
+DIFFERENTIATES = [Pinn, Maml]
+REFUSED_TWICE = [Dual, SemiSupervised]  # tangents end at states in place; an iterator cannot be put back
 TWICE = [
-    *DIFFERENTIATES, Sam, TwoBackwards, Pgd, PgdInEval, Dqn, SemiSupervised, MeanTeacherData, Bank, ArrayAfter,
+    *DIFFERENTIATES, *REFUSED_TWICE, Sam, TwoBackwards, Pgd, PgdInEval, Dqn, MeanTeacherData, Bank, ArrayAfter,
     WrittenBatch, StochasticDepth, Spectral, Growing, Dataclass, CallsAgain,
 ]  # fmt: skip
 
@@ -1004,8 +1005,8 @@ TWICE = [
 )
 def test_equilibrium_propagation_leaves_side_effects_of_one_step_and_has_one_answer(kind):
     """Its step runs twice, quietly and with the states in place."""
-    if kind in DIFFERENTIATES:
-        with pytest.raises(ebm.UnsupportedModuleError, match="with its states in place"):
+    if kind in REFUSED_TWICE:
+        with pytest.raises(ebm.UnsupportedModuleError, match="the step runs twice"):
             fitted(kind, ebm.EBMStrategy("equilibrium-propagation", layers=kind.layers))
         return
     stock, _ = stock_of(kind)

@@ -158,7 +158,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._bind(tensor, self.graph.call_function(operator.getitem, (node, index)))
         elif isinstance(result, Tensor):
             self._bind(result, node)
-        else:
+        elif any(isinstance(arg, fx.Node) for arg in (*args, *kwargs.values())):
             raise NotImplementedError(f"{func} gives a number that code could depend on")
         return result
 

@@ -70,6 +70,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._written_over: list[Tensor] = []
         self._aliasing = Aliasing()
         self._undo: list[tuple[Tensor, Tensor]] | None = [] if undoes else None
+        self._moved: list[tuple[Tensor, Tensor]] = []
+        """Tensors that were given other memory, and what they lay in before."""
         self._entered: list[Any] = []
 
     # What is recorded
@@ -389,6 +391,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self.held.get(value) is tensor:
                 self.held[value] = tensor.detach()
 
+    def moved_from(self, tensor: Tensor) -> None:
+        """Notes, for `undo`, which memory a tensor lies in that is about to be given another."""
+        if self._undo is not None:
+            with self.pausing():
+                self._moved.append((tensor, tensor.data))
+
     def shared_with_numpy(self, tensor: Tensor) -> None:
         """NumPy may write to the tensor's memory from now on, and nobody would see it: the record takes copies."""
         with self.pausing():
@@ -405,6 +413,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Puts back what was written to tensors that had been there before; the record keeps what it read of them."""
         assert self._undo is not None
         undo, self._undo = self._undo, None
+        for tensor, memory in reversed(self._moved):
+            tensor.data = memory
         with self.pausing(), torch.no_grad():
             for tensor, content in reversed(undo):
                 self._about_to_write([tensor])  # what the pass read of it afterwards
@@ -486,6 +496,7 @@ class _Calls(TorchFunctionMode):
             return result
         if func == _SET_DATA:  # another object at every look
             recorder.about_to_move(args[0])
+            recorder.moved_from(args[0])
             with recorder.pausing():
                 func(*args, **kwargs)
             return recorder.forget(args[0])
