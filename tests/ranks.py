@@ -327,11 +327,6 @@ def overflow(world, rank):
 def errors(world, rank):
     """What each rank gets when the last one fails, in six ways; and that they can go on together."""
 
-    class InMidRelaxation(Net):
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.net[1] = Breaks(self)
-
     class InTheFirstPass(Net):
         def training_step(self, batch, batch_idx):
             if self.rank == self.world - 1 and batch_idx == 1:
@@ -343,7 +338,7 @@ def errors(world, rank):
             loss = super().training_step(batch, batch_idx)
             return None if self.rank == self.world - 1 and batch_idx == 1 else loss
 
-    class Manual(InMidRelaxation):
+    class Manual(Net):
         def __init__(self, *args):
             super().__init__(*args)
             self.automatic_optimization = False
@@ -357,21 +352,23 @@ def errors(world, rank):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch, batch_idx) + self.all_gather(torch.ones(1)).sum()
 
+    def breaks():
+        return ebm.algorithm("predictive-coding", relaxer=Breaks(rank == world - 1))
+
     diverges = ebm.Algorithm(relaxer=ebm.GradientDescent(lr=5.0 if rank == world - 1 else 0.1, max_steps=10))
     runs = {
-        "mid-relaxation": (InMidRelaxation, "predictive-coding", {}),
-        "accumulation": (InMidRelaxation, "predictive-coding", {"accumulate_grad_batches": 2}),
+        "mid-relaxation": (Net, breaks(), {}),
+        "accumulation": (Net, breaks(), {"accumulate_grad_batches": 2}),
         "first pass": (InTheFirstPass, "predictive-coding", {}),
         "none": (ReturnsNone, "predictive-coding", {}),
-        "manual": (Manual, "predictive-coding", {}),
+        "manual": (Manual, breaks(), {}),
         "diverged": (Net, diverges, {}),
         "gathers": (Gathers, "predictive-coding", {}),
         "none fails": (Net, "predictive-coding", {}),
     }
     found = {}
     for name, (make, algorithm, flags) in runs.items():
-        # Captured steps call no module in a relaxation, so that none could fail there.
-        strategy = ebm.EBMDDPStrategy(algorithm, capture=False, timeout=timedelta(seconds=60))
+        strategy = ebm.EBMDDPStrategy(algorithm, timeout=timedelta(seconds=60))
         try:
             L.Trainer(strategy=strategy, devices=world, max_epochs=1, **flags, **QUIET).fit(make(world, rank))
             found[name] = None
@@ -380,30 +377,19 @@ def errors(world, rank):
     return found
 
 
-class Breaks(nn.Tanh):
-    """Fails on the last rank, at its ninth call: within a relaxation."""
-
-    def __init__(self, owner):
-        super().__init__()
-        object.__setattr__(self, "calls", Calls(owner.rank == owner.world - 1))
-
-    def forward(self, x):
-        self.calls.count()
-        return super().forward(x)
-
-
-class Calls:
-    """Kept from being undone after a pass, as a file would be."""
-
-    __slots__ = ("breaks", "seen")
+class Breaks(ebm.ErrorCoordinates):
+    """Fails, if told to, in its second relaxation."""
 
     def __init__(self, breaks):
+        super().__init__(max_steps=5)
         self.breaks, self.seen = breaks, 0
 
-    def count(self):
+    def relax(self, landscape, start, strength):
         self.seen += 1
-        if self.breaks and self.seen == 9:
+        found = super().relax(landscape, start, strength)
+        if self.breaks and self.seen == 2:
             raise ValueError("broken in mid-relaxation")
+        return found
 
 
 def main(out, *cases):

@@ -197,7 +197,7 @@ def test_an_error_on_one_rank_is_raised_on_all(world, two, four):
             assert text in rank[name][1]
     assert failed["none"][0] == "RuntimeError"  # Lightning's own
     assert all("training_step returned None" in rank["none"][1] for rank in healthy)
-    # on all ranks alike
-    assert all("all_gather" in rank["gathers"][1] for rank in left["errors"])
+    # What ranks gather is gathered once a step, and is a constant of it.
+    assert all(rank["gathers"] is None for rank in left["errors"])
     assert all(rank["none fails"] is None for rank in left["errors"])
     assert f"Rank {world - 1} of {world} failed: ValueError: broken in mid-relaxation" in output

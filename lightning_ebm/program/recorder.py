@@ -44,6 +44,7 @@ _BY_MASK = frozenset({"index", "masked_select"})
 _SLOPED = _BY_MASK | {"_ctc_loss"}
 """Operations that have a slope, though the shape of what they give depends on values."""
 _PUT_BY_MASK = frozenset({"index_put", "index_put_", "_index_put_impl_"})
+_COLLECTIVE = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})
 _DETACH = torch.ops.aten.detach.default
 
 
@@ -90,6 +91,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if kind.random and not off and draws(func, args, kwargs):
             repeated = repeated_without_drawing(kind, args)
             off = repeated is None
+        if not off and func.namespace in _COLLECTIVE:
+            if any(tensor.requires_grad for tensor in _tensors((args, kwargs))):
+                raise _collective(str(func))
+            off = True
         if off:
             self._about_to_write(written)
             result = func(*args, **kwargs)
@@ -213,6 +218,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def function(self, function: type[torch.autograd.Function], run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A custom function is one node: its forward runs while gradients are off, and its backward is in no record."""
+        if function.__module__.startswith("torch.distributed") and ".fsdp" not in function.__module__:
+            raise _collective(function.__name__)
         if function.__module__.startswith("torch.distributed"):  # it tells FSDP when gradients are there
             with self.pausing():
                 result = run(*args, **kwargs)
@@ -535,6 +542,14 @@ class _Calls(TorchFunctionMode):
         with self:
             cut = soft.detach()
         return picked - cut + soft
+
+
+def _collective(name: str) -> UnsupportedModuleError:
+    return UnsupportedModuleError(
+        f"The step differentiates through a collective ({name}): it would have to run at every state of a relaxation,"
+        " and every rank takes as many as its own batch needs, so that ranks would wait for each other for ever. Gather"
+        " what is a constant (torch.no_grad, or all_gather without sync_grads), or compute the loss of this rank's batch."
+    )
 
 
 def _tensors(held: Any) -> list[Tensor]:
