@@ -65,13 +65,14 @@ def test_code_takes_less_than_the_plain_way() -> None:
 @pytest.mark.parametrize("layers", [4, 8])
 @pytest.mark.parametrize("relaxer", [ebm.GradientDescent(0.1, 20), ebm.ErrorCoordinates(20, 0.5, 0.0)], ids=str)
 def test_steps_hold_one_point(relaxer: ebm.Relaxer, layers: int) -> None:
-    """Seven things a layer, however many layers: the pass with its graph, x, mu and the slopes."""
-    assert peak(ebm.algorithm("predictive-coding", relaxer=relaxer), layers=layers) < 7.1 * layers + 0.5
+    """However many layers: x, x - mu, mu and the next x; of errors one more."""
+    things = 4.1 if isinstance(relaxer, ebm.GradientDescent) else 5.1
+    assert peak(ebm.algorithm("predictive-coding", relaxer=relaxer), layers=layers) < things * layers + 2.5
 
 
 @pytest.mark.parametrize("relaxer", [ebm.GradientDescent(0.1, 20), ebm.ErrorCoordinates(20, 0.5, 0.0)], ids=str)
 def test_compiled_steps_hold_hardly_more(relaxer: ebm.Relaxer) -> None:
-    assert peak(ebm.algorithm("predictive-coding", relaxer=relaxer), compile=True) < 8 * LAYERS + 0.5
+    assert peak(ebm.algorithm("predictive-coding", relaxer=relaxer), compile=True) < 9.2 * LAYERS + 0.5
 
 
 def test_of_two_phases_both_ends_are_held_and_what_their_sum_is_made_of() -> None:
@@ -79,13 +80,13 @@ def test_of_two_phases_both_ends_are_held_and_what_their_sum_is_made_of() -> Non
     assert peak(algorithm) < 8.2 * LAYERS + 0.5
 
 
-def test_descent_on_errors_holds_seven_things_a_layer() -> None:
-    assert peak(ebm.algorithm("predictive-coding")) < 7.1 * LAYERS + 0.5
+def test_descent_on_errors_holds_six_things_a_layer() -> None:
+    assert peak(ebm.algorithm("predictive-coding")) < 6.5 * LAYERS + 1
 
 
 @pytest.mark.parametrize("algorithm", [euler(20), ebm.algorithm("predictive-coding")], ids=["euler", "errors"])
-def test_tracing_takes_seventeen_states_a_layer(algorithm: ebm.Algorithm) -> None:
-    assert peak(algorithm, before=1) < 16.5 * LAYERS + 1
+def test_tracing_takes_ten_states_a_layer(algorithm: ebm.Algorithm) -> None:
+    assert peak(algorithm, before=1) < 9.5 * LAYERS + 1
 
 
 def small() -> tuple[nn.Sequential, list[tuple[Tensor, Tensor]]]:

@@ -548,7 +548,7 @@ def _collective(name: str) -> UnsupportedModuleError:
     return UnsupportedModuleError(
         f"The step differentiates through a collective ({name}): it would have to run at every state of a relaxation,"
         " and every rank takes as many as its own batch needs, so that ranks would wait for each other for ever. Gather"
-        " what is a constant (torch.no_grad, or all_gather without sync_grads), or compute the loss of this rank's batch."
+        " what is a constant (torch.no_grad, or all_gather without sync_grads), or compute the loss locally."
     )
 
 
