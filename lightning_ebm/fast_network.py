@@ -20,6 +20,9 @@ from lightning_ebm.relaxers.forces import total_energy
 
 log = logging.getLogger(__name__)
 
+_MOST = 100
+"""Pieces of code kept for one program."""
+
 Coordinates = Literal["states", "errors"]
 Evaluate = Callable[[Network, list[Tensor], list[Tensor]], list[Tensor]]
 """From a plain network, a point, and the tensors that autograd would give a gradient."""
@@ -136,6 +139,8 @@ class FastNetwork(Network):
             return None
         codes = self._traced.codes
         if key not in codes:
+            if len(codes) >= _MOST:  # a nudge or a setting that is another one at every step
+                return None
             codes[key] = self._trace(kind, evaluate, point)
         code = codes[key]
         if isinstance(code, str) or (self._moved and code.recalled):

@@ -528,3 +528,25 @@ def test_a_number_that_is_read_off_a_layer_is_said_once(caplog) -> None:
         for times in (1, 2, 3):
             learner.gradients(lambda times=times: closure(times))
     assert caplog.text.count("reads numbers off its layers") == 1
+
+
+def test_a_nudge_that_is_another_one_at_every_step_does_not_pile_up_code() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    x = torch.randn(5, 4).double()
+
+    class Rising(ebm.Nudge):
+        strength = 0.1
+
+        def phases(self):
+            return (ebm.nudges.Phase(self.strength, 1 / self.strength), ebm.nudges.Phase(0.0, -1 / self.strength))
+
+    nudge = Rising()
+    learner = ebm.Learner(net, ebm.Algorithm(ebm.PredictiveCoding(), nudge, ebm.GradientDescent(0.1, 2)))
+    for step in range(60):
+        nudge.strength = 0.1 + 0.01 * step
+        found = learner.gradients(lambda: net(x).square().mean())
+    assert len(learner._programs.latest.traced.codes) <= 100
+    plain = ebm.Learner(net, ebm.Algorithm(ebm.PredictiveCoding(), nudge, ebm.GradientDescent(0.1, 2)), capture=False)
+    expected = plain.gradients(lambda: net(x).square().mean())
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-12, atol=1e-14) for name in expected)
