@@ -41,7 +41,7 @@ def check_against_autograd(module: nn.Module, program: Program, plan: Plan, loss
     largest = max((float(t.abs().max()) for t in true if t is not None and t.numel()), default=0.0)
     parting: dict[str, str] = {}
     for leaf, g, t in zip(leaves, ours, true, strict=True):
-        if t is None or not bool(torch.isfinite(t).all()):
+        if t is None:
             continue
         name = names.get(id(leaf), f"a tensor of shape {tuple(leaf.shape)}")
         if g is None:

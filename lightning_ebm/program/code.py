@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.operations import functional_form, tensors_at, traits
-from lightning_ebm.program.record import Node, Value, stands_for
+from lightning_ebm.program.record import Node, Value, depending, stands_for
 
 log = logging.getLogger(__name__)
 
@@ -318,15 +318,6 @@ class TracedProgram:
             elif node.results[0] is not None:
                 found[fx_node] = node.results[0]
         return found
-
-
-def depending(values: set[Value], order: Sequence[Node]) -> set[Value]:
-    """The values that depend on these, and these."""
-    found = set(values)
-    for node in order:
-        if any(value in found for value in node.values()):
-            found.update(value for value in node.results if value is not None)
-    return found
 
 
 def _key(func: Any, args: tuple[Any, ...]) -> Any:

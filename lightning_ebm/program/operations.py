@@ -12,9 +12,7 @@ class Traits(NamedTuple):
     Attributes:
         name: without namespace and overload.
         writes: positions or names of the arguments that it writes to.
-        overwrites: whether what was there before is of no consequence.
         views: whether its results are views of its arguments in autograd's eyes.
-        shares: whether they share memory, known to autograd or not.
         by_shape: whether only the shape of its arguments matters.
         random: whether it draws from a generator.
         dynamic: whether the shape of its result depends on values.
@@ -22,9 +20,7 @@ class Traits(NamedTuple):
 
     name: str
     writes: tuple[int | str, ...]
-    overwrites: bool
     views: bool
-    shares: bool
     by_shape: bool
     random: bool
     dynamic: bool
@@ -32,15 +28,10 @@ class Traits(NamedTuple):
 
 BATCH_NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm"})
 """They write to arguments 3 and 4, the running statistics, while argument 5 says training; not all schemas tell."""
-_OVERWRITING = frozenset(
-    {"bernoulli_", "uniform_", "normal_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
-    | {"fill_", "zero_", "copy_"}
-)
 _BY_SHAPE = frozenset(
     {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"}
     | {"new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"}
 )
-_SHARING = frozenset({"_unsafe_view", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "_reshape_copy"})
 
 
 _known_traits: dict[int, Traits] = {}
@@ -66,9 +57,7 @@ def _traits(func: Any) -> Traits:
     return Traits(
         name=name,
         writes=(3, 4) if name in BATCH_NORMS else writes,
-        overwrites=name in _OVERWRITING,
         views=views,
-        shares=views or name in _SHARING,
         by_shape=name in _BY_SHAPE,
         random=torch.Tag.nondeterministic_seeded in func.tags,
         dynamic=torch.Tag.dynamic_output_shape in func.tags,

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from lightning_ebm.program.calls import Replace, nothing_in_place, watched
 from lightning_ebm.program.check import check_against_autograd
-from lightning_ebm.program.code import TracedProgram, depending
+from lightning_ebm.program.code import TracedProgram
 from lightning_ebm.program.comparison import Outline
 from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.layers import LayerFinder, Layers, Output
-from lightning_ebm.program.record import Node, Record, Value, meta_of
+from lightning_ebm.program.record import Node, Record, Value, depending, meta_of
 from lightning_ebm.program.recorder import Recorder
 from lightning_ebm.program.reduction import reduced_sizes
 from lightning_ebm.program.wiring import Plan, Region

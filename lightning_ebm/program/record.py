@@ -1,6 +1,6 @@
 """What a record consists of: values, the operations that computed them, and the calls of modules that returned them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -158,6 +158,15 @@ class Record:
     reads: list[tuple[str, Value]] = field(default_factory=list)
     leading_sizes: list[int] = field(default_factory=list)
     arguments: Any = None
+
+
+def depending(values: set[Value], order: Sequence[Node]) -> set[Value]:
+    """The values that depend on these, and these."""
+    found = set(values)
+    for node in order:
+        if any(value in found for value in node.values()):
+            found.update(value for value in node.results if value is not None)
+    return found
 
 
 def meta_of(tensor: Tensor) -> Meta:

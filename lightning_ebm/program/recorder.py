@@ -175,11 +175,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.record.nodes.append(node)
         for tensor in written if kind.name not in BATCH_NORMS else ():
             now = self.value(tensor)
-            if now.node is not node:
+            if now.node is not node:  # else it was returned as well: the returned one is what was written
                 now = Value(node, meta_of(tensor))
-                node.results.append(now)
-            else:  # returned as well: the returned one is what was written
-                node.results.append(now)
+            node.results.append(now)
             self.held.pop(now, None)
             self.record.nodes.extend(self._aliasing.written(tensor, now, self._rebind, self._poison))
             self._bind(tensor, now)

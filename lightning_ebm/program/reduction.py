@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from lightning_ebm.program.interpreter import Program
-from lightning_ebm.program.record import Node, Value
+from lightning_ebm.program.record import Node, Value, depending
 
 _SUM = 2
 """torch's number for reduction="sum"."""
@@ -31,10 +31,7 @@ def sums_over_batch(program: Program, batch_size: int) -> bool:
     Sums, and losses with ``reduction="sum"``, behind signs, additions and changes of shape or number format alone. What
     is divided or multiplied by something after its sum is not found.
     """
-    moving = {mark.state for mark in program.marks}
-    for node in program.order:
-        if any(value in moving for value in node.values()):
-            moving.update(value for value in node.results if value is not None)
+    moving = depending({mark.state for mark in program.marks}, program.order)
     queue, seen = [program.loss], set[Value]()
     while queue:
         value = queue.pop()
