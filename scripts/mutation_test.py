@@ -96,15 +96,17 @@ MUTATIONS = [
     Mutation(
         "masks are drawn anew",
         "purity.py",
-        "                self._random.restore()\n",
-        "                pass\n",
+        "        stack.callback(RandomState(module).restore)\n",
+        "",
         "purity",
     ),
+    Mutation("plain state stays", "purity.py", "        stack.callback(PlainState(module).restore)\n", "", "purity"),
     Mutation(
-        "a pass starts too early", "purity.py", "        self._is_taken = False\n", "        self._take()\n", "purity"
-    ),
-    Mutation(
-        "metrics count each pass", "purity.py", '("forward", "compute", "update", "reset")', '("forward",)', "purity"
+        "metrics count each pass",
+        "purity.py",
+        "stack.callback(_reset, metric, dict(vars(metric)))",
+        "pass",
+        "purity",
     ),
     Mutation(
         "a runaway is returned",
@@ -282,7 +284,7 @@ MUTATIONS = [
     Mutation(
         "memory is read in the order of dimensions",
         "program/aliasing.py",
-        "key=lambda d: (-tensor.stride(d), -tensor.shape[d])",
+        "key=lambda d: (-strides[d], -tensor.shape[d])",
         "key=lambda d: d",
         "programs",
     ),
@@ -373,7 +375,7 @@ MUTATIONS = [
     Mutation(
         "code is traced through hooked modules",
         "program/interpreter.py",
-        "if any(func in (hooked_input, hooked_output) for func in own):",
+        "if hooked_input in own or hooked_output in own:",
         "if False:",
         "programs",
     ),
@@ -491,8 +493,8 @@ MUTATIONS = [
     Mutation(
         "settings of an energy are not looked at",
         "fast_network.py",
-        "return (*kind, self._settings, *(",
-        "return (*kind, *(",
+        "fixed = self._settings, self.batch_size, self.loss_scale",
+        "fixed = self.batch_size, self.loss_scale",
         "programs",
     ),
     Mutation(
@@ -561,8 +563,8 @@ MUTATIONS = [
     Mutation(
         "backward in a closure is let pass",
         "program/seen_backward.py",
-        'if options.get("inputs") is not None:\n            return False\n        raise',
-        "if True:\n            return False\n        raise",
+        'if options.get("inputs") is not None:\n        return False\n    raise',
+        "if True:\n        return False\n    raise",
         "programs",
     ),
     Mutation(
