@@ -1,6 +1,6 @@
 """Energy-based learning for PyTorch Lightning: relax the states of a network, read a local update off its energy."""
 
-from lightning_ebm import metrics, reference, regime, testing
+from lightning_ebm import metrics, reference, regime, testing, updates
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.callbacks import GradientAlignment, RelaxationMonitor
 from lightning_ebm.distributed import EBMDDPStrategy, EBMFSDP2Strategy
@@ -43,6 +43,7 @@ from lightning_ebm.relaxers import (
 )
 from lightning_ebm.strategy import EBMStrategy
 from lightning_ebm.summary import Summary, summary
+from lightning_ebm.updates import Update
 
 __version__ = "0.1.0"
 
@@ -53,5 +54,6 @@ __all__ = [
     "GradientDescent", "Holomorphic", "Hopfield", "Infinitesimal", "LayerDiscoveryError", "LayerView",
     "LearnedPrecision", "Learner", "Nudge", "OneSided", "Phase", "PredictiveCoding", "RandomSign", "Relaxation",
     "RelaxationDivergedError", "RelaxationMonitor", "Relaxer", "StateOptimizer", "Summary", "Sweep",
-    "UnsupportedModuleError", "algorithm", "algorithms", "metrics", "reference", "regime", "summary", "testing",
+    "UnsupportedModuleError", "Update", "algorithm", "algorithms", "metrics", "reference", "regime", "summary",
+    "testing", "updates",
 ]  # fmt: skip

@@ -63,7 +63,7 @@ def before_training(algorithm: Algorithm, learning_rates: Sequence[float], dtype
         learning_rates: of the optimizers of the parameters.
         dtype: of the parameters.
     """
-    if algorithm.read_as == "backprop":
+    if not algorithm.rule.relaxes:
         return []
     found = []
     phases = table_of(without_draw(algorithm.nudge))

@@ -9,9 +9,6 @@ from torch.autograd.function import BackwardCFunction
 
 from lightning_ebm.program.wiring import graph_of
 
-Seed = tuple[Tensor, Tensor]
-"""What to differentiate, and the weight of each of its elements."""
-
 
 class Delivered(torch.autograd.Function):
     """A number whose gradients with respect to given tensors are computed by given code."""
@@ -28,7 +25,7 @@ class Delivered(torch.autograd.Function):
 
 
 @torch.enable_grad()
-def slopes_of(seeds: Sequence[Seed], states: Collection[Tensor]) -> Tensor:
+def slopes_of(seeds: Sequence[tuple[Tensor, Tensor]], states: Collection[Tensor]) -> Tensor:
     """A scalar whose gradient is that of sum_k <seed_k, output_k>, for all that these are computed from but the states.
 
     Autograd would work out those of the states, which are held, as well: a third of what a backward pass costs.
@@ -45,7 +42,8 @@ def slopes_of(seeds: Sequence[Seed], states: Collection[Tensor]) -> Tensor:
     hooked = any(leaf._backward_hooks for leaf in targets)
     custom = any(isinstance(node, BackwardCFunction) for node in nodes)
     if not targets or hooked or custom or any(t.is_complex() for pair in live for t in pair):
-        return torch.stack([(seed * output).sum() for output, seed in seeds]).sum()
+        total = torch.stack([(seed * output).sum() for output, seed in seeds]).sum()
+        return total.real if total.is_complex() else total
 
     def update(scale: Tensor) -> tuple[Tensor, ...]:
         outputs, weights = [output for output, _ in live], [(scale * seed).to(output.dtype) for output, seed in live]

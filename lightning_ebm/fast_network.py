@@ -17,6 +17,7 @@ from lightning_ebm.program.wiring import Plan
 from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.relaxers.fixed_steps import moved
 from lightning_ebm.relaxers.forces import total_energy
+from lightning_ebm.updates.base import End, Update
 
 log = logging.getLogger(__name__)
 
@@ -276,32 +277,27 @@ class FastNetwork(Network):
 
     # The point of view of an update
 
-    def energy_at(self, found: Relaxation, strength: complex) -> Tensor:
-        """See `Network.energy_at`."""
-        update = self._update([(strength, 1.0, found)])
-        return super().energy_at(found, strength) if update is None else update
+    def begin_last_phase(self) -> None:
+        """See `Network.begin_last_phase`."""
+        self.returns = False
 
-    def contrast(self, phases: Sequence[tuple[complex, complex, Relaxation]]) -> Tensor:
-        """See `Network.contrast`."""
-        update = self._update(phases)
-        return super().contrast(phases) if update is None else update
-
-    def _update(self, phases: Sequence[tuple[complex, complex, Relaxation]]) -> Tensor | None:
-        """The same by code: a number whose gradients are computed when they are asked for; None without code."""
-        point: list[Tensor] = []
-        shapes = []
-        for strength, weight, found in phases:
-            kind, tensors = self._kind_of(found)
-            shapes.append((strength, weight, found.coordinates, kind))
+    def update(self, rule: Update, ends: Sequence[End]) -> Tensor:
+        """See `Network.update`. By code, it is a number whose gradients are computed when they are asked for."""
+        shapes, point = [], []
+        for end in ends:
+            kind, tensors = self._kind_of(end.found)
+            shapes.append((*end.phase, end.internal, end.found.coordinates, kind))
             point += tensors
+        settings = settings_of(rule)
+        key = ("update", settings, *shapes)
 
         def evaluate(twin: Network, inputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
             *rest, scale = inputs
-            terms = [
-                (strength, weight, _rebuilt(twin, found, kind, rest))
-                for (strength, weight, _, kind), (_, _, found) in zip(shapes, phases, strict=True)
+            held = [
+                end._replace(found=_rebuilt(twin, end.found, shape[-1], rest))
+                for end, shape in zip(ends, shapes, strict=True)
             ]
-            total = twin.contrast(terms) * scale
+            total = twin.update(rule, held) * scale
             slopes = torch.autograd.grad(total, leaves, allow_unused=True)
             return [torch.zeros_like(leaf) if s is None else s for s, leaf in zip(slopes, leaves, strict=True)]
 
@@ -310,21 +306,20 @@ class FastNetwork(Network):
             assert slopes is not None
             return tuple(slopes)
 
-        key = ("update", *shapes)
         one = self.first_loss.new_ones(()).real
-        if self._code(self._key(key, [*point, one]), key, evaluate, [*point, one]) is None:
-            return None
+        if settings is None or self._code(self._key(key, [*point, one]), key, evaluate, [*point, one]) is None:
+            return super().update(rule, ends)
         targets = [leaf for leaf in self._leaves if leaf is not None]
         return Delivered.apply(one.new_zeros(()), update, *targets)  # type: ignore[no-any-return, no-untyped-call]
 
     def _kind_of(self, found: Relaxation) -> tuple[str, list[Tensor]]:
         """Which of its tensors the end of a phase is read from."""
-        if found.dyad is not None:
-            return "dyad", [*found.point, *found.dyad[0], *found.dyad[1]]
+        if found.dyadic_states is not None:
+            return "pairs", [*found.point, *found.dyadic_states[0], *found.dyadic_states[1]]
         here = "rest" if found.point and found.point[0] is self.no_errors[0] else "point"
         tensors = [] if here == "rest" else list(found.point)
-        if found.displacement is not None:
-            return f"{here} displaced", [*tensors, *found.displacement]
+        if found.local_error is not None:
+            return f"{here} with errors", [*tensors, *found.local_error]
         return here, tensors
 
 
@@ -338,13 +333,13 @@ def _rebuilt(twin: Network, found: Relaxation, kind: str, tensors: list[Tensor])
         return front
 
     point = list(twin.no_errors) if kind.startswith("rest") else taken()
-    displacement = taken() if kind.endswith("displaced") else None
-    dyad = (taken(), taken()) if kind == "dyad" else None
-    return Relaxation(point, found.coordinates, "fixed", 0, found.residual, displacement=displacement, dyad=dyad)
+    errors = taken() if kind.endswith("with errors") else None
+    pair = (taken(), taken()) if kind == "pairs" else None
+    return Relaxation(point, found.coordinates, "fixed", 0, found.residual, local_error=errors, dyadic_states=pair)
 
 
-def settings_of(energy: Energy) -> Key | None:
-    """What an energy computes with, to tell code of other settings apart; None if that cannot be told."""
+def settings_of(energy: Energy | Update) -> Key | None:
+    """What an energy or an update computes with, to tell code of other settings apart; None if that cannot be told."""
 
     def of(value: Any) -> Any:
         if isinstance(value, Tensor):

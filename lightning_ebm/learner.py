@@ -143,7 +143,7 @@ class Learner:
         optimizer.zero_grad()
         with step.first_pass():
             loss = closure()
-        incremental = self.algorithm.read_as == "incremental"
+        incremental = self.algorithm.rule.incremental
         for surrogate in step.increments(loss) if incremental else [step.surrogate(loss)]:
             optimizer.zero_grad()
             torch.autograd.backward(surrogate)
@@ -157,7 +157,7 @@ class Learner:
         effects, and must be what the body runs. For divergence energies the equilibrium is the forward
         pass, and nothing is done. Outside of inference mode only: states are found by gradients.
         """
-        if is_divergence(self.algorithm.energy) or self.algorithm.read_as == "backprop":
+        if is_divergence(self.algorithm.energy) or not self.algorithm.rule.relaxes:
             return nullcontext()
         parts = self.module, self.algorithm, self._evaluated, run, self._quiet, _unheard, self.loss_reduction
         return Step(*parts, [], code=self._code).at_free_equilibrium()
@@ -255,7 +255,7 @@ def _unheard(names: list[str], phases: list[PhaseReport], loss: Tensor, way: str
 
 def output_for(algorithm: Algorithm, output: Output) -> Output:
     """`output`, with "auto" resolved where the nudge holds the output and so needs it to be a state."""
-    if not algorithm.nudge.needs_output_state or algorithm.read_as == "backprop":
+    if not algorithm.nudge.needs_output_state or not algorithm.rule.relaxes:
         return output
     if output == "readout":
         raise ConfigurationError(

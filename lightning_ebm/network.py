@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_ebm.delivery import Seed, slopes_of
+from lightning_ebm.delivery import slopes_of
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import (
     LayerView,
@@ -32,6 +32,7 @@ from lightning_ebm.relaxers import Forces, Relaxation
 from lightning_ebm.relaxers.forces import total_energy
 from lightning_ebm.samples import by_sample, layout_of, norm_by_sample, squares_by_sample, to_samples
 from lightning_ebm.stamps import Stamps, stamps
+from lightning_ebm.updates.base import End, Term, Update
 
 Run = Callable[[StateOf], Pass]
 """Runs the program of the step with the given states in place."""
@@ -78,7 +79,12 @@ class Network:
         self.names: Sequence[str] = [str(key) for key in plan.states]
         depths, self._above = plan.depths()
         self.depths: Sequence[int] = depths
+        self.parents: Sequence[Sequence[int]] = [row.parents for row in plan.rows]
+        """Of each layer, the indices of those that its drive is computed from."""
         self.outputs = plan.loss_parents
+        """Indices of the layers that the loss is computed from directly."""
+        self.loss_parameters = plan.loss_parameters
+        """Names of the parameters that the loss depends on without a layer between."""
         self.energy = energy
         self._plan = plan
         self._run = run
@@ -89,6 +95,8 @@ class Network:
         self.rounding = start.rounding
         self._forward: Pass | None = start.seen
         self._latest: tuple[Stamps, Pass] | None = None
+        self._shown: list[Pass] | None = None
+        self._equilibrium: Sequence[Tensor] | None = None
         self._moved = False
         self._differentiated_again = True
         """Whether a pass is, after its forces: its graph is kept until then."""
@@ -292,32 +300,37 @@ class Network:
 
     # The point of view of an update
 
-    def energy_at(self, found: Relaxation, strength: complex) -> Tensor:
-        """A scalar whose gradient is dE/dtheta at the end of a phase, every state held fixed.
+    def update(self, rule: Update, ends: Sequence[End]) -> Tensor:
+        """A scalar whose gradient with respect to the parameters is what the rule reads off the ends of phases."""
+        self._shown = []
+        with torch.enable_grad():
+            terms = rule.read(self, ends)
+        states = [state for seen in self._shown for state in seen.states]
+        self._shown = None
+        return slopes_of(terms, states)
 
-        In error coordinates it is that of <-Pi e, mu(theta)> + strength * L, which is the same, and x - mu is never
-        formed. For dyads it is that of E with their leading states less E with their trailing ones, all drives coming
-        from `point`.
+    def terms_of(self, ends: Sequence[End]) -> list[Term]:
+        """`sum_p weight_p dE/dtheta` at the ends of phases, every state held fixed.
+
+        Where a relaxer left errors at the layers, these are read instead of the distance of states to predictions, so
+        that x - mu is never formed; of pairs of states E is that of the leading ones less that of the trailing ones.
         """
-        return self._energy_of(self._pass_of(found), found, strength)
+        return [term for end in ends for term in self._terms_of(end)]
 
-    def contrast(self, phases: Sequence[tuple[complex, complex, Relaxation]]) -> Tensor:
-        """A scalar whose gradient is that of Re sum_p weight_p E(x_p, theta), see `energy_at`.
+    def loss_terms(self, seen: Pass, weight: complex) -> list[Term]:
+        """`weight dL/dtheta` of what the loss computes from parameters directly, L summed over the batch."""
+        return [Term(seen.loss, weight * self.loss_scale * ones_for(seen.loss))]
+
+    def at_rest(self, local_error: list[Tensor] | None = None) -> Relaxation:
+        """The free equilibrium as the end of a phase, with errors to be read at its layers.
 
         Args:
-            phases: strength, weight and end of each.
+            local_error: d_l of each layer, which `terms_of` reads as `-<Pi_l d_l, dmu_l/dtheta>`; None reads I itself.
         """
-        if len(phases) > 1 and all(self._is_at_forward_pass(found) for _, _, found in phases):
-            shared = [  # the graph of the forward pass is there once
-                (output, weight.real * seed)
-                for strength, weight, found in phases
-                for output, seed in self._terms_of(self._first, found, strength)
-            ]
-            return slopes_of(shared, self._first.states)
-        terms = [(weight, self.energy_at(found, strength)) for strength, weight, found in phases]
-        weighted = [term if is_one(weight) else weight * term for weight, term in terms]
-        reals = [term.real if term.is_complex() else term for term in weighted]
-        return reals[0] if len(reals) == 1 else torch.stack(reals).sum()
+        forward = self._equilibrium is None and local_error is not None
+        point = list(self.no_errors if forward else self.equilibrium)
+        residual = torch.zeros(self.batch_size, device=point[0].device)
+        return Relaxation(point, "errors" if forward else "states", "fixed", 0, residual, local_error=local_error)
 
     def held(self, found: Relaxation) -> Relaxation:
         """The same end of a phase, written in states that stay what they are when parameters move."""
@@ -326,51 +339,38 @@ class Network:
         states = [state.detach() for state in self._at_errors(found.point).states]
         return dataclasses.replace(found, point=states, coordinates="states")
 
-    def energy_with(self, held: Relaxation, strength: complex) -> Tensor:
-        """`energy_at` for the parameters of now: a fresh pass, with the states of before."""
-        self._latest = None
-        seen = self._run(at_states(dict(zip(self._plan.states, held.point, strict=True))))
-        return self._energy_of(seen, held, strength)
-
     def errors_at(self, found: Relaxation) -> list[Tensor]:
         """x_l - mu_l at the end of a phase, one tensor a layer."""
-        errors = found.displacement if found.displacement is not None else found.point
-        if found.displacement is not None or found.coordinates == "errors":
+        errors = found.local_error if found.local_error is not None else found.point
+        if found.local_error is not None or found.coordinates == "errors":
             return [error.detach() for error in errors]
         layers = self.at_states(found.point).layers
         return [(x - call.prediction).detach() for x, call in zip(found.point, layers, strict=True)]
 
-    def _is_at_forward_pass(self, found: Relaxation) -> bool:
-        """Whether something else than its point's own errors is read, against the predictions of the forward pass."""
-        return found.displacement is not None and _same(found.point, self.no_errors)
-
-    def _pass_of(self, found: Relaxation) -> Pass:
+    def at(self, found: Relaxation) -> Pass:
+        """The pass at the end of a phase."""
         return self._at_errors(found.point) if found.coordinates == "errors" else self.at_states(found.point)
 
-    def _energy_of(self, seen: Pass, found: Relaxation, strength: complex) -> Tensor:
-        return slopes_of(self._terms_of(seen, found, strength), seen.states)
-
-    def _terms_of(self, seen: Pass, found: Relaxation, strength: complex) -> list[Seed]:
+    def _terms_of(self, end: End) -> list[Term]:
         """What is differentiated for the update, and the weight of each of its elements."""
-        errors = found.displacement
+        found, weight = end.found, end.weight
+        seen, errors = self.at(found), found.local_error
         if errors is None and found.coordinates == "errors":
             errors = found.point
-        if errors is None and found.dyad is None and is_quadratic(self.energy):
+        if errors is None and found.dyadic_states is None and is_quadratic(self.energy):
             errors = [(call.state - call.prediction).detach() for call in seen.layers]
-        with torch.enable_grad():
-            if found.dyad is not None:
-                ahead, behind = found.dyad
-                internal = self.internal(seen, at=ahead) - self.internal(seen, at=behind)
-                terms = [(internal, ones_for(internal))]
-            elif errors is None:
-                internal = self.internal(seen)
-                terms = [(internal, ones_for(internal))]
-            else:
-                parts = zip(self._precisions(seen), errors, seen.layers, strict=True)
-                terms = [(call.prediction, -e if is_one(p) else -p * e) for p, e, call in parts]
-            if strength:
-                terms.append((seen.loss, strength * self.loss_scale * ones_for(seen.loss)))
+        terms = self.loss_terms(seen, end.weight * end.strength) if end.strength else []
+        if not end.internal:
             return terms
+        if found.dyadic_states is not None:
+            ahead, behind = found.dyadic_states
+            internal = self.internal(seen, at=ahead) - self.internal(seen, at=behind)
+            return [Term(internal, weight * ones_for(internal)), *terms]
+        if errors is None:
+            internal = self.internal(seen)
+            return [Term(internal, weight * ones_for(internal)), *terms]
+        parts = zip(self._precisions(seen), errors, seen.layers, strict=True)
+        return [*(Term(call.prediction, -weight * e if is_one(p) else -weight * p * e) for p, e, call in parts), *terms]
 
     def loss(self, seen: Pass) -> Tensor:
         """L summed over the batch."""
@@ -452,6 +452,18 @@ class Network:
 
     # Passes
 
+    @property
+    def equilibrium(self) -> Sequence[Tensor]:
+        """The free equilibrium: the forward pass, or what the free phase found."""
+        return self.free if self._equilibrium is None else self._equilibrium
+
+    def rest_at(self, states: Sequence[Tensor]) -> None:
+        """Notes what the free phase found."""
+        self._equilibrium = states
+
+    def begin_last_phase(self) -> None:
+        """Told that nobody asks for states of the forward pass once the next relaxation has left them."""
+
     def adopt(self, point: Sequence[Tensor], seen: Pass, run: Run) -> None:
         """Takes a pass at these states as its own, and further passes from the same program."""
         self._latest = (stamps(point), seen)
@@ -464,13 +476,14 @@ class Network:
         self._moved = True
 
     def at_states(self, states: Sequence[Tensor]) -> Pass:
+        """The pass with these states in place: what each layer computes from them, and the loss."""
         if not self._moved and _same(states, self.free):
-            return self._first
+            return self._show(self._first)
         return self._pass_at(states, at_states(dict(zip(self._plan.states, states, strict=True))))
 
     def _at_errors(self, errors: Sequence[Tensor]) -> Pass:
         if _same(errors, self.no_errors):
-            return self._first
+            return self._show(self._first)
         by_key = dict(zip(self._plan.states, errors, strict=True))
 
         def displaced(key: StateKey, prediction: Tensor) -> Tensor | None:
@@ -482,11 +495,17 @@ class Network:
         """The pass at a point, kept until another is asked for: the update reads the one the last forces came from."""
         if self._latest is not None:
             if self._latest[0] == stamps(point):
-                return self._latest[1]
+                return self._show(self._latest[1])
             self._latest = None  # before the next one is made, so that two graphs are never held at once
         seen = self._run(state_of)
         self._let_go(seen)
         self._latest = (stamps(point), seen)
+        return self._show(seen)
+
+    def _show(self, seen: Pass) -> Pass:
+        """Notes whose states an update is reading at, to leave these out of its gradient."""
+        if self._shown is not None:
+            self._shown.append(seen)
         return seen
 
     def _let_go(self, seen: Pass) -> None:

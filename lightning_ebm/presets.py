@@ -275,7 +275,7 @@ def algorithm(name: str | Algorithm, **parts: Any) -> Algorithm:
         raise ConfigurationError(f"An algorithm has no part {unknown[0]!r}.{hint} It has: {', '.join(fields)}.")
     energy, nudge = parts.get("energy", chosen.energy), parts.get("nudge", chosen.nudge)
     if parts.get("relaxer") == "auto" and isinstance(energy, Energy) and isinstance(nudge, Nudge):
-        if chosen.relaxer.update != "contrast":
+        if not chosen.relaxer.ends_in_states:
             raise ConfigurationError(
                 f'relaxer="auto": {type(chosen.relaxer).__name__} is what makes {name!r} what it is, and leaves no'
                 ' choice. Leave the relaxer out, or take "pc-nudge" or "predictive-coding", which relax to equilibrium.'

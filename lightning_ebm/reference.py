@@ -75,7 +75,7 @@ def equilibrium(
         Almeida 1987; Pineda 1987.
     """
     chosen = preset(algorithm)
-    if chosen.read_as == "backprop":
+    if not chosen.rule.relaxes:
         return backprop(module, closure)
     exact = exactly(chosen)
     output = output_for(chosen, output)

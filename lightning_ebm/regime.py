@@ -27,6 +27,7 @@ from lightning_ebm.reference import Settled
 from lightning_ebm.relaxers import Landscape, Relaxation, Relaxer
 from lightning_ebm.relaxers.descent import descend
 from lightning_ebm.step import Step
+from lightning_ebm.updates.base import label
 
 Reach = Literal["signal", "rounding", "none", "read-out"]
 
@@ -179,7 +180,7 @@ def of(
     learner = Learner(module, algorithm, layers=layers, output=output, loss_reduction=loss_reduction)
     with untouched(module), torch.enable_grad():
         step = learner.begin(closure)
-        if learner.algorithm.read_as != "backprop":
+        if learner.algorithm.rule.relaxes:
             step.examine()
         return of_step(step, learner.algorithm, equilibrium)
 
@@ -194,9 +195,9 @@ def of_step(step: Step, algorithm: Algorithm, equilibrium: Relaxer | None = None
         )
     if not _measurable(algorithm):
         raise ConfigurationError(
-            f"The regime of update={algorithm.read_as!r} under {algorithm.nudge!r} is not defined: its parameters move"
-            " with the states, or its states are complex. Measure the same energy and relaxer with ebm.OneSided(...)"
-            ' and update="auto".'
+            f"The regime of update={label(algorithm.rule)!r} under {algorithm.nudge!r} is not defined: its parameters"
+            " move with the states, or its states are complex. Measure the same energy and relaxer with"
+            ' ebm.OneSided(...) and update="auto".'
         )
     # Looking on must not draw the training's next sign.
     algorithm = dataclasses.replace(algorithm, nudge=without_draw(algorithm.nudge))
@@ -204,7 +205,9 @@ def of_step(step: Step, algorithm: Algorithm, equilibrium: Relaxer | None = None
     stopped, at_stop = step.again(algorithm)
     assert at_stop.network is not None
     ends = {
-        strength.real: at_stop.network.errors_at(end) for strength, _, end in at_stop.phases if end.displacement is None
+        end.strength.real: at_stop.network.errors_at(end.found)
+        for end in at_stop.phases
+        if end.found.local_error is None
     }
     settled, at_equilibrium = step.again(_relaxed_further(algorithm, equilibrium, ends))
     assert at_equilibrium.network is not None
@@ -231,7 +234,7 @@ def of_step(step: Step, algorithm: Algorithm, equilibrium: Relaxer | None = None
 
 
 def _measurable(algorithm: Algorithm) -> bool:
-    return algorithm.read_as != "incremental" and not algorithm.nudge.complex_states
+    return not algorithm.rule.incremental and not algorithm.nudge.complex_states
 
 
 class Onward(Relaxer):
@@ -268,11 +271,11 @@ def _relaxed_further(
 
 def _nudged(step: Step) -> Relaxation | None:
     """The end of the first phase but the free one; None where the nudge is infinitesimal and moves nothing."""
-    return next((end for _, weight, end in step.phases if weight.real > 0), None)
+    return next((end.found for end in step.phases if end.weight.real > 0), None)
 
 
 def _relaxed(stopped: Relaxation, settled: Relaxation) -> float:
-    if stopped.displacement is not None or stopped.dyad is not None:
+    if stopped.local_error is not None or stopped.dyadic_states is not None:
         return math.nan  # what is read is no state on its way down the energy
     start, end, lowest = (float(e.real) for e in (stopped.energies[0], stopped.energies[-1], settled.energies[-1]))
     return (start - end) / (start - lowest) if start != lowest else math.nan

@@ -12,15 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure, checked_loss
-from lightning_ebm.delivery import slopes_of
 from lightning_ebm.energies.base import is_divergence, rests_at_prediction
 from lightning_ebm.errors import ConfigurationError, EBMError, RelaxationDivergedError, UnsupportedModuleError
 from lightning_ebm.fast_network import FastNetwork
 from lightning_ebm.holding import Holding
-from lightning_ebm.linearization import Linearization
 from lightning_ebm.network import Network, Start
 from lightning_ebm.nudges import Phase
-from lightning_ebm.nudges.base import table_of
 from lightning_ebm.program.calls import Replace, batch_size_among, in_place, nothing_in_place
 from lightning_ebm.program.complex_ops import ComplexOperations
 from lightning_ebm.program.interpreter import (
@@ -44,6 +41,7 @@ from lightning_ebm.relaxers.forces import total_energy
 from lightning_ebm.report import PhaseReport
 from lightning_ebm.samples import FOUND, Samples
 from lightning_ebm.state_memory import StateMemory
+from lightning_ebm.updates import End
 from lightning_ebm.watching import Recording
 
 log = logging.getLogger(__name__)
@@ -115,10 +113,10 @@ class Step:
         self._free: Relaxation | None = None
         self._is_complex = False
         self.network: Network | None = None
-        self.phases: list[tuple[complex, complex, Relaxation]] = []
-        """Strength, weight and end of each phase of the last relaxation."""
-        self.displaced: tuple[list[Tensor], list[Tensor]] | None = None
-        """The free state and the displacement from it, where the update is read from those."""
+        self.phases: list[End] = []
+        """The ends of the phases of the last relaxation."""
+        self.held: Sequence[End] = ()
+        """What the update is read from."""
         self.observer: Observer | None = None
         """Put in the network's place before anything relaxes on it, to watch."""
 
@@ -129,7 +127,7 @@ class Step:
 
     @property
     def _is_control(self) -> bool:
-        return self._algorithm.read_as == "backprop"
+        return not self._algorithm.rule.relaxes
 
     @contextmanager
     def first_pass(self, on_backward: TakesCare | None = None) -> Iterator[None]:
@@ -227,6 +225,7 @@ class Step:
             names = self._memory.names(self._batch, network.batch_size)
             start = self._memory.recall(names, network.free)
         self._free = free_equilibrium(network, self._algorithm, start)
+        network.rest_at(self._free.point)
         if self._memory is not None and self._teaches:
             self._memory.keep(names, self._free.point)
 
@@ -273,11 +272,12 @@ class Step:
         """
         network = self._opened(checked_loss(loss))
         relaxer = self._algorithm.relaxer
-        nudged = next(phase for phase in table_of(self._algorithm.nudge) if phase.is_nudged)
-        strength, weight = nudged.strength.real, nudged.weight
+        rule = self._algorithm.rule
+        nudged = next(phase for phase in rule.phases(self._algorithm.nudge) if phase.is_nudged)
+        strength = nudged.strength.real
         point, move = list(network.free), relaxer.stepper(network.free)
         energies, norms = [], []
-        for taken in range(self._algorithm.increments):
+        for taken in range(relaxer.steps_one_by_one):
             with torch.no_grad():
                 forces = network.forces(point, strength)
                 following = network.feasible(move(point, forces.gradients))
@@ -291,7 +291,7 @@ class Step:
                 )
             residual = norms[-1] / norms[0].clamp_min(torch.finfo(norms[0].dtype).tiny)
             found = Relaxation(point, "states", "fixed", taken, residual, energies)
-            update = weight.real * network.energy_at(found, strength) * (scale / network.loss_scale)
+            update = network.update(rule, [End(nudged, found)]) * (scale / network.loss_scale)
             self._remember(list(network.names), [PhaseReport.of(strength, found)], network.first_loss, way_of(network))
             self._check_coverage(update, network)
             yield loss.detach() + (update - update.detach())
@@ -441,7 +441,7 @@ class Step:
         Raises:
             ConfigurationError: this step, or the other, is the control, which has no layers to relax.
         """
-        if self._known is None or algorithm.read_as == "backprop":
+        if self._known is None or not algorithm.rule.relaxes:
             raise ConfigurationError(
                 'The algorithm "backprop" relaxes nothing, so there is no other way to take this step.'
             )
@@ -476,34 +476,32 @@ class Step:
         self._held = {}
         if self._recorder is not None and self._owns_recorder:
             self._recorder.release()
-        self.phases = []
+        self.phases, self.held = [], ()
 
     def _relaxed(self, network: Network, loss: Tensor) -> Tensor:
-        """sum_p weight_p E(x_p, theta), states held fixed; or what the algorithm reads instead."""
+        """Relaxes each phase; a scalar whose gradient is the update."""
         algorithm = self._algorithm
         phases = []
         self.phases = []
         free = self._free
         if free is not None:
             phases.append(PhaseReport.of(0.0, free))
-        table = () if algorithm.nudge.linear_response else table_of(algorithm.nudge)
+        table = algorithm.rule.phases(algorithm.nudge)
         self._is_complex = any(isinstance(phase.strength, complex) for phase in table)
-        if algorithm.read_as == "dyadic":  # both ends of the table at once
-            span = max(p.strength.real for p in table) - min(p.strength.real for p in table)
-            table = (Phase(span, 1 / span),)
         together = self._together(network, table)
-        held = any(phase.held for phase in table)
-        departs = is_divergence(algorithm.energy) and algorithm.read_as == "contrast" and not held
+        returns = algorithm.rule.needs_forward_pass or any(phase.held for phase in table)
+        departs = is_divergence(algorithm.energy) and not returns
         taken = None
         for phase in table:
-            strength, weight = phase.strength, phase.weight
+            strength = phase.strength
             if phase in together:
                 found = together[phase]
                 phases.append(PhaseReport.of(strength, found))
             elif phase.is_nudged:
                 _announce(network, strength, phase.held)
                 if departs and phase is table[-1] and isinstance(network, FastNetwork):
-                    network.returns, self._held = False, {}
+                    network.begin_last_phase()
+                    self._held = {}
                 with torch.no_grad():
                     found = self._nudged(network, phase)
                 phases.append(PhaseReport.of(strength, found))
@@ -513,14 +511,12 @@ class Step:
                 found = free
             if taken is None and phase.is_nudged and not isinstance(strength, complex):
                 taken = found
-            self.phases.append((0.0 if phase.held else strength, weight, found))
+            self.phases.append(End(phase, found))
         self._remember(list(network.names), phases, loss, way_of(network))
-        if algorithm.read_as == "cross-derivative":
-            return self._cross_derivative(network, self._start(network))
-        update = network.contrast(self.phases)
-        if any(phase.held for phase in table):
-            update = update + self._direct(network, table)
-        if self._teaches and taken is not None and taken.dyad is None:
+        inner = getattr(network, "unwatched", network)
+        self.held = algorithm.rule.hold(inner, self.phases)
+        update: Tensor = inner.update(algorithm.rule, self.held)
+        if self._teaches and taken is not None and taken.dyadic_states is None:
             algorithm.energy.observe(lambda: dict(zip(network.names, network.errors_at(taken), strict=True)))
         return update
 
@@ -539,7 +535,7 @@ class Step:
 
     def _start(self, network: Network) -> Sequence[Tensor]:
         """The free equilibrium."""
-        return network.free if self._free is None else self._free.point
+        return network.equilibrium
 
     def _nudged(self, network: Network, phase: Phase) -> Relaxation:
         relaxer = self._algorithm.relaxer
@@ -563,33 +559,6 @@ class Step:
             )
         return held.detach().to(free)
 
-    def _direct(self, network: Network, table: Sequence[Phase]) -> Tensor:
-        """A scalar with the gradient of what the loss says of parameters directly, such as a penalty on weights.
-
-        Where the output is held the loss is no part of E, and no contrast of phases would carry that.
-        """
-        assert self._known is not None
-        share = sum(phase.weight.real * phase.strength.real for phase in table if phase.held)
-        if not self._known.plan.loss_parameters or not share:
-            return torch.zeros_like(network.first_loss)
-        seen = network.at_states(self._start(network))
-        weight = share * network.loss_scale * torch.ones_like(seen.loss)
-        return slopes_of([(seen.loss, weight)], seen.states)
-
-    def _cross_derivative(self, network: Network, start: Sequence[Tensor]) -> Tensor:
-        """dL/dtheta + <d2I/dtheta dx, dx>, dx the (weighted) displacement of the states from the free equilibrium."""
-        near = Linearization(network, start)
-        if self._algorithm.nudge.linear_response:
-            moved = near.response()
-        else:
-            moved = [torch.zeros_like(x) for x in start]
-            for strength, weight, found in self.phases:
-                if strength:
-                    ends = zip(moved, network.held(found).point, start, strict=True)
-                    moved = [m + _real(weight * (x - x0)) for m, x, x0 in ends]
-        self.displaced = list(start), moved
-        return near.loss() + near.cross_derivative(moved)
-
     def _arithmetic(self) -> AbstractContextManager[Any]:
         """What passes need beyond the user's code: complex numbers, or second derivatives."""
         stack = ExitStack()
@@ -600,7 +569,7 @@ class Step:
 
     def _derivatives(self) -> AbstractContextManager[Any]:
         """Attention in single operations where slopes are differentiated again: fused kernels have no second ones."""
-        return sdpa_kernel(SDPBackend.MATH) if self._algorithm.read_as == "cross-derivative" else nullcontext()
+        return sdpa_kernel(SDPBackend.MATH) if self._algorithm.rule.second_derivatives else nullcontext()
 
     def _check_coverage(self, update: Tensor, network: Network) -> None:
         """Once for every set of layers: each parameter that backprop would reach must be reached by the energy."""
@@ -683,7 +652,3 @@ def way_of(network: Network) -> str:
 
 def _forget(names: list[str], phases: list[PhaseReport], loss: Tensor, way: str) -> None:
     """A step of which no report is kept."""
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return tensor.real if tensor.is_complex() else tensor

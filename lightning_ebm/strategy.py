@@ -190,7 +190,7 @@ class EnergyStrategy(Strategy):
             return self._step.unrelaxed(
                 closure_loss, 1 / self._accumulated()
             )  # the scaler skips this step, as in stock
-        if self.algorithm.read_as == "incremental":
+        if self.algorithm.rule.incremental:
             self._refuse_increments()
             self._increments = self._step.increments(closure_loss)
             surrogate = next(self._increments)
@@ -338,7 +338,7 @@ class EnergyStrategy(Strategy):
         """
         if self._step is None:
             raise ConfigurationError("There is no training step yet whose gradient could be computed.")
-        relaxes = self.algorithm.read_as != "backprop"
+        relaxes = self._relaxes
         if reference == "equilibrium" and relaxes and not is_divergence(self.algorithm.energy):
             found, other = self._step.again(exactly(self.algorithm))
             other.release()
@@ -372,7 +372,7 @@ class EnergyStrategy(Strategy):
     @property
     def _relaxes(self) -> bool:
         """Whether there are further passes; not for the control."""
-        return self.algorithm.read_as != "backprop"
+        return self.algorithm.rule.relaxes
 
     def _accumulated(self) -> int:
         """By how much Lightning has divided the loss; read at every step, as a scheduler may change it."""

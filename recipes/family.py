@@ -140,7 +140,7 @@ def accuracy_of(net: nn.Module, algorithm: ebm.Algorithm) -> float:
 def cosine(net: nn.Module, closure: Callable[[], Tensor], learner: ebm.Learner) -> float:
     """To backprop's gradient for divergence energies, to the gradient at the free equilibrium for others."""
     chosen = learner.algorithm
-    if chosen.read_as == "backprop" or chosen.energy.divergence:
+    if not chosen.rule.relaxes or chosen.energy.divergence:
         true = ebm.reference.backprop(net, closure)
     else:
         true = ebm.reference.equilibrium(net, closure, chosen, output="state")

@@ -28,7 +28,6 @@ from rich.console import Console
 from sources import DataNotFoundError
 
 import lightning_ebm as ebm
-from lightning_ebm.algorithm import Update
 
 
 def algorithm_of(
@@ -37,7 +36,7 @@ def algorithm_of(
     nudge: ebm.Nudge | None = None,
     relaxer: ebm.Relaxer | Literal["auto"] | None = None,
     free_relaxer: ebm.Relaxer | None = None,
-    update: Update | None = None,
+    update: str | ebm.Update | None = None,
     initial_state: Literal["forward", "zeros"] | None = None,
 ) -> ebm.Algorithm | None:
     """What replaces backprop.

@@ -514,15 +514,15 @@ MUTATIONS = [
     Mutation(
         "phases are written down in one weight",
         "fast_network.py",
-        "shapes.append((strength, weight, found.coordinates, kind))",
-        "shapes.append((strength, 1.0, found.coordinates, kind))",
+        "shapes.append((*end.phase, end.internal",
+        "shapes.append((end.strength, end.internal",
         "code",
     ),
     Mutation(
         "an update forgets its scale",
         "fast_network.py",
-        "total = twin.contrast(terms) * scale",
-        "total = twin.contrast(terms)",
+        "total = twin.update(rule, held) * scale",
+        "total = twin.update(rule, held)",
         "predictive_coding conformance",
     ),
     Mutation(

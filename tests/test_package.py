@@ -40,6 +40,7 @@ ORDER = [
     {"errors", "harmless", "promises"},
     {"energies", "nudges"},
     {"relaxers"},
+    {"updates"},
     {"automatic"},
     {"samples", "stamps", "tree"},
     {"algorithm", "closure", "plain_state", "purity"},
@@ -54,7 +55,7 @@ ORDER = [
     # and on
     {"delivery"},
     {"network"},
-    {"fast_network", "holding", "linearization", "state_memory", "watching"},
+    {"fast_network", "holding", "state_memory", "watching"},
     {"presets", "report", "step", "learner", "equilibrium", "reference", "metrics", "summary", "testing"},
     {"regime"},
     {"advice", "runs"},

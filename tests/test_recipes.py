@@ -212,9 +212,9 @@ def test_every_recipe_takes_a_step(path, folder):
     where = [] if re.search(r"class_path: data.(Digits|MNIST1D)\b", text) else ["--data.dir", str(folder)]
     made = main.main(["fit", "--config", str(path), *where, *small])
     relaxes = made.trainer.strategy.algorithm if hasattr(made.trainer.strategy, "algorithm") else None
-    incremental = relaxes is not None and relaxes.read_as == "incremental"
+    incremental = relaxes is not None and relaxes.rule.incremental
     # An incremental batch is as many optimizer steps as it has relaxation steps, and fast_dev_run counts steps too.
-    assert made.trainer.global_step == (relaxes.increments if incremental else 2)
+    assert made.trainer.global_step == (relaxes.relaxer.max_steps if incremental else 2)
     assert all(torch.isfinite(p).all() for p in made.model.parameters())
 
 

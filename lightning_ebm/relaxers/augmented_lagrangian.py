@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class AugmentedLagrangian(Relaxer):
         Powell's, 1969.
     """
 
-    update: ClassVar[Literal["multipliers"]] = "multipliers"
+    update: ClassVar[str] = "multipliers"
     needs_error_coordinates: ClassVar[bool] = True
 
     outer_steps: int = 4
@@ -58,7 +58,7 @@ class AugmentedLagrangian(Relaxer):
             statuses.append(found.status)
             energies += found.energies
         worst = next(s for s in ("max_steps", "fixed", "stalled", "converged") if s in statuses)
-        return Relaxation(point, "errors", worst, steps, found.residual, energies, displacement=multipliers)
+        return Relaxation(point, "errors", worst, steps, found.residual, energies, local_error=multipliers)
 
 
 class _WithMultipliers:

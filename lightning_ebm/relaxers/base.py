@@ -6,12 +6,18 @@ Letters: ``B`` samples; a list over layers holds one tensor a state, each ``(B, 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
+from lightning_ebm.energies import Energy
+from lightning_ebm.energies.base import QuadraticEnergy, is_quadratic
 from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.nudges import Nudge
 from lightning_ebm.relaxers.forces import Forces
+
+if TYPE_CHECKING:
+    from lightning_ebm.updates.base import Update
 
 Status = Literal["converged", "stalled", "max_steps", "fixed"]
 
@@ -91,9 +97,9 @@ class Relaxation:
         energies: total energy I + lambda L of the batch, scalars: at the start and after each step. Where
             only some samples took a step, the value before it, which bounds theirs. Of relaxers that need no energy
             to move (`FixedPoint`, `Dyadic`), at the start and at the end only.
-        displacement: what is to be read against each layer's prediction instead of its error at `point`: the error as
+        local_error: what is to be read against each layer's prediction instead of its error at `point`: the error as
             it first arrives, with everything else still at the forward pass, or a multiplier over the precision.
-        dyad: two more lists of states, whose energies, with the drives of `point`, are to be contrasted.
+        dyadic_states: two more lists of states, whose energies, with the drives of `point`, are to be contrasted.
     """
 
     point: list[Tensor]
@@ -102,21 +108,62 @@ class Relaxation:
     steps: int
     residual: Tensor
     energies: Sequence[Tensor] = ()
-    displacement: list[Tensor] | None = None
-    dyad: tuple[list[Tensor], list[Tensor]] | None = None
+    local_error: list[Tensor] | None = None
+    dyadic_states: tuple[list[Tensor], list[Tensor]] | None = None
 
 
 class Relaxer(ABC):
     """Moves states from the free point `start` towards equilibrium of I + strength * loss."""
 
-    update: ClassVar[Literal["contrast", "first-arrival", "fixed-prediction", "multipliers", "dyadic"]] = "contrast"
-    """How its result is meant to be read; see `Algorithm.update`."""
+    update: "ClassVar[str | Update]" = "contrast"
+    """The update that its result is made for, by name or as an object; ``update="auto"`` takes it."""
 
     complex_states: ClassVar[bool] = False
     """Whether it can follow a complex nudge."""
 
     needs_error_coordinates: ClassVar[bool] = False
     """Whether the energy must be a quadratic of errors, see `QuadraticEnergy`."""
+
+    @property
+    def ends_in_states(self) -> bool:
+        """Whether it ends in states at which an energy can be differentiated, and leaves nothing else to be read."""
+        return self.update == "contrast"
+
+    @property
+    def steps_one_by_one(self) -> int:
+        """How many moves of `stepper` stand for one relaxation; 0 where it does not move that way."""
+        return 0
+
+    def check(self, energy: Energy, nudge: Nudge) -> None:
+        """Refuses an energy or a nudge that this relaxer would not see.
+
+        Raises:
+            ConfigurationError: it moves errors, and the energy is no function of those or the nudge holds the output;
+                or states are complex, and it cannot follow.
+        """
+        self.check_energy(energy)
+        if nudge.needs_output_state and self.needs_error_coordinates:
+            raise ConfigurationError(
+                f"{type(nudge).__name__} holds the output, and {type(self).__name__} moves errors, of which the output"
+                " is a function. Take ebm.FixedPoint(...) or ebm.GradientDescent(...)."
+            )
+        if nudge.complex_states and not self.complex_states:
+            raise ConfigurationError(
+                f"{type(self).__name__} cannot follow the complex states of a holomorphic nudge,"
+                f" {type(nudge).__name__}. Take ebm.FixedPoint(...), ebm.GradientDescent(lr, max_steps) or"
+                " ebm.ErrorCoordinates(..., tol=0)."
+            )
+
+    def check_energy(self, energy: Energy) -> None:
+        """The part of `check` that concerns a free phase as well."""
+        if self.needs_error_coordinates and not is_quadratic(energy):
+            overridden = isinstance(energy, QuadraticEnergy)
+            why = "overrides layer_energy, so that its energy is another" if overridden else "is no function of those"
+            raise ConfigurationError(
+                f"{type(self).__name__} moves prediction errors under the energy 1/2 Pi |error|^2, and"
+                f" {type(energy).__name__} {why}: it would never be looked at. Use ebm.PredictiveCoding(), or a"
+                " relaxer of states such as ebm.GradientDescent(...)."
+            )
 
     @abstractmethod
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:

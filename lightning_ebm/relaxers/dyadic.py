@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Dyadic(Relaxer):
         Hoier, Staudt, Zach, ICML 2023; Hoier and Zach, ICML 2024 (arXiv 2402.08573), with alpha = 1/2.
     """
 
-    update: ClassVar[Literal["dyadic"]] = "dyadic"
+    update: ClassVar[str] = "dyadic"
 
     max_steps: int = 30
     tol: float = 1e-6
@@ -63,4 +63,4 @@ class Dyadic(Relaxer):
             energies.append(total_energy(forces, strength))
         residual = norm / apart.clamp_min(torch.finfo(norm.dtype).tiny)
         status: Status = "fixed" if not self.tol else "converged" if bool(settled.all()) else "max_steps"
-        return Relaxation(mean, "states", status, max(steps, 1), residual, energies, dyad=(ahead, behind))
+        return Relaxation(mean, "states", status, max(steps, 1), residual, energies, dyadic_states=(ahead, behind))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class FixedPrediction(Relaxer):
         Millidge, Tschantz, Buckley 2022 (arXiv 2006.04182); Rosenbaum 2022.
     """
 
-    update: ClassVar[Literal["fixed-prediction"]] = "fixed-prediction"
+    update: ClassVar[str] = "fixed-prediction"
     needs_error_coordinates: ClassVar[bool] = True
 
     max_steps: int = 100
@@ -65,4 +65,4 @@ class FixedPrediction(Relaxer):
         residual = norms[-1] / norms[0].clamp_min(torch.finfo(norms[0].dtype).tiny)
         status: Status = "fixed" if not self.tol else "converged" if bool(settled.all()) else "max_steps"
         point = list(landscape.no_errors)
-        return Relaxation(point, "errors", status, steps, residual, energies, displacement=errors)
+        return Relaxation(point, "errors", status, steps, residual, energies, local_error=errors)

@@ -54,6 +54,10 @@ class GradientDescent(Relaxer):
         del start  # nobody else may have to hold it
         return fixed_steps(self, landscape, "states", self._euler, point, strength, self.max_steps, self.lr)
 
+    @property
+    def steps_one_by_one(self) -> int:
+        return self.max_steps
+
     def stepper(self, start: Sequence[Tensor]) -> Stepper:
         return self._euler
 

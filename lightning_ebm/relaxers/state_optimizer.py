@@ -54,6 +54,10 @@ class StateOptimizer(Relaxer):
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
         return fixed_steps(self, landscape, "states", self.stepper(start), list(start), strength, self.max_steps)
 
+    @property
+    def steps_one_by_one(self) -> int:
+        return self.max_steps
+
     def stepper(self, start: Sequence[Tensor]) -> Stepper:
         variables = [state.clone().requires_grad_() for state in start]
         optimizer = self._made(variables)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,13 +23,13 @@ class Sweep(Relaxer):
         Song et al. 2020 (zero-divergence inference learning); Salvatori et al. 2022 for any graph.
     """
 
-    update: ClassVar[Literal["contrast", "first-arrival"]] = "first-arrival"
+    update: ClassVar[str] = "first-arrival"
     needs_error_coordinates: ClassVar[bool] = True
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
         forces = landscape.error_forces(landscape.no_errors, strength)
-        displacement = [-gradient for gradient in forces.gradients]
+        local_error = [-gradient for gradient in forces.gradients]
         settled = torch.zeros_like(forces.internal)
         energies = [strength * forces.loss.detach()]
         no_errors = list(landscape.no_errors)
-        return Relaxation(no_errors, "errors", "converged", 1, settled, energies, displacement=displacement)
+        return Relaxation(no_errors, "errors", "converged", 1, settled, energies, local_error=local_error)
