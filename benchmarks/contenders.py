@@ -7,8 +7,8 @@ import torch
 from networks import Net
 
 import lightning_ebm as ebm
-from lightning_ebm.relaxers.base import Landscape, force_norm
-from lightning_ebm.relaxers.forces import total_energy
+from lightning_ebm.evaluations import ErrorForces, Landscape
+from lightning_ebm.relaxers.base import force_norm
 
 Row = tuple[ebm.Algorithm, dict[str, bool]]
 """An algorithm, and the options of `ebm.Learner`."""
@@ -68,7 +68,7 @@ class HeavyBall(ebm.Relaxer):
         velocity = [torch.zeros_like(error) for error in point]
         norms: list[torch.Tensor] = []
         while True:
-            forces = landscape.error_forces(point, strength)
+            forces = landscape.evaluate(ErrorForces(), point, strength)
             norms.append(force_norm(landscape, forces.gradients))
             there = bool((norms[-1] <= self.tol * norms[0]).all())
             if there or len(norms) > self.max_steps or not bool(norms[-1].max() <= 1e6 * norms[0].max()):
@@ -77,5 +77,5 @@ class HeavyBall(ebm.Relaxer):
             point = [e + v for e, v in zip(point, velocity, strict=True)]
         residual = norms[-1] / norms[0].clamp_min(1e-30)
         status = "converged" if there else "max_steps"
-        energies = [total_energy(forces, strength)]
+        energies = [forces.total(strength)]
         return ebm.Relaxation(point, "errors", status, len(norms) - 1, residual, energies)  # type: ignore[arg-type]

@@ -71,11 +71,12 @@ class Algorithm:
         self._check_parts()
 
     def _check_parts(self) -> None:
-        kinds: dict[str, tuple[type, type]] = {
-            "energy": (Energy, PredictiveCoding), "nudge": (Nudge, OneSided), "relaxer": (Relaxer, ErrorCoordinates),
-        }  # fmt: skip
-        for part, (kind, example) in kinds.items():
-            value = getattr(self, part)
+        expected: tuple[tuple[str, object, type, type], ...] = (
+            ("energy", self.energy, Energy, PredictiveCoding),
+            ("nudge", self.nudge, Nudge, OneSided),
+            ("relaxer", self.relaxer, Relaxer, ErrorCoordinates),
+        )
+        for part, value, kind, example in expected:
             if not isinstance(value, kind):
                 raise ConfigurationError(
                     f"Algorithm({part}={value!r}): expected an instance of ebm.{kind.__name__}, such as"
@@ -100,6 +101,15 @@ class Algorithm:
         if self.update != "auto":
             return named(self.update)
         return named("cross-derivative" if self.nudge.linear_response else self.relaxer.update)
+
+    def parts(self) -> dict[str, Energy | Nudge | Relaxer | Update]:
+        """The objects that may carry something from one step to the next."""
+        found: dict[str, Energy | Nudge | Relaxer | Update] = {
+            "energy": self.energy, "nudge": self.nudge, "relaxer": self.relaxer, "update": self.rule,
+        }  # fmt: skip
+        if self.free_relaxer is not None:
+            found["free_relaxer"] = self.free_relaxer
+        return found
 
     def describe(self) -> dict[str, str]:
         """Every part as text, for the configuration of a run."""

@@ -24,6 +24,12 @@ class Delivered(torch.autograd.Function):
             return None, None, *ctx.update(scale)
 
 
+def delivered(value: Tensor, update: Callable[[Tensor], tuple[Tensor, ...]], targets: Sequence[Tensor]) -> Tensor:
+    """`value`, whose gradients with respect to the targets `update` computes from the factor on it when asked."""
+    found: Tensor = Delivered.apply(value, update, *targets)  # type: ignore[no-untyped-call]
+    return found
+
+
 @torch.enable_grad()
 def slopes_of(seeds: Sequence[tuple[Tensor, Tensor]], states: Collection[Tensor]) -> Tensor:
     """A scalar whose gradient is that of sum_k <seed_k, output_k>, for all that these are computed from but the states.
@@ -50,4 +56,4 @@ def slopes_of(seeds: Sequence[tuple[Tensor, Tensor]], states: Collection[Tensor]
         again: bool = torch._C._autograd._get_current_graph_task_keep_graph()
         return torch.autograd.grad(outputs, targets, weights, retain_graph=again, allow_unused=True)
 
-    return Delivered.apply(live[0][1].new_zeros(()), update, *targets)  # type: ignore[no-any-return, no-untyped-call]
+    return delivered(live[0][1].new_zeros(()), update, targets)

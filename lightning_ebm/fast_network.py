@@ -2,21 +2,22 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_ebm.delivery import Delivered
-from lightning_ebm.energies.base import Energy, is_bounded
-from lightning_ebm.network import Network, Run, Start
+from lightning_ebm.delivery import delivered
+from lightning_ebm.energies import Energy
+from lightning_ebm.evaluations import Evaluation
+from lightning_ebm.evaluations.base import Result
+from lightning_ebm.network import Network
+from lightning_ebm.passes import Run, Start
 from lightning_ebm.program.code import Code, Key, TracedProgram
 from lightning_ebm.program.interpreter import Pass, Program, at_prediction
 from lightning_ebm.program.record import Value
 from lightning_ebm.program.wiring import Plan
-from lightning_ebm.relaxers import Forces, Relaxation
-from lightning_ebm.relaxers.fixed_steps import moved
-from lightning_ebm.relaxers.forces import total_energy
+from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.updates.base import End, Update
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,6 @@ log = logging.getLogger(__name__)
 _MOST = 100
 """Pieces of code kept for one program."""
 
-Coordinates = Literal["states", "errors"]
 Evaluate = Callable[[Network, list[Tensor], list[Tensor]], list[Tensor]]
 """From a plain network, a point, and the tensors that autograd would give a gradient."""
 
@@ -170,110 +170,18 @@ class FastNetwork(Network):
 
     # The point of view of a relaxer
 
-    def forces(self, states: Sequence[Tensor], strength: complex) -> Forces:
-        """See `Landscape.forces`."""
-        return self._forces("forces", states, strength)
-
-    def error_forces(self, errors: Sequence[Tensor], strength: complex) -> Forces:
-        """See `Landscape.error_forces`."""
-        return self._forces("error_forces", errors, strength)
-
-    def responses(self, states: Sequence[Tensor], strength: complex) -> Forces:
-        """See `Landscape.responses`."""
-        return self._forces("responses", states, strength)
-
-    def hops(self, errors: Sequence[Tensor], strength: complex) -> Forces:
-        """See `Landscape.hops`."""
-        return self._forces("hops", errors, strength)
-
-    def _forces(self, kind: str, point: Sequence[Tensor], strength: complex) -> Forces:
-        at_rest = kind == "error_forces" and point[0] is self.no_errors[0]
-
-        def evaluate(twin: Network, point: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
-            found: Forces = getattr(twin, kind)(twin.no_errors if at_rest else point, strength)
-            return [found.internal, found.loss, *found.gradients]
-
-        found = self._run_code((kind, strength, at_rest), evaluate, [] if at_rest else point)
-        if found is None:
-            plain: Forces = getattr(super(), kind)(point, strength)
-            return plain
-        internal, loss, *gradients = found
-        return Forces(internal, loss, gradients)
-
-    def answers(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]) -> list[Tensor]:
-        """See `Landscape.answers`."""
-        found = self._run_code(
-            ("answers", strength, tuple(layers)),
-            lambda twin, point, leaves: twin.answers(point, strength, layers),
-            states,
-        )
-        return super().answers(states, strength, layers) if found is None else found
-
-    def dyads(self, mean: Sequence[Tensor], strength: float) -> tuple[list[Tensor], list[Tensor], Forces]:
-        """See `Landscape.dyads`."""
-
-        def evaluate(twin: Network, point: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
-            ahead, behind, forces = twin.dyads(point, strength)
-            return [forces.internal, forces.loss, *forces.gradients, *ahead, *behind]
-
-        found = self._run_code(("dyads", strength), evaluate, mean)
-        if found is None:
-            return super().dyads(mean, strength)
-        internal, loss, *rest = found
-        gradients, ahead, behind = (rest[k : k + len(mean)] for k in range(0, len(rest), len(mean)))
-        return ahead, behind, Forces(internal, loss, gradients)
-
-    def energy_of(self, states: Sequence[Tensor], strength: complex) -> Tensor:
-        """See `Landscape.energy_of`."""
-        found = self._run_code(
-            ("energy", strength), lambda twin, point, leaves: [twin.energy_of(point, strength)], states
-        )
-        return super().energy_of(states, strength) if found is None else found[0]
-
-    def descended(
-        self, point: list[Tensor], strength: complex, lr: float, coordinates: Coordinates, norms: bool = False
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """Moves a point on to x - lr dE/dx; the energy of the batch at x; None, and nothing moved, without code for it.
-
-        Args:
-            point: holds the next point afterwards.
-            strength: lambda.
-            lr: step size.
-            coordinates: what the point is written in.
-            norms: give |dE/dx| at x of each sample, ``(B,)``, besides.
-        """
-        if is_bounded(self.energy):
-            return None
-        if not self.returns and point[0] is not self.free[0] and point[0] is not self.no_errors[0]:
+    def evaluate(self, what: Evaluation[Result], point: Sequence[Tensor], strength: complex) -> Result:
+        """See `Landscape.evaluate`. The formula of the question is traced as it stands."""
+        if not self.returns and what.composed and point[0] is not self.free[0] and point[0] is not self.no_errors[0]:
             self.returns = True
             self.departs()
-        at_rest = coordinates == "errors" and point[0] is self.no_errors[0]
+        at_rest = what.coordinates == "errors" and point[0] is self.no_errors[0]
 
         def evaluate(twin: Network, here: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
-            here = list(twin.no_errors) if at_rest else here
-            found = twin.forces(here, strength) if coordinates == "states" else twin.error_forces(here, strength)
-            measured = [twin.norms(found.gradients)] if norms else []
-            return [total_energy(found, strength), *measured, *moved(here, found.gradients, lr)]
+            return what.flat(what.at(twin, twin.no_errors if at_rest else here, strength))
 
-        found = self._run_code(("step", coordinates, strength, lr, norms, at_rest), evaluate, [] if at_rest else point)
-        if found is None:
-            return None
-        energy, *rest = found
-        norm = rest.pop(0) if norms else None
-        point[:] = rest
-        return energy, norm
-
-    def residual(
-        self, point: Sequence[Tensor], strength: complex, coordinates: Coordinates
-    ) -> tuple[Tensor, Tensor] | None:
-        """The energy of the batch, and |dE/dx| of each sample, where an update will be read; None without code."""
-
-        def evaluate(twin: Network, here: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
-            found = twin.forces(here, strength) if coordinates == "states" else twin.error_forces(here, strength)
-            return [total_energy(found, strength), twin.norms(found.gradients)]
-
-        found = self._run_code(("residual", coordinates, strength), evaluate, point)
-        return None if found is None else (found[0], found[1])
+        found = self._run_code((what, strength, at_rest), evaluate, [] if at_rest else point)
+        return super().evaluate(what, point, strength) if found is None else what.built(found, len(self.no_errors))
 
     # The point of view of an update
 
@@ -310,7 +218,7 @@ class FastNetwork(Network):
         if settings is None or self._code(self._key(key, [*point, one]), key, evaluate, [*point, one]) is None:
             return super().update(rule, ends)
         targets = [leaf for leaf in self._leaves if leaf is not None]
-        return Delivered.apply(one.new_zeros(()), update, *targets)  # type: ignore[no-any-return, no-untyped-call]
+        return delivered(one.new_zeros(()), update, targets)
 
     def _kind_of(self, found: Relaxation) -> tuple[str, list[Tensor]]:
         """Which of its tensors the end of a phase is read from."""

@@ -280,7 +280,7 @@ def algorithm(name: str | Algorithm, **parts: Any) -> Algorithm:
                 f'relaxer="auto": {type(chosen.relaxer).__name__} is what makes {name!r} what it is, and leaves no'
                 ' choice. Leave the relaxer out, or take "pc-nudge" or "predictive-coding", which relax to equilibrium.'
             )
-        tol, steps = getattr(chosen.relaxer, "tol", 0.0), getattr(chosen.relaxer, "max_steps", 0)
+        tol, steps = chosen.relaxer.tol, chosen.relaxer.max_steps
         parts["relaxer"] = automatic(energy, nudge, tol or 1e-3, max(100, steps))
     return dataclasses.replace(chosen, **parts)
 

@@ -18,13 +18,14 @@ from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure
 from lightning_ebm.energies.base import is_quadratic
 from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.evaluations import Landscape
 from lightning_ebm.learner import Learner
 from lightning_ebm.metrics import moments, read
 from lightning_ebm.nudges.base import without_draw
 from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.purity import untouched
 from lightning_ebm.reference import Settled
-from lightning_ebm.relaxers import Landscape, Relaxation, Relaxer
+from lightning_ebm.relaxers import Relaxation, Relaxer
 from lightning_ebm.relaxers.descent import descend
 from lightning_ebm.step import Step
 from lightning_ebm.updates.base import label

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import lightning_ebm as ebm
+from lightning_ebm.evaluations import Around
 
 mpl.use("Agg")
 Curves = dict[str, Any]
@@ -53,17 +54,15 @@ class Watched(ebm.Relaxer):
     def relax(self, landscape: Any, start: Sequence[Tensor], strength: float) -> ebm.Relaxation:
         relaxer = self
 
-        class Observed:
-            def __getattr__(self, name: str) -> Any:
-                return getattr(landscape, name)
-
-            def forces(self, states: Sequence[Tensor], strength: complex) -> Any:
-                found = landscape.forces(states, strength)
-                relaxer.internal.append(float(found.internal.sum()))
-                relaxer.loss.append(float(found.loss))
+        class Observed(Around):
+            def answer(self, what: Any, point: Sequence[Tensor], strength: complex) -> Any:
+                found = super().answer(what, point, strength)
+                slope = what.slope(found)
+                relaxer.internal.append(float(slope.internal.sum()))
+                relaxer.loss.append(float(slope.loss))
                 return found
 
-        found = self.inner.relax(Observed(), start, strength)
+        found = self.inner.relax(Observed(landscape), start, strength)
         self.start, self.end = start, found.point
         return found
 

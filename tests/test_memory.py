@@ -113,7 +113,8 @@ def test_whoever_comes_back_to_the_forward_pass_finds_it_as_it_was(base: ebm.Rel
         def relax(self, landscape: Any, start: Any, strength: Any) -> ebm.Relaxation:
             before = list(start)
             found = super().relax(landscape, start, strength)
-            for forces in landscape.forces(before, strength), landscape.error_forces(landscape.no_errors, strength):
+            asked = (ebm.Forces(), before), (ebm.ErrorForces(), landscape.no_errors)
+            for forces in (landscape.evaluate(*one, strength) for one in asked):
                 seen.extend([*before, *forces.gradients, forces.loss])
             return found
 

@@ -18,7 +18,7 @@ from lightning_ebm.metrics import NAMES, Alignment, dead, read
 from lightning_ebm.program.calls import clean
 from lightning_ebm.program.wiring import named_gradients
 from lightning_ebm.reference import Reference
-from lightning_ebm.strategy import EnergyStrategy
+from lightning_ebm.strategies import EnergyStrategy
 
 log = logging.getLogger(__name__)
 

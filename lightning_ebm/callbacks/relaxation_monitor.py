@@ -12,10 +12,10 @@ from lightning_ebm import advice
 from lightning_ebm.callbacks import console, loggers
 from lightning_ebm.callbacks.run_file import RunFile
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
-from lightning_ebm.network import Network
+from lightning_ebm.evaluations import Landscape
 from lightning_ebm.regime import Regime
 from lightning_ebm.relaxers import Relaxer
-from lightning_ebm.strategy import EnergyStrategy
+from lightning_ebm.strategies import EnergyStrategy
 from lightning_ebm.watching import Recording
 
 log = logging.getLogger(__name__)
@@ -100,11 +100,9 @@ class RelaxationMonitor(Callback):
         learner = _strategy(trainer).learner
         learner.observer = self._observe if _due(trainer, self.every_n_steps) else None
 
-    def _observe(self, network: Network) -> Network:
-        watched: Any = network
-        recording: Any = Recording(watched)
-        self._recording = recording
-        return recording  # type: ignore[no-any-return]  # by delegation
+    def _observe(self, network: Landscape) -> Landscape:
+        self._recording = Recording(network)
+        return self._recording
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reads the recording of the relaxation that has just been used."""

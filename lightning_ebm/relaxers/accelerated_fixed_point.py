@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_ebm.relaxers.base import Landscape, checked_steps, force_norm
+from lightning_ebm.evaluations import Energy, Landscape
+from lightning_ebm.relaxers.base import checked_steps, force_norm
 from lightning_ebm.relaxers.fixed_point import ended, looked_at, ran_away, rounding_of
 from lightning_ebm.relaxers.sweeping import SweepingRelaxer, Sweeps
 
@@ -71,7 +72,7 @@ class AcceleratedFixedPoint(SweepingRelaxer):
     def sweeps(self, landscape: Landscape, point: list[Tensor], strength: complex) -> Sweeps:
         halves = self.groups(landscape)
         search = _Search(landscape, halves[-1])
-        energies, bound = [landscape.energy_of(point, strength)], math.inf
+        energies, bound = [landscape.evaluate(Energy(), point, strength)], math.inf
         for steps in range(1, self.max_steps + 1):  # read after the loop
             before, point = point, (yield point)
             moved = [y - x for x, y in zip(before, point, strict=True)]
@@ -99,7 +100,7 @@ class AcceleratedFixedPoint(SweepingRelaxer):
             if len(halves) > 1 or steps > _ALONE:
                 point = search.onwards(step, ~(searching <= settled_at))
         settled = not failed and not moving  # of a mixture of two sweeps nobody has measured anything
-        energies.append(landscape.energy_of(point, strength))
+        energies.append(landscape.evaluate(Energy(), point, strength))
         return ended(point, steps, norm, first, settled, self.tol, energies)
 
 

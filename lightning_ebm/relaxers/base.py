@@ -1,85 +1,25 @@
-"""The waist of the library: the network as a function of its states, and what a relaxer gives back.
+"""What a relaxer is, and what it gives back.
 
 Letters: ``B`` samples; a list over layers holds one tensor a state, each ``(B, ...)``.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import QuadraticEnergy, is_quadratic
 from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.evaluations import Landscape
 from lightning_ebm.nudges import Nudge
-from lightning_ebm.relaxers.forces import Forces
 
 if TYPE_CHECKING:
     from lightning_ebm.updates.base import Update
 
 Status = Literal["converged", "stalled", "max_steps", "fixed"]
-
-
-class Landscape(Protocol):
-    """All a relaxer may know of the network."""
-
-    names: Sequence[str]
-    depths: Sequence[int]
-    """Of each layer, how many lie on the longest way to it from the input, itself included: 1, 2, ... in a chain."""
-    batch_size: int
-    rounding: float
-    """Relative rounding of the network's arithmetic, coarser than that of the states under mixed precision."""
-
-    @property
-    def no_errors(self) -> Sequence[Tensor]:
-        """e = 0, where descent on errors starts; the network knows these very tensors and runs no pass for them."""
-
-    def forces(self, states: Sequence[Tensor], strength: complex) -> Forces:
-        """E and dE/dx at the given states, loss weighted by `strength`; complex states where that is complex."""
-
-    def error_forces(self, errors: Sequence[Tensor], strength: complex) -> Forces:
-        """The same at x_l = rho(a_l) + e_l, as a function of the errors e."""
-
-    def responses(self, states: Sequence[Tensor], strength: complex) -> Forces:
-        """E and, as gradients, x_l - argmin_x [e_l(x) - <pull_l, x>], whose unit step is each layer's best response."""
-
-    def answers(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]) -> list[Tensor]:
-        """argmin_x [e_l(x) - <pull_l, x>] of these layers, and nothing else: no energy, no other layer."""
-
-    def energy_of(self, states: Sequence[Tensor], strength: complex) -> Tensor:
-        """I + lambda L of the batch, a scalar, its real part where the nudge is complex."""
-
-    def hops(self, errors: Sequence[Tensor], strength: complex) -> Forces:
-        """e_l + 1/Pi_l (lambda dL/dx_l - sum_k J_k' Pi_k e_k), all slopes and Jacobians taken at the forward pass."""
-
-    def dyads(self, mean: Sequence[Tensor], strength: float) -> tuple[list[Tensor], list[Tensor], Forces]:
-        """Pairs of states around `mean` that answer half the pull from above, and half its opposite, top down.
-
-        z_l^+- = argmin_x [e_l(x, a_l) -+ <pull_l, x> / 2], pull_l = -d/dx_l [sum_k e_k(z_k^+) - e_k(z_k^-) + lambda L],
-        with every drive and Jacobian taken at the mean. As gradients: mean - (z^+ + z^-) / 2.
-        """
-
-    # A landscape may also have `descended`, a step along the forces in one piece: see `FastNetwork`.
-
-    def feasible(self, states: list[Tensor]) -> list[Tensor]:
-        """The nearest states at which the energy is finite."""
-
-    def per_sample(self, tensors: Iterable[Tensor]) -> Tensor:
-        """Sums each tensor, one for each layer, over all but the batch, then over the layers: ``(B,)``."""
-
-    def metric(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-        """sum_l Pi_l <left_l, right_l> of each sample, ``(B,)``: the scalar product of errors."""
-
-    def norms(self, tensors: Sequence[Tensor]) -> Tensor:
-        """|t| of each sample, all layers together, ``(B,)``: the root of `per_sample` of |t|^2."""
-
-    def products(self, left: Sequence[Tensor], right: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
-        """sum_k Re <left_k, right_k> over these layers, of which both lists hold one tensor each: ``(B,)``."""
-
-    def spread(self, values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-        """One number a sample ``(B,)`` shaped to multiply each tensor of the list."""
 
 
 @dataclass
@@ -123,6 +63,15 @@ class Relaxer(ABC):
 
     needs_error_coordinates: ClassVar[bool] = False
     """Whether the energy must be a quadratic of errors, see `QuadraticEnergy`."""
+
+    tol: float = 0.0
+    """Relative residual at which a sample has settled; 0 where a number of steps is taken."""
+
+    max_steps: int = 0
+    """How many steps at most; 0 where that means nothing."""
+
+    decides_together: ClassVar[bool] = False
+    """Whether several phases should be given to `relax_all` at once, as one choice is made for all."""
 
     @property
     def ends_in_states(self) -> bool:
@@ -171,6 +120,20 @@ class Relaxer(ABC):
 
         Where `complex_states` is set, `strength` may be complex; the states then have to be.
         """
+
+    def relax_all(
+        self, landscape: Landscape, start: Sequence[Tensor], strengths: Sequence[complex]
+    ) -> list[Relaxation]:
+        """The relaxations at several strengths, each from `start`."""
+        relaxer: Any = self  # whose strength may be complex where `complex_states` says so
+        return [relaxer.relax(landscape, start, strength) for strength in strengths]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it carries from one relaxation to the next, for a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Goes on from there."""
 
     def stepper(self, start: Sequence[Tensor]) -> "Stepper":
         """One move at a time from `start`, for updates that change parameters between moves.

@@ -4,12 +4,13 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer
+from lightning_ebm.evaluations import Landscape
+from lightning_ebm.relaxers.base import Relaxation, Relaxer
 from lightning_ebm.relaxers.trials import FURTHER, Trial, Tried, decided, table_of, trials_of
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ class Cheapest(Relaxer):
         Cheapest(2 candidates, none chosen yet)
     """
 
+    decides_together: ClassVar[bool] = True
+
     def __init__(self, *candidates: Relaxer) -> None:
         if not candidates:
             raise ConfigurationError(
@@ -71,7 +74,7 @@ class Cheapest(Relaxer):
                     " read in a way of its own (Sweep, FixedPrediction, AugmentedLagrangian, Dyadic) finds something"
                     " else. Use it by itself."
                 )
-        tolerances = {getattr(candidate, "tol", 0.0) for candidate in candidates}
+        tolerances = {candidate.tol for candidate in candidates}
         if len(tolerances) > 1 or not min(tolerances) > 0:
             raise ConfigurationError(
                 f"Cheapest: the candidates have tolerances {sorted(tolerances)}; expected one and the same, above 0."
@@ -149,7 +152,7 @@ class Cheapest(Relaxer):
     ) -> list[Relaxation]:
         """Tries all of them; what the chosen ones find."""
         # Whoever watches is shown the chosen ones alone, which therefore go once more.
-        unwatched: Landscape = getattr(landscape, "unwatched", landscape)
+        unwatched = landscape.unwatched
         limit, trials = math.inf, []
         for candidate in self.candidates:
             trials.append(trials_of(candidate, unwatched, start, strengths, limit))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.errors import RelaxationDivergedError
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Status, force_norm
-from lightning_ebm.relaxers.forces import Forces
+from lightning_ebm.evaluations import Landscape, Slope
+from lightning_ebm.evaluations.descent_step import forces_in
+from lightning_ebm.relaxers.base import Relaxation, Status, force_norm
 
 _PATIENCE = 6
 """Steps over which the energy must still fall noticeably."""
@@ -54,12 +55,15 @@ def descend(
         left = (norm > settled_at) & ~ran_away
         return left.any().expand_as(left) & ~stalled if as_one else left & ~stalled
 
-    def total(forces: Forces) -> Tensor:
+    def total(forces: Slope) -> Tensor:
         return (forces.internal.sum() + strength * forces.loss).detach()
 
-    evaluate = landscape.forces if coordinates == "states" else landscape.error_forces
+    def evaluate(point: Sequence[Tensor]) -> Slope:
+        return landscape.evaluate(kind, point, strength)
+
+    kind = forces_in(coordinates)
     point = list(start)
-    forces = evaluate(point, strength)
+    forces = evaluate(point)
     gradients, energy = forces.gradients, total(forces)
     del forces
     energies, whole_fall = [energy], torch.zeros_like(energy)
@@ -80,7 +84,7 @@ def descend(
         ended = steps == max_steps or not some_active
         joining = some_woken and not as_one and not ended
         if (ended or joining) and not measured:
-            forces = evaluate(point, strength)
+            forces = evaluate(point)
             gradients, energy, measured = forces.gradients, total(forces), True
             norm, energies[-1] = force_norm(landscape, gradients), energy
             del forces
@@ -106,7 +110,7 @@ def descend(
             trial = landscape.feasible(trial)
         elif point[0] is not start[0]:  # not held through the evaluation: back from the trial it is as far as there
             point = []
-        forces = evaluate(trial, strength)
+        forces = evaluate(trial)
         reached = total(forces)
 
         slope = -reach * norm.square()

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Status, checked_steps, force_norm
-from lightning_ebm.relaxers.forces import total_energy
+from lightning_ebm.evaluations import DyadicStates, Landscape
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_steps, force_norm
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Dyadic(Relaxer):
         energies: list[Tensor] = []
         steps = 0
         while True:
-            ahead, behind, forces = landscape.dyads(mean, strength)
+            ahead, behind, forces = landscape.evaluate(DyadicStates(), mean, strength)
             if not steps:
-                energies.append(total_energy(forces, strength))
+                energies.append(forces.total(strength))
             norm = force_norm(landscape, forces.gradients)
             apart = force_norm(landscape, [p - q for p, q in zip(ahead, behind, strict=True)])
             settled = norm <= max(self.tol, 4 * landscape.rounding) * apart
@@ -60,7 +60,7 @@ class Dyadic(Relaxer):
             moved = [m - g for m, g in zip(mean, forces.gradients, strict=True)]
             mean = [torch.where(k, m, x) for k, m, x in zip(masks, mean, moved, strict=True)]
         if steps:
-            energies.append(total_energy(forces, strength))
+            energies.append(forces.total(strength))
         residual = norm / apart.clamp_min(torch.finfo(norm.dtype).tiny)
         status: Status = "fixed" if not self.tol else "converged" if bool(settled.all()) else "max_steps"
         return Relaxation(mean, "states", status, max(steps, 1), residual, energies, dyadic_states=(ahead, behind))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Status, checked_steps, force_norm
+from lightning_ebm.evaluations import Energy, Landscape
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_steps, force_norm
 from lightning_ebm.relaxers.sweeping import SweepingRelaxer, Sweeps, halves_of
 
 _LOOK_AT = 10
@@ -63,7 +64,7 @@ class FixedPoint(SweepingRelaxer):
         return halves_of(landscape.depths) if self.order == "odd-even" else [list(range(len(landscape.depths)))]
 
     def sweeps(self, landscape: Landscape, point: list[Tensor], strength: complex) -> Sweeps:
-        energies = [landscape.energy_of(point, strength)]
+        energies = [landscape.evaluate(Energy(), point, strength)]
         first = norm = settled_at = energies[0].new_empty(0)
         left = 0.0
         for steps in range(1, self.max_steps + 1):  # read after the loop
@@ -82,7 +83,7 @@ class FixedPoint(SweepingRelaxer):
                 raise ran_away(self, landscape, strength, steps, before, point)
             if self.tol and left <= 0:
                 break
-        energies.append(landscape.energy_of(point, strength))
+        energies.append(landscape.evaluate(Energy(), point, strength))
         return ended(point, steps, norm, first, left <= 0, self.tol, energies)
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Status, checked_steps, force_norm
-from lightning_ebm.relaxers.fixed_steps import moved
-from lightning_ebm.relaxers.forces import total_energy
+from lightning_ebm.evaluations import FrozenForces, Landscape
+from lightning_ebm.evaluations.descent_step import moved
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_steps, force_norm
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class FixedPrediction(Relaxer):
         errors = [error.clone() for error in landscape.no_errors]
         energies, norms, steps = [], [], 0
         while True:
-            forces = landscape.hops(errors, strength)
-            energies.append(total_energy(forces, strength))
+            forces = landscape.evaluate(FrozenForces(), errors, strength)
+            energies.append(forces.total(strength))
             norms.append(force_norm(landscape, forces.gradients))
             size = landscape.norms(errors)
             # Not against the first force: it may be the smallest, and grow on its way down.

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer
+from lightning_ebm.evaluations import ErrorForces, Landscape
+from lightning_ebm.relaxers.base import Relaxation, Relaxer
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Sweep(Relaxer):
     needs_error_coordinates: ClassVar[bool] = True
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
-        forces = landscape.error_forces(landscape.no_errors, strength)
+        forces = landscape.evaluate(ErrorForces(), landscape.no_errors, strength)
         local_error = [-gradient for gradient in forces.gradients]
         settled = torch.zeros_like(forces.internal)
         energies = [strength * forces.loss.detach()]

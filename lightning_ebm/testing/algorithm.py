@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.energies.base import best_response, has_best_response, is_divergence
+from lightning_ebm.evaluations import Forces
 from lightning_ebm.learner import Learner
 from lightning_ebm.metrics import alignment
 from lightning_ebm.network import Network
@@ -101,14 +102,14 @@ def _check_no_trace(problem: Problem, algorithm: Algorithm) -> None:
 
 
 def _check_divergence(network: Network, problem: Problem) -> None:
-    rest = network.forces(network.free, 0.0)
+    rest = network.evaluate(Forces(), network.free, 0.0)
     force = max(float(gradient.abs().max()) for gradient in rest.gradients)
     height = float(rest.internal.abs().max())
     assert max(height, force) < 1e-9, (
         f"The energy says it is a divergence, but at the forward pass it is {height:.2g}, with a force of"
         f" {force:.2g}: its free equilibrium is elsewhere, and its free phase may not be skipped."
     )
-    moved = network.forces([state + 0.05 * problem.drawn(*state.shape) for state in network.free], 0.0)
+    moved = network.evaluate(Forces(), [state + 0.05 * problem.drawn(*state.shape) for state in network.free], 0.0)
     assert bool((moved.internal > -1e-9).all()), "The energy says it is a divergence, but is negative near by."
 
 
@@ -141,7 +142,7 @@ def _check_ends(step: Step, algorithm: Algorithm) -> None:
         if found.status != "converged" or read_elsewhere or not strength:
             continue
         start, end = (
-            network.norms(network.forces(states, strength.real).gradients).norm()
+            network.norms(network.evaluate(Forces(), states, strength.real).gradients).norm()
             for states in (network.free, network.held(found).point)
         )
         assert float(end) <= 0.05 * float(start), (

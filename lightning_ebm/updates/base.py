@@ -5,7 +5,7 @@ Letters: x_l state of layer l, mu_l its prediction, e_l = x_l - mu_l, Pi_l preci
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -132,6 +132,13 @@ class Update(ABC):
             ends: of the phases, in the order of the table; the free phase of a divergence energy is left out.
         """
         return ends
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it carries from one step to the next, for a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Goes on from there."""
 
     @abstractmethod
     def read(self, network: "Network", ends: Sequence[End]) -> Sequence[Term]:

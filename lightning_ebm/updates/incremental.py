@@ -39,4 +39,4 @@ class Incremental(Contrast):
 def _pulls_once(nudge: Nudge) -> bool:
     """Whether there is one nudged phase, at a real strength, in which the output is free."""
     nudged = [phase for phase in table_of(without_draw(nudge)) if phase.is_nudged]
-    return len(nudged) == 1 and not nudged[0].held and not isinstance(nudged[0].strength, complex)
+    return len(nudged) == 1 and not nudged[0].held and not nudged[0].is_complex

@@ -1,11 +1,11 @@
-"""What an evaluation of the network gives: energies and their slope."""
+"""The energies of a point and their slope: what most evaluations give."""
 
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 
-class Forces:
+class Slope:
     """The energies of a point and their slope.
 
     Args:
@@ -37,12 +37,11 @@ class Forces:
             self.parts, self.finish = (self.finish(self.parts),), None
         return self.parts[0]
 
-    def with_gradients(self, gradients: list[Tensor]) -> "Forces":
+    def with_gradients(self, gradients: list[Tensor]) -> "Slope":
         """The same energies with another slope."""
-        return Forces(self.parts, self.loss, gradients, self.finish)
+        return Slope(self.parts, self.loss, gradients, self.finish)
 
-
-def total_energy(forces: Forces, strength: complex) -> Tensor:
-    """I + lambda L of the batch, its real part where the nudge is complex."""
-    total = (forces.internal.sum() + strength * forces.loss).detach()
-    return total.real if total.is_complex() else total
+    def total(self, strength: complex) -> Tensor:
+        """I + lambda L of the batch, its real part where the nudge is complex."""
+        total = (self.internal.sum() + strength * self.loss).detach()
+        return total.real if total.is_complex() else total

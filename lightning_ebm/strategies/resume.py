@@ -1,4 +1,4 @@
-"""What a strategy needs a callback for: resuming exactly, and closing W&B runs of processes that just vanish."""
+"""What a strategy needs a callback for: exact resume, and closing W&B runs of processes that just vanish."""
 
 import itertools
 import logging
@@ -18,7 +18,7 @@ KEY = "lightning_ebm"
 """Where a checkpoint holds what is below; a stock Trainer looks past it."""
 
 
-class Companion(Callback):
+class ExactResume(Callback):
     """Added by every strategy of this library to its Trainer.
 
     Lightning's checkpoints hold weights, optimizers, schedulers, loops and callbacks. What a run that goes on has
