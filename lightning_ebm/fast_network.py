@@ -114,7 +114,8 @@ class FastNetwork(Network):
             with torch.enable_grad(), self._arithmetic():
                 return program.run(state_of, values)
 
-        twin = Network(self.energy, self._plan, Start.of(run(at_prediction())), run, self.batch_size, self.loss_scale)
+        kind = Network if self._equilibrium is None else _Unrelaxed
+        twin = kind(self.energy, self._plan, Start.of(run(at_prediction())), run, self.batch_size, self.loss_scale)
         twin._known_analytic = True
         return twin
 
@@ -231,6 +232,14 @@ class FastNetwork(Network):
         return here, tensors
 
 
+class _Unrelaxed(Network):
+    """What code is traced from where a free phase has been relaxed: code that asked for its end would keep that one."""
+
+    @property
+    def equilibrium(self) -> Sequence[Tensor]:
+        raise RuntimeError("The free equilibrium is no part of what code is given: hold it in an End.")
+
+
 def _rebuilt(twin: Network, found: Relaxation, kind: str, tensors: list[Tensor]) -> Relaxation:
     """The end of a phase in a traced evaluation; takes its tensors off the list."""
     count = len(twin.free)
@@ -243,7 +252,9 @@ def _rebuilt(twin: Network, found: Relaxation, kind: str, tensors: list[Tensor])
     point = list(twin.no_errors) if kind.startswith("rest") else taken()
     errors = taken() if kind.endswith("with errors") else None
     pair = (taken(), taken()) if kind == "pairs" else None
-    return Relaxation(point, found.coordinates, "fixed", 0, found.residual, local_error=errors, dyadic_states=pair)
+    made = Relaxation(point, found.coordinates, "fixed", 0, found.residual, local_error=errors, dyadic_states=pair)
+    del made.status, made.steps, made.residual  # which are no part of what code is given: asked for, nothing is traced
+    return made
 
 
 def settings_of(energy: Energy | Update) -> Key | None:

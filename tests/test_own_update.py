@@ -167,6 +167,39 @@ class Mine(ebm.Update):
         return network.terms_of(ends)
 
 
+class ByResidual(ebm.Update):
+    """Weighs each sample's share by what was left of its force: a number that is another at every step."""
+
+    def read(self, network, ends):
+        factor = sum(1 + float(end.found.residual.sum()) for end in ends)
+        return [ebm.updates.Term(term.output, factor * term.seed) for term in network.terms_of(ends)]
+
+
+class AtEquilibrium(ebm.Update):
+    """The loss at the free equilibrium, asked for when it is read."""
+
+    def read(self, network, ends):
+        return network.loss_terms(network.at_states(network.equilibrium), 1.0) + network.terms_of(ends)
+
+
+@pytest.mark.parametrize("rule", [ByResidual(), AtEquilibrium()], ids=repr)
+@pytest.mark.parametrize("energy", [ebm.PredictiveCoding(), ebm.Hopfield()], ids=repr)
+def test_what_differs_from_step_to_step_is_not_kept_in_code(rule, energy):
+    """Parameters move between batches; run as code or not, the update is the same."""
+    found = []
+    for capture in (True, False):
+        module = net()
+        algorithm = ebm.Algorithm(energy, ebm.OneSided(0.5), ebm.FixedPoint(6), update=rule)
+        learner = ebm.Learner(module, algorithm, capture=capture)
+        for step in range(4):
+            gradients = learner.gradients(squared(module))
+            with torch.no_grad():
+                for k, p in enumerate(module.parameters()):
+                    p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + k)).double()
+        found.append(gradients)
+    assert off(*found) < 1e-12
+
+
 def test_an_update_of_ones_own_is_called_by_its_name():
     algorithm = ebm.Algorithm(update=Mine())
     assert algorithm.describe()["update"] == "Mine"

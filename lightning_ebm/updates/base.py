@@ -146,7 +146,8 @@ class Update(ABC):
 
         Args:
             network: at the parameters of now.
-            ends: what `hold` returned.
+            ends: what `hold` returned: strengths, weights, states and errors. A number that depends on how a phase
+                went, such as its residual, is to be worked out in `hold`.
         """
 
 
