@@ -1,5 +1,6 @@
 """How the last step went, in plain numbers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
@@ -33,8 +34,9 @@ class Report(TypedDict):
     "max_steps" (still moving when the count was up), "none" (backprop).
     steps: of all phases together. residual: force left over force at the start, the worst of the phases, per sample.
     energy_free, energy_nudged: I + lambda L of the batch at the forward pass or free equilibrium, and at the end of the
-    first nudged phase. phases: each of them. layers: the names of the states. kernels: which way the relaxation ran,
-    "plain", "traced" or "compiled", and by which instructions of the processor torch computes, such as "traced: AVX2".
+    first nudged phase; nan where the relaxer tells no energies. phases: each of them. layers: the names of the states.
+    kernels: which way the relaxation ran, "plain", "traced" or "compiled", and by which instructions of the processor
+    torch computes, such as "traced: AVX2".
     """
 
     loss: float
@@ -91,10 +93,15 @@ def report_of(
         "result": next((status for status in _WORST_FIRST if status in found), "none"),
         "steps": sum(phase["steps"] for phase in entries),
         "residual": torch.stack(residuals).amax(0).tolist() if residuals else [],
-        "energy_free": free["energies"][-1] if free else 0.0,
-        "energy_nudged": nudged["energies"][-1] if nudged else 0.0,
+        "energy_free": _last(free) if free else 0.0,
+        "energy_nudged": _last(nudged) if nudged else 0.0,
         "phases": entries,
         "layers": list(names),
         "algorithm": algorithm.describe(),
         "kernels": f"{way}: {torch.backends.cpu.get_cpu_capability()}",
     }
+
+
+def _last(phase: PhaseEntry) -> float:
+    """The energy at the end, if the relaxer tells it."""
+    return phase["energies"][-1] if phase["energies"] else math.nan
