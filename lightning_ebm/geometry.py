@@ -38,7 +38,8 @@ class Geometry:
         rows = [norm_by_sample(t, layout, self.batch_size) for t, layout in zip(tensors, layouts, strict=True)]
         if len(rows) == 1:
             return rows[0]
-        return torch.linalg.vector_norm(torch.stack(rows), dim=0)  # type: ignore[no-any-return]
+        whole: Tensor = torch.linalg.vector_norm(torch.stack(rows), dim=0)
+        return whole
 
     def squares(self, tensors: Sequence[Tensor], layers: Sequence[int] | None = None) -> Tensor:
         """`per_sample` of |t|^2: ``(B,)``.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_ebm.errors import EBMError, UnsupportedModuleError
 from lightning_ebm.program.calls import Replace
-from lightning_ebm.program.interpreter import AtValue, Program
+from lightning_ebm.program.interpreter import Program, at_value
 from lightning_ebm.program.record import Mark, Value
 from lightning_ebm.program.recorder import Recorder
 from lightning_ebm.recorded import Recorded
@@ -22,7 +22,7 @@ def in_place_of_layers(program: Program, states: Sequence[Tensor], recorder: Rec
         if (state := by_key.get(mark.key)) is None:
             return None
         with recorder.pausing():  # whose graph goes on to what the layer returned, for whoever follows it
-            return AtValue.apply(output, torch.empty_like(output).copy_(state))  # type: ignore[no-any-return,no-untyped-call]
+            return at_value(output, torch.empty_like(output).copy_(state))
 
     return state_of
 

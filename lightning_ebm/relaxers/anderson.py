@@ -41,7 +41,7 @@ class Anderson(Relaxer):
     coordinates: Literal["states", "errors"] = "states"
 
     @property
-    def needs_error_coordinates(self) -> bool:  # type: ignore[override]  # each one's own here, its class's elsewhere
+    def needs_error_coordinates(self) -> bool:
         return self.coordinates == "errors"
 
     def __post_init__(self) -> None:

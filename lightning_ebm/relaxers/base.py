@@ -58,12 +58,6 @@ class Relaxer(ABC):
     update: "ClassVar[str | Update]" = "contrast"
     """The update that its result is made for, by name or as an object; ``update="auto"`` takes it."""
 
-    complex_states: ClassVar[bool] = False
-    """Whether it can follow a complex nudge."""
-
-    needs_error_coordinates: ClassVar[bool] = False
-    """Whether the energy must be a quadratic of errors, see `QuadraticEnergy`."""
-
     tol: float = 0.0
     """Relative residual at which a sample has settled; 0 where a number of steps is taken."""
 
@@ -72,6 +66,16 @@ class Relaxer(ABC):
 
     decides_together: ClassVar[bool] = False
     """Whether several phases should be given to `relax_all` at once, as one choice is made for all."""
+
+    @property
+    def complex_states(self) -> bool:
+        """Whether it can follow a complex nudge; a subclass says so by an attribute, ``complex_states = True``."""
+        return False
+
+    @property
+    def needs_error_coordinates(self) -> bool:
+        """Whether the energy must be a quadratic of errors, see `QuadraticEnergy`; set as `complex_states` is."""
+        return False
 
     @property
     def ends_in_states(self) -> bool:

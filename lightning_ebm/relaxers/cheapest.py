@@ -89,11 +89,11 @@ class Cheapest(Relaxer):
         self._said = False
 
     @property
-    def needs_error_coordinates(self) -> bool:  # type: ignore[override]  # each one's own here, its class's elsewhere
+    def needs_error_coordinates(self) -> bool:
         return any(candidate.needs_error_coordinates for candidate in self.candidates)
 
     @property
-    def complex_states(self) -> bool:  # type: ignore[override]
+    def complex_states(self) -> bool:
         return all(candidate.complex_states for candidate in self.candidates)
 
     @property

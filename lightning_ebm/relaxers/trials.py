@@ -32,7 +32,7 @@ def trials_of(
         counting = Counting(landscape, limit - sum(cost for cost, _ in trials))
         end: Relaxation | RelaxationDivergedError | None = None
         try:
-            end = candidate.relax(counting, start, strength)  # type: ignore[arg-type]  # complex where it can
+            (end,) = candidate.relax_all(counting, start, [strength])
         except TooDear:
             pass
         except RelaxationDivergedError as error:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
@@ -31,7 +31,7 @@ from lightning_ebm.strategies import other_backward
 from lightning_ebm.strategies.evaluation import EvaluatingStrategy
 from lightning_ebm.strategies.manual import ManualOptimization
 from lightning_ebm.strategies.once_more import Arguments, loss_of, run_again
-from lightning_ebm.strategies.quiet import print_layers, unlogged
+from lightning_ebm.strategies.quiet import callbacks_of, print_layers, unlogged
 from lightning_ebm.strategies.resume import ExactResume
 
 
@@ -92,7 +92,7 @@ class EnergyStrategy(EvaluatingStrategy):
     def connect(self, model: LightningModule) -> None:
         """Lightning's own; the engine is made for the module here."""
         super().connect(model)
-        callbacks: list[Callback] = model.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
+        callbacks = callbacks_of(model.trainer)
         self._resume = next((c for c in callbacks if isinstance(c, ExactResume)), None) or ExactResume(
             self.gather, self._engine
         )

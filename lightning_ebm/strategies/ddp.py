@@ -1,6 +1,5 @@
 """Many devices by torch's own DistributedDataParallel. Gradients travel as they do in stock."""
 
-from contextlib import nullcontext
 from typing import Any, Literal
 
 from lightning.fabric.strategies.registry import _StrategyRegistry
@@ -67,8 +66,10 @@ class EBMDDPStrategy(JointStrategy, DDPStrategy):
 
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Lightning's own; the reducer is not told of this pass's graph, as another one will be differentiated."""
-        ahead = self._prepares_later and isinstance(self.model, DistributedDataParallel)
-        with self.model.no_sync() if ahead else nullcontext():  # type: ignore[union-attr, operator]
+        model = self.model
+        if not isinstance(model, DistributedDataParallel) or not self._prepares_later:
+            return super().training_step(*args, **kwargs)
+        with model.no_sync():
             return super().training_step(*args, **kwargs)
 
     def pre_backward(self, closure_loss: Tensor) -> None:

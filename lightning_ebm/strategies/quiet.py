@@ -33,11 +33,16 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     """Stands in for `LightningModule.log` in passes that must not be heard."""
 
 
+def callbacks_of(trainer: Any) -> list[Callback]:
+    """The list that Lightning calls, which its connector sets on a Trainer without declaring it."""
+    found: list[Callback] = trainer.callbacks
+    return found
+
+
 def print_layers(module: LightningModule, plan: Plan) -> None:
     """The layer table, where Lightning prints its own summary of the model."""
     trainer = module.trainer
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
-    summaries = [c for c in callbacks if isinstance(c, ModelSummary)]
+    summaries = [c for c in callbacks_of(trainer) if isinstance(c, ModelSummary)]
     if not summaries or not trainer.is_global_zero:
         return
     with harmless("Printing the table of layers", set()):
