@@ -3,7 +3,7 @@
     from lightning_ebm import plots, runs
     plots.alignment_heatmap(runs.read("lightning_logs/version_0").alignment_by_layer).savefig("alignment.png")
 
-Figures are made without pyplot: no window opens and no global state is left. matplotlib is an optional extra.
+Figures are made without pyplot: no window opens and no global state is left; a notebook shows them by themselves.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.runs import Run
+from lightning_ebm.runs import Run, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +54,7 @@ def energy_curves(run: Run, most: int = 6) -> "Figure":
 
     One panel for free phases where there are any, one for nudged ones.
     """
-    chosen = _spread(_complete(run), most)
+    chosen = spread(run.complete_relaxations, most)
     if not chosen:
         raise ConfigurationError("There is no relaxation to draw: train with callbacks=[ebm.RelaxationMonitor()].")
     kinds: list[str] = [k for k in ("free", "nudged") if any(_is(k, p) for _, r in chosen for p in r["phases"])]
@@ -86,7 +86,7 @@ def residual_curves(run: Run) -> "Figure":
 
     Of a nudged phase, or of the free one where nothing else relaxes.
     """
-    complete = [(s, r) for s, r in _complete(run) if r["phases"]]
+    complete = [(s, r) for s, r in run.complete_relaxations if r["phases"]]
     if not complete:
         raise ConfigurationError("There is no relaxation to draw: train with callbacks=[ebm.RelaxationMonitor()].")
     chosen = [complete[0]] if len(complete) == 1 else [complete[0], complete[-1]]
@@ -187,20 +187,13 @@ def metric_curves(run: Run, names: Sequence[str]) -> "Figure":
 
 
 def _figure(width: float, height: float, columns: int = 1, sharey: bool = False) -> "tuple[Figure, Any]":
-    figure = _matplotlib().Figure(figsize=(width, height), layout="constrained", dpi=110)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
     return figure, figure.subplots(1, columns, sharey=sharey)
 
 
-def _matplotlib() -> Any:
-    try:
-        import matplotlib.figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("Pictures need matplotlib: pip install 'lightning-ebm[plots]'.") from error
-    return matplotlib.figure
-
-
 def _colormaps() -> Any:
-    _matplotlib()
     import matplotlib
 
     return matplotlib.colormaps
@@ -231,19 +224,4 @@ def _is(kind: str, phase: Mapping[str, Any]) -> bool:
 
 def has_curves(run: Run) -> bool:
     """Whether `energy_curves` and `residual_curves` have anything to draw."""
-    return any(relaxation["phases"] for _, relaxation in _complete(run))
-
-
-def _complete(run: Run) -> list[tuple[int, dict[str, Any]]]:
-    """Relaxations with their whole curves; of those kept thin only the ends are known."""
-    return [
-        (s, r)
-        for s, r in run.relaxations
-        if r["phases"] and all(len(p["step_size"]) + 1 == len(p["loss"]) for p in r["phases"])
-    ]
-
-
-def _spread(items: Sequence[Any], most: int) -> list[Any]:
-    if len(items) <= most:
-        return list(items)
-    return [items[round(k * (len(items) - 1) / (most - 1))] for k in range(most)]
+    return any(relaxation["phases"] for _, relaxation in run.complete_relaxations)

@@ -18,14 +18,14 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
-from data import MNIST, Digits
 from jsonargparse import auto_cli
 from matplotlib import pyplot as plt
-from nets import MLP
 from torch import Tensor
 from torch.nn import functional as F
 
 import lightning_ebm as ebm
+from lightning_ebm.recipes.data import MNIST, Digits
+from lightning_ebm.recipes.nets import MLP
 
 mpl.use("Agg")
 Gradients = dict[str, Tensor]

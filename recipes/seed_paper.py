@@ -18,15 +18,15 @@ from typing import Any, Literal
 import lightning as L
 import matplotlib as mpl
 import torch
-from data import MNIST
 from jsonargparse import auto_cli
 from matplotlib import pyplot as plt
-from modules import Classifier
-from nets import MLP
 from torch import Tensor
 from torch.nn import functional as F
 
 import lightning_ebm as ebm
+from lightning_ebm.recipes.data import MNIST
+from lightning_ebm.recipes.modules import Classifier
+from lightning_ebm.recipes.nets import MLP
 
 mpl.use("Agg")
 Curves = dict[str, Any]

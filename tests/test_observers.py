@@ -93,13 +93,6 @@ def test_pictures_and_tables_that_cannot_be_made(tmp_path, monkeypatch, caplog, 
     assert len(lines) == len(set(lines))
 
 
-def test_no_matplotlib(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(loggers, "has_matplotlib", lambda: False)
-    monkeypatch.setattr(plots, "alignment_heatmap", raising)
-    fit(tmp_path, CSVLogger(tmp_path), observers(), enable_progress_bar=False)
-    assert "goes on without" not in caplog.text
-
-
 def test_a_run_file_that_cannot_be_written(tmp_path, caplog):
     logger = CSVLogger(tmp_path, version=0)
     (tmp_path / "lightning_logs" / "version_0" / "ebm.jsonl").mkdir(parents=True)  # a directory where the file goes

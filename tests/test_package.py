@@ -58,9 +58,13 @@ ORDER = [
     {"presets", "report", "step", "learner", "equilibrium", "reference", "metrics", "summary", "testing"},
     {"regime"},
     {"advice", "runs"},
-    {"plots", "html_report"},
+    {"plots", "interactive"},
+    {"pages"},
+    {"html_report"},
+    {"comparison_report"},
     {"companion", "strategy", "distributed"},
-    {"callbacks"},
+    {"callbacks", "doctor"},
+    {"recipes"},
     {"__main__"},
 ]
 

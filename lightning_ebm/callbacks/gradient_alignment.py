@@ -132,7 +132,7 @@ class GradientAlignment(Callback):
         self._restored = None
         self._seen_step = -1
         self._started, self._spent = time.perf_counter(), 0.0
-        self._file.open(trainer)
+        self._file.begin(trainer)
         self._file.tell(trainer, _strategy(trainer).describe())
         figures = [f"{figure}{suffix}" for figure in NAMES for suffix in ("", *_suffixes(names))]
         for prefix in self._prefixes:
@@ -235,11 +235,12 @@ class GradientAlignment(Callback):
     ) -> None:
         """Notes the step for the heatmap, the table and the run's file; a later micro-batch takes the row's place."""
         rows: dict[str, float | None] = {}
+        angles: dict[str, float | None] = {}
         table, prefix = [], self._prefixes[0]
         for layer, row in _by_layer(names, total, _layers(trainer, names)).items():
             is_dead = bool((row[1] == 0) | (row[2] == 0))
             figures = [values[f"{prefix}/layer/{figure}/{layer}"] for figure in NAMES]
-            rows[layer] = None if is_dead else figures[0]
+            rows[layer], angles[layer] = (None, None) if is_dead else figures[:2]
             table.append([trainer.global_step, layer, *figures, is_dead])
         if again and self.history and self.history[-1][0] == trainer.global_step:
             self.history.pop()
@@ -247,7 +248,8 @@ class GradientAlignment(Callback):
         if len(self.history) > _MOST_COLUMNS:
             self.history = self.history[::2]
         overall = {figure: values[f"{prefix}/{figure}"] for figure in NAMES}
-        self._file.add({"alignment": overall, "layers": rows, "dead": dead(names, total), "step": trainer.global_step})
+        record = {"alignment": overall, "layers": rows, "angles": angles, "dead": dead(names, total)}
+        self._file.add(record | {"step": trainer.global_step})
         finite = [cosine for cosine in rows.values() if cosine is not None]
         loggers.log_wandb(
             trainer,
@@ -270,6 +272,7 @@ class GradientAlignment(Callback):
         took = time.perf_counter() - self._started
         self.cost = self._spent / took if took > 0 else 0.0
         self._file.add({"cost": {"alignment": self.cost}})
+        self._file.end(trainer)
         log.info("Comparing updates with the true gradient took %.1f %% of the fit's time.", 100 * self.cost)
         if self.history:
             loggers.log_figure(trainer, "alignment/heatmap", self._heatmap)

@@ -8,7 +8,6 @@ log, see `harmless`.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -81,7 +80,7 @@ def log_wandb(trainer: Trainer, values: Mapping[str, Any], with_step: bool = Tru
 
 def log_figure(trainer: Trainer, key: str, draw: Callable[[], Any]) -> None:
     """A matplotlib figure, to every logger that has a call for one; None is nothing to show."""
-    if not trainer.is_global_zero or not trainer.loggers or not has_matplotlib():
+    if not trainer.is_global_zero or not trainer.loggers:
         return
     figure = None
     with observing(trainer, f"Drawing {key!r}"):
@@ -144,11 +143,6 @@ def histogram(values: Sequence[float]) -> Any:
 
     finite = [float(f"{value:.6g}") for value in values if math.isfinite(value)]
     return wandb.Histogram(finite) if finite else None
-
-
-def has_matplotlib() -> bool:
-    """Whether figures can be drawn."""
-    return find_spec("matplotlib") is not None
 
 
 def has_wandb(trainer: Trainer) -> bool:

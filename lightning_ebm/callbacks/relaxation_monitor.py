@@ -39,7 +39,7 @@ class RelaxationMonitor(Callback):
     On several devices the others are means over the devices.
 
     With `WandbLogger` also the energy of each curve against the relaxation step, on an axis of its own, and a histogram
-    of the residuals of the samples. Everything goes to the run's file for `python -m lightning_ebm report`.
+    of the residuals of the samples. Everything goes to the run's file for `lightning-ebm report`.
 
     Args:
         every_n_steps: record at the first optimizer step, and whenever this many more are complete.
@@ -86,7 +86,7 @@ class RelaxationMonitor(Callback):
         """Tells loggers of the algorithm, and everybody what the settings alone give away."""
         strategy = _strategy(trainer)
         self._recording = None
-        self._file.open(trainer)
+        self._file.begin(trainer)
         self._file.tell(trainer, strategy.describe())
         loggers.define(trainer, _SCALARS, summary="min,max,mean,last")
         loggers.define(trainer, [_AXIS])
@@ -237,6 +237,7 @@ class RelaxationMonitor(Callback):
 
     def _finish(self, trainer: Trainer) -> None:
         self._recording = None
+        self._file.end(trainer)
         if hasattr(trainer.strategy, "learner"):
             _strategy(trainer).learner.observer = None
         loggers.log_figure(trainer, "ebm/energy_curves", self._energy_curves)
