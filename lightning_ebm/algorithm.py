@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
+from lightning_ebm import notebook
 from lightning_ebm.automatic import automatic
 from lightning_ebm.energies import Energy, PredictiveCoding
 from lightning_ebm.energies.base import QuadraticEnergy, is_divergence, is_quadratic
@@ -180,6 +181,9 @@ class Algorithm:
             "update": self.read_as,
             "initial_state": self.initial_state,
         }
+
+    def _repr_html_(self) -> str:
+        return notebook.table("Algorithm", ("part", ""), list(self.describe().items()))
 
 
 def _pulls_once(nudge: Nudge) -> bool:

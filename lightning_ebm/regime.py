@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_ebm import notebook
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure
 from lightning_ebm.energies.base import is_quadratic
@@ -124,6 +125,19 @@ class Regime:
                 f" {layer.norm_ratio_stop:>9.3g} {layer.norm_ratio_equilibrium:>9.3g} {error:>7}  {layer.verdict}"
             )
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        headers = ("layer", "cosine, stop", "at equilibrium", "|g| / |b|", "at equilibrium", "regime")
+        rows = [
+            (
+                layer.name,
+                *(f"{value:.4f}" for value in (layer.cosine_stop, layer.cosine_equilibrium)),
+                *(f"{value:.3g}" for value in (layer.norm_ratio_stop, layer.norm_ratio_equilibrium)),
+                layer.verdict,
+            )
+            for layer in self.layers
+        ]
+        return notebook.table(str(self).partition("\n")[0], headers, rows)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and words, for `json.dumps`; nan as None."""

@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lightning_ebm import notebook
+from lightning_ebm.advice import verdict
 from lightning_ebm.errors import ConfigurationError
 
 FILE_NAME = "ebm.jsonl"
@@ -54,6 +56,11 @@ class Run:
         """Its own; where it has none, its directory's."""
         whole = self.path.resolve()
         return self.facts.get("name") or f"{whole.parent.name}/{whole.name}"
+
+    def _repr_html_(self) -> str:
+        word, sentence = verdict(self.records)
+        last = [(name, f"{series[-1][1]:.4g}") for name, series in self.metrics.items() if name.count("/") < 2]
+        return notebook.table(f"{self.name}: {word}, {sentence}", (), [*self.facts.items(), *last])
 
     @property
     def settings(self) -> dict[str, str]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_ebm import notebook
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.learner import Learner
 from lightning_ebm.program.calls import clean
@@ -73,6 +74,9 @@ class Summary:
         ]
         rule = "  ".join("-" * width for width in widths)
         return "\n".join([self._title, lines[0], rule, *lines[1:]])
+
+    def _repr_html_(self) -> str:
+        return notebook.table(self._title, _HEADER, self._rows())
 
     def __rich__(self) -> Any:
         """The same as a table of `rich`, for its consoles."""

@@ -77,22 +77,24 @@ _ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
 
 
 def _report(options: argparse.Namespace, settings: list[str]) -> int:
-    from lightning_ebm import html_report, runs
+    from lightning_ebm import runs
     from lightning_ebm.advice import verdict
+    from lightning_ebm.html_report import page
 
     found = runs.read(options.run)
     target: Path = options.output or found.path / "report.html"
-    target.write_text(html_report.page(found), encoding="utf-8")
+    target.write_text(page(found), encoding="utf-8")
     print(f"{': '.join(verdict(found.records))}\n{target}")
     return 0
 
 
 def _compare(options: argparse.Namespace, settings: list[str]) -> int:
-    from lightning_ebm import comparison_report, runs
+    from lightning_ebm import runs
+    from lightning_ebm.comparison_report import page, text
 
     found = [runs.read(directory) for directory in options.run]
-    options.output.write_text(comparison_report.page(found), encoding="utf-8")
-    print(comparison_report.text(found))
+    options.output.write_text(page(found), encoding="utf-8")
+    print(text(found))
     print(options.output)
     return 0
 

@@ -37,7 +37,7 @@ def test_doctests():
 
 # Lower layers know nothing of higher ones; torch alone below the strategy.
 ORDER = [
-    {"errors", "harmless", "promises"},
+    {"errors", "harmless", "notebook", "promises"},
     {"energies", "nudges"},
     {"relaxers"},
     {"automatic"},
