@@ -71,7 +71,7 @@ def raising(*args, **kwargs):
     ("owner", "name", "line"),
     [
         (loggers, "histogram", "Drawing 'alignment/histogram'"),
-        (loggers.WandbTable, "with_rows", "Drawing 'alignment/table'"),
+        (loggers, "table", "Drawing 'alignment/table'"),
         (plots, "alignment_heatmap", "Drawing 'alignment/heatmap'"),
         (plots, "energy_curves", "Drawing 'ebm/energy_curves'"),
         (runs, "read", "Drawing 'ebm/energy_curves'"),

@@ -241,7 +241,12 @@ class CLI(LightningCLI):
                 CSVLogger(root, name="")
                 if chosen.wandb == "off"
                 else WandbLogger(
-                    project=chosen.project, name=name, save_dir=root, offline=chosen.wandb == "offline", resume="allow"
+                    project=chosen.project,
+                    name=name,
+                    group=chosen.algorithm or "backprop",
+                    save_dir=root,
+                    offline=chosen.wandb == "offline",
+                    resume="allow",
                 )
             )
         made: L.Trainer = super().instantiate_trainer(**settings, **kwargs)
