@@ -102,7 +102,7 @@ def finals(made: Sequence[Group]) -> Table:
                 group.label,
                 str(len(group.runs)),
                 *(spread(group.finals(metric)) for metric in metrics),
-                _degrees(statistics.mean(angles)) if angles else "",
+                pages.degrees(statistics.mean(angles)) if angles else "",
                 pages.duration(statistics.mean(seconds)) if seconds else "",
                 ", ".join(words),
             ]
@@ -110,10 +110,6 @@ def finals(made: Sequence[Group]) -> Table:
         if {"diverged", "stopped", "dead"} & set(words):
             table.bad.add(index)
     return table
-
-
-def _degrees(angle: float) -> str:
-    return f"{angle:.3g}°" if angle >= interactive.SMALLEST_ANGLE else f"under {interactive.SMALLEST_ANGLE:g}°"
 
 
 def page(runs: Sequence[Run]) -> str:

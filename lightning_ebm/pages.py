@@ -66,3 +66,9 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:.3g} h"
+
+
+def degrees(angle: float) -> str:
+    """Three digits, down to what the axis of angles shows."""
+    least = interactive.SMALLEST_ANGLE
+    return f"{angle:.3g}°" if angle >= least else f"under {least:g}°"

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lightning_ebm as ebm
+from lightning_ebm.pages import degrees
 from lightning_ebm.recipes import training
 from lightning_ebm.recipes.options import nearest
 
@@ -131,7 +132,7 @@ def rows(board: dict[str, Any], results: Sequence[tuple[Cell, dict[str, Any]]]) 
         seeds = str(len(found)) if len(good) == len(found) else f"{len(good)} of {len(found)}"
         accuracy = spread([result["last"] for result in good], "{:.4f}")
         angles = [math.degrees(math.acos(max(-1.0, min(1.0, cosine)))) for cosine in cosines]
-        aligned = (spread(cosines, "{:.4f}"), spread(angles, "{:.2g}°")) if cosines else ("", "")
+        aligned = (spread(cosines, "{:.4f}"), degrees(statistics.mean(angles))) if cosines else ("", "")
         yield data, network, algorithm, accuracy, *aligned, cost, seeds
 
 
@@ -143,6 +144,8 @@ def main(file: Path, root: Path = Path("runs/leaderboards")) -> list[tuple[str, 
         root: folder of results; those of this file go to a folder with its name.
     """
     board, folder, console = read(file), root / file.stem, Console()
+    if not console.is_terminal:
+        console.width = 140
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
