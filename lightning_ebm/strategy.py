@@ -28,7 +28,7 @@ from lightning_ebm.equilibrium import ordinary
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.harmless import harmless
 from lightning_ebm.learner import Learner, check_options
-from lightning_ebm.presets import algorithm as preset
+from lightning_ebm.presets import algorithm as preset, algorithms
 from lightning_ebm.program.calls import leading_sizes
 from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.program.recorder import Recorder
@@ -505,8 +505,11 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
 
     @classmethod
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
-        """Adds the name "ebm"."""
+        """Adds the name "ebm", and one for each preset, such as "ebm_pc_nudge"."""
         strategy_registry.register(cls.strategy_name, cls, description="Energy-based learning on one device")
+        for name in algorithms():
+            text = f"Energy-based learning on one device by the preset {name!r}"
+            strategy_registry.register(f"ebm_{name.replace('-', '_')}", cls, description=text, algorithm=name)
 
 
 def _loss_of(output: STEP_OUTPUT) -> Any:

@@ -60,7 +60,10 @@ def _recipes(options: argparse.Namespace, settings: list[str]) -> int:
 
 def _fit(options: argparse.Namespace, settings: list[str]) -> int:
     if not settings:
-        print("error: a fit needs settings: lightning-ebm fit --config FILE. See lightning-ebm fit --help.")
+        print(
+            "error: a fit needs settings: lightning-ebm fit --config FILE. See lightning-ebm fit --help.",
+            file=sys.stderr,
+        )
         return 2
     return _train(settings)
 

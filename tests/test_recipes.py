@@ -129,6 +129,7 @@ def test_without_an_algorithm_it_is_stock_lightning():
     ("arguments", "said"),
     [
         (["--trainer.strategy", "ddp"], "would not use --algorithm"),
+        (["--trainer.strategy", "ebm_pc_nudge"], "would not use --algorithm"),
         (["--algorithm", "null", "--nudge", "Centered"], "add --algorithm"),
         (["--algorithm", "pc-nugde"], "Did you mean 'pc-nudge'"),
     ],

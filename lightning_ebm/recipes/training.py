@@ -96,12 +96,14 @@ def strategy_of(requested: str | Strategy, algorithm: ebm.Algorithm | None, stat
     if algorithm is None:
         return requested
     name = "ebm" if requested == "auto" else requested
-    found = StrategyRegistry.get(name, {}) if isinstance(name, str) and name in StrategyRegistry else None
-    if found is None or not str(name).startswith("ebm"):
+    ours = [
+        n for n, entry in StrategyRegistry.items() if n.startswith("ebm") and "algorithm" not in entry["init_params"]
+    ]
+    if name not in ours:
         raise ebm.ConfigurationError(
             f"--trainer.strategy {requested!r} would not use --algorithm. Take a strategy of this library by name,"
-            f" {', '.join(n for n in StrategyRegistry.available_strategies() if n.startswith('ebm'))}; or leave"
-            " --algorithm out and give the strategy by class_path with the algorithm among its init_args."
+            f" {', '.join(ours)}; or leave --algorithm out and give the strategy by class_path with the algorithm among"
+            " its init_args, or by a name that says the algorithm, such as ebm_pc_nudge."
         )
     entry = StrategyRegistry[cast(str, name)]
     made: Strategy = entry["strategy"](algorithm=algorithm, **states, **entry["init_params"])
