@@ -42,7 +42,7 @@ def unreached(layers: Sequence[str], step: int) -> str:
     """The relaxation stops before the signal has arrived, or has arrived smaller than rounding."""
     return (
         f"No signal reaches layers {', '.join(layers)} at step {step}: their error is zero, or rounding noise that an"
-        " optimizer with normalised steps (Adam) turns into full updates. Take more steps, a larger step of the states,"
+        " optimizer with normalized steps (Adam) turns into full updates. Take more steps, a larger step of the states,"
         " or error coordinates, in which every layer hears of the loss at once: ebm.ErrorCoordinates(...)."
     )
 
@@ -148,7 +148,7 @@ def _grown(traces: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, int]:
         for phase in relaxation["phases"]:
             pairs = zip(relaxation["layers"], phase["residual"][0], phase["residual"][-1], strict=True)
             largest = max(phase["residual"][0], default=0.0)
-            # A layer that nothing pulled at first is pulled by its neighbours: only forces beyond all that began count.
+            # A layer that nothing pulled at first is pulled by its neighbors: only forces beyond all that began count.
             now |= {name for name, first, last in pairs if last > max(first, largest)}
         since = {name: since.get(name, step) for name in now}
     return since

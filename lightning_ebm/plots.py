@@ -16,11 +16,11 @@ from lightning_ebm.runs import Run, spread
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BACKPROP_BLUE, EQUILIBRIUM_ORANGE, DEAD_GREY, ASTRAY_RED = "#2b6cb0", "#c05621", "#b8b8b8", "#c53030"
+BACKPROP_BLUE, EQUILIBRIUM_ORANGE, DEAD_GRAY, ASTRAY_RED = "#2b6cb0", "#c05621", "#b8b8b8", "#c53030"
 
 
 def alignment_heatmap(rows: Sequence[tuple[int, Mapping[str, float | None]]]) -> "Figure":
-    """Cosine of each layer's update to the true gradient, layer x global step; grey and hatched where it is dead.
+    """Cosine of each layer's update to the true gradient, layer x global step; gray and hatched where it is dead.
 
     Args:
         rows: ``[(global step, {layer: cosine or None})]``, as `Run.alignment_by_layer`.
@@ -32,9 +32,9 @@ def alignment_heatmap(rows: Sequence[tuple[int, Mapping[str, float | None]]]) ->
     layers = list(dict.fromkeys(layer for _, row in rows for layer in row))
     values = np.array([[_number(row.get(layer)) for _, row in rows] for layer in layers], dtype=float)
     figure, axes = _figure(max(6.0, min(11.0, 3 + 0.12 * len(rows))), 1.6 + 0.34 * len(layers))
-    colours = _colormaps()["viridis"].with_extremes(bad=DEAD_GREY)
+    colors = _colormaps()["viridis"].with_extremes(bad=DEAD_GRAY)
     lowest = min(0.0, float(np.nanmin(values))) if np.isfinite(values).any() else 0.0
-    image = axes.imshow(values, aspect="auto", cmap=colours, vmin=lowest, vmax=1, interpolation="nearest")
+    image = axes.imshow(values, aspect="auto", cmap=colors, vmin=lowest, vmax=1, interpolation="nearest")
     for row, column in zip(*np.nonzero(np.isnan(values)), strict=True):
         axes.add_patch(_hatched(column - 0.5, row - 0.5))
     ticks = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 7)).astype(int))
@@ -61,18 +61,18 @@ def energy_curves(run: Run, most: int = 6) -> "Figure":
     figure, panels = _figure(5.2 * len(kinds) + 1, 3.6, columns=len(kinds))
     for axes, kind in zip(panels if len(kinds) > 1 else [panels], kinds, strict=True):
         for number, (step, relaxation) in enumerate(chosen):
-            colour = _shade(number, len(chosen))
+            color = _shade(number, len(chosen))
             for phase in (p for p in relaxation["phases"] if _is(kind, p)):
                 weight = 0.0 if phase.get("held") else phase["nudge"]
                 trials = [i + weight * x for i, x in zip(phase["internal"], phase["loss"], strict=True)]
                 energies = phase.get("energies") or trials
                 scale = abs(energies[0]) or max(map(abs, energies)) or 1.0
                 shown = [_bounded(energy / scale) for energy in energies]
-                axes.plot(shown, color=colour, marker=".", label=f"step {step}")
+                axes.plot(shown, color=color, marker=".", label=f"step {step}")
         rises = any(line.get_ydata().max() > 1.5 for line in axes.lines)
         if rises:
             axes.set_yscale("symlog", linthresh=1)
-            axes.axhline(1, color=DEAD_GREY, linewidth=1, linestyle=":")
+            axes.axhline(1, color=DEAD_GRAY, linewidth=1, linestyle=":")
         axes.set_xlabel("relaxation step")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("energy / energy at the start")
@@ -96,8 +96,8 @@ def residual_curves(run: Run) -> "Figure":
         for number, layer in enumerate(relaxation["layers"]):
             forces = [_bounded(row[number]) for row in phase["residual"]]
             shown = [force if force > 0 else math.nan for force in forces]  # exactly zero has no place on a log axis
-            colour = _shade(number, len(relaxation["layers"]))
-            axes.plot(shown, color=colour, marker=".", label=layer if any(forces) else f"{layer}: no force")
+            color = _shade(number, len(relaxation["layers"]))
+            axes.plot(shown, color=color, marker=".", label=layer if any(forces) else f"{layer}: no force")
         axes.set_yscale("log")
         axes.set_xlabel("relaxation step")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -120,7 +120,7 @@ def regime_layers(regime: Mapping[str, Any]) -> "Figure":
         stop, settled = ([_number(layer[f"{key}_{at}"]) for layer in layers] for at in ("stop", "equilibrium"))
         if key == "cosine":
             stop, settled = ([math.degrees(math.acos(max(-1, min(1, c)))) for c in side] for side in (stop, settled))
-        axes.hlines(places, stop, settled, color=DEAD_GREY, linewidth=2)
+        axes.hlines(places, stop, settled, color=DEAD_GRAY, linewidth=2)
         axes.plot(settled, places, "D", color=EQUILIBRIUM_ORANGE, markersize=5, label="at equilibrium")
         axes.plot(stop, places, "o", color=BACKPROP_BLUE, markersize=9, fillstyle="none", label="where it stopped")
         axes.grid(axis="x", alpha=0.3)
@@ -131,7 +131,7 @@ def regime_layers(regime: Mapping[str, Any]) -> "Figure":
     if positive and min(positive) < 0.1:
         right.set_xscale("symlog", linthresh=max(min(positive), 1e-8))
     right.set_xlabel("|update| / |backprop's gradient|")
-    right.axvline(1, color=DEAD_GREY, linewidth=1, linestyle=":")
+    right.axvline(1, color=DEAD_GRAY, linewidth=1, linestyle=":")
     left.legend(fontsize=8, frameon=False, loc="best")
     relaxed = "" if regime["relaxed"] is None else f"; relaxed {regime['relaxed']:.3f} of the way down"
     left.set_title(f"{regime['verdict']}{relaxed}", loc="left", fontsize=10)
@@ -155,7 +155,7 @@ def regimes_map(regimes: Sequence[tuple[str, Mapping[str, Any]]]) -> "Figure":
             axes.plot(ways, [place] * len(ways), "o", color=BACKPROP_BLUE, alpha=0.45, markersize=7)
             axes.plot([regime["way"]], [place], "|", color="black", markersize=18, markeredgewidth=2.5)
         else:
-            axes.hlines(place, 0, 1, color=DEAD_GREY, linewidth=6, alpha=0.6)
+            axes.hlines(place, 0, 1, color=DEAD_GRAY, linewidth=6, alpha=0.6)
             axes.annotate("backprop and equilibrium coincide", (0.5, place), ha="center", va="center", fontsize=8)
         relaxed = "" if regime["relaxed"] is None else f"{regime['relaxed']:.3f}"
         silent = len(regime["unreached"])

@@ -50,7 +50,7 @@ class LayerRegime:
         error_ratio: |e_l| / |e_l*|, how much of its equilibrium error the layer has built up; nan for the read-out.
         reach: "signal"; "none", the error is exactly zero, as nothing has arrived; "rounding", the state has moved by
             no more than its own rounding (4 eps |x_l|, over units that are not at 0), so that an optimizer that
-            normalises its steps, as Adam, trains this layer on noise; "read-out".
+            normalizes its steps, as Adam, trains this layer on noise; "read-out".
         way: from 0, backprop's direction, to 1, equilibrium's: `angle(g, b) / (angle(g, b) + angle(g, g*))`; nan where
             the two directions coincide within two degrees, or g is dead.
         detour: `angle(g, b) + angle(g, g*) - angle(b, g*)`, degrees: 0 where g is on the arc from one to the other. It

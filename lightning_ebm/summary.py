@@ -114,7 +114,7 @@ def summary(module: nn.Module, *example_inputs: Any, layers: Layers = None, outp
             leaves = pytree.tree_leaves(module(*example_inputs))
         except NotImplementedError as error:
             raise ConfigurationError(
-                f"{type(module).__name__} has no forward to run. Summarise the network it holds, such as"
+                f"{type(module).__name__} has no forward to run. Summarize the network it holds, such as"
                 " ebm.summary(module.net, x); under EBMStrategy the table of a whole LightningModule is printed when"
                 " fit starts."
             ) from error

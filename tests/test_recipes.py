@@ -346,8 +346,8 @@ def test_the_figure_of_one_theory_has_the_slopes_of_the_theory(tmp_path, monkeyp
 
     for entry in found.values():
         assert slope(entry, "equilibrium", 1e-4, 1e-2) == pytest.approx(1, abs=0.05)
-        if entry["centred"]:
-            assert slope(entry, "centred", 1e-2, 1e-1) == pytest.approx(2, abs=0.1)
+        if entry["centered"]:
+            assert slope(entry, "centered", 1e-2, 1e-1) == pytest.approx(2, abs=0.1)
         assert entry["course"][0][-1] == pytest.approx(1, abs=1e-5)
         assert all(e["cosine"] < 0.9999 for e in entry["equilibrium"][-2:])  # a finite perturbation stays elsewhere
     hebbian = found["contrastive Hebbian learning"]["equilibrium"]

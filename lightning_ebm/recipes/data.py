@@ -258,7 +258,7 @@ class FashionMNIST(MNIST):
 
 
 class CIFAR10(ArrayData):
-    """50000 + 10000 colour photographs, 32 x 32, in ten classes.
+    """50000 + 10000 color photographs, 32 x 32, in ten classes.
 
     Args:
         dir: where the data are, or go: ``cifar-10-batches-py/``, ``cifar-10-python.tar.gz`` or ``cifar10.npz`` (Keras'

@@ -55,7 +55,7 @@ def sample(template: Array, random: np.random.RandomState) -> Array:
 
 
 def build(samples: int = 5000, seed: int = 42) -> Split:
-    """The data set: standardised, shuffled, four fifths for training."""
+    """The data set: standardized, shuffled, four fifths for training."""
     random = np.random.RandomState(seed)
     per_class = samples // 10
     signals = np.stack([sample(template, random) for template in templates() for _ in range(per_class)])

@@ -72,7 +72,7 @@ class MNIST1DConv(nn.Sequential):
 
 
 class VGG5(nn.Sequential):
-    """Four blocks of convolution, activation and pooling, and a linear read-out, for 32 x 32 colour images.
+    """Four blocks of convolution, activation and pooling, and a linear read-out, for 32 x 32 color images.
 
     Blocks are called "0" to "3": ``layers: [net.0, net.1, net.2, net.3]`` puts the states behind the pooling, as the
     published predictive coding networks have them.
@@ -91,7 +91,7 @@ class VGG5(nn.Sequential):
 
 
 class HopfieldConv(nn.Sequential):
-    """Four blocks of convolution, pooling and hard sigmoid, and a linear read-out, for 32 x 32 colour images.
+    """Four blocks of convolution, pooling and hard sigmoid, and a linear read-out, for 32 x 32 color images.
 
     Pooling comes before the activation, so that a state sits behind both, as in the convolutional Hopfield networks of
     equilibrium propagation: the energy's term of a block is G(x_l) - <x_l, pool(w * x_{l-1})>. The last convolution has

@@ -155,8 +155,8 @@ def descend(
         longer = newton.minimum(4 * step_size).clamp_max(longest)
         step_size = torch.where(overshot, shorter, torch.where(kept, longer, step_size))
 
-        travelled = pooled(landscape.per_sample((x - x0).square() for x, x0 in zip(point, start, strict=True))).sqrt()
-        short = step_size * pooled(norm.square()).sqrt() / travelled.clamp_min(torch.finfo(norm.dtype).tiny)
+        traveled = pooled(landscape.per_sample((x - x0).square() for x, x0 in zip(point, start, strict=True))).sqrt()
+        short = step_size * pooled(norm.square()).sqrt() / traveled.clamp_min(torch.finfo(norm.dtype).tiny)
         stuck = (overshoots > 2) & (short <= tol) | (short <= 1e-3 * tol)
         if bool(kept.any()):  # steps that all went too far say nothing about what shorter ones would gain
             falls.append(torch.where(kept, -0.5 * (slope + slope_ahead), 0).sum())
