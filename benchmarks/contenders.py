@@ -26,7 +26,7 @@ def settled(tol: float, strength: float = 1.0) -> ebm.Algorithm:
 
 
 def sweeps(free: int, nudged: int, damping: float = 0.0) -> ebm.Algorithm:
-    """Centred equilibrium propagation as published: so many odd-even sweeps, free and at each sign of the nudge."""
+    """Centered equilibrium propagation as published: so many odd-even sweeps, free and at each sign of the nudge."""
     relaxers = {name: ebm.FixedPoint(n, damping=damping) for name, n in (("free_relaxer", free), ("relaxer", nudged))}
     return ebm.algorithm("equilibrium-propagation", **relaxers)
 
@@ -43,7 +43,7 @@ def rows(net: Net, compile: bool) -> dict[str, Row]:
         'predictive-coding, relaxer="auto"': (ebm.algorithm("predictive-coding", relaxer="auto"), {}),
         "error-pc": (ebm.algorithm("error-pc"), {}),
         "pc-nudge": (ebm.algorithm("pc-nudge"), {}),
-        "pc-nudge, centred": (ebm.algorithm("pc-nudge", nudge=ebm.Centered(1e-2)), {}),
+        "pc-nudge, centered": (ebm.algorithm("pc-nudge", nudge=ebm.Centered(1e-2)), {}),
         "zero-divergence": (ebm.algorithm("zero-divergence"), {}),
     }
     if compile:

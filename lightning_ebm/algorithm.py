@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from lightning_ebm import notebook
 from lightning_ebm.automatic import automatic
 from lightning_ebm.energies import Energy, PredictiveCoding
 from lightning_ebm.energies.base import is_divergence
@@ -121,3 +122,6 @@ class Algorithm:
             "update": label(self.rule),
             "initial_state": self.initial_state,
         }
+
+    def _repr_html_(self) -> str:
+        return notebook.table("Algorithm", ("part", ""), list(self.describe().items()))

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 class Learner:
     """Gives the parameters of an untouched module local, energy-derived updates, in plain PyTorch and Fabric loops.
 
-    E(x, theta) = sum_b I_b + lambda * (B * loss if `loss_reduction` is "mean" else loss), minimised over the states x.
+    E(x, theta) = sum_b I_b + lambda * (B * loss if `loss_reduction` is "mean" else loss), minimized over the states x.
     The update is sum_p weight_p dE/dtheta(x_p), divided by B for "mean": as lambda -> 0 it is what ``loss.backward()``
     would have put into ``.grad``, under either reduction, so that a learning rate tuned for backprop carries over.
 

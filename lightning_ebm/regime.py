@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_ebm import notebook
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure
 from lightning_ebm.energies.base import is_quadratic
@@ -51,10 +52,10 @@ class LayerRegime:
         error_ratio: |e_l| / |e_l*|, how much of its equilibrium error the layer has built up; nan for the read-out.
         reach: "signal"; "none", the error is exactly zero, as nothing has arrived; "rounding", the state has moved by
             no more than its own rounding (4 eps |x_l|, over units that are not at 0), so that an optimizer that
-            normalises its steps, as Adam, trains this layer on noise; "read-out".
-        way: from 0, backprop's direction, to 1, equilibrium's: angle(g, b) / (angle(g, b) + angle(g, g*)); nan where
+            normalizes its steps, as Adam, trains this layer on noise; "read-out".
+        way: from 0, backprop's direction, to 1, equilibrium's: `angle(g, b) / (angle(g, b) + angle(g, g*))`; nan where
             the two directions coincide within two degrees, or g is dead.
-        detour: angle(g, b) + angle(g, g*) - angle(b, g*), degrees: 0 where g lies on the arc from one to the other. It
+        detour: `angle(g, b) + angle(g, g*) - angle(b, g*)`, degrees: 0 where g is on the arc from one to the other. It
             need not: both ends may be backprop's (a tiny nudge), and what is read on the way be another direction.
     """
 
@@ -126,6 +127,19 @@ class Regime:
                 f" {layer.norm_ratio_stop:>9.3g} {layer.norm_ratio_equilibrium:>9.3g} {error:>7}  {layer.verdict}"
             )
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        headers = ("layer", "cosine, stop", "at equilibrium", "|g| / |b|", "at equilibrium", "regime")
+        rows = [
+            (
+                layer.name,
+                *(f"{value:.4f}" for value in (layer.cosine_stop, layer.cosine_equilibrium)),
+                *(f"{value:.3g}" for value in (layer.norm_ratio_stop, layer.norm_ratio_equilibrium)),
+                layer.verdict,
+            )
+            for layer in self.layers
+        ]
+        return notebook.table(str(self).partition("\n")[0], headers, rows)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and words, for `json.dumps`; nan as None."""

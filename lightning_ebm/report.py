@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
 
+from lightning_ebm import notebook
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.relaxers import Relaxation
 
@@ -67,6 +68,22 @@ class PhaseReport:
         return cls(nudge, found.status, found.steps, found.residual.detach(), found.energies)
 
 
+class Shown(dict[str, Any]):
+    """A `Report` that a notebook shows as a table; to everything else it is the dictionary."""
+
+    def _repr_html_(self) -> str:
+        worst = max(self["residual"], default=0.0)
+        rows = [
+            ("loss", f"{self['loss']:.6g}"),
+            ("steps", str(self["steps"])),
+            ("force left, worst sample", f"{worst:.3g}"),
+            *((f"phase at nudge {p['nudge']}", f"{p['status']} after {p['steps']} steps") for p in self["phases"]),
+            *self["algorithm"].items(),
+            ("kernels", self["kernels"]),
+        ]
+        return notebook.table(f"Last step: {self['result']}", (), rows)
+
+
 _WORST_FIRST = ("max_steps", "fixed", "stalled", "converged")
 
 
@@ -88,7 +105,7 @@ def report_of(
     nudged = next((phase for phase in entries if phase["nudge"]), None)
     free = next((phase for phase in entries if not phase["nudge"]), None)
     residuals = [phase.residual for phase in phases]
-    return {
+    report: Report = {
         "loss": float(loss),
         "result": next((status for status in _WORST_FIRST if status in found), "none"),
         "steps": sum(phase["steps"] for phase in entries),
@@ -100,6 +117,7 @@ def report_of(
         "algorithm": algorithm.describe(),
         "kernels": f"{way}: {torch.backends.cpu.get_cpu_capability()}",
     }
+    return cast(Report, Shown(report))
 
 
 def _last(phase: PhaseEntry) -> float:

@@ -22,7 +22,7 @@ class TraceEntry(TypedDict):
     nudge: lambda, its real part where it is complex. held: whether the output was held instead, and the loss is no part
     of the energy. coordinates: what moved, "states" or "errors". internal, loss: I
     and the loss, each summed over the batch, ``(T,)``; the energy is internal + nudge * loss. residual: |dE/dx_l| over
-    the batch, ``(T, L)``. residual_per_sample: quantiles (0, .1, .5, .9, 1) of |dE/dx| over the samples, ``(T, 5)``.
+    the batch, ``(T, L)``. residual_per_sample: quantiles (0, 0.1, 0.5, 0.9, 1) of |dE/dx| over the samples, ``(T, 5)``.
     step_size: |x' - x| over |dE/dx| of consecutive evaluations, ``(T - 1,)``. curvature: <g' - g, x' - x> over
     |x' - x|^2, ``(T - 1,)``; the largest is an estimate, from below, of the energy's largest curvature. arrived: first
     evaluation at which a layer had moved, ``(L,)``; -1 is never. For relaxers that ask for responses instead of forces,

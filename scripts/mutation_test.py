@@ -645,7 +645,7 @@ def main(chosen: list[str]) -> int:
     for mutation in mutations:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder)
-            for part in (PACKAGE, "tests", "recipes", "benchmarks"):
+            for part in (PACKAGE, "lightning_ebm_cli", "tests", "recipes", "benchmarks"):
                 shutil.copytree(ROOT / part, copy / part)
             shutil.copy(ROOT / "pyproject.toml", copy)
             target = copy / PACKAGE / mutation.file

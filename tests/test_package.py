@@ -37,7 +37,7 @@ def test_doctests():
 
 # Lower layers know nothing of higher ones; torch alone below the strategy.
 ORDER = [
-    {"errors", "harmless", "promises"},
+    {"errors", "harmless", "notebook", "promises"},
     {"energies", "nudges"},
     {"evaluations"},
     {"relaxers"},
@@ -66,9 +66,13 @@ ORDER = [
     {"learner", "equilibrium", "reference", "metrics", "summary", "testing"},
     {"regime"},
     {"advice", "runs"},
-    {"plots", "html_report"},
+    {"plots", "interactive"},
+    {"pages"},
+    {"html_report"},
+    {"comparison_report"},
     {"strategies"},
-    {"callbacks"},
+    {"callbacks", "doctor"},
+    {"recipes"},
     {"__main__"},
 ]
 

@@ -76,7 +76,7 @@ class Nudge(ABC):
 
     @property
     def linear_response(self) -> bool:
-        """Whether the nudge is infinitesimal: no state moves, the free equilibrium is linearised instead."""
+        """Whether the nudge is infinitesimal: no state moves, the free equilibrium is linearized instead."""
         return not self._typical
 
     @property

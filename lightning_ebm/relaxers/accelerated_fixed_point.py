@@ -13,7 +13,7 @@ from lightning_ebm.relaxers.fixed_point import ended, looked_at, ran_away, round
 from lightning_ebm.relaxers.sweeping import SweepingRelaxer, Sweeps
 
 _FURTHEST = 1e3
-"""Longest step, in sweeps: beyond a rate of .999 per sweep, what looks like a slope may be rounding."""
+"""Longest step, in sweeps: beyond a rate of 0.999 per sweep, what looks like a slope may be rounding."""
 
 _LEFT = 0.1
 """Share of the slope along the last direction that a later sweep may find there again; in a linear network, none."""

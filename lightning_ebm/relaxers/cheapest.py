@@ -25,7 +25,7 @@ class Cheapest(Relaxer):
     on, exactly as it would by itself. As training changes what is cheap, the comparison is made again at the 10th
     batch, the 100th, the 1000th, and so on.
 
-    Free phases and nudged ones choose apart. Both signs of a centred nudge take one relaxer p, so that they can be
+    Free phases and nudged ones choose apart. Both signs of a centered nudge take one relaxer p, so that they can be
     swept side by side: argmin_p sum_lambda cost(p, lambda), of those that get there at every strength lambda. Where no
     p does, each sign chooses by itself.
 

@@ -8,7 +8,7 @@ from lightning_ebm.evaluations import Around, Evaluation, Landscape
 from lightning_ebm.evaluations.base import Result
 
 _REDUCTION = 0.1
-"""Passes that a sum over all states costs, with the arithmetic around it: measured .08 to .25 on MLPs."""
+"""Passes that a sum over all states costs, with the arithmetic around it: measured 0.08 to 0.25 on MLPs."""
 
 
 class TooDear(Exception):  # not an error: the end of a trial that has lost already

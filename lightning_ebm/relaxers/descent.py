@@ -159,8 +159,8 @@ def descend(
         longer = newton.minimum(4 * step_size).clamp_max(longest)
         step_size = torch.where(overshot, shorter, torch.where(kept, longer, step_size))
 
-        travelled = pooled(landscape.per_sample((x - x0).square() for x, x0 in zip(point, start, strict=True))).sqrt()
-        short = step_size * pooled(norm.square()).sqrt() / travelled.clamp_min(torch.finfo(norm.dtype).tiny)
+        traveled = pooled(landscape.per_sample((x - x0).square() for x, x0 in zip(point, start, strict=True))).sqrt()
+        short = step_size * pooled(norm.square()).sqrt() / traveled.clamp_min(torch.finfo(norm.dtype).tiny)
         stuck = (overshoots > 2) & (short <= tol) | (short <= 1e-3 * tol)
         if bool(kept.any()):  # steps that all went too far say nothing about what shorter ones would gain
             falls.append(torch.where(kept, -0.5 * (slope + slope_ahead), 0).sum())
@@ -190,10 +190,19 @@ def _ran_away(
 ) -> RelaxationDivergedError:
     sizes = [float(gradient.norm()) for gradient in gradients]
     worst = landscape.names[max(range(len(sizes)), key=lambda k: sizes[k])]
+    who = f"{samples} of {landscape.batch_size} samples"
+    if strength >= 0:  # there is a minimum, and numbers that do not hold the way to it
+        return RelaxationDivergedError(
+            f"At nudge {strength:g} the states of {who} ran out of the range of {gradients[0].dtype} after {steps}"
+            f" steps, those of layer {worst!r} furthest. An update read there would be noise. The weights have most"
+            " likely grown too large: lower the learning rate of the parameters, or clip their gradients. If this is"
+            " the first step, look for large values in the batch or in the initial weights."
+        )
     return RelaxationDivergedError(
-        f"At nudge {strength:g} the energy has no minimum that {samples} of {landscape.batch_size} samples could reach:"
+        f"At nudge {strength:g} the energy has no minimum that {who} could reach:"
         f" after {steps} steps their force is up to {float(residual.max()):.3g} times what it started with, and layer"
         f" {worst!r} ran furthest. An update read there would be noise. A negative nudge has a minimum only while"
         " |lambda| times the curvature of the loss, as the states feel it, is below 1: take a smaller nudge, such as"
-        " ebm.Centered(0.01), or a one-sided positive one."
+        " ebm.Centered(0.01), or a one-sided positive one. That curvature grows with the weights: if earlier steps were"
+        " fine, the learning rate of the parameters may be too large instead."
     )

@@ -15,7 +15,7 @@ from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_ste
 class Dyadic(Relaxer):
     """z_l^+- = rho(a_l(z_bar) +- 1/2 W_{l+1}' (z^+ - z^-)_{l+1}), z_bar = (z^+ + z^-) / 2, until the means settle.
 
-    Both phases of a centred nudge at once: the output is pulled by +-lambda/2. Each round is one pass at the means and
+    Both phases of a centered nudge at once: the output is pulled by +-lambda/2. Each round is one pass at the means and
     one way down; where rho is linear between the pair (ReLU away from its kink), the first round is exact already. The
     update contrasts the energies of the two halves at the drives of their mean, -(z^+ - z^-) da/dtheta. Energies are
     those of the means at the start and the end: no round needs them.

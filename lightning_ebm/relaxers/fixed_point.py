@@ -23,7 +23,7 @@ class FixedPoint(SweepingRelaxer):
     For the Hopfield energy that is x_l <- rho(a_l + W_{l+1}' x_{l+1} - lambda dL/dx_l), for predictive coding
     x_l <- rho(a_l) + pull_l / Pi_l. "synchronous": all layers from the states of before. "odd-even": the layers at odd
     depth (the first hidden one is 1), then those at even depth from what the odd ones have become; both once a step, in
-    two passes. In a chain each half then lowers the energy exactly, and nothing oscillates between neighbours.
+    two passes. In a chain each half then lowers the energy exactly, and nothing oscillates between neighbors.
 
     A step's residual is how far it moved each sample, |x' - x| / (1 - damping), all layers together. With ``tol=0``
     exactly `max_steps` steps; with ``tol > 0`` until every sample's residual is below `tol` of that of the first step,

@@ -36,7 +36,7 @@ class JointStrategy(EnergyStrategy, ParallelStrategy):
         if fits and self._relaxes and (self._layer_sync or _holds(self._module, nn.SyncBatchNorm)):
             raise ConfigurationError(
                 "sync_batchnorm makes every pass through the network wait for all ranks, and a relaxation makes as many"
-                " passes as its own batch needs: the ranks would wait for each other for ever. Normalise over each"
+                " passes as its own batch needs: the ranks would wait for each other for ever. Normalize over each"
                 " rank's batch, sync_batchnorm=False, or over groups or layers instead of batches."
             )
         if fits and self.algorithm.energy.learns:

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.presets import algorithms
 from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.samples import BatchSize
 from lightning_ebm.strategies.base import EnergyStrategy
@@ -91,8 +92,11 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
 
     @classmethod
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
-        """Adds the name "ebm"."""
+        """Adds the name "ebm", and one for each preset, such as "ebm_pc_nudge"."""
         strategy_registry.register(cls.strategy_name, cls, description="Energy-based learning on one device")
+        for name in algorithms():
+            text = f"Energy-based learning on one device by the preset {name!r}"
+            strategy_registry.register(f"ebm_{name.replace('-', '_')}", cls, description=text, algorithm=name)
 
 
 if EBMStrategy.strategy_name not in StrategyRegistry:
