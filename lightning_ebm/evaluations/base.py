@@ -112,13 +112,13 @@ class Landscape(Protocol):
         """Sums each tensor, one for each layer, over all but the batch, then over the layers: ``(B,)``."""
 
     def metric(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-        """sum_l Pi_l <left_l, right_l> of each sample, ``(B,)``: the scalar product of errors."""
+        """`sum_l Pi_l <left_l, right_l>` of each sample, ``(B,)``: the scalar product of errors."""
 
     def norms(self, tensors: Sequence[Tensor]) -> Tensor:
         """|t| of each sample, all layers together, ``(B,)``: the root of `per_sample` of |t|^2."""
 
     def products(self, left: Sequence[Tensor], right: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
-        """sum_k Re <left_k, right_k> over these layers, of which both lists hold one tensor each: ``(B,)``."""
+        """`sum_k Re <left_k, right_k>` over these layers, of which both lists hold one tensor each: ``(B,)``."""
 
     def spread(self, values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         """One number a sample ``(B,)`` shaped to multiply each tensor of the list."""
