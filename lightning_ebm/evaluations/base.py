@@ -133,10 +133,26 @@ class Around:
 
     def __init__(self, landscape: Landscape) -> None:
         self.inner = landscape
-        self.names = landscape.names
-        self.depths = landscape.depths
-        self.batch_size = landscape.batch_size
-        self.rounding = landscape.rounding
+
+    @property
+    def names(self) -> Sequence[str]:
+        """See `Landscape.names`."""
+        return self.inner.names
+
+    @property
+    def depths(self) -> Sequence[int]:
+        """See `Landscape.depths`."""
+        return self.inner.depths
+
+    @property
+    def batch_size(self) -> int:
+        """See `Landscape.batch_size`."""
+        return self.inner.batch_size
+
+    @property
+    def rounding(self) -> float:
+        """See `Landscape.rounding`."""
+        return self.inner.rounding
 
     @property
     def no_errors(self) -> Sequence[Tensor]:
