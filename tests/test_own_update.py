@@ -285,3 +285,51 @@ def test_exact_updates_have_no_error_to_fall(name):
 def test_what_descends_another_cost_has_no_such_limit(name):
     with pytest.raises(AssertionError, match="falls with a slope"):
         ebm.testing.check_limit(name)
+
+
+class LogCosh(ebm.Energy):
+    """A user's own: a divergence without a best response."""
+
+    divergence = True
+
+    def layer_energy(self, state, layer):
+        error = state - layer.prediction
+        return error + nn.functional.softplus(-2 * error) - torch.log(torch.tensor(2.0))
+
+
+class Leaning(ebm.Energy):
+    """Says that its free equilibrium is the forward pass, where it has a force."""
+
+    divergence = True
+
+    def layer_energy(self, state, layer):
+        return 0.5 * (state - layer.prediction).square() + 0.1 * state.square()
+
+
+class Softer(ebm.Hopfield):
+    """A best response of another energy than its own."""
+
+    def layer_energy(self, state, layer):
+        return super().layer_energy(state, layer) + 0.2 * state.square()
+
+    def best_response(self, pull, layer):
+        return super().best_response(pull, layer)
+
+
+@pytest.mark.parametrize("nudge", [ebm.OneSided(1.0), ebm.Centered(1.0)], ids=str)
+def test_a_users_energy_has_the_slopes_of_the_theorem(nudge):
+    slopes = ebm.testing.check_limit(ebm.Algorithm(LogCosh(), nudge, ebm.GradientDescent(0.5, 100, tol=1e-3)))
+    order = len([phase for phase in nudge.phases() if phase.strength])
+    assert [slopes["1"], slopes["3"]] == pytest.approx([order] * 2, abs=0.15)
+    if order == 1:
+        assert slopes == pytest.approx(ebm.testing.check_limit(LogCosh()), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("energy", "message"),
+    [(Leaning(), r"falls with a slope of .* promise is false"), (Softer(), r"Softer\.best_response of layer '1'")],
+    ids=["divergence", "best response"],
+)
+def test_a_false_promise_is_found_out(energy, message):
+    with pytest.raises(AssertionError, match=message):
+        ebm.testing.check_limit(energy)

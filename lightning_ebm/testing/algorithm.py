@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.energies.base import best_response, has_best_response, is_divergence
+from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.evaluations import Forces
 from lightning_ebm.learner import Learner
 from lightning_ebm.metrics import alignment
@@ -17,6 +17,7 @@ from lightning_ebm.reference import backprop, equilibrium
 from lightning_ebm.step import Step
 from lightning_ebm.testing.locality import check_locality
 from lightning_ebm.testing.problem import Problem
+from lightning_ebm.testing.response import check_response
 
 
 def check_algorithm(algorithm: str | Algorithm, *, tol: float = 1e-3) -> dict[str, float]:
@@ -56,7 +57,7 @@ def check_algorithm(algorithm: str | Algorithm, *, tol: float = 1e-3) -> dict[st
             loss = problem.loss()
         step.surrogate(loss)
         assert step.network is not None
-        _check_response(step.network, problem)
+        check_response(step.network, problem)
         _check_ends(step, chosen)
         if chosen.energy.divergence:
             _check_divergence(step.network, problem)
@@ -111,23 +112,6 @@ def _check_divergence(network: Network, problem: Problem) -> None:
     )
     moved = network.evaluate(Forces(), [state + 0.05 * problem.drawn(*state.shape) for state in network.free], 0.0)
     assert bool((moved.internal > -1e-9).all()), "The energy says it is a divergence, but is negative near by."
-
-
-def _check_response(network: Network, problem: Problem) -> None:
-    """argmin_x e(x, a) - <pull, x> has no slope in x, but for those that the domain of x holds against."""
-    energy = network.energy
-    if not has_best_response(energy):
-        return
-    for view in network.views(network.at_states(network.free)):
-        pull = 0.1 * problem.drawn(*view.prediction.shape)
-        state = best_response(energy, pull, view).detach().requires_grad_()
-        with torch.enable_grad():
-            (slope,) = torch.autograd.grad(energy.layer_energy(state, view).sum(), state)
-        left = float(energy.tangent(slope - pull, state.detach(), view).abs().max())
-        assert left < 1e-6, (
-            f"{type(energy).__name__}.best_response of layer {view.name!r} is no minimum of layer_energy less the pull:"
-            f" a slope of {left:.2g} is left where it leads."
-        )
 
 
 def _check_ends(step: Step, algorithm: Algorithm) -> None:

@@ -10,12 +10,14 @@ from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import has_best_response, is_divergence
 from lightning_ebm.learner import Learner
 from lightning_ebm.metrics import alignment
+from lightning_ebm.network import Network
 from lightning_ebm.nudges import Nudge, OneSided, Phase
 from lightning_ebm.nudges.base import table_of, without_draw
 from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.reference import Settled, backprop, equilibrium
 from lightning_ebm.relaxers import FixedPoint, Relaxer
 from lightning_ebm.testing.problem import Problem
+from lightning_ebm.testing.response import check_response
 
 _EXACT = 1e-9
 """Relative error below which there is none."""
@@ -45,7 +47,8 @@ def check_limit(energy_or_algorithm: Energy | str | Algorithm) -> dict[str, floa
         infinite where the update is exact at a finite nudge.
 
     Raises:
-        AssertionError: a slope falls short of its order by more than 0.2; names the layer and its errors.
+        AssertionError: a slope falls short of its order by more than 0.2; names the layer and its errors. Or a best
+            response, which the phases iterate, is not that of the energy.
 
     Source:
         Millidge et al., ICLR 2023 (arXiv 2206.02629); Scellier and Bengio 2017; Laborieux et al. 2021 for centred ones.
@@ -61,6 +64,8 @@ def check_limit(energy_or_algorithm: Energy | str | Algorithm) -> dict[str, floa
     order = 1 if nudge.linear_response else _order(nudge)
     strength = 0.01 if order <= 2 else 0.2
     problem = Problem()
+    if chosen.rule.relaxes:
+        check_response(_network(problem, _at(chosen, nudge, strength)), problem)
     true = backprop(problem.module, problem.loss)
     if not is_divergence(chosen.energy) and chosen.rule.relaxes:
         true = equilibrium(problem.module, problem.loss, chosen)
@@ -76,6 +81,15 @@ def check_limit(energy_or_algorithm: Energy | str | Algorithm) -> dict[str, floa
             " what is read is not the gradient of the loss in any limit."
         )
     return slopes
+
+
+def _network(problem: Problem, algorithm: Algorithm) -> Network:
+    step = Learner(problem.module, algorithm, capture=False).begin(problem.loss, teaches=False)
+    with step.first_pass():
+        loss = problem.loss()
+    step.surrogate(loss)
+    assert step.network is not None
+    return step.network
 
 
 class _Scaled(Nudge):
