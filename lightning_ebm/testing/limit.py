@@ -30,7 +30,7 @@ def check_limit(energy_or_algorithm: Energy | str | Algorithm) -> dict[str, floa
     """Proves the theorem that the library rests on: with a vanishing nudge the update becomes the true gradient.
 
     On a tanh network 4-6-5-3 in float64 the nudge is halved twice, every phase being relaxed to rounding. The relative
-    error of each layer's update must fall as `lambda^k`: k = 1 for one-sided tables, 2 for centred ones, and in general
+    error of each layer's update must fall as `lambda^k`: k = 1 for one-sided tables, 2 for centered ones, in general
     one less than the first power k + 1 >= 2 with `sum_p weight_p strength_p^(k+1) != 0`. The true gradient is
     backprop's for divergence energies, whose free equilibrium is the forward pass; for others it is that of the loss at
     the free equilibrium, by implicit differentiation.
@@ -51,7 +51,7 @@ def check_limit(energy_or_algorithm: Energy | str | Algorithm) -> dict[str, floa
             response, which the phases iterate, is not that of the energy.
 
     Source:
-        Millidge et al., ICLR 2023 (arXiv 2206.02629); Scellier and Bengio 2017; Laborieux et al. 2021 for centred ones.
+        Millidge et al., ICLR 2023 (arXiv 2206.02629); Scellier and Bengio 2017; Laborieux et al. 2021 (centered).
 
     Example:
         >>> from lightning_ebm.energies import PredictiveCoding

@@ -14,7 +14,7 @@ from lightning_ebm.updates.contrast import Contrast
 class Incremental(Contrast):
     """`1/lambda dE/dtheta(x_t)` before each step t of the relaxer, an optimizer step with each.
 
-    States and parameters move at once, from the gradient of one energy: incremental expectation maximisation, with no
+    States and parameters move at once, from the gradient of one energy: incremental expectation maximization, with no
     claim to be backprop's direction. Where parameters must stay (`Learner.backward`), it is the contrast of phases.
 
     Source:
