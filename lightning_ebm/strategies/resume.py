@@ -76,7 +76,7 @@ class ExactResume(Callback):
             random.restore()
             if batches and not hasattr(dataloader, "state_dict"):
                 log.info("The first %d batches of the epoch are read again, and skipped.", batches)
-                dataloader = _Ahead(dataloader, batches, random)
+                dataloader = _ahead(dataloader, batches, random)
         self._iterator_is_new = True
         return dataloader
 
@@ -115,37 +115,51 @@ class ExactResume(Callback):
                     logger.experiment.finish()
 
 
-class _Ahead:
-    """A loader whose first pass starts some batches later, drawing nothing from the generators to get there.
+def _ahead(loader: Any, batches: int, random: RandomState) -> Any:
+    """The loader, whose first pass starts some batches later, drawing nothing from the generators to get there.
+
+    Python looks `__iter__` up in the class, so the loader is of a subclass of its own until that pass begins. What has
+    no class to change, as a list, has nothing that anybody asks for either but its batches.
 
     Args:
         loader: the loader.
         batches: how many to skip.
         random: tells which generators.
     """
+    kind = type(loader)
+
+    class Ahead(kind):  # type: ignore[misc, valid-type]
+        def __iter__(self) -> Iterator[Any]:
+            self.__class__ = kind
+            return _skipping(iter(self), batches, random.of_now())
+
+    try:
+        loader.__class__ = Ahead
+    except TypeError:
+        return _Plain(loader, batches, random)
+    return loader
+
+
+class _Plain:
+    """The same for what cannot be of another class."""
 
     def __init__(self, loader: Any, batches: int, random: RandomState) -> None:
-        vars(self).update(_loader=loader, _batches=batches, _random=random)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._loader, name, value)
+        self._loader = loader
+        self._batches = batches
+        self._random = random
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        batches = self._batches
-        vars(self)["_batches"] = 0
-        iterator = iter(self._loader)
-        return self._skipping(iterator, batches, self._random.of_now()) if batches else iterator
+        batches, self._batches = self._batches, 0
+        return _skipping(iter(self._loader), batches, self._random.of_now())
 
-    def _skipping(self, iterator: Iterator[Any], batches: int, at_start: RandomState) -> Iterator[Any]:
-        now = at_start.of_now()
-        at_start.restore()
-        for _ in itertools.islice(iterator, batches):
-            """Read, as samplers and augmentations draw in reading."""
-        now.restore()
-        yield from iterator
+
+def _skipping(iterator: Iterator[Any], batches: int, at_start: RandomState) -> Iterator[Any]:
+    now = at_start.of_now()
+    at_start.restore()
+    for _ in itertools.islice(iterator, batches):
+        """Read, as samplers and augmentations draw in reading."""
+    now.restore()
+    yield from iterator
