@@ -287,8 +287,12 @@ def monitored(world, rank):
                 "ebm/energy_nudged": report["energy_nudged"], "ebm/steps": float(report["steps"]),
                 "ebm/residual": sum(residual) / len(residual), "ebm/residual_max": max(residual),
             })  # fmt: skip
+            regime = trainer.strategy.regime()
+            own.update(
+                {"ebm/relaxed": regime.relaxed, "ebm/way": regime.way, "ebm/way/layer/net/1": regime.layers[0].way}
+            )
 
-    callbacks = [ebm.RelaxationMonitor(every_n_steps=1), Reports()]
+    callbacks = [ebm.RelaxationMonitor(1, regime_every_n_steps=1), Reports()]
     strategy = ebm.EBMDDPStrategy(CONVERGED)
     trainer = L.Trainer(strategy=strategy, devices=world, max_steps=1, callbacks=callbacks, **QUIET)
     trainer.fit(Net(world, rank, scale=6.0))

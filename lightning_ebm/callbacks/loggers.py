@@ -28,6 +28,15 @@ def observing(trainer: Trainer, what: str) -> AbstractContextManager[None]:
     return harmless(what, _said.setdefault(trainer, set()))
 
 
+def mean_of(told: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean over devices of each figure, over those that have a number for it; nan where none has."""
+    found = {}
+    for key in dict.fromkeys(key for one in told for key in one):
+        numbers = [one[key] for one in told if key in one and not math.isnan(one[key])]
+        found[key] = sum(numbers) / len(numbers) if numbers else math.nan
+    return found
+
+
 def log_scalars(
     trainer: Trainer, module: LightningModule, values: Mapping[str, float], in_progress_bar: Sequence[str] = ()
 ) -> None:

@@ -143,12 +143,11 @@ class RelaxationMonitor(Callback):
             "status": report["result"], "steps": report["steps"], "layers": report["layers"],
             "residual": values["ebm/residual"], "loss": report["loss"], "phases": phases,
         }  # fmt: skip
-        if trainer.world_size > 1:  # the mean over devices, in one collective
-            mine = torch.tensor(list(values.values()), device=pl_module.device, dtype=torch.float32)
-            values = dict(zip(values, strategy.reduce(mine, reduce_op="mean").tolist(), strict=True))
         if self.regime_every_n_steps is not None and _due(trainer, self.regime_every_n_steps):
             values |= self._measured(trainer, strategy)
             self._keep_curves(trainer, phases)
+        if trainer.world_size > 1:  # the mean over devices, in one collective
+            values = loggers.mean_of(strategy.gather(values))
         loggers.log_scalars(trainer, pl_module, values, _IN_PROGRESS_BAR)
         self._keep(trainer, record, report["residual"])
         self._advise(trainer, values["ebm/residual"])
