@@ -122,7 +122,7 @@ class Update(ABC):
 
     def phases(self, nudge: Nudge) -> tuple[Phase, ...]:
         """The phases of one step; the nudge's own, unless an update relaxes others, or none."""
-        return () if nudge.linear_response else table_of(nudge)
+        return () if self.reads_linear_response and nudge.linear_response else table_of(nudge)  # others refuse it
 
     def hold(self, network: "Network", ends: Sequence[End]) -> Sequence[End]:
         """What stays as it is while the update is read: numbers, without a graph.
