@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> CLI:
         save_config_kwargs={"save_to_log_dir": False},
         auto_configure_optimizers=False,
         parser_class=Parser,
-        parser_kwargs={"description": __doc__},
+        parser_kwargs={"description": __doc__, "prog": "lightning-ebm"},
         args=arguments,
     )
 
