@@ -187,6 +187,7 @@ def of(
         RelaxationDivergedError: there is no equilibrium to be found from here.
 
     Example:
+        >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
         >>> x, y = torch.linspace(-1, 1, 20).reshape(5, 4), torch.ones(5, 1)
         >>> of(net, lambda: (net(x) - y).square().mean(), "error-pc").relaxed < 0.9
