@@ -232,9 +232,9 @@ _UNSETTLED = {
     ),
     "stalled": (
         "The states stalled: after %d steps no step lowered the energy any more, with a force of up to %.2g of what it"
-        " started with, and the update was read there. At the kinks of ReLU that is a minimum; elsewhere it is none:"
-        " take tanh or another smooth activation to tell, a smaller nudge, or a larger tol. (Said once; the report"
-        " tells it for every step.)"
+        " started with, and the update was read there. No kink is"
+        " there to explain it, so this is no equilibrium: take a smaller nudge, double precision, or a larger tol."
+        " (Said once; the report tells it for every step.)"
     ),
 }
 """What is said once of each status, with the steps taken and the largest residual."""

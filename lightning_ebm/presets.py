@@ -41,7 +41,7 @@ def predictive_coding() -> Algorithm:
 
     Source: Rao and Ballard 1999; Whittington and Bogacz 2017; Song et al. 2024 for the regime.
     """
-    return Algorithm(PredictiveCoding(), OneSided(1.0), ErrorCoordinates(max_steps=64, tol=1e-3))
+    return Algorithm(PredictiveCoding(), OneSided(1.0), ErrorCoordinates(max_steps=12, tol=1e-3))
 
 
 def pc_nudge() -> Algorithm:
@@ -54,7 +54,7 @@ def pc_nudge() -> Algorithm:
 
     Source: Millidge, Song, Salvatori, Lukasiewicz, Bogacz, ICLR 2023 (arXiv 2206.02629), the algorithm of its figures.
     """
-    return Algorithm(PredictiveCoding(), OneSided(1e-4), ErrorCoordinates(max_steps=64, tol=1e-3))
+    return Algorithm(PredictiveCoding(), OneSided(1e-4), ErrorCoordinates(max_steps=2, tol=1e-3))
 
 
 def zero_divergence() -> Algorithm:

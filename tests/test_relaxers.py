@@ -27,6 +27,7 @@ class Quadratic(ByHand):
         self.names, self.batch_size = ["low", "high"], batch
         self.no_errors = [torch.zeros(batch, D // 2, dtype=torch.float64) for _ in range(2)]
         self.rounding = 2.0**-52
+        self.samples_interact = False
 
     def energy(self, states) -> Tensor:
         away = torch.cat(list(states), 1) - self.minimum

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.evaluations import Landscape
 from lightning_ebm.relaxers.base import Relaxation, Relaxer, checked_steps
-from lightning_ebm.relaxers.descent import descend
+from lightning_ebm.relaxers.descend import descend
 from lightning_ebm.relaxers.fixed_steps import fixed_steps
 
 

@@ -10,7 +10,7 @@ from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.evaluations import Landscape
 from lightning_ebm.evaluations.descent_step import moved
 from lightning_ebm.relaxers.base import Relaxation, Relaxer, Stepper, checked_steps
-from lightning_ebm.relaxers.descent import descend
+from lightning_ebm.relaxers.descend import descend
 from lightning_ebm.relaxers.fixed_steps import fixed_steps
 
 
