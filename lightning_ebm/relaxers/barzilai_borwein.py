@@ -83,12 +83,13 @@ class BarzilaiBorwein(Descent):
         rose = not bool(reached <= torch.stack(self.energies[-_MEMORY:]).amax() + self.noise(forces))
         if rose and not bool(overshot.any()):
             overshot = active  # over a hump the forces do not tell whose energy it was: all are more careful
-        kept = torch.zeros_like(active) if rose else active & ~overshot
-        self._keep(trial, forces, reached, torch.where(kept, 0, reach), overshot, rose)
+        kept = active & ~overshot
+        gained = -torch.where(kept, 0.5 * (slope + slope_ahead), 0).sum()
+        self._keep(trial, forces, reached, self.energy - gained, reach, kept)
         del forces, trial, point, gradients  # as large as the states: not held through the next evaluation
 
         self.energies.append(self.energy)
-        self.gained = self.gained - torch.where(kept, 0.5 * (slope + slope_ahead), 0).sum()
+        self.gained = self.gained + gained
         newton = torch.where(curvature > 0, 1 / curvature, math.inf)
         shorter = torch.where(curvature > 0, newton.clamp_max(0.5 * self.step_size), 0.1 * self.step_size)
         longer = newton.minimum(4 * self.step_size).clamp_max(self.longest)
@@ -111,23 +112,21 @@ class BarzilaiBorwein(Descent):
         return -reach * self.landscape.per_sample(map(torch.mul, ahead, here))
 
     def _keep(
-        self, trial: list[Tensor], forces: Slope, reached: Tensor, back: Tensor, overshot: Tensor, rose: bool
+        self, trial: list[Tensor], forces: Slope, reached: Tensor, expected: Tensor, reach: Tensor, kept: Tensor
     ) -> None:
-        """Goes where the trial went, but for samples that overshot; those go back by `back` times their force."""
-        if not rose and not bool(overshot.any()):
+        """Goes where the trial went, for the samples that keep it; the others go back by `reach` times their force."""
+        if not bool((reach > 0).logical_and(~kept).any()):
             # These very tensors: the network still holds their pass.
             self.point, self.gradients, self.energy, self.measured = trial, forces.gradients, reached, True
-            self.norm = force_norm(self.landscape, self.gradients)
-            return
-        if not self.point:
-            backwards = self.landscape.spread(back, trial)
-            self.point = [torch.addcmul(y, s, g) for y, s, g in zip(trial, backwards, self.gradients, strict=True)]
-        elif not rose:
-            masks = self.landscape.spread(~overshot, self.point)
-            self.point = [torch.where(m, new, old) for m, new, old in zip(masks, trial, self.point, strict=True)]
-        if rose:
-            return
-        self.energy, self.measured = torch.minimum(self.energy, reached), False
-        for k, m in enumerate(self.landscape.spread(~overshot, self.point)):
-            self.gradients[k] = torch.where(m, forces.gradients[k], self.gradients[k])
+        else:
+            back = self.landscape.spread(torch.where(kept, 0, reach), trial)
+            masks = self.landscape.spread(kept, trial)
+            if self.point:
+                pairs = zip(masks, trial, self.point, strict=True)
+                self.point = [torch.where(m, new, old) for m, new, old in pairs]
+            else:
+                self.point = [torch.addcmul(y, s, g) for y, s, g in zip(trial, back, self.gradients, strict=True)]
+            for k, m in enumerate(masks):
+                self.gradients[k] = torch.where(m, forces.gradients[k], self.gradients[k])
+            self.energy, self.measured = expected, False
         self.norm = force_norm(self.landscape, self.gradients)
