@@ -13,7 +13,7 @@ from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.automatic import automatic
 from lightning_ebm.energies import Energy, FenchelYoung, Hopfield, PredictiveCoding
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.nudges import Centered, Clamped, Coupled, Holomorphic, Infinitesimal, Nudge, OneSided
+from lightning_ebm.nudges import Centered, Clamped, Coupled, Holomorphic, Infinitesimal, Nudge, OneSided, Strongest
 from lightning_ebm.relaxers import (
     AcceleratedFixedPoint,
     AugmentedLagrangian,
@@ -273,6 +273,8 @@ def algorithm(name: str | Algorithm, **parts: Any) -> Algorithm:
         close = difflib.get_close_matches(unknown[0], fields, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ConfigurationError(f"An algorithm has no part {unknown[0]!r}.{hint} It has: {', '.join(fields)}.")
+    if parts.get("nudge") == "auto":
+        parts["nudge"] = Strongest(chosen.nudge)
     energy, nudge = parts.get("energy", chosen.energy), parts.get("nudge", chosen.nudge)
     if parts.get("relaxer") == "auto" and isinstance(energy, Energy) and isinstance(nudge, Nudge):
         if not chosen.relaxer.ends_in_states:
