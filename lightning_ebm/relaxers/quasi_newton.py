@@ -10,7 +10,8 @@ from lightning_ebm.evaluations.base import Coordinates
 from lightning_ebm.relaxers.base import Status, force_norm
 from lightning_ebm.relaxers.descent import Descent
 
-_PAIRS = 6
+_PAIRS = 3
+"""Each is as large as two points, and costs two scalar products and two sums a step; six took a tenth less steps."""
 _SUFFICIENT = 1e-4
 """Of what the slope promises, how much a step must gain (Armijo)."""
 _TRIALS = 8
@@ -20,7 +21,7 @@ Pair = tuple[list[Tensor], list[Tensor], Tensor]
 
 
 class QuasiNewton(Descent):
-    """x <- x - t H g with all states of the batch at once, H the inverse Hessian as far as the last six steps tell.
+    """x <- x - t H g with all states of the batch at once, H the inverse Hessian as far as the last three steps tell.
 
     Limited-memory BFGS (Nocedal 1980), with a line search on the energy of the batch: the step 1 where it gains enough,
     else the least point of the cubic through both ends. Where the energy only differs by rounding, the slopes decide
@@ -47,6 +48,8 @@ class QuasiNewton(Descent):
         super().__init__(landscape, coordinates, start, strength, lr, tol, window=6)
         self.first = self.first.square().mean().sqrt().expand_as(self.first)
         self.settled_at = self.tolerance(self.first)
+        own = landscape.products(self.gradients, self.gradients, range(len(self.gradients)))
+        self._weighted = coordinates == "errors" and not torch.allclose(landscape.metric(*[self.gradients] * 2), own)
         self._pairs: list[Pair] = []
         self._nowhere: Status | None = None
 
@@ -85,9 +88,9 @@ class QuasiNewton(Descent):
 
     def _dot(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         """The scalar product in which the gradients are the energy's slope."""
-        if self.coordinates == "errors":
+        if self._weighted:
             return self.landscape.metric(a, b).sum()
-        return self.landscape.products(a, b, range(len(a))).sum()
+        return torch.stack([torch.dot(x.flatten(), y.flatten()) for x, y in zip(a, b, strict=True)]).sum()
 
     def _direction(self) -> list[Tensor]:
         """-H g, by the two loops of Nocedal 1980."""
