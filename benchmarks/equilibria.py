@@ -10,7 +10,8 @@ force over the first. The error of "pc-nudge" is |update - backprop| over |backp
 import argparse
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from functools import partial
+from typing import ClassVar
 
 import torch
 from common_networks import CASES, Case, trained
@@ -55,8 +56,8 @@ def row(name: str, case: Case, steps: int, repeats: int, momentum: int) -> str:
         return case.loss(net(x), y)
 
     learners = {preset: ebm.Learner(net, preset, layers=case.layers) for preset in ("pc-nudge", "predictive-coding")}
-    contenders: dict[str, Any] = {"backprop": timed(lambda: closure().backward())}  # type: ignore[no-untyped-call]
-    contenders |= {preset: timed(lambda o=own: o.backward(closure)) for preset, own in learners.items()}
+    contenders = {"backprop": timed(lambda: torch.autograd.backward(closure()))}
+    contenders |= {preset: timed(partial(own.backward, closure)) for preset, own in learners.items()}
     frozen = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for module in frozen:  # its running statistics are no part of what is measured
         module.momentum = 0.0

@@ -20,7 +20,8 @@ class GradientDescent(Relaxer):
 
     With ``tol=0`` exactly `max_steps` steps of exactly `lr` are taken; a run that diverges raises. With ``tol > 0``
     every sample stops by itself once its force has fallen to `tol` of what it started with, and steps that overshoot
-    are shortened, never lengthened beyond `lr`.
+    are shortened, never lengthened beyond `lr`. Samples that see each other relax as one, by quasi-Newton steps of
+    which `lr` is the first.
 
     The trap: float32 keeps x = prediction + error with an error of 1e-7 / lambda in the update. Below lambda = 1e-3
     use `ErrorCoordinates`.
