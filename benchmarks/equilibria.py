@@ -83,7 +83,7 @@ def row(name: str, case: Case, steps: int, repeats: int, momentum: int) -> str:
 
 def main() -> None:
     """Prints the table, a line as soon as it is measured."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="parts of names; none: all")
     parser.add_argument("--trained", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=5)

@@ -107,10 +107,19 @@ class Descent(ABC):
     def _ran_away(self, residual: Tensor, samples: int) -> RelaxationDivergedError:
         sizes = [float(gradient.norm()) for gradient in self.gradients]
         worst = self.landscape.names[max(range(len(sizes)), key=lambda k: sizes[k])]
+        who = f"{samples} of {self.landscape.batch_size} samples"
+        if self.strength >= 0:  # there is a minimum, and numbers that do not hold the way to it
+            return RelaxationDivergedError(
+                f"At nudge {self.strength:g} the states of {who} ran out of the range of {self.gradients[0].dtype} after"
+                f" {self.steps} steps, those of layer {worst!r} furthest. An update read there would be noise. The"
+                " weights have most likely grown too large: lower the learning rate of the parameters, or clip their"
+                " gradients. If this is the first step, look for large values in the batch or in the initial weights."
+            )
         return RelaxationDivergedError(
-            f"At nudge {self.strength:g} the energy has no minimum that {samples} of {self.landscape.batch_size}"
-            f" samples could reach: after {self.steps} steps their force is up to {float(residual.max()):.3g} times"
-            f" what it started with, and layer {worst!r} ran furthest. An update read there would be noise. A negative"
-            " nudge has a minimum only while |lambda| times the curvature of the loss, as the states feel it, is below"
-            " 1: take a smaller nudge, such as ebm.Centered(0.01), or a one-sided positive one."
+            f"At nudge {self.strength:g} the energy has no minimum that {who} could reach: after {self.steps} steps"
+            f" their force is up to {float(residual.max()):.3g} times what it started with, and layer {worst!r} ran"
+            " furthest. An update read there would be noise. A negative nudge has a minimum only while |lambda| times"
+            " the curvature of the loss, as the states feel it, is below 1: take a smaller nudge, such as"
+            " ebm.Centered(0.01), or a one-sided positive one. That curvature grows with the weights: if earlier steps"
+            " were fine, the learning rate of the parameters may be too large instead."
         )
