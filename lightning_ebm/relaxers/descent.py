@@ -110,8 +110,8 @@ class Descent(ABC):
         who = f"{samples} of {self.landscape.batch_size} samples"
         if self.strength >= 0:  # there is a minimum, and numbers that do not hold the way to it
             return RelaxationDivergedError(
-                f"At nudge {self.strength:g} the states of {who} ran out of the range of {self.gradients[0].dtype} after"
-                f" {self.steps} steps, those of layer {worst!r} furthest. An update read there would be noise. The"
+                f"At nudge {self.strength:g} the states of {who} ran out of the range of {self.gradients[0].dtype}"
+                f" after {self.steps} steps, those of layer {worst!r} furthest. An update read there would be noise. The"
                 " weights have most likely grown too large: lower the learning rate of the parameters, or clip their"
                 " gradients. If this is the first step, look for large values in the batch or in the initial weights."
             )
