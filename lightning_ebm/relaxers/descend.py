@@ -9,7 +9,7 @@ from lightning_ebm.evaluations.base import Coordinates
 from lightning_ebm.relaxers.barzilai_borwein import BarzilaiBorwein
 from lightning_ebm.relaxers.base import Relaxation
 from lightning_ebm.relaxers.descent import Descent
-from lightning_ebm.relaxers.quasi_newton import QuasiNewton
+from lightning_ebm.relaxers.joint_descent import JointDescent
 
 
 def descend(
@@ -36,7 +36,7 @@ def descend(
     """
     descent: Descent
     if landscape.samples_interact:
-        descent = QuasiNewton(landscape, coordinates, start, strength, lr, tol)
+        descent = JointDescent(landscape, coordinates, start, strength, lr, tol)
     else:
         descent = BarzilaiBorwein(landscape, coordinates, start, strength, lr, tol, longest)
     del start  # descent on errors lets go of it

@@ -111,9 +111,10 @@ class Descent(ABC):
         if self.strength >= 0:  # there is a minimum, and numbers that do not hold the way to it
             return RelaxationDivergedError(
                 f"At nudge {self.strength:g} the states of {who} ran out of the range of {self.gradients[0].dtype}"
-                f" after {self.steps} steps, those of layer {worst!r} furthest. An update read there would be noise. The"
-                " weights have most likely grown too large: lower the learning rate of the parameters, or clip their"
-                " gradients. If this is the first step, look for large values in the batch or in the initial weights."
+                f" after {self.steps} steps, those of layer {worst!r} furthest. An update read there would be noise."
+                " The weights have most likely grown too large: lower the learning rate of the parameters, or clip"
+                " their gradients. If this is the first step, look for large values in the batch or in the initial"
+                " weights."
             )
         return RelaxationDivergedError(
             f"At nudge {self.strength:g} the energy has no minimum that {who} could reach: after {self.steps} steps"

@@ -20,7 +20,7 @@ _TRIALS = 8
 Pair = tuple[list[Tensor], list[Tensor], Tensor]
 
 
-class QuasiNewton(Descent):
+class JointDescent(Descent):
     """x <- x - t H g with all states of the batch at once, H the inverse Hessian as far as the last three steps tell.
 
     Limited-memory BFGS (Nocedal 1980), with a line search on the energy of the batch: the step 1 where it gains enough,
