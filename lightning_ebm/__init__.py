@@ -1,9 +1,22 @@
 """Energy-based learning for PyTorch Lightning: relax the states of a network, read a local update off its energy."""
 
-from lightning_ebm import evaluations, metrics, reference, regime, testing, updates
+from lightning_ebm import depth, evaluations, metrics, reference, regime, testing, updates
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.callbacks import GradientAlignment, RelaxationMonitor
-from lightning_ebm.energies import Energy, FenchelYoung, Hopfield, LayerView, LearnedPrecision, PredictiveCoding
+from lightning_ebm.energies import (
+    Bernoulli,
+    Categorical,
+    Energy,
+    FenchelYoung,
+    Gaussian,
+    Hopfield,
+    Huber,
+    LayerView,
+    LearnedPrecision,
+    PerLayer,
+    Poisson,
+    PredictiveCoding,
+)
 from lightning_ebm.equilibrium import Equilibrium
 from lightning_ebm.errors import (
     ConfigurationError,
@@ -27,6 +40,7 @@ from lightning_ebm.nudges import (
     Strongest,
 )
 from lightning_ebm.presets import algorithm, algorithms
+from lightning_ebm.relaxed import Relaxed
 from lightning_ebm.relaxers import (
     AcceleratedFixedPoint,
     Anderson,
@@ -37,11 +51,14 @@ from lightning_ebm.relaxers import (
     FixedPoint,
     FixedPrediction,
     GradientDescent,
+    Langevin,
+    QuasiNewton,
     Relaxation,
     Relaxer,
     StateOptimizer,
     Sweep,
 )
+from lightning_ebm.spectrum import Spectrum
 from lightning_ebm.strategies import EBMDDPStrategy, EBMFSDP2Strategy, EBMStrategy
 from lightning_ebm.summary import Summary, summary
 from lightning_ebm.updates import Update
@@ -53,7 +70,9 @@ __all__ = [
     "Algorithm",
     "Anderson",
     "AugmentedLagrangian",
+    "Bernoulli",
     "BestResponses",
+    "Categorical",
     "Centered",
     "Cheapest",
     "Clamped",
@@ -73,25 +92,33 @@ __all__ = [
     "FixedPoint",
     "FixedPrediction",
     "Forces",
+    "Gaussian",
     "GradientAlignment",
     "GradientDescent",
     "Holomorphic",
     "Hopfield",
+    "Huber",
     "Infinitesimal",
     "Landscape",
+    "Langevin",
     "LayerDiscoveryError",
     "LayerView",
     "LearnedPrecision",
     "Learner",
     "Nudge",
     "OneSided",
+    "PerLayer",
     "Phase",
+    "Poisson",
     "PredictiveCoding",
+    "QuasiNewton",
     "RandomSign",
     "Relaxation",
     "RelaxationDivergedError",
     "RelaxationMonitor",
+    "Relaxed",
     "Relaxer",
+    "Spectrum",
     "StateOptimizer",
     "Strongest",
     "Summary",
@@ -100,6 +127,7 @@ __all__ = [
     "Update",
     "algorithm",
     "algorithms",
+    "depth",
     "evaluations",
     "metrics",
     "reference",

@@ -26,6 +26,11 @@ class NoLossError(ConfigurationError):
     """The closure returned something other than a tensor."""
 
 
+def is_number(returned: Any) -> bool:
+    """Whether what a closure returned can be a loss: one number, rather than an output or nothing."""
+    return isinstance(returned, Tensor) and returned.numel() == 1
+
+
 def checked_loss(loss: Any) -> Tensor:
     """`loss`, if it is a scalar that depends on something."""
     if not isinstance(loss, Tensor):

@@ -1,7 +1,7 @@
 """A number that has given gradients: what an update is handed to `backward` as."""
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,12 +9,14 @@ from torch.autograd.function import BackwardCFunction
 
 from lightning_ebm.program.wiring import graph_of
 
+Item = TypeVar("Item")
+
 
 class Delivered(torch.autograd.Function):
     """A number whose gradients with respect to given tensors are computed by given code."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, update: Callable[..., tuple[Tensor, ...]], *targets: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, update: Callable[..., tuple[Tensor | None, ...]], *targets: Tensor) -> Tensor:
         ctx.update = update
         return value.clone()
 
@@ -24,7 +26,9 @@ class Delivered(torch.autograd.Function):
             return None, None, *ctx.update(scale)
 
 
-def delivered(value: Tensor, update: Callable[[Tensor], tuple[Tensor, ...]], targets: Sequence[Tensor]) -> Tensor:
+def delivered(
+    value: Tensor, update: Callable[[Tensor], tuple[Tensor | None, ...]], targets: Sequence[Tensor]
+) -> Tensor:
     """`value`, whose gradients with respect to the targets `update` computes from the factor on it when asked."""
     found: Tensor = Delivered.apply(value, update, *targets)  # type: ignore[no-untyped-call]
     return found
@@ -57,3 +61,25 @@ def slopes_of(seeds: Sequence[tuple[Tensor, Tensor]], states: Collection[Tensor]
         return torch.autograd.grad(outputs, targets, weights, retain_graph=again, allow_unused=True)
 
     return delivered(live[0][1].new_zeros(()), update, targets)
+
+
+def average_of(items: Sequence[Item], scalar_of: Callable[[Item], Tensor]) -> Tensor:
+    """A scalar whose gradient is the average of those of several scalars, one graph at a time.
+
+    Args:
+        items: what the scalars are of.
+        scalar_of: makes one, again when its gradient is asked for.
+    """
+    targets = graph_of([scalar_of(items[0])])[0]
+
+    def update(scale: Tensor) -> tuple[Tensor | None, ...]:
+        total: list[Tensor | None] = [None] * len(targets)
+        for item in items:
+            with torch.enable_grad():
+                scalar = scalar_of(item)
+            slopes = torch.autograd.grad(scalar, targets, scale / len(items), allow_unused=True)
+            total = [t if s is None else s if t is None else t + s for t, s in zip(total, slopes, strict=True)]
+        return tuple(total)
+
+    like = targets[0] if targets else torch.zeros(())
+    return delivered(like.detach().new_zeros(()), update, targets)

@@ -1,5 +1,6 @@
 """A network that is evaluated at the equilibrium it was trained on, as a plain module."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.clamp import Clamp, checked_clamp
 from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.learner import Learner
@@ -22,13 +24,15 @@ class Equilibrium(nn.Module):
     what validation and test of the strategies use. Saved, loaded and moved like any module, exported by `exported`; the
     parameters are those of `module`, under ``module.``. Outputs carry no gradient: see
     `lightning_ebm.reference.equilibrium` for one. For divergence energies, such as predictive coding, it is `module`
-    itself.
+    itself, unless units are held: then it is the equilibrium under the clamp, of any energy.
 
     Args:
         module: the network.
         algorithm: whose energy, free phase and initial state.
         layers: as in `Learner`; as in training.
         output: as in `Learner`; as in training.
+        clamp: as in `Learner.relax`; or a function of the inputs that gives it, ``lambda x: {"3": x}``.
+        free: as in `Learner.relax`.
 
     Raises:
         LayerDiscoveryError: (in forward) no layer found.
@@ -42,10 +46,19 @@ class Equilibrium(nn.Module):
     """
 
     def __init__(
-        self, module: nn.Module, algorithm: str | Algorithm, *, layers: Layers = None, output: Output = "auto"
+        self,
+        module: nn.Module,
+        algorithm: str | Algorithm,
+        *,
+        layers: Layers = None,
+        output: Output = "auto",
+        clamp: Clamp | Callable[..., Clamp] | None = None,
+        free: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.module = module
+        self._clamp = clamp if clamp is None or callable(clamp) else checked_clamp(clamp)
+        self._free = tuple(free)
         self._settings: dict[str, Any] = {"algorithm": algorithm, "layers": layers, "output": output}
         self._learner: Learner | None = None
         self._learned().algorithm  # noqa: B018  # refuses settings that cannot work where they are written
@@ -56,7 +69,9 @@ class Equilibrium(nn.Module):
             raise ConfigurationError(_EXPORT)
         with torch.inference_mode(False), torch.no_grad():
             args, kwargs = ordinary((args, kwargs))
-            with self._learned().free_phase(lambda: self.module(*args, **kwargs)):
+            clamp = self._clamp(*args, **kwargs) if callable(self._clamp) else self._clamp
+            learner = self._learned()
+            with learner.free_phase(lambda: self.module(*args, **kwargs), clamp=clamp, free=self._free):
                 return self.module(*args, **kwargs)
 
     def exported(self, *args: Tensor) -> torch.export.ExportedProgram:
@@ -74,6 +89,11 @@ class Equilibrium(nn.Module):
         """
         algorithm = self._learned().algorithm
         relaxer = algorithm.free_relaxer or algorithm.relaxer
+        if self._clamp is not None or self._free:
+            raise ConfigurationError(
+                "Equilibrium.exported: with units held there is no graph of it yet; export it without clamp=... and"
+                " free=..., or save the module itself."
+            )
         if not is_divergence(algorithm.energy) and not isinstance(relaxer, FixedPoint | AcceleratedFixedPoint):
             raise ConfigurationError(
                 f"Equilibrium.exported: the free phase is relaxed by {relaxer!r}, which chooses its steps by looking at"

@@ -1,8 +1,8 @@
 """The engine: from a closure that returns a loss to local updates in `.grad`."""
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.clamp import Clamp, checked_clamp, refuse_unknown
 from lightning_ebm.closure import Closure
 from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.nudges import Nudge
+from lightning_ebm.phases import Phases
 from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.program.programs import Programs
@@ -20,9 +23,19 @@ from lightning_ebm.program.recorder import Recorder
 from lightning_ebm.program.seen_backward import refuse_backward
 from lightning_ebm.program.wiring import Plan, named_gradients
 from lightning_ebm.purity import untouched
+from lightning_ebm.relaxed import (
+    Relaxed,
+    for_equilibrium,
+    gradient_of,
+    refuse_for_update,
+    relaxed_of,
+    strength_of,
+)
+from lightning_ebm.relaxers import Relaxation, Relaxer
 from lightning_ebm.report import PhaseReport, Report, report_of
 from lightning_ebm.samples import FOUND, BatchSize, Samples, Scale
 from lightning_ebm.setup import Code, Observer, Setup, unheard
+from lightning_ebm.spectrum import Spectrum, spectrum_of
 from lightning_ebm.state_memory import StateMemory
 from lightning_ebm.step import Step
 
@@ -90,6 +103,7 @@ class Learner:
         self._options: tuple[Layers, Output] = (layers, output_for(self.algorithm, output))
         self._programs = Programs(module, *self._options)
         self._evaluated = Programs(module, *self._options)
+        self._clamped: dict[frozenset[str], Programs] = {}
         self._memory = StateMemory()
         self._last: tuple[list[str], list[PhaseReport], Tensor, str] | None = None
         self._warned: set[str] = set()
@@ -108,13 +122,22 @@ class Learner:
         """The layers of the last step."""
         return None if self._programs.latest is None else self._programs.latest.plan
 
-    def backward(self, closure: Closure) -> Tensor:
+    def backward(self, closure: Closure, *, clamp: Clamp | None = None) -> Tensor:
         """Adds the update of one batch to ``.grad``; returns the loss of the forward pass, detached.
 
         The closure is run once; with energies whose free equilibrium is not the forward pass twice, the first time
         without side effects (see `lightning_ebm.purity`).
+
+        With units held by `clamp`, in every phase, the update is that of the loss at the equilibrium under the clamp.
+        A closure that returns no loss (an output, or nothing) then leaves the energy itself to be learned, for
+        divergence energies: dI/dtheta at x* = argmin_x I, the gradient of min_x I, unsupervised. What is returned is
+        then min_x I, averaged over the batch or summed as `loss_reduction` says.
+
+        Args:
+            closure: runs the pass, and returns its loss.
+            clamp: see `Clamp`.
         """
-        step = self.begin(closure)
+        step = self.begin(closure, clamp=clamp)
         with step.first_pass(refuse_backward):
             losses = [closure()]
         surrogate = step.surrogate(losses.pop())  # its graph is not held here
@@ -122,18 +145,144 @@ class Learner:
         step.release()
         return surrogate.detach()
 
-    def gradients(self, closure: Closure) -> dict[str, Tensor]:
+    def gradients(self, closure: Closure, *, clamp: Clamp | None = None) -> dict[str, Tensor]:
         """The update of one batch as ``{parameter name: tensor}``, without those that the loss does not reach.
 
         Leaves no trace: `.grad`, buffers, metrics and random generators are afterwards as they were.
+
+        Args:
+            closure: as for `backward`.
+            clamp: as for `backward`.
         """
         with untouched(self.module), self._quiet(), torch.enable_grad():
-            step = self.begin(closure, teaches=False)
+            step = self.begin(closure, teaches=False, clamp=clamp)
             with step.first_pass():
                 loss = closure()
             found = named_gradients(self.module, step.surrogate(loss))
             step.release()
             return found
+
+    def relax(
+        self,
+        closure: Callable[[], Any],
+        *,
+        clamp: Clamp | None = None,
+        free: Sequence[str] = (),
+        nudge: float | Nudge | None = None,
+        relaxer: Relaxer | Literal["auto"] | None = None,
+        gradients: bool = False,
+    ) -> Relaxed:
+        """The states at argmin_x I + lambda L over all units that are not held; nothing of the module is changed.
+
+        Units are held wherever they are: at inputs, which are named by an `nn.Identity` that they pass through (and
+        need not be in ``layers=``), at hidden layers, and at the output, by the name of its module. An input that is
+        named is a state whose prediction is the data given: held, it is where the clamp puts it and not where the batch
+        does; not held, it pays 1/2 Pi |x - data|^2 for leaving the data, as a Gaussian prior around it; and nothing
+        where `free` lists it.
+
+        Training mode, frozen parameters and buffers are of no consequence and stay as they are.
+
+        Args:
+            closure: runs the pass; returns its loss, or anything where no loss is needed.
+            clamp: ``{name: value}`` holds a layer, ``{name: (value, mask)}`` its units where the mask is True; in the
+                shape of the state, samples first, or of one sample.
+            free: inputs that pay nothing for where they are, for divergence energies. They have to be named in
+                ``clamp`` or here alone to carry a state.
+            nudge: lambda, the weight of the loss per sample; a `Nudge` stands for its strongest phase; None is 0.
+            relaxer: None goes to the equilibrium itself, to a relative force of 1e-6 or of the algorithm's own
+                tolerance where that is finer, by `QuasiNewton` for quadratic energies; an algorithm that takes a given
+                number of steps, ``tol=0``, takes those. "auto" goes there whatever the algorithm. Held units are
+                honored by every relaxer of states; in error coordinates the errors of the free units move.
+            gradients: whether to give d(I + lambda L)/dtheta at the end as well.
+
+        Raises:
+            ConfigurationError: unknown names, values or masks that do not fit, a relaxer that finds no equilibrium.
+            RelaxationDivergedError: states ran away.
+
+        Example:
+            >>> net = nn.Sequential(nn.Identity(), nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3))
+            >>> inferred = Learner(net).relax(lambda: net(torch.zeros(5, 2)), clamp={"3": torch.ones(3)}, free=["0"])
+            >>> inferred.states["0"].shape
+            torch.Size([5, 2])
+        """
+        strength = strength_of(nudge)
+        with self._at_rest(closure, clamp, free, strength, relaxer) as (phases, found, has_loss):
+            slopes = {}
+            if gradients:
+                slopes = named_gradients(self.module, gradient_of(phases.network, found, strength))
+            return relaxed_of(phases.network, found, has_loss, slopes)
+
+    def spectrum(
+        self,
+        closure: Callable[[], Any],
+        *,
+        clamp: Clamp | None = None,
+        free: Sequence[str] = (),
+        nudge: float | Nudge | None = None,
+        relaxer: Relaxer | Literal["auto"] | None = None,
+        steps: int = 64,
+        seed: int = 0,
+    ) -> Spectrum:
+        """Eigenvalues of d2(I + lambda L)/dx2 over the free units at the equilibrium that `relax` finds, by Lanczos.
+
+        The largest says which step sizes of descent on states are stable, below 2 over it; largest over smallest how
+        many steps it takes; a smallest below 0 that the states rest at a saddle. It takes second derivatives of the
+        network, `steps` products with a vector. Nothing of the module is changed.
+
+        Args:
+            closure: as for `relax`.
+            clamp: as for `relax`.
+            free: as for `relax`.
+            nudge: as for `relax`.
+            relaxer: as for `relax`.
+            steps: how many eigenvalues at most; exact where it is as many as the batch has free units, the ends long
+                before.
+            seed: of the start vector.
+
+        Raises:
+            ConfigurationError: as `relax`.
+        """
+        strength = strength_of(nudge)
+        with self._at_rest(closure, clamp, free, strength, relaxer) as (phases, found, _):
+            nothing = [torch.zeros_like(x, dtype=torch.bool) for x in found.point]
+            held = nothing if phases.holding is None else phases.holding.is_held(found.point)
+            return spectrum_of(phases.network, found, held, strength, steps, seed)
+
+    @contextmanager
+    def _at_rest(
+        self,
+        closure: Callable[[], Any],
+        clamp: Clamp | None,
+        free: Sequence[str],
+        strength: float,
+        relaxer: Relaxer | Literal["auto"] | None,
+    ) -> Iterator[tuple[Phases, Relaxation, bool]]:
+        """Within it a network is at its equilibrium; afterwards the module is as it was."""
+        setup = self._equilibrium_setup(clamp, free, strength != 0, relaxer)
+        with torch.inference_mode(False), untouched(self.module), self._quiet(), torch.enable_grad():
+            for parameter in self.module.parameters():
+                if parameter.is_floating_point() or parameter.is_complex():
+                    parameter.requires_grad_(True)  # until `untouched` ends: what is frozen still predicts
+            with Step(setup, closure, [], teaches=False).at_equilibrium(strength) as (phases, found, has_loss):
+                refuse_unknown("free", free, phases.network)
+                yield phases, found, has_loss
+
+    def _equilibrium_setup(
+        self, clamp: Clamp | None, free: Sequence[str], nudged: bool, relaxer: Relaxer | Literal["auto"] | None
+    ) -> Setup:
+        algorithm = for_equilibrium(self.algorithm, free, nudged, relaxer)
+        clamp = checked_clamp({} if clamp is None else clamp)
+        return replace(
+            self._setup(), algorithm=algorithm, programs=self._programs_with(clamp, free), remember=unheard,
+            memory=None, observer=None, clamp=clamp if clamp or free else None,
+        )  # fmt: skip
+
+    def _programs_with(self, clamp: Clamp, free: Sequence[str] = ()) -> Programs:
+        """The programs in which the inputs and outputs that are named carry states."""
+        names = frozenset(clamp) | frozenset(free)
+        if names not in self._clamped:
+            self._clamped[names] = Programs(self.module, *self._options, also=names)
+        return self._clamped[names]
 
     def step(self, closure: Closure, optimizer: torch.optim.Optimizer) -> Tensor:
         """One whole training step: zeroes the gradients, updates the parameters; returns the loss of the forward pass.
@@ -151,13 +300,22 @@ class Learner:
             optimizer.step()
         return loss.detach()
 
-    def free_phase(self, run: Callable[[], Any]) -> AbstractContextManager[None]:
+    def free_phase(
+        self, run: Callable[[], Any], *, clamp: Clamp | None = None, free: Sequence[str] = ()
+    ) -> AbstractContextManager[None]:
         """Within it the module computes at the free equilibrium of its energy, as it has to after training on it.
 
         ``with learner.free_phase(lambda: module(x)): output = module(x)``. What `run` runs is run once, without side
         effects, and must be what the body runs. For divergence energies the equilibrium is the forward
         pass, and nothing is done. Outside of inference mode only: states are found by gradients.
+
+        Args:
+            run: what is to be run within.
+            clamp: as for `relax`: the equilibrium with these units held, of any energy.
+            free: as for `relax`.
         """
+        if clamp or free:
+            return Step(self._equilibrium_setup(clamp, free, False, None), run, [], teaches=False).at_free_equilibrium()
         if is_divergence(self.algorithm.energy) or not self.algorithm.rule.relaxes:
             return nullcontext()
         setup = replace(
@@ -196,6 +354,7 @@ class Learner:
         batch: Any = None,
         teaches: bool = True,
         recorder: Recorder | None = None,
+        clamp: Clamp | None = None,
     ) -> Step:
         """Opens a step by hand: run the first pass inside `Step.first_pass`, then call `Step.surrogate`.
 
@@ -205,8 +364,13 @@ class Learner:
             batch: for `Clamped(target=...)`; what the module is called with if None.
             teaches: whether the step is taken, so that what learns beside the parameters may learn from it.
             recorder: of a pass that has begun already.
+            clamp: as for `backward`.
         """
-        return Step(self._setup(), closure, list(sizes), batch, teaches, recorder)
+        setup = self._setup()
+        if clamp:
+            refuse_for_update(self.algorithm)
+            setup = replace(setup, programs=self._programs_with(checked_clamp(clamp)), clamp=clamp)
+        return Step(setup, closure, list(sizes), batch, teaches, recorder)
 
     def _setup(self) -> Setup:
         return Setup(

@@ -4,7 +4,6 @@ This is the plain version, one Python pass an evaluation; it stays as the oracle
 is asked at a point stand in `lightning_ebm.evaluations`; here is what they are made of.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -113,8 +112,13 @@ class Network(Passes):
 
     def metric(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         """See `Landscape.metric`."""
-        precisions = self.precisions(self.first)
+        precisions = self.metric_precisions(self.first)
         return self.per_sample([p * a * b for p, a, b in zip(precisions, left, right, strict=True)])
+
+    def over_root_precision(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """See `Landscape.over_root_precision`."""
+        precisions = self.metric_precisions(self.first)
+        return [t if is_one(p) else t / p**0.5 for t, p in zip(tensors, precisions, strict=True)]
 
     # The point of view of an update
 
@@ -151,8 +155,7 @@ class Network(Passes):
         """The same end of a phase, written in states that stay what they are when parameters move."""
         if found.coordinates == "states":
             return found
-        states = [state.detach() for state in self.at_errors(found.point).states]
-        return dataclasses.replace(found, point=states, coordinates="states")
+        return found.in_states(lambda errors: [state.detach() for state in self.at_errors(errors).states])
 
     def errors_at(self, found: Relaxation) -> list[Tensor]:
         """x_l - mu_l at the end of a phase, one tensor a layer."""
@@ -202,12 +205,17 @@ class Network(Passes):
             at: other states, for the layers' own terms only.
         """
         states = seen.states if at is None else at
+        terms = self.layer_energies(seen, states if own else [state.detach() for state in states])
+        return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
+
+    def layer_energies(self, seen: Pass, states: Sequence[Tensor]) -> list[Tensor]:
+        """e(x_l, a_l, rho_l) of each layer, summed over its units, ``(B,)``: drives of a pass, states as given."""
         terms = []
-        for view, state, layout in zip(self.views(seen), states, self._layouts, strict=True):
-            energy = self.energy.layer_energy(state if own else state.detach(), view)
+        for view, state, layout in zip(self.views(seen), states, self.layouts, strict=True):
+            energy = self.energy.layer_energy(state, view)
             same_shape = energy.shape == state.shape
             terms.append(by_sample(energy, layout if same_shape else 0, self.batch_size))
-        return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
+        return terms
 
     def views(self, seen: Pass) -> list[LayerView]:
         """What the energy may know of each layer."""
@@ -247,6 +255,10 @@ class Network(Passes):
     def precisions(self, seen: Pass) -> list[float | Tensor]:
         assert isinstance(self.energy, QuadraticEnergy)
         return [precision_of(self.energy, view) for view in self.views(seen)]
+
+    def metric_precisions(self, seen: Pass) -> list[float | Tensor]:
+        """The precisions that errors are measured by: 1 for layers that have none."""
+        return [1.0 if not isinstance(p, Tensor) and p == 0 else p for p in self.precisions(seen)]
 
     def signals(self, seen: Pass, top: Tensor, sent: Sent | None = None) -> list[Tensor]:
         """d top / d x_l through every layer above, see `lightning_ebm.top_down`."""

@@ -50,7 +50,7 @@ class Passes(Geometry):
 
     def __init__(self, keys: Sequence[StateKey], start: Start, run: Run, batch_size: int, keeps_drives: bool) -> None:
         super().__init__(start.free, batch_size)
-        self._keys = keys
+        self.keys = keys
         self._run = run
         self._keeps_drives = keeps_drives
         self.first_loss = start.loss
@@ -102,16 +102,20 @@ class Passes(Geometry):
         self._latest = None
         self._moved = True
 
+    def with_states(self, state_of: StateOf) -> Pass:
+        """The pass with any states in place, to which nobody comes back."""
+        return self._run(state_of)
+
     def at_states(self, states: Sequence[Tensor]) -> Pass:
         """The pass with these states in place: what each layer computes from them, and the loss."""
         if not self._moved and _same(states, self.free):
             return self._show(self.first)
-        return self._pass_at(states, at_states(dict(zip(self._keys, states, strict=True))))
+        return self._pass_at(states, at_states(dict(zip(self.keys, states, strict=True))))
 
     def at_errors(self, errors: Sequence[Tensor]) -> Pass:
         if _same(errors, self.no_errors):
             return self._show(self.first)
-        by_key = dict(zip(self._keys, errors, strict=True))
+        by_key = dict(zip(self.keys, errors, strict=True))
 
         def displaced(key: StateKey, prediction: Tensor) -> Tensor | None:
             return (prediction.detach() + by_key[key]).requires_grad_() if key in by_key else None

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.clamp import resolved
 from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.evaluations import Energy, Landscape
-from lightning_ebm.holding import Holding
+from lightning_ebm.holding import Hold, Holding
 from lightning_ebm.network import Network
 from lightning_ebm.nudges import Phase
 from lightning_ebm.relaxers import Relaxation
@@ -38,7 +39,12 @@ class Phases:
         self._memory = setup.memory if setup.algorithm.initial_state == "last-visit" else None
         self._batch = batch
         self.network = network
-        self.landscape: Landscape = network if setup.observer is None else setup.observer(network)
+        self.landscape: Landscape = network
+        self.holding: Holding | None = None
+        if setup.clamp is not None:
+            self.landscape = self.holding = Holding(network, resolved(setup.clamp, network))
+        if setup.observer is not None:
+            self.landscape = setup.observer(self.landscape)
         self.free: Relaxation | None = None
         self.ends: list[End] = []
 
@@ -48,11 +54,11 @@ class Phases:
         Args:
             teaches: whether the memory of states is to note it.
         """
-        start: Sequence[Tensor] = self.network.free
+        start: Sequence[Tensor] = self._held(self.network.free)
         if self._memory is not None:
             names = self._memory.names(self._batch, self.network.batch_size)
             start = self._memory.recall(names, start)
-        self.free = free_equilibrium(self.landscape, self._algorithm, start)
+        self.free = self._in_states(free_equilibrium(self.landscape, self._algorithm, start))
         self.network.rest_at(self.free.point)
         if self._memory is not None and teaches:
             self._memory.keep(names, self.free.point)
@@ -83,6 +89,25 @@ class Phases:
             return status
 
         self._algorithm.nudge.adapt(trial)
+
+    def equilibrium(self, strength: float) -> Relaxation:
+        """The states of I + strength L, and nothing read off them."""
+        free = None
+        if not strength or not is_divergence(self._algorithm.energy):
+            free = self.relax_freely(teaches=False)
+        if not strength:
+            assert free is not None
+            return free
+        start = self._held(self.network.free) if free is None else free.point
+        self.landscape.begin([strength])
+        with torch.no_grad():
+            return self._in_states(self._algorithm.relaxer.relax(self.landscape, start, strength))
+
+    def _held(self, states: Sequence[Tensor]) -> Sequence[Tensor]:
+        return states if self.holding is None else self.holding.put(states)
+
+    def _in_states(self, found: Relaxation) -> Relaxation:
+        return self.network.held(found) if self.holding is None else self.holding.in_states(found)
 
     def relax(self, table: Sequence[Phase], departing: Callable[[], None]) -> None:
         """Relaxes each phase of the table.
@@ -131,18 +156,21 @@ class Phases:
         self.landscape.begin(strengths)
         with torch.no_grad():
             found = self._algorithm.relaxer.relax_all(self.landscape, self.network.equilibrium, strengths)
+        if self.holding is not None:
+            found = [self.holding.in_states(one) for one in found]
         return dict(zip(phases, found, strict=True))
 
     def _nudged(self, phase: Phase) -> Relaxation:
         relaxer: Any = self._algorithm.relaxer  # whose strength may be complex where the parts fit
         if not phase.held:  # the start is not held here: the network may let go of it on the way
             found: Relaxation = relaxer.relax(self.landscape, self.network.equilibrium, phase.strength)
-            return found
+            return found if self.holding is None else self.holding.in_states(found)
         start = self.network.equilibrium
         slopes, point = self.network.loss_slopes(start), list(start)
         for k in self.network.outputs:
             point[k] = self._held_output(start[k], slopes[k], phase.strength.real)
-        found = relaxer.relax(Holding(self.landscape, self.network.outputs), point, 0.0)
+        holds = {k: Hold(point[k]) for k in self.network.outputs}
+        found = relaxer.relax(Holding(self.landscape, holds), point, 0.0)
         return found
 
     def _held_output(self, free: Tensor, slope: Tensor, strength: float) -> Tensor:

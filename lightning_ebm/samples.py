@@ -104,3 +104,19 @@ def to_samples(values: Tensor, like: Tensor, layout: int | None) -> Tensor:
     folded = like.shape[layout] // values.shape[0]
     values = values.repeat_interleave(folded) if folded > 1 else values
     return values.reshape([-1 if d == layout else 1 for d in range(like.ndim)])
+
+
+def samples_first(tensor: Tensor, layout: int | None, batch_size: int) -> Tensor:
+    """The same numbers as ``(B, ...)``; as they are where they belong to all samples."""
+    if layout is None:
+        return tensor
+    rows = tensor.movedim(layout, 0)
+    return rows if len(rows) == batch_size else rows.reshape(batch_size, -1, *rows.shape[1:])
+
+
+def samples_back(tensor: Tensor, like: Tensor, layout: int | None) -> Tensor:
+    """What `samples_first` gave, as the layer has it."""
+    if layout is None:
+        return tensor
+    rows = like.movedim(layout, 0)
+    return tensor.reshape(rows.shape).movedim(0, layout)

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.energies.base import is_divergence, rests_at_prediction
+from lightning_ebm.clamp import Clamp
+from lightning_ebm.energies.base import is_divergence, is_quadratic, rests_at_prediction
 from lightning_ebm.evaluations import Landscape
-from lightning_ebm.network import Network
 from lightning_ebm.program.programs import Programs
 from lightning_ebm.program.wiring import Plan
 from lightning_ebm.report import PhaseReport
@@ -19,7 +19,7 @@ from lightning_ebm.state_memory import StateMemory
 
 Remember = Callable[[list[str], list[PhaseReport], Tensor, str], None]
 Code = Literal["traced", "compiled"] | None
-Observer = Callable[[Network], Landscape]
+Observer = Callable[[Landscape], Landscape]
 
 
 def unheard(names: list[str], phases: list[PhaseReport], loss: Tensor, way: str) -> None:
@@ -40,6 +40,7 @@ class Setup:
         samples: how many there are, and what factor the loss carries.
         code: whether evaluations of programs that come again run as code, "traced" or "compiled".
         memory: of the states that samples were left in; None starts all from the forward pass.
+        clamp: by the name of a layer, what its units are held at in every phase; None holds nothing.
         observer: put in the network's place before anything relaxes on it, to watch.
     """
 
@@ -53,9 +54,14 @@ class Setup:
     code: Code = None
     memory: StateMemory | None = None
     observer: Observer | None = None
+    clamp: Clamp | None = None
 
     def is_free_forward(self, plan: Plan) -> bool:
         """Whether the free equilibrium is the forward pass, so that a relaxation that begins there stays there."""
         algorithm = self.algorithm
+        if self.clamp is not None:  # what is held pulls on the rest
+            return False
+        if algorithm.relaxer.draws_samples and not is_quadratic(algorithm.energy):
+            return False  # the normalizer of its distribution depends on parameters
         alone = rests_at_prediction(algorithm.energy) and not any(row.parents for row in plan.rows)
         return is_divergence(algorithm.energy) or (alone and algorithm.initial_state == "forward")

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.arithmetic import Arithmetic
-from lightning_ebm.closure import Closure, check_finite, checked_loss
+from lightning_ebm.closure import Closure, check_finite, checked_loss, is_number
 from lightning_ebm.coverage import check_coverage
+from lightning_ebm.delivery import average_of
 from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.increments import increments
 from lightning_ebm.network import Network
+from lightning_ebm.nudges import Phase
 from lightning_ebm.phases import Phases
 from lightning_ebm.program.calls import in_place
 from lightning_ebm.program.interpreter import at_states
@@ -24,10 +26,12 @@ from lightning_ebm.program.recorder import Recorder, TakesCare
 from lightning_ebm.program.wiring import Plan, named_gradients
 from lightning_ebm.purity import untouched
 from lightning_ebm.recorded import Recorded
+from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.report import PhaseReport
 from lightning_ebm.second_run import in_place_of_layers, repeated, told_of_states_in_place
 from lightning_ebm.setup import Observer, Setup, unheard
 from lightning_ebm.updates import End
+from lightning_ebm.updates.base import samples_of
 
 
 class Step:
@@ -128,7 +132,17 @@ class Step:
 
     def examine(self) -> Plan:
         """Finds the layers by a pass without side effects, which `true_gradients` and `again` then are about."""
-        self._quietly(lambda recorder, loss: self._setup.programs.of(recorder, checked_loss(loss)))
+
+        def find(recorder: Recorder, loss: Any) -> Found:
+            if self._setup.clamp is not None and not is_number(loss):
+                raise ConfigurationError(
+                    f"The closure returned no loss, and {self._setup.algorithm.energy!r} has no lower bound in the"
+                    " parameters: lowering it for what is held would only deepen it there. Return a loss, or take an"
+                    " energy that is 0 at the forward pass, such as ebm.PredictiveCoding()."
+                )
+            return self._setup.programs.of(recorder, checked_loss(loss))
+
+        self._quietly(find)
         return self._pass().plan
 
     def _pass(self) -> Recorded:
@@ -147,6 +161,8 @@ class Step:
             scale: factor on the loss that is not the user's own, such as 1/N under gradient accumulation by N; the
                 relaxation does not see it, the update carries it.
         """
+        if self._setup.clamp is not None and not is_number(loss):
+            return self._without_loss(scale)
         loss = checked_loss(loss)
         if not self._setup.algorithm.rule.relaxes:
             self._setup.remember([], [], loss.detach() / scale, "plain")
@@ -161,6 +177,37 @@ class Step:
         # The value is the loss, for hooks and loggers that look at it; the gradient is the update's.
         surrogate: Tensor = network.first_loss * scale + (update - update.detach())
         return surrogate
+
+    def _without_loss(self, scale: float) -> Tensor:
+        """What held units alone teach: a scalar of the value min_x I, with the gradient dI/dtheta there."""
+        setup = self._setup
+        assert self._recorder is not None
+        self._recorded = Recorded.of(setup.programs.without_loss(self._recorder), self._recorder, None)
+        network, phases = self._settled(), self._phases
+        assert phases is not None
+        assert phases.free is not None
+        share = scale * (1 if setup.loss_reduction == "sum" else 1 / network.batch_size)
+        energy = share * phases.free.energies[-1]
+        phases.ends = [End(Phase(0.0, 1.0), phases.free)]
+        setup.remember(list(network.names), phases.reports(), energy / scale, network.way)
+        update = network.update(setup.algorithm.rule, phases.ends) * share
+        check_coverage(setup, self._pass(), update, network.batch_size)
+        return energy + (update - update.detach())
+
+    @contextmanager
+    def at_equilibrium(self, strength: float) -> Iterator[tuple[Phases, Relaxation, bool]]:
+        """Gives the states of I + strength * L, of I where the pass returns no loss; and whether it returns one."""
+
+        def find(recorder: Recorder, returned: Any) -> Found:
+            if not strength and not is_number(returned):
+                return self._setup.programs.without_loss(recorder)
+            return self._setup.programs.of(recorder, checked_loss(returned))
+
+        self._quietly(find)
+        loss = self._pass().loss
+        phases = self._begun()
+        yield phases, phases.equilibrium(strength), loss is not None and is_number(loss)
+        self.release()
 
     def increments(self, loss: Tensor, scale: float = 1.0) -> Iterator[Tensor]:
         """The surrogate before each single step of the relaxer: states and parameters move at once, from one gradient.
@@ -292,8 +339,13 @@ class Step:
         self._arithmetic.is_complex = any(phase.is_complex for phase in table)
         phases.relax(table, self._free_pass)
         setup.remember(list(network.names), phases.reports(), network.first_loss, network.way)
-        self.held = algorithm.rule.hold(network, phases.ends)
-        update = network.update(algorithm.rule, self.held)
+
+        def read(ends: Sequence[End]) -> Tensor:
+            self.held = algorithm.rule.hold(network, ends)
+            return network.update(algorithm.rule, self.held)
+
+        drawn = samples_of(phases.ends)
+        update = read(phases.ends) if drawn is None else average_of(drawn, read)
         taken = phases.first_nudged
         if self._teaches and taken is not None and taken.dyadic_states is None:
             algorithm.energy.observe(lambda: dict(zip(network.names, network.errors_at(taken), strict=True)))

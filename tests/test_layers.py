@@ -494,7 +494,6 @@ class Branches(nn.Module):
 @pytest.mark.parametrize(
     ("asked", "name", "why"),
     [
-        (["gate", "act"], "gate", "no trainable parameter feeds it"),
         (["act", "watched"], "watched", "the loss does not depend on"),
         (["act", "late"], "late", "not called"),
         (("act", "pick"), "pick", "no floating-point tensor"),
@@ -513,11 +512,20 @@ def test_what_is_asked_for_carries_a_state_or_an_error_says_why_not(asked, name,
             look()
 
 
-@pytest.mark.parametrize("asked", [["gate"], nn.Identity, lambda m: isinstance(m, nn.Identity)])
+@pytest.mark.parametrize("asked", [nn.Identity, lambda m: isinstance(m, nn.Identity)])
 def test_what_matches_nothing_useful_is_an_error_with_the_reason(asked):
     net = Branches()
     with pytest.raises(ebm.LayerDiscoveryError, match=r"No layer.*'gate': no trainable parameter feeds it"):
         ebm.Learner(net, layers=asked).gradients(lambda: net(X).square().mean())
+
+
+def test_an_input_that_is_named_carries_a_state():
+    """Nothing predicts it but the data: with a list of names somebody has said that it is to be free."""
+    net = Branches()
+    learner = ebm.Learner(net, layers=["gate", "act"])
+    learner.gradients(lambda: net(X).square().mean())
+    assert learner.report["layers"] == ["gate", "act", "act#1"]
+    assert ebm.summary(net, X, layers=["gate", "act"]).layers[0].parents == ("input",)
 
 
 def test_a_read_out_that_is_named_carries_a_state_if_the_output_is_one():

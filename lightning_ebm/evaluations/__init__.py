@@ -8,6 +8,7 @@ from lightning_ebm.evaluations.energy import Energy
 from lightning_ebm.evaluations.error_forces import ErrorForces
 from lightning_ebm.evaluations.forces import Forces
 from lightning_ebm.evaluations.frozen_forces import FrozenForces
+from lightning_ebm.evaluations.held_errors import HeldErrorForces, HeldStates
 from lightning_ebm.evaluations.slope import Slope
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "Evaluation",
     "Forces",
     "FrozenForces",
+    "HeldErrorForces",
+    "HeldStates",
     "Landscape",
     "Pairs",
     "ResponseForces",

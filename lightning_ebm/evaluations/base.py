@@ -118,6 +118,9 @@ class Landscape(Protocol):
     def metric(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         """`sum_l Pi_l <left_l, right_l>` of each sample, ``(B,)``: the scalar product of errors."""
 
+    def over_root_precision(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """t_l / sqrt(Pi_l): white noise as errors of a quadratic energy have it."""
+
     def norms(self, tensors: Sequence[Tensor]) -> Tensor:
         """|t| of each sample, all layers together, ``(B,)``: the root of `per_sample` of |t|^2."""
 
@@ -197,6 +200,10 @@ class Around:
     def metric(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         """See `Landscape.metric`."""
         return self.inner.metric(left, right)
+
+    def over_root_precision(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """See `Landscape.over_root_precision`."""
+        return self.inner.over_root_precision(tensors)
 
     def norms(self, tensors: Sequence[Tensor]) -> Tensor:
         """See `Landscape.norms`."""

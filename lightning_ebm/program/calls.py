@@ -72,6 +72,15 @@ def watched(
             key = StateKey(names[module], number, part)
             mark = recorder.mark(key, module, drive, tensor, weighted[module])
             state = replace(mark, tensor)
+            if (
+                state is None
+                and not tensor.requires_grad
+                and any(tensor is given for given in (*args, *kwargs.values()))
+            ):
+                # An input that is handed on: what the caller computes with his own has nothing to do with the state.
+                with recorder.pausing():
+                    state = tensor.clone()
+                recorder.stands_for(tensor, mark.prediction)
             if state is not None:
                 recorder.stands_for(state, mark.state)
                 leaves[i], replaced = state, True

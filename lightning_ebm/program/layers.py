@@ -6,7 +6,7 @@ drive is computed from, which parameters stand in between, and what enters the l
 
 import difflib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -42,10 +42,12 @@ class LayerFinder:
         module: the user's module.
         layers: as in `Learner`.
         output: as in `Learner`.
+        also: names, as of states, of inputs and outputs that carry states besides.
     """
 
-    def __init__(self, module: nn.Module, layers: Layers, output: Output) -> None:
+    def __init__(self, module: nn.Module, layers: Layers, output: Output, also: Collection[str] = ()) -> None:
         self._module = module
+        self._also = frozenset(also)
         self._layers = layers
         self._output: Output = output
         self._carried: set[str] = set()
@@ -56,9 +58,10 @@ class LayerFinder:
 
     def watched(self) -> set[nn.Module]:
         """The modules whose calls may carry states; those with parameters of their own are watched anyway."""
+        named = {m for name, m in self._module.named_modules() if clean(name) in {_module_of(k) for k in self._also}}
         if self._layers is not None:
-            return set(_chosen(self._module, self._layers))
-        return {m for m in self._module.modules() if isinstance(m, ACTIVATIONS)}.union(*_repeated(self._module))
+            return named | set(_chosen(self._module, self._layers))
+        return named | {m for m in self._module.modules() if isinstance(m, ACTIVATIONS)}.union(*_repeated(self._module))
 
     def find(self, record: Record, loss: Value, partial: bool | None = False) -> tuple[Plan, list[Mark]]:
         """The calls that carry states, and the wiring between them.
@@ -75,9 +78,10 @@ class LayerFinder:
         """
         tried, called = [], False
         for candidates in self.candidates():
-            marks = [mark for mark in record.marks if mark.module in candidates]
+            marks = [mark for mark in record.marks if mark.module in candidates or str(mark.key) in self._also]
             wiring = Wiring(self._module, record, marks, loss)
-            states = _carrying(wiring, self._output)
+            states = _carrying(wiring, self._output) | self._named(wiring)
+            states -= {m.key for m in marks if m.module not in candidates and m.key not in self._named(wiring)}
             why_not = wiring.why_not(candidates.values() if self._layers is not None else (), states)
             if states:
                 cut = [mark for mark in record.marks if mark.key in states]
@@ -95,6 +99,14 @@ class LayerFinder:
             tried.append(f"{len(candidates)} modules called {len(marks)} times{told}")
         _refuse(self._module, tried, called)
 
+    def _named(self, wiring: Wiring) -> set[StateKey]:
+        """Inputs that were named, which nothing predicts but what is given, and outputs that are to be held."""
+        listed = isinstance(self._layers, list | tuple) and all(isinstance(name, str) for name in self._layers)
+        names = set(self._layers) if listed else set()  # type: ignore[arg-type]
+        inputs = {key for key in wiring.inputs() if key.name in names or str(key) in self._also}
+        ends = wiring.ends() | {head.key for head in wiring.heads()}
+        return inputs | {key for key in ends if str(key) in self._also}
+
     def _complain(self, absent: Mapping[str, str], partial: bool) -> None:
         """Of layers that were asked for and carry no state."""
         if not absent:
@@ -109,6 +121,11 @@ class LayerFinder:
             " train what lies below; a layer without one would silently be a part of the next. Leave it out of"
             " layers=...; under closures that reach different parts of a module, take a learner for each."
         )
+
+
+def _module_of(state: str) -> str:
+    """The name of the module, of that of a state."""
+    return state.partition("#")[0].partition("[")[0]
 
 
 def _refuse(module: nn.Module, tried: list[str], called: bool) -> NoReturn:

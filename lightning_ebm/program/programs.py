@@ -1,7 +1,7 @@
 """The programs of one module: a new record is examined once, and recognized when it comes again."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -70,11 +70,12 @@ class Programs:
         module: the user's module.
         layers: as in `Learner`.
         output: as in `Learner`.
+        also: names of inputs and outputs that carry states besides.
     """
 
-    def __init__(self, module: nn.Module, layers: Layers, output: Output) -> None:
+    def __init__(self, module: nn.Module, layers: Layers, output: Output, also: Collection[str] = ()) -> None:
         self._module = module
-        self._finder = LayerFinder(module, layers, output)
+        self._finder = LayerFinder(module, layers, output, also)
         self._known: list[Known] = []
         self._said = False
 

@@ -11,6 +11,7 @@ from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.program.calls import clean, is_activation
 from lightning_ebm.program.operations import traits
 from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value
+from lightning_ebm.tree import modules_of, parameters_of
 
 
 class Row(NamedTuple):
@@ -82,6 +83,8 @@ class Wiring:
         self._order = {name: index for index, name in enumerate(self._names.values())}
         self._owners = {id(p): clean(name) for name, m in module.named_modules() for p in m.parameters(recurse=False)}
         self._leaves = record.leaves
+        self._inputs = record.inputs
+        self._held = {id(p) for p in parameters_of(modules_of(module))}
         self._index = {mark.state: k for k, mark in enumerate(self.marks)}
         self._loss = loss
         self._above_loss = self._region([loss])
@@ -118,6 +121,17 @@ class Wiring:
             if self._parameters(region) or fed & set(self._parents(region)):
                 fed.add(k)
         return {self.marks[k].key for k in self._live() & fed}
+
+    def inputs(self) -> set[StateKey]:
+        """Calls the loss depends on and no parameter feeds, trainable or frozen: what passes through them is data."""
+        found: set[int] = set()
+        for k, region in enumerate(self._above):
+            given = all(
+                value.node is not None or id(self._inputs.get(value)) not in self._held for value in region.values
+            )
+            if given and not self._parameters(region) and found.issuperset(self._parents(region)):
+                found.add(k)
+        return {self.marks[k].key for k in self._live() & found}
 
     def why_not(self, names: Iterable[str], states: Set[StateKey]) -> dict[str, str]:
         """Why each of these modules carries no state in any of its calls; without those that carry one."""

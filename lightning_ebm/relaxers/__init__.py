@@ -10,6 +10,8 @@ from lightning_ebm.relaxers.error_coordinates import ErrorCoordinates
 from lightning_ebm.relaxers.fixed_point import FixedPoint
 from lightning_ebm.relaxers.fixed_prediction import FixedPrediction
 from lightning_ebm.relaxers.gradient_descent import GradientDescent
+from lightning_ebm.relaxers.langevin import Langevin
+from lightning_ebm.relaxers.quasi_newton import QuasiNewton
 from lightning_ebm.relaxers.state_optimizer import StateOptimizer
 from lightning_ebm.relaxers.sweep import Sweep
 
@@ -23,6 +25,8 @@ __all__ = [
     "FixedPoint",
     "FixedPrediction",
     "GradientDescent",
+    "Langevin",
+    "QuasiNewton",
     "Relaxation",
     "Relaxer",
     "StateOptimizer",

@@ -5,7 +5,7 @@ Letters: ``B`` samples; a list over layers holds one tensor a state, each ``(B, 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
@@ -40,6 +40,7 @@ class Relaxation:
             to move (`FixedPoint`, `Dyadic`), at the start and at the end only.
         local_error: what is to be read against each layer's prediction instead of its error at `point`: the error as
             it first arrives, with everything else still at the forward pass, or a multiplier over the precision.
+        samples: states that the update is the average over, instead of that at `point`; lists as `point` is.
         dyadic_states: two more lists of states, whose energies, with the drives of `point`, are to be contrasted.
     """
 
@@ -51,6 +52,16 @@ class Relaxation:
     energies: Sequence[Tensor] = ()
     local_error: list[Tensor] | None = None
     dyadic_states: tuple[list[Tensor], list[Tensor]] | None = None
+    samples: list[list[Tensor]] | None = None
+
+    def at(self, sample: list[Tensor]) -> "Relaxation":
+        """One of its samples, as an end of its own."""
+        return replace(self, point=sample, samples=None)
+
+    def in_states(self, states_of: Callable[[list[Tensor]], list[Tensor]]) -> "Relaxation":
+        """The same end of a phase, written in states, which are what `states_of` makes of errors."""
+        samples = None if self.samples is None else [states_of(sample) for sample in self.samples]
+        return replace(self, point=states_of(self.point), coordinates="states", samples=samples)
 
 
 class Relaxer(ABC):
@@ -76,6 +87,11 @@ class Relaxer(ABC):
     @property
     def needs_error_coordinates(self) -> bool:
         """Whether the energy must be a quadratic of errors, see `QuadraticEnergy`; set as `complex_states` is."""
+        return False
+
+    @property
+    def draws_samples(self) -> bool:
+        """Whether it leaves an equilibrium at which it starts, as what moves at a temperature does."""
         return False
 
     @property

@@ -154,3 +154,15 @@ class Update(ABC):
 def label(update: "str | Update") -> str:
     """What reports and errors call an update."""
     return update if isinstance(update, str) else update.name or type(update).__name__
+
+
+def samples_of(ends: Sequence[End]) -> list[list[End]] | None:
+    """Where relaxers drew samples: the ends at the first sample of each, at the second, and so on; else None."""
+    drawn = [end.found.samples for end in ends if end.found.samples is not None]
+    if not drawn:
+        return None
+    count = min(map(len, drawn))
+    return [
+        [end if (s := end.found.samples) is None else end._replace(found=end.found.at(s[k])) for end in ends]
+        for k in range(count)
+    ]
