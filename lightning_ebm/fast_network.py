@@ -88,11 +88,16 @@ class FastNetwork(Network):
         self._given = [program.content(value) for value in values]
         self._before: dict[Key, list[Tensor]] = {}
 
-    def departs(self) -> None:
-        """Nobody comes back to the forward pass: lets go of its states, each as large as a point."""
-        moving, held = self._traced.moving, self._held
+    def _has_left(self, point: Sequence[Tensor]) -> None:
+        """Lets go of the states of the forward pass once a relaxation is elsewhere, if nobody comes back to them."""
+        if self.returns or any(point[0] is start[0] for start in (self.free, self.no_errors)):
+            return
+        self.returns = True
+        results = {value for node in self._traced.program.order for value in node.results if value is not None}
+        fixed = results - self._traced.moving
+        held = {value: tensor for value in fixed if (tensor := self._held(value)) is not None}
         self.free = [zero.view_as(zero) for zero in self.no_errors]  # their kind is still asked for
-        self._held = lambda value: None if value in moving else held(value)
+        self._held = held.get
         self._before.clear()
         self._forward = None
 
@@ -117,31 +122,48 @@ class FastNetwork(Network):
         twin._known_analytic = True
         return twin
 
-    def _run_code(self, kind: Key, evaluate: Evaluate, point: Sequence[Tensor]) -> list[Tensor] | None:
-        """The outputs of an evaluation; None where there is no code for it."""
+    def _run_code(
+        self, kind: Key, evaluate: Evaluate, point: Sequence[Tensor], takes: bool = False
+    ) -> list[Tensor] | None:
+        """The outputs of an evaluation; None where there is no code for it.
+
+        Args:
+            kind: which.
+            evaluate: what to trace, if there is none yet.
+            point: where.
+            takes: whether the point is a list to be emptied, so that its tensors can go when they have been read.
+        """
         key = self._key(kind, point)
-        code = self._code(key, kind, evaluate, point)
+        code = self._code(key, kind, evaluate, point, takes)
         if code is None:
             return None
         self.way = "compiled" if self._compile else "traced"
         before = self._before.get(key)
         if before is None:
-            before = self._before[key] = code.before(self._given, self._held)
-        return code.at(point, before)
+            before = code.before(self._given, self._held)
+            if point:  # else it is all there is, and as large as the states
+                self._before[key] = before
+        inputs = [*point, *before]
+        del before
+        if takes:
+            point.clear()  # type: ignore[attr-defined]
+        return code.at(inputs)
 
     def _key(self, kind: Key, point: Sequence[Tensor]) -> Key:
         """All that code depends on besides the program."""
         fixed = self._settings, self.batch_size, self.loss_scale
         return (*kind, *fixed, *((x.shape, x.stride(), x.dtype) for x in point))
 
-    def _code(self, key: Key, kind: Key, evaluate: Evaluate, point: Sequence[Tensor]) -> Code | None:
+    def _code(
+        self, key: Key, kind: Key, evaluate: Evaluate, point: Sequence[Tensor], takes: bool = False
+    ) -> Code | None:
         if self._settings is None:
             return None
         codes = self._traced.codes
         if key not in codes:
             if len(codes) >= _MOST:  # a nudge or a setting that is another one at every step
                 return None
-            codes[key] = self._trace(kind, evaluate, point)
+            codes[key] = self._trace(kind, evaluate, point, takes)
         code = codes[key]
         if isinstance(code, str) or (self._moved and code.recalled):
             return None
@@ -149,7 +171,7 @@ class FastNetwork(Network):
             return None  # somebody has written over what the user's pass had computed
         return code
 
-    def _trace(self, kind: Key, evaluate: Evaluate, point: Sequence[Tensor]) -> "Code | str":
+    def _trace(self, kind: Key, evaluate: Evaluate, point: Sequence[Tensor], takes: bool) -> "Code | str":
         if self._traced.refused is not None:
             return self._traced.refused
 
@@ -162,7 +184,7 @@ class FastNetwork(Network):
             return evaluate(self._twin(leaves), point, wanted)
 
         try:
-            return Code(function, point, self._given, self._traced.known, self._held, self._compile)
+            return Code(function, point, self._given, self._traced.known, self._held, self._compile, takes)
         except Exception as error:  # whatever goes wrong in tracing: the plain way stays right
             log.debug("%s runs the plain way: %r", kind, error)
             return repr(error)
@@ -187,6 +209,7 @@ class FastNetwork(Network):
 
     def _forces(self, kind: str, point: Sequence[Tensor], strength: complex) -> Forces:
         at_rest = kind == "error_forces" and point[0] is self.no_errors[0]
+        self._has_left(point)
 
         def evaluate(twin: Network, point: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
             found: Forces = getattr(twin, kind)(twin.no_errors if at_rest else point, strength)
@@ -243,9 +266,7 @@ class FastNetwork(Network):
         """
         if is_bounded(self.energy):
             return None
-        if not self.returns and point[0] is not self.free[0] and point[0] is not self.no_errors[0]:
-            self.returns = True
-            self.departs()
+        self._has_left(point)
         at_rest = coordinates == "errors" and point[0] is self.no_errors[0]
 
         def evaluate(twin: Network, here: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
@@ -254,7 +275,8 @@ class FastNetwork(Network):
             measured = [twin.norms(found.gradients)] if norms else []
             return [total_energy(found, strength), *measured, *moved(here, found.gradients, lr)]
 
-        found = self._run_code(("step", coordinates, strength, lr, norms, at_rest), evaluate, [] if at_rest else point)
+        key = "step", coordinates, strength, lr, norms, at_rest
+        found = self._run_code(key, evaluate, [] if at_rest else point, takes=True)
         if found is None:
             return None
         energy, *rest = found

@@ -495,6 +495,7 @@ class Step:
         held = any(phase.held for phase in table)
         departs = is_divergence(algorithm.energy) and algorithm.read_as == "contrast" and not held
         taken = None
+        last = next((phase for phase in reversed(table) if phase.is_nudged), None)
         for phase in table:
             strength, weight = phase.strength, phase.weight
             if phase in together:
@@ -502,7 +503,7 @@ class Step:
                 phases.append(PhaseReport.of(strength, found))
             elif phase.is_nudged:
                 _announce(network, strength, phase.held)
-                if departs and phase is table[-1] and isinstance(network, FastNetwork):
+                if departs and phase is last and isinstance(network, FastNetwork):
                     network.returns, self._held = False, {}
                 with torch.no_grad():
                     found = self._nudged(network, phase)

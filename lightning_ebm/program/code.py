@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.operations import functional_form, tensors_at, traits
 from lightning_ebm.program.record import Node, Value, depending, stands_for
+from lightning_ebm.program.schedule import code_of, note_size, sparing
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ Evaluate = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 """From a point, and what the batch fixed, to some tensors."""
 
 _SCALING = frozenset({_aten.mul.Tensor, _aten.div.Tensor})
+_FILLED = frozenset({"ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full"})
 _SAME_VALUE = frozenset({_aten.detach.default, _aten.alias.default})
 
 
@@ -39,6 +41,7 @@ class Code:
         known: finds the operations that the user's own pass has made, and the values that they gave.
         held: what a value held in the user's pass, if that is still there.
         compile: send the code through Inductor.
+        takes: whether nobody else holds the point while it runs.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Code:
         known: Callable[[fx.Graph, list[fx.Node]], dict[fx.Node, Value]],
         held: Callable[[Value], Tensor | None],
         compile: bool,
+        takes: bool = False,
     ) -> None:
         traced, expected = traced_graph(evaluate, point, given)
         inputs = [node for node in traced.graph.nodes if node.op == "placeholder"][len(point) :]
@@ -60,25 +64,34 @@ class Code:
                     node.replace_all_uses_with(traced.graph.placeholder(f"recalled_{len(self.recalled)}"))
                     self.recalled.append(value)
         traced.graph.eliminate_dead_code()
-        self._once, self._point = _stages(traced, len(point))
+        recalled = [node for node in traced.graph.nodes if node.name.startswith("recalled_")]
+        self.recalled = [value for value, node in zip(self.recalled, recalled, strict=True) if node.users]
+        for node in recalled:
+            if not node.users:
+                traced.graph.erase_node(node)
+        self._once, self._point = _stages(traced, len(point), takes)
         if compile:
             self._point = _compiled(self._point, [*point, *self.before(given, held)])
         room = (1e-2 if compile else 1e-5) * max(map(_size, expected), default=0.0)  # Inductor rounds in other places
-        for got, wanted in zip(self.at(point, self.before(given, held)), expected, strict=True):
+        for got, wanted in zip(self.at([*point, *self.before(given, held)]), expected, strict=True):
             if not torch.allclose(got, wanted, rtol=0.0, atol=room, equal_nan=True):
                 raise NotImplementedError("the code gives other values than what it was traced from")
 
     @torch.no_grad()
     def before(self, given: Sequence[Tensor], held: Callable[[Value], Tensor | None]) -> list[Tensor]:
         """What every point needs of a batch."""
-        return list(self._once(*given, *map(held, self.recalled)))
+        return list(self._once([*given, *map(held, self.recalled)]))
 
-    def at(self, point: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
-        """The evaluation at a point."""
+    def at(self, inputs: list[Tensor]) -> list[Tensor]:
+        """The evaluation at a point.
+
+        Args:
+            inputs: the point, and what `before` gave. The list is emptied, so that what nobody else holds can go.
+        """
         if torch.is_grad_enabled():
             with torch.no_grad():
-                return list(self._point(*point, *before))
-        return list(self._point(*point, *before))
+                return list(self._point(inputs))
+        return list(self._point(inputs))
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -121,6 +134,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _bind(self, tensor: Tensor, node: fx.Node) -> None:
         self._nodes[id(tensor)] = weakref.ref(tensor), node
+        note_size(node, tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -143,6 +157,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _aten.t.default and (turned := self.node(args[0])).target is func:  # turned round twice
             self._bind(result, turned.args[0])  # type: ignore[arg-type]
             return result
+        if kind.name in _FILLED and isinstance(result, Tensor) and result.is_contiguous():  # whatever it is like
+            filled = args[1:][int(kind.name == "new_full")] if "full" in kind.name else int("ones" in kind.name)
+            func, args = _aten.full.default, (tuple(result.shape), filled)
+            kwargs = {"dtype": result.dtype, "device": result.device}
         args, kwargs = self._seen(args), {name: self._seen((arg,))[0] for name, arg in kwargs.items()}
         key = None if kind.random or kind.name == "clone" else _key(func, (*args, *kwargs.items()))
         node = None if key is None else self._made.get(key)
@@ -186,7 +204,10 @@ def traced_graph(
     return fx.GraphModule(tracer.constants, tracer.graph), [tensor.detach() for tensor in outputs]
 
 
-def _stages(traced: fx.GraphModule, point: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+Run = Callable[[list[Tensor]], Any]
+
+
+def _stages(traced: fx.GraphModule, point: int, takes: bool) -> tuple[Run, Run]:
     """What does not depend on the first inputs, as a function of the others; and the rest."""
     nodes = list(traced.graph.nodes)
     inputs = [node for node in nodes if node.op == "placeholder"]
@@ -205,27 +226,11 @@ def _stages(traced: fx.GraphModule, point: int) -> tuple[Callable[..., Any], Cal
     once.output(tuple(here[node] for node in boundary))
     once.eliminate_dead_code()
     there = {node: later.placeholder(node.name) for node in [*inputs[:point], *boundary]}
-    for node in _output_by_output(end, moving - set(inputs)):
+    own = [node for node in nodes if node in moving and node not in there]
+    for node in sparing(own, inputs[:point] if takes else (), end):
         there[node] = later.node_copy(node, there.__getitem__)
     later.output(fx.map_arg(end.args[0], there.__getitem__))
-    return fx.GraphModule(traced, once).forward, fx.GraphModule(traced, later).forward
-
-
-def _output_by_output(end: fx.Node, wanted: set[fx.Node]) -> list[fx.Node]:
-    """The operations, each right before the first output that needs it: layer by layer, so that little is held."""
-    found: dict[fx.Node, None] = {}
-    for output in end.all_input_nodes:
-        path = [output]
-        while path:
-            node = path[-1]
-            ahead = [source for source in node.all_input_nodes if source in wanted and source not in found]
-            if node in found or node not in wanted or not ahead:
-                path.pop()
-                if node in wanted:
-                    found[node] = None
-            else:
-                path.append(ahead[0])
-    return list(found)
+    return code_of(traced, once), code_of(traced, later)
 
 
 def _without_alpha(graph: fx.Graph) -> None:
@@ -237,12 +242,14 @@ def _without_alpha(graph: fx.Graph) -> None:
             node.args, node.kwargs = (node.args[0], scaled), {}
 
 
-def _compiled(forward: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any]:
+def _compiled(forward: Run, inputs: Sequence[Tensor]) -> Run:
     module: Any = forward.__self__  # type: ignore[attr-defined]
     _without_alpha(module.graph)
+    module.graph.set_codegen(fx.CodeGen())
     module.recompile()
     try:
-        return torch._inductor.compile(module, list(inputs))  # type: ignore[no-any-return]
+        run = torch._inductor.compile(module, list(inputs))
+        return lambda inputs: run(*inputs)
     except Exception as error:  # no compiler, or an operation it does not have
         log.warning("Inductor could not compile a step, which runs as it was traced: %s", error)
         return forward

@@ -28,7 +28,10 @@ class Sweep(Relaxer):
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
         forces = landscape.error_forces(landscape.no_errors, strength)
-        displacement = [-gradient for gradient in forces.gradients]
+        displacement = forces.gradients
+        for k, gradient in enumerate(displacement):  # one layer at a time: nothing is held twice
+            displacement[k] = -gradient
+            del gradient
         settled = torch.zeros_like(forces.internal)
         energies = [strength * forces.loss.detach()]
         no_errors = list(landscape.no_errors)
