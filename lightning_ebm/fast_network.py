@@ -90,9 +90,12 @@ class FastNetwork(Network):
 
     def _has_left(self, point: Sequence[Tensor]) -> None:
         """Lets go of the states of the forward pass once a relaxation is elsewhere, if nobody comes back to them."""
-        if self.returns or any(point[0] is start[0] for start in (self.free, self.no_errors)):
-            return
-        self.returns = True
+        if not self.returns and all(point[0] is not start[0] for start in (self.free, self.no_errors)):
+            self.returns = True
+            self.departs()
+
+    def departs(self) -> None:
+        """Lets go of the states of the forward pass, which is run again for whoever should ask."""
         results = {value for node in self._traced.program.order for value in node.results if value is not None}
         fixed = results - self._traced.moving
         held = {value: tensor for value in fixed if (tensor := self._held(value)) is not None}
@@ -100,6 +103,11 @@ class FastNetwork(Network):
         self._held = held.get
         self._before.clear()
         self._forward = None
+
+    def run_again(self, program: Program, binding: dict[Value, Value], held: Mapping[Value, Tensor], run: Run) -> None:
+        """Takes another pass of the same program, which was at other states, as its own."""
+        self._latest, self._run = None, run
+        self.rebind(program, binding, held)
 
     def parameters_moved(self) -> None:
         """See `Network.parameters_moved`: what the pass held belongs to parameters that are no more."""
@@ -244,6 +252,13 @@ class FastNetwork(Network):
         internal, loss, *rest = found
         gradients, ahead, behind = (rest[k : k + len(mean)] for k in range(0, len(rest), len(mean)))
         return ahead, behind, Forces(internal, loss, gradients)
+
+    def feasible(self, states: list[Tensor]) -> list[Tensor]:
+        """See `Landscape.feasible`."""
+        if not is_bounded(self.energy):
+            return states
+        found = self._run_code(("feasible",), lambda twin, point, leaves: twin.feasible(point), states)
+        return super().feasible(states) if found is None else found
 
     def energy_of(self, states: Sequence[Tensor], strength: complex) -> Tensor:
         """See `Landscape.energy_of`."""

@@ -2,7 +2,7 @@
 
 import cmath
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -114,6 +114,7 @@ class Step:
         self._graph: tuple[Tensor, float] | None = None
         self._free: Relaxation | None = None
         self._is_complex = False
+        self._coded = False
         self.network: Network | None = None
         self.phases: list[tuple[complex, complex, Relaxation]] = []
         """Strength, weight and end of each phase of the last relaxation."""
@@ -227,6 +228,8 @@ class Step:
             names = self._memory.names(self._batch, network.batch_size)
             start = self._memory.recall(names, network.free)
         self._free = free_equilibrium(network, self._algorithm, start)
+        if isinstance(inner := getattr(network, "unwatched", network), FastNetwork):
+            inner.departs()
         if self._memory is not None and self._teaches:
             self._memory.keep(names, self._free.point)
 
@@ -344,12 +347,18 @@ class Step:
                 " depend on the batch alone, or take a divergence energy such as ebm.PredictiveCoding()."
             )
         assert self._program is not None
+        self._binding = found[1]
+        inner = getattr(network, "unwatched", network)
+        if isinstance(inner, FastNetwork):
+            self._held = self._recorder.held
+            if self._coded:
+                self._held = self._thinned(())
+            inner.run_again(self._program, found[1], self._held, self._run)
+            inner.first_loss = loss.detach()
+            return network
         states = at_states(dict(zip([mark.key for mark in found[0]], free.point, strict=True)))
         with torch.enable_grad():
             network.adopt(free.point, self._program.run(states), self._run)
-        inner = getattr(network, "unwatched", network)
-        if isinstance(inner, FastNetwork):
-            inner.rebind(self._program, found[1], self._recorder.held)
         return network
 
     def _network_of(self, program: Program | None) -> Network:
@@ -359,8 +368,9 @@ class Step:
         record, start = program.record, None
         fast = self._code is not None and self._programs.repeats(self._known)
         held = self._held
-        if fast and self._known.traced.codes:
-            held = self._held = self._thinned()
+        self._coded = fast and bool(self._known.traced.codes)
+        if self._coded:
+            held = self._held = self._thinned([mark.state for mark in program.marks])
         if fast and self._loss is not None and all(mark.state in held for mark in program.marks):
             free = [at_least_float32(held[mark.state].detach()) for mark in program.marks]
             start = Start(self._loss, free, max(mark.rounding for mark in program.marks), None)
@@ -388,15 +398,12 @@ class Step:
         self.network = network if self.observer is None else self.observer(network)
         return self.network
 
-    def _thinned(self) -> Mapping[Value, Tensor]:
+    def _thinned(self, besides: Collection[Value]) -> Mapping[Value, Tensor]:
         """What code needs of the user's pass, and nothing of its graph: the rest is as large as a step of backprop."""
         assert self._known is not None
-        assert self._program is not None
         needed, binding = self._known.traced.needed(), self._binding
         values = [value if binding is None else binding[value] for value in needed]
-        held = {
-            v: self._held[v].detach() for v in (*values, *(m.state for m in self._program.marks)) if v in self._held
-        }
+        held = {value: self._held[value].detach() for value in (*values, *besides) if value in self._held}
         if self._recorder is not None and self._owns_recorder:
             self._recorder.release()
         return held
