@@ -246,6 +246,7 @@ class FastNetwork(Network):
             ahead, behind, forces = twin.dyads(point, strength)
             return [forces.internal, forces.loss, *forces.gradients, *ahead, *behind]
 
+        self._has_left(mean)
         found = self._run_code(("dyads", strength), evaluate, mean)
         if found is None:
             return super().dyads(mean, strength)

@@ -251,7 +251,7 @@ class Network:
         precisions = self._precisions(self._first)
         return self.per_sample([p * a * b for p, a, b in zip(precisions, left, right, strict=True)])
 
-    def norms(self, tensors: Sequence[Tensor], layers: Sequence[int] | None = None) -> Tensor:
+    def norms(self, tensors: Iterable[Tensor], layers: Sequence[int] | None = None) -> Tensor:
         """See `Landscape.norms`. Reads each tensor once where its samples lie in rows, and makes none of its size.
 
         Args:

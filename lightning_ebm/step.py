@@ -500,7 +500,7 @@ class Step:
             table = (Phase(span, 1 / span),)
         together = self._together(network, table)
         held = any(phase.held for phase in table)
-        departs = is_divergence(algorithm.energy) and algorithm.read_as == "contrast" and not held
+        departs = is_divergence(algorithm.energy) and algorithm.read_as in ("contrast", "dyadic") and not held
         taken = None
         last = next((phase for phase in reversed(table) if phase.is_nudged), None)
         for phase in table:

@@ -28,6 +28,11 @@ Evaluate = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 
 _SCALING = frozenset({_aten.mul.Tensor, _aten.div.Tensor})
 _FILLED = frozenset({"ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full"})
+_MADE_UNIFORM = frozenset({_aten.full.default, _aten.ones.default, _aten.zeros.default, _aten.scalar_tensor.default})
+_SPREADING = frozenset(
+    {_aten.expand.default, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.select.int, _aten.view.default}
+    | {_aten.t.default, _aten.clone.default, _aten._unsafe_view.default, _aten.permute.default, _aten.transpose.int}
+)
 _SAME_VALUE = frozenset({_aten.detach.default, _aten.alias.default})
 
 
@@ -108,6 +113,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.constants: dict[str, Tensor] = {}
         self._nodes: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}
         self._made: dict[Any, fx.Node] = {}
+        self._uniform: dict[fx.Node, complex] = {}
+        """The number that all elements of a result are, where no input has a part in it."""
 
     def input(self, tensor: Tensor) -> None:
         """Makes a tensor an input of the graph."""
@@ -150,24 +157,23 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._bind(result, self.node(args[0]))
             return result
         func = written
-        kind = traits(func)
         if func in _SCALING and type(args[1]) in (int, float) and args[1] == 1 and result.dtype == args[0].dtype:
             self._bind(result, self.node(args[0]))
             return result
         if func is _aten.t.default and (turned := self.node(args[0])).target is func:  # turned round twice
             self._bind(result, turned.args[0])  # type: ignore[arg-type]
             return result
-        if kind.name in _FILLED and isinstance(result, Tensor) and result.is_contiguous():  # whatever it is like
-            filled = args[1:][int(kind.name == "new_full")] if "full" in kind.name else int("ones" in kind.name)
+        if traits(func).name in _FILLED and isinstance(result, Tensor) and result.is_contiguous():  # whatever it is like
+            filled = args[1:][int(func is _aten.new_full.default)] if "full" in func.__name__ else int("ones" in func.__name__)
             func, args = _aten.full.default, (tuple(result.shape), filled)
             kwargs = {"dtype": result.dtype, "device": result.device}
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        single = isinstance(result, Tensor)
+        uniform = single and result.numel() > 0 and not kind.random and self._is_uniform(func, tensors)
+        if single and not uniform and torch.Tag.pointwise in func.tags:
+            args = tuple(self._as_number(arg, result, tensors) if isinstance(arg, Tensor) else arg for arg in args)
         args, kwargs = self._seen(args), {name: self._seen((arg,))[0] for name, arg in kwargs.items()}
-        key = None if kind.random or kind.name == "clone" else _key(func, (*args, *kwargs.items()))
-        node = None if key is None else self._made.get(key)
-        if node is None:
-            node = self.graph.call_function(func, args, kwargs)
-            if key is not None:
-                self._made[key] = node
+        node = self._written(func, args, kwargs)
         if isinstance(result, list | tuple):
             node.meta["several"] = True
             for index, tensor in enumerate(result):
@@ -175,9 +181,38 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._bind(tensor, self.graph.call_function(operator.getitem, (node, index)))
         elif isinstance(result, Tensor):
             self._bind(result, node)
+            if uniform:
+                self._uniform[node] = result[(0,) * result.ndim].item()
         elif any(isinstance(arg, fx.Node) for arg in (*args, *kwargs.values())):
             raise NotImplementedError(f"{func} gives a number that code could depend on")
         return result
+
+    def _is_uniform(self, func: Any, tensors: Sequence[Tensor]) -> bool:
+        """Whether all elements are one number, whatever the inputs: made as such, or computed from such."""
+        if not tensors:
+            return func in _MADE_UNIFORM
+        spreads = torch.Tag.pointwise in func.tags or func in _SPREADING
+        return spreads and all(self.node(tensor) in self._uniform for tensor in tensors)
+
+    def _as_number(self, tensor: Tensor, result: Tensor, among: Sequence[Tensor]) -> Tensor | fx.Node:
+        """A large tensor of one number as that number, where neither strides nor dtype of the result hang on it."""
+        node = self.node(tensor)
+        shaped = any(t is not tensor and t.shape == result.shape and t.stride() == result.stride() for t in among)
+        if node not in self._uniform or tensor.ndim == 0 or not shaped or any(t.dtype != result.dtype for t in among):
+            return tensor
+        options = {"dtype": tensor.dtype, "device": tensor.device}
+        return self._written(_aten.full.default, ((), self._uniform[node]), options)
+
+    def _written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        """An operation of the graph; the one that is there already, if it computes the same."""
+        kind = traits(func)
+        key = None if kind.random or kind.name == "clone" else _key(func, (*args, *kwargs.items()))
+        node = None if key is None else self._made.get(key)
+        if node is None:
+            node = self.graph.call_function(func, args, kwargs)
+            if key is not None:
+                self._made[key] = node
+        return node
 
     def _seen(self, args: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(

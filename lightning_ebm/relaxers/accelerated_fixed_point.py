@@ -75,7 +75,7 @@ class AcceleratedFixedPoint(SweepingRelaxer):
         for steps in range(1, self.max_steps + 1):  # read after the loop
             before, point = point, (yield point)
             moved = [y - x for x, y in zip(before, point, strict=True)]
-            norm = force_norm(landscape, moved)
+            norm, moved = force_norm(landscape, moved), [moved[k] for k in halves[-1]]
             if steps == 1:
                 first, settled_at = norm, (self.tol * norm).maximum(rounding_of(landscape, point))
             failed = False
@@ -89,6 +89,7 @@ class AcceleratedFixedPoint(SweepingRelaxer):
                 moving, diverged, failed = torch.stack([~(norm <= settled_at), away, lost]).any(1).tolist()
             if diverged:
                 raise ran_away(self, landscape, strength, steps, before, point)
+            del before  # as large as all states: not held through the next sweep
             step, searching = _Sweep(moved, point, norm), norm
             if failed:
                 step = search.without(step, lost)
@@ -99,13 +100,14 @@ class AcceleratedFixedPoint(SweepingRelaxer):
             if len(halves) > 1 or steps > _ALONE:
                 point = search.onwards(step, ~(searching <= settled_at))
         settled = not failed and not moving  # of a mixture of two sweeps nobody has measured anything
+        del search, step, moved
         energies.append(landscape.energy_of(point, strength))
         return ended(point, steps, norm, first, settled, self.tol, energies)
 
 
 @dataclass
 class _Sweep:
-    """By how much it moved each layer, where it ended, and how far each sample went."""
+    """By how much it moved the layers that are searched, where it ended, and how far each sample went."""
 
     moved: list[Tensor]
     ended: list[Tensor]
@@ -137,7 +139,7 @@ class _Search:
     def onwards(self, sweep: _Sweep, searching: Tensor) -> list[Tensor]:
         """Where the next sweep begins; samples that are not `searching` start anew from where this one ended."""
         self._last = sweep
-        slope = [sweep.moved[k] for k in self._layers]
+        slope = sweep.moved
         if not self._swept:
             self._swept, self._slope, self._ahead = sweep.ended, slope, slope
             return sweep.ended
@@ -153,6 +155,7 @@ class _Search:
         self._swept = [(x.lerp_ if self._behind else x.lerp)(y, by_alpha[k]) for k, (x, y) in enumerate(ends)]
         slopes = zip(self._layers, self._slope, slope, strict=True)
         self._slope = [torch.lerp(r_x, r, by_alpha[k]) for k, r_x, r in slopes]
+        del ends, slope, slopes
         self._behind, self._ahead = self._ahead, []
         for k, r_x, p in zip(self._layers, self._slope, self._behind, strict=True):
             point[k] = torch.addcmul(self._swept[k], by_beta[k], p)
@@ -165,10 +168,9 @@ class _Search:
         assert last is not None  # without which nobody is sent elsewhere
         self._longest = torch.where(lost, self._longest / 4, self._longest)
         marks = [mark > 0 for mark in self._landscape.spread(lost.to(sweep.norm.dtype), sweep.ended)]
-        moved, ended = (
-            [torch.where(mark, x, y) for mark, x, y in zip(marks, old, new, strict=True)]
-            for old, new in ((last.moved, sweep.moved), (last.ended, sweep.ended))
-        )
+        moves = zip(self._layers, last.moved, sweep.moved, strict=True)
+        moved = [torch.where(marks[k], x, y) for k, x, y in moves]
+        ended = [torch.where(mark, x, y) for mark, x, y in zip(marks, last.ended, sweep.ended, strict=True)]
         return _Sweep(moved, ended, torch.where(lost, last.norm, sweep.norm))
 
     def _steps(self, slope: list[Tensor], norm: Tensor, searching: Tensor) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,7 @@ class Landscape(Protocol):
     def metric(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         """sum_l Pi_l <left_l, right_l> of each sample, ``(B,)``: the scalar product of errors."""
 
-    def norms(self, tensors: Sequence[Tensor]) -> Tensor:
+    def norms(self, tensors: Iterable[Tensor]) -> Tensor:
         """|t| of each sample, all layers together, ``(B,)``: the root of `per_sample` of |t|^2."""
 
     def products(self, left: Sequence[Tensor], right: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
@@ -153,7 +153,7 @@ def checked_steps(owner: object, max_steps: int, tol: float) -> None:
         )
 
 
-def force_norm(landscape: Landscape, gradients: Sequence[Tensor]) -> Tensor:
+def force_norm(landscape: Landscape, gradients: Iterable[Tensor]) -> Tensor:
     """|dE/dx| of each sample, ``(B,)``."""
     return landscape.norms(gradients)
 

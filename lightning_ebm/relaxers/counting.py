@@ -1,6 +1,6 @@
 """What relaxations cost: the passes through the network that they ask for, counted from outside."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -61,7 +61,7 @@ class Counting:
         self._spend(_REDUCTION)
         return self._landscape.per_sample(tensors)
 
-    def norms(self, tensors: Sequence[Tensor]) -> Tensor:
+    def norms(self, tensors: Iterable[Tensor]) -> Tensor:
         """See `Landscape.norms`."""
         self._spend(_REDUCTION)
         return self._landscape.norms(tensors)
