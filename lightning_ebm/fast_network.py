@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -104,7 +105,9 @@ class FastNetwork(Network):
         self._before.clear()
         self._forward = None
 
-    def run_again(self, program: Program, binding: dict[Value, Value], held: Mapping[Value, Tensor], run: Run) -> None:
+    def run_again(
+        self, program: Program, binding: dict[Value, Value] | None, held: Mapping[Value, Tensor], run: Run
+    ) -> None:
         """Takes another pass of the same program, which was at other states, as its own."""
         self._latest, self._run = None, run
         self.rebind(program, binding, held)
@@ -126,8 +129,9 @@ class FastNetwork(Network):
             with torch.enable_grad(), self._arithmetic():
                 return program.run(state_of, values)
 
-        twin = Network(self.energy, self._plan, Start.of(run(at_prediction())), run, self.batch_size, self.loss_scale)
-        twin._known_analytic = True
+        start = Start(self.first_loss, self.free, self.rounding, None)
+        twin = _Twin(self.energy, self._plan, start, run, self.batch_size, self.loss_scale)
+        twin._known_analytic = twin._moved = True  # where it is asked about, it is asked as of any point
         return twin
 
     def _run_code(
@@ -194,7 +198,7 @@ class FastNetwork(Network):
         try:
             return Code(function, point, self._given, self._traced.known, self._held, self._compile, takes)
         except Exception as error:  # whatever goes wrong in tracing: the plain way stays right
-            log.debug("%s runs the plain way: %r", kind, error)
+            log.debug("%s runs the plain way: %r", kind, error, exc_info=True)
             return repr(error)
 
     # The point of view of a relaxer
@@ -364,6 +368,28 @@ class FastNetwork(Network):
         if found.displacement is not None:
             return f"{here} displaced", [*tensors, *found.displacement]
         return here, tensors
+
+
+class _Twin(Network):
+    """A network that is traced: what it says of the forward pass comes of that pass, made once somebody asks."""
+
+    @property
+    def free(self) -> Sequence[Tensor]:
+        """x_l at the forward pass."""
+        return self._free
+
+    @free.setter
+    def free(self, states: Sequence[Tensor]) -> None:
+        self._kinds = [(state.shape, state.dtype, state.device) for state in states]
+
+    @cached_property
+    def _free(self) -> list[Tensor]:
+        return [state.detach() for state in self._first.states]
+
+    @cached_property
+    def no_errors(self) -> Sequence[Tensor]:
+        """See `Landscape.no_errors`."""
+        return [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in self._kinds]
 
 
 def _rebuilt(twin: Network, found: Relaxation, kind: str, tensors: list[Tensor]) -> Relaxation:

@@ -85,7 +85,7 @@ class Network:
         self.loss_scale = loss_scale
         self.first_loss = start.loss
         self.free: Sequence[Tensor] = start.free
-        self._layouts = [layout_of(state.shape, batch_size) for state in self.free]
+        self._layouts = [layout_of(state.shape, batch_size) for state in start.free]
         self.rounding = start.rounding
         self._forward: Pass | None = start.seen
         self._latest: tuple[Stamps, Pass] | None = None
@@ -102,6 +102,7 @@ class Network:
         """The pass at the predictions; made again where it was let go of."""
         if self._forward is None:
             self._forward = self._run(at_prediction())
+            self._let_go(self._forward)
         return self._forward
 
     # The point of view of a relaxer
@@ -139,17 +140,21 @@ class Network:
             tops.append((seen.loss, self.loss_scale * ones_for(seen.loss)))
         live = [(top, seed) for top, seed in tops if top.requires_grad]
         slopes: Sequence[Tensor | None] = [None] * len(leaves)
+        seeds: tuple[Tensor, ...] = ()
         if live:
             outputs, seeds = zip(*live, strict=True)
             kept = self._differentiated_again or seen is self._forward
             slopes = torch.autograd.grad(outputs, leaves, seeds, retain_graph=kept, allow_unused=True)
         with torch.no_grad():
-            gradients = [
-                pull if s is None else pull + s if unit == 1 else torch.add(pull, s, alpha=unit)
-                for pull, s in zip(pulls, slopes, strict=True)
-            ]
             internal = 0.5 * self.products(pulls, errors, range(len(errors)))
-        return Forces(internal, self.loss(seen).detach(), gradients)
+            del tops, live, seeds, errors  # as large as the states, each
+            gradients = list(slopes)
+            del slopes
+            for k, (pull, s) in enumerate(zip(pulls, gradients, strict=True)):
+                pulls[k] = pull if s is None else pull + s if unit == 1 else torch.add(pull, s, alpha=unit)
+                gradients[k] = None
+                del pull, s
+        return Forces(internal, self.loss(seen).detach(), pulls)
 
     def responses(self, states: Sequence[Tensor], strength: complex) -> Forces:
         """See `Landscape.responses`."""

@@ -351,8 +351,8 @@ class Step:
         inner = getattr(network, "unwatched", network)
         if isinstance(inner, FastNetwork):
             self._held = self._recorder.held
-            if self._coded:
-                self._held = self._thinned(())
+            self._held = self._thinned(())
+            self._let_go_of_pass()
             inner.run_again(self._program, found[1], self._held, self._run)
             inner.first_loss = loss.detach()
             return network
@@ -367,10 +367,9 @@ class Step:
         assert self._known is not None
         record, start = program.record, None
         fast = self._code is not None and self._programs.repeats(self._known)
-        held = self._held
         self._coded = fast and bool(self._known.traced.codes)
-        if self._coded:
-            held = self._held = self._thinned([mark.state for mark in program.marks])
+        held = self._held = self._thinned([mark.state for mark in program.marks]) if fast else {}
+        self._let_go_of_pass()
         if fast and self._loss is not None and all(mark.state in held for mark in program.marks):
             free = [at_least_float32(held[mark.state].detach()) for mark in program.marks]
             start = Start(self._loss, free, max(mark.rounding for mark in program.marks), None)
@@ -399,14 +398,21 @@ class Step:
         return self.network
 
     def _thinned(self, besides: Collection[Value]) -> Mapping[Value, Tensor]:
-        """What code needs of the user's pass, and nothing of its graph: the rest is as large as a step of backprop."""
+        """What code needs of the user's pass, and nothing of its graph; all it held where code is still to be made.
+
+        The rest is as large as a step of backprop.
+        """
         assert self._known is not None
+        if not self._coded:
+            return {value: tensor.detach() for value, tensor in self._held.items()}
         needed, binding = self._known.traced.needed(), self._binding
         values = [value if binding is None else binding[value] for value in needed]
-        held = {value: self._held[value].detach() for value in (*values, *besides) if value in self._held}
+        return {value: self._held[value].detach() for value in (*values, *besides) if value in self._held}
+
+    def _let_go_of_pass(self) -> None:
+        """The user's pass is over, and what is needed of it has been taken."""
         if self._recorder is not None and self._owns_recorder:
             self._recorder.release()
-        return held
 
     def _run(self, state_of: StateOf) -> Pass:
         """The program of this step, with states in place."""
@@ -481,8 +487,7 @@ class Step:
         """Lets go of the graphs; `true_gradients` still works."""
         self._free = self.network = self._raw_loss = self._loss = self._graph = None
         self._held = {}
-        if self._recorder is not None and self._owns_recorder:
-            self._recorder.release()
+        self._let_go_of_pass()
         self.phases = []
 
     def _relaxed(self, network: Network, loss: Tensor) -> Tensor:
@@ -639,7 +644,7 @@ def free_equilibrium(network: Network, algorithm: Algorithm, start: Sequence[Ten
 
 
 def _fix_the_same(
-    before: Program | None, old: dict[Value, Value] | None, now: Program, new: dict[Value, Value]
+    before: Program | None, old: dict[Value, Value] | None, now: Program, new: dict[Value, Value] | None
 ) -> bool:
     """Whether two passes of one known program were given the same numbers, which parameters need not be compared for.
 
@@ -647,12 +652,13 @@ def _fix_the_same(
         before: the first pass.
         old: its values by those of the pass that was examined; None where it is that pass.
         now: the second pass.
-        new: its values by those of the pass that was examined.
+        new: its values by those of the pass that was examined; None where they are the same.
     """
     assert before is not None
     examined = {mine: known for known, mine in old.items()} if old is not None else None
     for value in before.given():
-        other = new.get(value if examined is None else examined[value])
+        known = value if examined is None else examined[value]
+        other = known if new is None else new.get(known)
         if value in before.record.leaves or other is None:
             continue
         one, another = before.content(value), now.content(other)

@@ -21,9 +21,9 @@ class Aliasing:
         self._unsorted: list[weakref.ref[Tensor]] = []
         self._groups: dict[int, list[weakref.ref[Tensor]]] = {}
 
-    def seen(self, tensor: Tensor) -> None:
+    def seen(self, ref: "weakref.ref[Tensor]") -> None:
         """Notes a tensor."""
-        self._unsorted.append(weakref.ref(tensor))
+        self._unsorted.append(ref)
 
     def others(self, tensor: Tensor) -> list[Tensor]:
         """The other tensors, still there, that share memory with this one."""

@@ -1,11 +1,11 @@
 """Whether two records are of the same program."""
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from lightning_ebm.program.following import Trail, same_constant
 from lightning_ebm.program.record import Mark, Record, Value
 
 
@@ -24,10 +24,20 @@ class Outline:
         self.states = [mark.state for mark in marks]
         self.notes = list(record.notes)
         self.hooked = set(record.hooks)
-        self._leaves = {value: weakref.ref(tensor) for value, tensor in record.leaves.items()}
+        self.trail = Trail(record)
+        self._marks = list(marks)
+        self._loss = loss
+        self._leaves = self.trail.leaves
+        self._values = _reached(self.roots)
+        self._made = {value for value in record.leaves if value.node is not None} & self._values
 
-    def repeated_by(self, record: Record, loss: Value) -> "tuple[list[Mark], dict[Value, Value]] | str":
-        """The marks of another record that carry states, and its values in place of these; or what is not the same."""
+    def repeated_by(self, record: Record, loss: Value) -> "tuple[list[Mark], dict[Value, Value] | None] | str":
+        """The marks of another record that carry states, and its values in place of these; or what is not the same.
+
+        None in place of values says that they are these.
+        """
+        if loss is self._loss:  # all that it was computed from has been followed
+            return (self._marks, None) if self._also_same(record) else "what else than operations it is made of"
         marks = {mark.key: mark for mark in record.marks}
         if any(key not in marks for key in self.keys):
             return "which modules are called"
@@ -42,6 +52,18 @@ class Outline:
         if hooked != {value for value in record.hooks if value in set(found.values())}:
             return "gradient hooks on tensors"
         return cut, found
+
+    def _also_same(self, record: Record) -> bool:
+        """Of a record that has been followed to the loss, whatever else makes a program."""
+        here = set(record.marks)
+        made = {value for value in record.leaves if value.node is not None}
+        hooked = record.hooks.keys() & self._values
+        return (
+            all(mark in here for mark in self._marks)
+            and record.notes == self.notes
+            and hooked == self.hooked & self._values
+            and made & self._values == self._made
+        )
 
     def _same(self, roots: Sequence[Value], known: dict[Value, Value], record: Record) -> dict[Value, Value] | str:
         """Compares what two records did to arrive at some values: the same operations on the same constants.
@@ -62,7 +84,7 @@ class Outline:
                 return len(old) == len(new) and all(map(same, old, new))
             if isinstance(old, Tensor):
                 return old is new
-            return bool(old == new) or (old != old and new != new)
+            return same_constant(old, new)
 
         while queue:
             old, new = queue.pop()
@@ -105,3 +127,16 @@ class Outline:
 
 def _roots(marks: Sequence[Mark], loss: Value) -> list[Value]:
     return [*(value for mark in marks for value in (mark.prediction, mark.drive)), loss]
+
+
+def _reached(roots: Sequence[Value]) -> set[Value]:
+    """All that these were computed from, and they."""
+    found: set[Value] = set()
+    queue = list(roots)
+    while queue:
+        value = queue.pop()
+        if value not in found:
+            found.add(value)
+            if value.node is not None:
+                queue.extend(value.node.values())
+    return found

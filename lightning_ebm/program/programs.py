@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_ebm.program.calls import Replace, nothing_in_place, watched
+from lightning_ebm.program.calls import Replace, Watch, nothing_in_place, watched
 from lightning_ebm.program.check import check_against_autograd
 from lightning_ebm.program.code import TracedProgram
 from lightning_ebm.program.comparison import Outline
@@ -73,6 +73,7 @@ class Programs:
     def __init__(self, module: nn.Module, layers: Layers, output: Output) -> None:
         self._module = module
         self._finder = LayerFinder(module, layers, output)
+        self._watch = Watch(module, self._finder.watched)
         self._known: list[Known] = []
         self._said = False
 
@@ -92,8 +93,9 @@ class Programs:
     @contextmanager
     def recording(self, recorder: Recorder, replace: Replace = nothing_in_place) -> Iterator[None]:
         """Records what runs within."""
-        chosen = self._finder.watched()
-        with watched(self._module, recorder, chosen.__contains__, replace), recorder:
+        if self._known:
+            recorder.follow(self._known[0].outline.trail)
+        with watched(self._module, recorder, self._watch, replace), recorder:
             yield
 
     def of(self, recorder: Recorder, loss: Tensor, partial: bool = False) -> Found:

@@ -36,8 +36,7 @@ class Value:
     @property
     def is_continuous(self) -> bool:
         """Whether it can carry a gradient: integers and truth values cannot."""
-        dtype: torch.dtype = self.meta[2]
-        return dtype.is_floating_point or dtype.is_complex
+        return is_continuous(self.meta[2])
 
 
 class Node:
@@ -160,6 +159,11 @@ class Record:
     arguments: Any = None
 
 
+def is_continuous(dtype: torch.dtype) -> bool:
+    """Whether tensors of this kind can carry a gradient: integers and truth values cannot."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
 def depending(values: set[Value], order: Sequence[Node]) -> set[Value]:
     """The values that depend on these, and these."""
     found = set(values)
@@ -174,4 +178,4 @@ def meta_of(tensor: Tensor) -> Meta:
 
 
 def outside_meta_of(tensor: Tensor) -> Meta:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad and tensor.is_leaf
+    return *meta_of(tensor), tensor.requires_grad and tensor.is_leaf

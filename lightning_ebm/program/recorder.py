@@ -10,6 +10,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +23,17 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.aliasing import Aliasing
-from lightning_ebm.program.operations import BATCH_NORMS, Traits, copied, functional_form, tensors_at, traits
+from lightning_ebm.program.following import Follower, Trail, same_results
+from lightning_ebm.program.operations import (
+    BATCH_NORMS,
+    BY_MASK,
+    PUT_BY_MASK,
+    Traits,
+    copied,
+    functional_form,
+    tensors_at,
+    traits,
+)
 from lightning_ebm.program.random_draws import draws, repeated_without_drawing
 from lightning_ebm.program.record import (
     Mark,
@@ -30,6 +41,7 @@ from lightning_ebm.program.record import (
     Record,
     StateKey,
     Value,
+    is_continuous,
     meta_of,
     outside_meta_of,
     stands_for,
@@ -40,10 +52,8 @@ TakesCare = Callable[[Tensor, dict[str, Any]], bool]
 """Told of a `backward` call, by the tensor and its options; answers whether it has done what the call was to do."""
 
 _BACKWARD = ("gradient", "retain_graph", "create_graph", "inputs")
-_BY_MASK = frozenset({"index", "masked_select"})
-_SLOPED = _BY_MASK | {"_ctc_loss"}
+_SLOPED = BY_MASK | {"_ctc_loss"}
 """Operations that have a slope, though the shape of what they give depends on values."""
-_PUT_BY_MASK = frozenset({"index_put", "index_put_", "_index_put_impl_"})
 _COLLECTIVE = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})
 _DETACH = torch.ops.aten.detach.default
 
@@ -68,6 +78,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.held: dict[Value, Tensor] = {}
         """What values hold that the pass computed, as long as the record is not released."""
         self._marked: set[Value] = set()
+        self._follower: Follower | None = None
         self._written_over: list[Tensor] = []
         self._aliasing = Aliasing()
         self._undo: list[tuple[Tensor, Tensor]] | None = [] if undoes else None
@@ -84,6 +95,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _DETACH and not self.asked:  # autograd's own, of a tensor that it saves: the same value
             return self._aliased(func(*args), args[0])
         kind = traits(func)
+        if kind.plain and self._follower is not None and torch.is_grad_enabled():
+            node = self._followed(func, args, kwargs)
+            if node is not None:
+                result = func(*args, **kwargs)
+                self._ended_again(node, kind, result)
+                return result
         written = tensors_at(kind, args, kwargs) if kind.writes else []
         repeated = None
         off = not torch.is_grad_enabled() or func is _DETACH or (kind.dynamic and kind.name not in _SLOPED)
@@ -107,12 +124,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node = Node(func, self._seen(args), named)
         if written:
             self._functional(node, kind)
-        if kind.name in _BY_MASK or kind.name in _PUT_BY_MASK:
+        if kind.name in BY_MASK or kind.name in PUT_BY_MASK:
             self._freeze_masks(node, kind)
         self._about_to_write(written)
         result = func(*args, **kwargs)
         if repeated is not None:
             by, given = repeated(args, kwargs, result)
+            again = None if kind.writes else self._followed(by, given, {})
+            if again is not None:
+                self._ended_again(again, kind, result)
+                return result
             node, written = Node(by, self._seen(given), {}), written[:1] if kind.name.endswith("_") else []
         self._ended(node, kind, written, result)
         if written and kind.name in BATCH_NORMS:
@@ -139,20 +160,63 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def mark(self, key: StateKey, module: nn.Module, drive: Value | None, output: Tensor, weighted: bool) -> Mark:
         """Notes that a call of a watched module returned a tensor: downstream of here it is read as a state."""
         prediction = self.value(output)
-        node = Node(stands_for, (prediction, key), {})
-        state = Value(node, prediction.meta)
-        node.results.append(state)
-        self.record.nodes.append(node)
+        rounding = _rounding(*prediction.meta[2:4])
+        mark = self._follower and self._follower.mark(key, module, drive, prediction, rounding, weighted)
+        if mark is None:
+            self._follower = None
+            node = Node(stands_for, (prediction, key), {})
+            state = Value(node, prediction.meta)
+            node.results.append(state)
+            mark = Mark(key, module, prediction if drive is None else drive, prediction, state, rounding, weighted)
+        state = mark.state
+        assert state.node is not None
+        self.record.nodes.append(state.node)
         self._bind(output, state)
         self.held[state] = output
         self._marked.add(state)
-        mark = Mark(key, module, prediction if drive is None else drive, prediction, state, _rounding(output), weighted)
         self.record.marks.append(mark)
         return mark
 
     def stands_for(self, tensor: Tensor, value: Value) -> None:
         """Notes that a tensor holds a value that another one held when it was recorded."""
         self._bind(tensor, value)
+
+    # Following a known record
+
+    def follow(self, trail: Trail) -> None:
+        """From its beginning on, the pass is compared with a known one, whose nodes and values it takes over."""
+        self._follower = Follower(trail, self._read, self._from_outside)
+
+    def _read(self, tensor: Tensor) -> Value | None:
+        """What a tensor holds; None if this pass has not seen it."""
+        known = self._known.get(id(tensor))
+        if known is None or known[0]() is not tensor:
+            return None
+        value = known[1]
+        if value.node is None and value.meta[-1] is not (tensor.requires_grad and tensor.is_leaf):
+            return _ANOTHER  # it has been frozen, or set free, since
+        return value
+
+    def _followed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Node | None:
+        """The node of the known pass, if this one goes on as that did."""
+        node = None if self._follower is None else self._follower.operation(func, args, kwargs)
+        if node is None:
+            self._follower = None
+        return node
+
+    def _ended_again(self, node: Node, kind: Traits, result: Any) -> None:
+        """The same for an operation that is followed."""
+        results = result if isinstance(result, list | tuple) else (result,)
+        if not same_results(node, results):
+            self._follower = None
+            self._ended(Node(node.func, node.args, node.kwargs), kind, (), result)
+            return
+        self.record.nodes.append(node)
+        for value, tensor in zip(node.results, results, strict=True):
+            if value is not None:
+                self._bind(tensor, value)
+                if not kind.views:
+                    self.held[value] = tensor
 
     def _ended(self, node: Node, kind: Traits, written: Sequence[Tensor], result: Any) -> None:
         results = result if isinstance(result, list | tuple) else (result,)
@@ -172,6 +236,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if values is not None:
                 self.record.reads.append((str(node.func), values))
             return
+        self._follower = None
         self.record.nodes.append(node)
         for tensor in written if kind.name not in BATCH_NORMS else ():
             now = self.value(tensor)
@@ -199,7 +264,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _freeze_masks(self, node: Node, kind: Traits) -> None:
         """How many elements a mask picks belongs to the recorded pass: masks by which others are cut are constants."""
-        if kind.name in _PUT_BY_MASK and node.args[2].shape.numel() == 1:
+        if kind.name in PUT_BY_MASK and node.args[2].shape.numel() == 1:
             return
 
         def frozen(arg: Any) -> Any:
@@ -230,6 +295,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 "torch.utils.checkpoint with use_reentrant=True runs the layers where nothing can be recorded, so that"
                 " they could not relax and their parameters would not learn. Use use_reentrant=False."
             )
+        self._follower = None
         node = Node(run, self._seen(args), self._seen_by_name(kwargs))
         before = {id(t) for t in _tensors((args, kwargs))}
         with self.pausing():
@@ -259,6 +325,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         after = result if isinstance(result, tuple) else (result,)
         pairs = [(old, new) for old, new in zip(before, after, strict=True) if isinstance(old, Tensor)]
         if any(new is not old for old, new in pairs):
+            self._follower = None
             node = Node(func, (call, *self._seen([old for old, _ in pairs])), {})
             for _, tensor in pairs:
                 value = Value(node, meta_of(tensor))
@@ -286,7 +353,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _seen_by_name(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return dict(zip(kwargs, self._seen(kwargs.values()), strict=True))
 
-    def _from_outside(self, tensor: Tensor) -> Value:
+    def _from_outside(self, tensor: Tensor, value: Value | None = None) -> Value:
+        """Notes what a tensor holds that nothing here computed: a new value, or that of a known pass."""
         if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or tensor.layout is not torch.strided:
             raise UnsupportedModuleError(
                 f"The step computes with a tensor of class {type(tensor).__name__} and layout {tensor.layout}; what is"
@@ -294,7 +362,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         if tensor.requires_grad and not tensor.is_leaf:
             _refuse_unrecorded(tensor)
-        value = Value(None, outside_meta_of(tensor))
+        value = value or Value(None, outside_meta_of(tensor))
         self._bind(tensor, value)
         self.record.inputs[value] = tensor
         if tensor.requires_grad:
@@ -305,8 +373,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return value
 
     def _bind(self, tensor: Tensor, value: Value) -> None:
-        self._known[id(tensor)] = weakref.ref(tensor), value
-        self._aliasing.seen(tensor)
+        ref = weakref.ref(tensor)
+        self._known[id(tensor)] = ref, value
+        self._aliasing.seen(ref)
 
     def _rebind(self, tensor: Tensor, value: Value | None) -> Value | None:
         """What a tensor holds; given a value, it holds that from now on."""
@@ -365,6 +434,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _constant(self, tensor: Tensor) -> None:
         """What was drawn has no slope, whatever autograd makes of it later."""
+        if self._follower is not None:
+            return  # it is looked at when it is used
         value = Value(None, outside_meta_of(tensor))
         self._bind(tensor, value)
         self.record.inputs[value] = tensor
@@ -478,6 +549,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         seams.leave(self)
 
 
+_ANOTHER = Value(None, ())
+
+
 class _Calls(TorchFunctionMode):
     """Sees calls of torch's functions that leave no trace, or another one, below autograd."""
 
@@ -581,9 +655,12 @@ def _refuse_unrecorded(tensor: Tensor) -> None:
     )
 
 
-def _rounding(tensor: Tensor) -> float:
-    if not tensor.is_floating_point() and not tensor.is_complex():
-        return 0.0
-    device = tensor.device.type
-    computed_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
-    return max(torch.finfo(tensor.dtype).eps, torch.finfo(computed_in).eps)
+def _rounding(dtype: torch.dtype, device: torch.device) -> float:
+    kind = device.type
+    computed_in = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+    return max(_eps(dtype), _eps(computed_in))
+
+
+@cache
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps if is_continuous(dtype) else 0.0
