@@ -121,11 +121,11 @@ def watched(root: nn.Module, recorder: Recorder, watch: Watch, replace: Replace)
     hooks = _Hooks()
     with ExitStack() as stack:
         stack.callback(hooks.remove)
+        hooks.add(root, root.register_forward_pre_hook(note_batch, with_kwargs=True))
         for module in names:
             hooks.add(module, module.register_forward_hook(after))
         for module in watch.activations:
             hooks.add(module, module.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.add(root, root.register_forward_pre_hook(note_batch, with_kwargs=True))
         if watch.compiled:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_ebm.program.following import Trail, same_constant
-from lightning_ebm.program.record import Mark, Record, Value
+from lightning_ebm.program.numbers import OtherNumbers, Site, as_input, may_differ
+from lightning_ebm.program.record import Mark, Node, Record, Value
 
 
 class Outline:
@@ -72,6 +73,7 @@ class Outline:
         """
         here = dict(known)
         taken = set(known.values())
+        numbers: list[tuple[Any, Site]] = []
         queue = list(zip(self.roots, roots, strict=True))
 
         def same(old: Any, new: Any) -> bool:
@@ -85,6 +87,16 @@ class Outline:
             if isinstance(old, Tensor):
                 return old is new
             return same_constant(old, new)
+
+        def same_arguments(one: Node, other: Node) -> bool:
+            if len(one.args) != len(other.args):
+                return False
+            for position, (old, new) in enumerate(zip(one.args, other.args, strict=True)):
+                if not same(old, new):
+                    if not may_differ(other, position, old, new):
+                        return False
+                    numbers.append((old, Site(other, position)))
+            return same(tuple(one.kwargs.items()), tuple(other.kwargs.items()))
 
         while queue:
             old, new = queue.pop()
@@ -107,7 +119,7 @@ class Outline:
                 continue
             if one.func is not other.func and one.func != other.func:
                 return f"an operation, {one} before and {other} now"
-            if not (same(one.args, other.args) and same(tuple(one.kwargs.items()), tuple(other.kwargs.items()))):
+            if not same_arguments(one, other):
                 return f"a constant, {one} before and {other} now"
             if len(one.results) != len(other.results):
                 return f"the results of {one}"
@@ -116,6 +128,9 @@ class Outline:
                     if result.meta != again.meta or here.setdefault(result, again) is not again:
                         return f"which result of {one} it uses"
                     taken.add(again)
+        if any(type(old) is not Value for old, _ in numbers):
+            return OtherNumbers([site for _, site in numbers])
+        here.update({old: as_input(site, record) for old, site in numbers})
         return here
 
     def _same_leaf(self, old: Value, new: Tensor | None) -> bool:

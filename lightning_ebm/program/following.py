@@ -40,14 +40,16 @@ class Follower:
         trail: of the known pass.
         read: see `Read`.
         take: see `Take`.
+        take_number: notes which number an input is.
     """
 
-    def __init__(self, trail: Trail, read: Read, take: Take) -> None:
+    def __init__(self, trail: Trail, read: Read, take: Take, take_number: Callable[[Value, complex], None]) -> None:
         self._nodes = trail.nodes
         self._trail = trail
         self._at = 0
         self._read = read
         self._take = take
+        self._take_number = take_number
         self._taken: set[Value] = set()
 
     def operation(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Node | None:
@@ -92,6 +94,11 @@ class Follower:
             return type(known) is tuple and len(arg) == len(known) and all(map(self._same, arg, known))
         if isinstance(arg, torch.Generator):
             return known is None
+        if type(known) is Value and known.number is not None:
+            if type(arg) is not known.number:
+                return False
+            self._take_number(known, arg)
+            return True
         return same_constant(arg, known)
 
     def _is_again(self, tensor: Tensor, known: Value) -> bool:

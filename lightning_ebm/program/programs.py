@@ -15,6 +15,7 @@ from lightning_ebm.program.code import TracedProgram
 from lightning_ebm.program.comparison import Outline
 from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.layers import LayerFinder, Layers, Output
+from lightning_ebm.program.numbers import OtherNumbers, as_input
 from lightning_ebm.program.record import Node, Record, Value, depending, meta_of
 from lightning_ebm.program.recorder import Recorder
 from lightning_ebm.program.reduction import reduced_sizes
@@ -110,9 +111,15 @@ class Programs:
             LayerDiscoveryError: no call could carry a state.
             UnsupportedModuleError: the record is not of what autograd would differentiate.
         """
-        value, record = recorder.value(loss), recorder.settle()
-        for known in self._known:
+        value, record, before = recorder.value(loss), recorder.settle(), 0
+        for known in list(self._known):
             found = known.outline.repeated_by(record, value)
+            if isinstance(found, OtherNumbers):  # from now on they are inputs of the program, whose place it takes
+                for site in found.sites:
+                    as_input(site, record)
+                self._known.remove(known)
+                before = known.uses
+                break
             if not isinstance(found, str):
                 self._known.remove(known)
                 self._known.insert(0, known)
@@ -123,7 +130,9 @@ class Programs:
         program = Program(record, marks, value)
         with recorder.pausing(), torch.enable_grad():
             check_against_autograd(self._module, program, plan, loss)
-        return Found(program, self._added(program, plan, value), None)
+        added = self._added(program, plan, value)
+        added.uses += before
+        return Found(program, added, None)
 
     def _say_what_is_read(self, record: Record) -> None:
         """Once: a branch, or the shape of a mask, may hang on a number that Python read off a layer."""

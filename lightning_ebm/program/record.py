@@ -18,14 +18,16 @@ class Value:
         node: what computed it; None for what came from outside of the record.
         meta: shape, strides, dtype and device; of what came from outside also whether it requires a gradient.
         poison: why it cannot be used any more, if it cannot.
+        number: of a number that is an input, int or float; None of tensors.
     """
 
-    __slots__ = ("meta", "node", "poison")
+    __slots__ = ("meta", "node", "number", "poison")
 
     def __init__(self, node: "Node | None", meta: Meta) -> None:
         self.node = node
         self.meta = meta
         self.poison: str | None = None
+        self.number: type | None = None
 
     @property
     def shape(self) -> torch.Size:

@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.aliasing import Aliasing
 from lightning_ebm.program.following import Follower, Trail, same_results
+from lightning_ebm.program.numbers import hold
 from lightning_ebm.program.operations import (
     BATCH_NORMS,
     BY_MASK,
@@ -185,7 +186,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def follow(self, trail: Trail) -> None:
         """From its beginning on, the pass is compared with a known one, whose nodes and values it takes over."""
-        self._follower = Follower(trail, self._read, self._from_outside)
+        def take_number(value: Value, number: complex) -> None:
+            hold(value, number, self.record)
+
+        self._follower = Follower(trail, self._read, self._from_outside, take_number)
 
     def _read(self, tensor: Tensor) -> Value | None:
         """What a tensor holds; None if this pass has not seen it."""
