@@ -121,6 +121,8 @@ class Programs:
                 before = known.uses
                 break
             if not isinstance(found, str):
+                if record.reads_graph:
+                    self._check(recorder, Program(record, found[0], value), known.plan, loss)
                 self._known.remove(known)
                 self._known.insert(0, known)
                 known.uses += 1
@@ -128,11 +130,14 @@ class Programs:
         self._say_what_is_read(record)
         plan, marks = self._finder.find(record, value, partial)
         program = Program(record, marks, value)
-        with recorder.pausing(), torch.enable_grad():
-            check_against_autograd(self._module, program, plan, loss)
+        self._check(recorder, program, plan, loss)
         added = self._added(program, plan, value)
         added.uses += before
         return Found(program, added, None)
+
+    def _check(self, recorder: Recorder, program: Program, plan: Plan, loss: Tensor) -> None:
+        with recorder.pausing(), torch.enable_grad():
+            check_against_autograd(self._module, program, plan, loss)
 
     def _say_what_is_read(self, record: Record) -> None:
         """Once: a branch, or the shape of a mask, may hang on a number that Python read off a layer."""

@@ -527,6 +527,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self.paused -= 1
 
+    def takes_care(self, loss: Tensor, gradient: Tensor | None, options: dict[str, Any]) -> bool:
+        """Whether somebody else does what a `backward` call was to do."""
+        if self.on_backward is None:
+            return False
+        return self.on_backward(loss, {**options, "gradient": gradient})
+
+    @contextmanager
+    def asking_nobody(self) -> Any:
+        """Within it `backward` calls are let pass."""
+        before, self.on_backward = self.on_backward, None
+        try:
+            yield
+        finally:
+            self.on_backward = before
+
     @contextmanager
     def handing_over(self) -> Any:
         """Within it nothing is recorded, and gradients of leaves change, which the pass may read before and after."""
@@ -584,19 +599,29 @@ class _Calls(TorchFunctionMode):
                 func(*args, **kwargs)
             return recorder.forget(args[0])
         if func is _BACKWARD_OF:
-            listens = recorder.on_backward
-            if listens is not None and listens(args[0], {**dict(zip(_BACKWARD, args[1:], strict=False)), **kwargs}):
+            options = {**dict(zip(_BACKWARD, args[1:], strict=False)), **kwargs}
+            if recorder.takes_care(args[0], options.pop("gradient", None), options):
                 return None
-            return func(*args, **kwargs)
+            with recorder.asking_nobody():
+                return func(*args, **kwargs)
         if func is F.gumbel_softmax:
             return self._gumbel_softmax(*args, **kwargs)
         if func in _NUMPY:
             result = func(*args, **kwargs)
             recorder.shared_with_numpy(args[0])
             return result
+        if func == _GRAPH:
+            recorder.record.reads_graph = True
+            return func(*args, **kwargs)
         if func is _HOOK:
             tensor, hook = args[0], args[1] if len(args) > 1 else kwargs["hook"]
             value, owner = recorder.known(tensor), _owner(hook)
+            if owner == "torch.autograd.graph" and value is not None and value.node is not None:
+                raise UnsupportedModuleError(
+                    "The step puts torch.autograd.graph.register_multi_grad_hook on tensors that it computes: the hook"
+                    " waits for all of their gradients in one backward pass, and a relaxation has many, in each of"
+                    " which it would be told of errors. Use tensor.register_hook(...) on each, or put it on parameters."
+                )
             if owner.startswith("lightning.fabric."):  # it only checks who calls backward, and here a learner does
                 return RemovableHandle(OrderedDict())
             if owner.startswith("torch.distributed."):  # it tells FSDP when gradients are about to come
@@ -641,7 +666,8 @@ _SET_DATA, _BACKWARD_OF, _HOOK = Tensor.data.__set__, Tensor.backward, Tensor.re
 _IN_PLACE = frozenset({Tensor.detach_, torch.detach_})
 _DETACHES = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__, *_IN_PLACE})  # type: ignore[attr-defined]
 _NUMPY: frozenset[Any] = frozenset((Tensor.numpy, Tensor.__array__))
-_SEEN = _DETACHES | _NUMPY | {F.gumbel_softmax, _SET_DATA, _HOOK, _BACKWARD_OF}
+_GRAPH = Tensor.grad_fn.__get__  # type: ignore[attr-defined]
+_SEEN = _DETACHES | _NUMPY | {F.gumbel_softmax, _SET_DATA, _HOOK, _BACKWARD_OF, _GRAPH}
 
 
 def _refuse_unrecorded(tensor: Tensor) -> None:
