@@ -12,7 +12,7 @@ from lightning_ebm.delivery import Delivered
 from lightning_ebm.energies.base import Energy, is_bounded
 from lightning_ebm.network import Network, Run, Start
 from lightning_ebm.program.code import Code, Key, TracedProgram
-from lightning_ebm.program.interpreter import Pass, Program, at_prediction
+from lightning_ebm.program.interpreter import Pass, Program
 from lightning_ebm.program.record import Value
 from lightning_ebm.program.wiring import Plan
 from lightning_ebm.relaxers import Forces, Relaxation
@@ -129,7 +129,7 @@ class FastNetwork(Network):
             with torch.enable_grad(), self._arithmetic():
                 return program.run(state_of, values)
 
-        start = Start(self.first_loss, self.free, self.rounding, None)
+        start = Start(self.first_loss, list(self.free), self.rounding, None)
         twin = _Twin(self.energy, self._plan, start, run, self.batch_size, self.loss_scale)
         twin._known_analytic = twin._moved = True  # where it is asked about, it is asked as of any point
         return twin

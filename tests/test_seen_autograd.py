@@ -1,4 +1,4 @@
-"""What the user's code asks of autograd by itself: hooks on nodes, on several tensors, and `torch.autograd.backward`."""
+"""What the user's code asks of autograd: hooks on nodes, on several tensors, and `torch.autograd.backward`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -131,9 +131,10 @@ def test_backward_as_a_function_in_a_closure_is_refused(how: Callable[[Tensor], 
             how(F.cross_entropy(net(x), y) + net[0].weight.square().sum())
         return loss
 
+    for index in range(late):
+        learner.backward(lambda index=index: closure(*batch(index), index))
     with pytest.raises(ebm.ConfigurationError, match="backward"):
-        for index in range(late + 1):
-            learner.backward(lambda index=index: closure(*batch(index), index))
+        learner.backward(lambda: closure(*batch(late), late))
 
 
 def test_backward_as_a_function_on_given_inputs_is_let_pass() -> None:

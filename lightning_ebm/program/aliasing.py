@@ -114,6 +114,17 @@ def _memory(tensor: Tensor) -> int:
         return 0
 
 
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether it is what a transform of torch.func hands to modules: what they compute is part of what follows."""
+    if tensor.layout is not torch.strided:
+        return False
+    try:
+        tensor.untyped_storage()
+    except RuntimeError:
+        return True
+    return False
+
+
 def _order(tensor: Tensor) -> tuple[int, ...]:
     strides = tensor.stride()
     return tuple(sorted(range(tensor.ndim), key=lambda d: (-strides[d], -tensor.shape[d])))

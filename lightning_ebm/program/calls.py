@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from lightning_ebm.program.aliasing import is_wrapped
 from lightning_ebm.program.record import Mark, StateKey, Value, is_continuous
 from lightning_ebm.program.recorder import Recorder
 from lightning_ebm.tree import modules_of, parameters_of
@@ -79,12 +80,11 @@ def watched(root: nn.Module, recorder: Recorder, watch: Watch, replace: Replace)
     drives: dict[nn.Module, Value] = {}
 
     def marks_now() -> bool:
-        # Inside of a transform of torch.func modules see wrapped tensors: what they compute is part of what follows.
-        return torch.is_grad_enabled() and not recorder.paused and torch._C._functorch.peek_interpreter_stack() is None
+        return torch.is_grad_enabled() and not recorder.paused
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         drive = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if module in names and drive is not None and marks_now():
+        if module in names and drive is not None and marks_now() and not is_wrapped(drive):
             drives[module] = recorder.value(drive)
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -100,7 +100,9 @@ def watched(root: nn.Module, recorder: Recorder, watch: Watch, replace: Replace)
         replaced = False
         for part, i in enumerate(tensors):
             tensor = leaves[i]
-            if recorder.known(tensor) is None and not tensor.requires_grad and module not in chosen:
+            if recorder.known(tensor) is None and (
+                is_wrapped(tensor) or (not tensor.requires_grad and module not in chosen)
+            ):
                 continue
             key = StateKey(names[module], number, part)
             mark = recorder.mark(key, module, drive, tensor, weighted[module])

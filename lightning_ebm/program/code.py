@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.graph import CodeGen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ebm.program.interpreter import Program
@@ -85,7 +86,8 @@ class Code:
     @torch.no_grad()
     def before(self, given: Sequence[Tensor], held: Callable[[Value], Tensor | None]) -> list[Tensor]:
         """What every point needs of a batch."""
-        return list(self._once([*given, *map(held, self.recalled)]))
+        recalled = [tensor for value in self.recalled if (tensor := held(value)) is not None]
+        return list(self._once([*given, *recalled]))
 
     def at(self, inputs: list[Tensor]) -> list[Tensor]:
         """The evaluation at a point.
@@ -163,8 +165,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _aten.t.default and (turned := self.node(args[0])).target is func:  # turned round twice
             self._bind(result, turned.args[0])  # type: ignore[arg-type]
             return result
-        if traits(func).name in _FILLED and isinstance(result, Tensor) and result.is_contiguous():  # whatever it is like
-            filled = args[1:][int(func is _aten.new_full.default)] if "full" in func.__name__ else int("ones" in func.__name__)
+        if (
+            traits(func).name in _FILLED and isinstance(result, Tensor) and result.is_contiguous()
+        ):  # whatever it is like
+            filled = (
+                args[1:][int(func is _aten.new_full.default)]
+                if "full" in func.__name__
+                else int("ones" in func.__name__)
+            )
             func, args = _aten.full.default, (tuple(result.shape), filled)
             kwargs = {"dtype": result.dtype, "device": result.device}
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -280,7 +288,7 @@ def _without_alpha(graph: fx.Graph) -> None:
 def _compiled(forward: Run, inputs: Sequence[Tensor]) -> Run:
     module: Any = forward.__self__  # type: ignore[attr-defined]
     _without_alpha(module.graph)
-    module.graph.set_codegen(fx.CodeGen())
+    module.graph.set_codegen(CodeGen())
     module.recompile()
     try:
         run = torch._inductor.compile(module, list(inputs))

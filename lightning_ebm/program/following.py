@@ -95,7 +95,7 @@ class Follower:
         if isinstance(arg, torch.Generator):
             return known is None
         if type(known) is Value and known.number is not None:
-            if type(arg) is not known.number:
+            if not isinstance(arg, int | float) or type(arg) is not known.number:
                 return False
             self._take_number(known, arg)
             return True

@@ -1,4 +1,4 @@
-"""Numbers that Python computes anew at every step, such as a schedule's factor: inputs of a program, not parts of it."""
+"""Numbers that Python computes anew at every step, such as a schedule's factor: inputs of a program."""
 
 from typing import Any, NamedTuple
 

@@ -162,7 +162,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Notes that a call of a watched module returned a tensor: downstream of here it is read as a state."""
         prediction = self.value(output)
         rounding = _rounding(*prediction.meta[2:4])
-        mark = self._follower and self._follower.mark(key, module, drive, prediction, rounding, weighted)
+        mark = None
+        if self._follower is not None:
+            mark = self._follower.mark(key, module, drive, prediction, rounding, weighted)
         if mark is None:
             self._follower = None
             node = Node(stands_for, (prediction, key), {})
@@ -186,6 +188,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def follow(self, trail: Trail) -> None:
         """From its beginning on, the pass is compared with a known one, whose nodes and values it takes over."""
+
         def take_number(value: Value, number: complex) -> None:
             hold(value, number, self.record)
 
@@ -666,7 +669,7 @@ _SET_DATA, _BACKWARD_OF, _HOOK = Tensor.data.__set__, Tensor.backward, Tensor.re
 _IN_PLACE = frozenset({Tensor.detach_, torch.detach_})
 _DETACHES = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__, *_IN_PLACE})  # type: ignore[attr-defined]
 _NUMPY: frozenset[Any] = frozenset((Tensor.numpy, Tensor.__array__))
-_GRAPH = Tensor.grad_fn.__get__  # type: ignore[attr-defined]
+_GRAPH = Tensor.grad_fn.__get__  # type: ignore[union-attr]
 _SEEN = _DETACHES | _NUMPY | {F.gumbel_softmax, _SET_DATA, _HOOK, _BACKWARD_OF, _GRAPH}
 
 

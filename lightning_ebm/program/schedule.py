@@ -5,16 +5,23 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, fx
+from torch.fx.graph import CodeGen
 
 from lightning_ebm.program.operations import traits
 
-BYTES, SHARES = "bytes", "shares"
-"""What a node's `meta` says of its result: its size, and whether it lies in the memory of the first argument."""
+_BYTES = "bytes"
+"""What a node's `meta` calls the size of its result."""
 
 
 def note_size(node: fx.Node, result: Tensor) -> None:
     """Notes how large what a node computes is."""
-    node.meta[BYTES] = result.numel() * result.element_size()
+    node.meta[_BYTES] = result.numel() * result.element_size()
+
+
+def size_of(node: fx.Node) -> int:
+    """Bytes of what a node computes, as far as anybody has noted it."""
+    size: int = node.meta.get(_BYTES, 0)
+    return size
 
 
 def _memory(node: fx.Node) -> fx.Node:
@@ -51,13 +58,13 @@ class _Held:
 
     def taken(self, node: fx.Node) -> int:
         """What running an operation adds."""
-        return node.meta.get(BYTES, 0) if _memory(node) is node else 0
+        return size_of(node) if _memory(node) is node else 0
 
     def freed(self, node: fx.Node) -> int:
         """What nobody reads any more once it has run."""
         last = (m for m in self._read[node] if self._left[m] == 1 and m in self._own)
         unread = 0 if self._left.get(_memory(node), 0) else self.taken(node)
-        return sum(m.meta.get(BYTES, 0) for m in last) + unread
+        return sum(size_of(m) for m in last) + unread
 
     def run(self, node: fx.Node) -> None:
         """Notes that it has run."""
@@ -68,7 +75,7 @@ class _Held:
 def peak(order: Sequence[fx.Node], given: Collection[fx.Node], end: fx.Node) -> int:
     """Bytes at the peak of running the operations in this order, beside what others hold."""
     held = _Held(order, given, end)
-    now = most = sum(node.meta.get(BYTES, 0) for node in given)
+    now = most = sum(size_of(node) for node in given)
     for node in order:
         now += held.taken(node)
         most = max(most, now)
@@ -86,7 +93,7 @@ def sparing(nodes: Sequence[fx.Node], given: Collection[fx.Node], end: fx.Node) 
         end: the node that returns.
     """
     outputs = list(dict.fromkeys(end.all_input_nodes))
-    large = sorted(outputs, key=lambda node: -node.meta.get(BYTES, 0))
+    large = sorted(outputs, key=lambda node: -size_of(node))
     orders = [list(nodes), *(_output_by_output(ends, set(nodes)) for ends in (outputs, large, outputs[::-1]))]
     orders += [_reduced_at_once(order) for order in orders]
     orders += [_greedy(nodes, given, end)]
@@ -118,7 +125,7 @@ def _groups(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     own, group = set(nodes), dict[fx.Node, fx.Node]()
     for node in reversed(nodes):
         user = next(iter(node.users)) if len(node.users) == 1 else None
-        group[node] = group[user] if user in own and _shrinks(user, [node]) else node  # type: ignore[index,arg-type]
+        group[node] = group[user] if user in own and _shrinks(user, [node]) else node
     members: dict[fx.Node, list[fx.Node]] = {}
     for node in nodes:
         members.setdefault(group[node], []).append(node)
@@ -127,7 +134,7 @@ def _groups(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
 
 def _shrinks(node: fx.Node, sources: Iterable[fx.Node]) -> bool:
     """Whether its result is small beside what it is computed from."""
-    return 4 * node.meta.get(BYTES, 0) <= max((s.meta.get(BYTES, 0) for s in sources), default=0)
+    return 4 * size_of(node) <= max((size_of(s) for s in sources), default=0)
 
 
 def _reduced_at_once(order: Sequence[fx.Node]) -> list[fx.Node]:
@@ -190,7 +197,7 @@ def _greedy(nodes: Sequence[fx.Node], given: Collection[fx.Node], end: fx.Node) 
     return list(done)
 
 
-class Emptied(fx.CodeGen):
+class Emptied(CodeGen):
     """Code that takes its inputs as one list, which it empties: it lets go of each when it has read it last."""
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
@@ -203,4 +210,4 @@ class Emptied(fx.CodeGen):
 def code_of(root: fx.GraphModule, graph: fx.Graph) -> Callable[[list[Tensor]], Any]:
     """A graph as a function of one list, see `Emptied`."""
     graph.set_codegen(Emptied())
-    return fx.GraphModule(root, graph).forward  # type: ignore[no-any-return]
+    return fx.GraphModule(root, graph).forward
