@@ -106,8 +106,6 @@ class Follower:
         leaf = self._trail.leaves.get(known)
         if known.meta != outside_meta_of(tensor) or (leaf is not None and leaf() is not tensor):
             return False
-        if leaf is None and tensor.requires_grad:
-            return False
         self._taken.add(known)
         self._take(tensor, known)
         return True

@@ -80,6 +80,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What values hold that the pass computed, as long as the record is not released."""
         self._marked: set[Value] = set()
         self._follower: Follower | None = None
+        self._drawn: set[Value] = set()
+        """What was drawn while a known pass is followed, and nothing has read yet."""
         self._written_over: list[Tensor] = []
         self._aliasing = Aliasing()
         self._undo: list[tuple[Tensor, Tensor]] | None = [] if undoes else None
@@ -192,7 +194,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def take_number(value: Value, number: complex) -> None:
             hold(value, number, self.record)
 
-        self._follower = Follower(trail, self._read, self._from_outside, take_number)
+        self._follower = Follower(trail, self._read, self._is, take_number)
 
     def _read(self, tensor: Tensor) -> Value | None:
         """What a tensor holds; None if this pass has not seen it."""
@@ -200,9 +202,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if known is None or known[0]() is not tensor:
             return None
         value = known[1]
+        if value in self._drawn:
+            return None  # what it corresponds to shows when it is used
         if value.node is None and value.meta[-1] is not (tensor.requires_grad and tensor.is_leaf):
             return _ANOTHER  # it has been frozen, or set free, since
         return value
+
+    def _is(self, tensor: Tensor, value: Value) -> None:
+        """A tensor from outside is what a known value was."""
+        now = self.known(tensor)
+        if now is None:
+            self._from_outside(tensor, value)
+            return
+        self._drawn.discard(now)
+        self.record.inputs[value] = self.record.inputs.pop(now)
+        self._bind(tensor, value)
 
     def _followed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Node | None:
         """The node of the known pass, if this one goes on as that did."""
@@ -441,11 +455,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _constant(self, tensor: Tensor) -> None:
         """What was drawn has no slope, whatever autograd makes of it later."""
-        if self._follower is not None:
-            return  # it is looked at when it is used
         value = Value(None, outside_meta_of(tensor))
         self._bind(tensor, value)
         self.record.inputs[value] = tensor
+        if self._follower is not None:
+            self._drawn.add(value)
 
     def _constant_from_now(self, tensor: Tensor) -> None:
         """Written to while gradients are off: what it holds from now on is a constant, or a leaf's new value."""
@@ -569,6 +583,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._entered.pop().__exit__(*error)
         seams.leave(self)
+        if not self._entered:
+            self._follower = None  # the pass is over
 
 
 _ANOTHER = Value(None, ())
