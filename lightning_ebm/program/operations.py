@@ -1,5 +1,6 @@
 """What kinds of operations do to tensors: what they write to, share, draw."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +75,7 @@ def _traits(func: Any) -> Traits:
     )
 
 
+@cache
 def functional_form(func: Any, kind: Traits) -> Any:
     """The overload that returns what an in-place one writes to its first argument; None where there is none."""
     if kind.writes != (0,) or not kind.name.endswith("_") or not func._schema.name.startswith("aten::"):

@@ -32,6 +32,7 @@ from lightning_ebm.program.operations import (
     Traits,
     copied,
     functional_form,
+    overwritten,
     tensors_at,
     traits,
 )
@@ -123,6 +124,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if kind.random and isinstance(result, Tensor) and not written:
                 self._constant(result)
             return result
+        if self._follower is not None and (alike := self._alike(func, kind, args, written)) is not None:
+            again = self._followed(*alike, kwargs)
+            if again is not None:
+                self._about_to_write(written)
+                result = func(*args, **kwargs)
+                self._ended_again(again, kind, result, written)
+                return result
         named = self._seen_by_name(kwargs) if kwargs else kwargs
         node = Node(func, self._seen(args), named)
         if written:
@@ -225,18 +233,32 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._follower = None
         return node
 
-    def _ended_again(self, node: Node, kind: Traits, result: Any) -> None:
+    def _alike(self, func: Any, kind: Traits, args: Any, written: Sequence[Tensor]) -> tuple[Any, Any] | None:
+        """An operation that writes, as the record has it; None where more goes on than one operation could say."""
+        if kind.name in BATCH_NORMS:
+            return func, _without_statistics(args) if written else args
+        functional = None if kind.random or not written else functional_form(func, kind)
+        if functional in (None, overwritten) or kind.name in PUT_BY_MASK or self._aliasing.others(written[0]):
+            return None
+        return functional, args
+
+    def _ended_again(self, node: Node, kind: Traits, result: Any, written: Sequence[Tensor] = ()) -> None:
         """The same for an operation that is followed."""
         results = result if isinstance(result, list | tuple) else (result,)
+        if kind.name in BATCH_NORMS:
+            for tensor in written:
+                self._constant_from_now(tensor)
+        elif written:
+            results = (*results, *written)
         if not same_results(node, results):
             self._follower = None
-            self._ended(Node(node.func, node.args, node.kwargs), kind, (), result)
+            self._ended(Node(node.func, node.args, node.kwargs), kind, written, result)
             return
         self.record.nodes.append(node)
         for value, tensor in zip(node.results, results, strict=True):
             if value is not None:
                 self._bind(tensor, value)
-                if not kind.views:
+                if not (tensor._is_view() if written else kind.views):
                     self.held[value] = tensor
 
     def _ended(self, node: Node, kind: Traits, written: Sequence[Tensor], result: Any) -> None:
@@ -273,7 +295,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _functional(self, node: Node, kind: Traits) -> None:
         """The same operation without writing to anything."""
         if kind.name in BATCH_NORMS:  # statistics of the batch; those that run are no part of what is differentiated
-            node.args = (*node.args[:3], None, None, *node.args[5:])
+            node.args = _without_statistics(node.args)
         elif kind.name == "copy_" and node.args[0].meta[2].is_complex >= node.args[1].meta[2].is_complex:
             # Of what was there before only the kind of tensor matters.
             target, source = node.args[:2]
@@ -670,6 +692,11 @@ def _collective(name: str) -> UnsupportedModuleError:
         " and every rank takes as many as its own batch needs, so that ranks would wait for each other for ever. Gather"
         " what is a constant (torch.no_grad, or all_gather without sync_grads), or compute the loss locally."
     )
+
+
+def _without_statistics(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a batch norm is given, but for the running statistics."""
+    return (*args[:3], None, None, *args[5:])
 
 
 def _tensors(held: Any) -> list[Tensor]:
