@@ -143,7 +143,8 @@ def a_lookup(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
 CHANGES = [
     another_constant, a_sign, another_operation, operands_the_other_way_round, another_input_of_the_same_kind,
     the_same_tensor_twice, another_parameter, a_frozen_parameter, a_leaf_that_the_step_makes, other_strides,
-    a_call_that_is_missing, a_detour, dropout, written_in_place, written_through_a_view_late, batch_norm, noise, in_place_late, a_hook_that_begins, gradients_off,
+    a_call_that_is_missing, a_detour, dropout, written_in_place, written_through_a_view_late, batch_norm, noise,
+     in_place_late, a_hook_that_begins, gradients_off,
     another_batch, a_lookup,
 ]  # fmt: skip
 
