@@ -227,7 +227,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gradient hooks are forgotten",
-        "program/recorder.py",
+        "program/torch_calls.py",
         "recorder.record.hooks.setdefault(value, []).append(hook)",
         "pass",
         "programs",

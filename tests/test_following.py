@@ -176,6 +176,17 @@ def norm(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
     return F.relu_(net.norm(h))
 
 
+@pytest.mark.parametrize("capture", [True, False])
+def test_the_layers_are_those_of_the_parameters_that_are_used_now(capture: bool) -> None:
+    net, named = Net(), []
+    learner = ebm.Learner(net, "zero-divergence", capture=capture)
+    for index in range(2 * LATE):
+        learner.gradients(lambda index=index: step(net, another_parameter, index))
+        assert learner.plan is not None
+        named.append({name for row in learner.plan.rows for name in row.parameters} & {"scale", "other"})
+    assert named == [{"scale"}] * LATE + [{"other"}] * LATE
+
+
 def built(net: Net, change: Change, monkeypatch: pytest.MonkeyPatch, algorithm: str = "zero-divergence") -> list[int]:
     """How many operations were written down anew, step by step."""
     learner, counts = ebm.Learner(net, algorithm), []

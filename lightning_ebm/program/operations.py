@@ -122,3 +122,8 @@ def tensors_at(kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
         arg = kwargs.get(where) if isinstance(where, str) else args[where] if where < len(args) else None
         found.extend(t for t in (arg if isinstance(arg, list | tuple) else (arg,)) if isinstance(t, Tensor))
     return found
+
+
+def without_statistics(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a batch norm is given, but for the running statistics."""
+    return (*args[:3], None, None, *args[5:])

@@ -7,7 +7,6 @@ of the program that ran.
 """
 
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -15,11 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.aliasing import Aliasing
@@ -35,6 +31,7 @@ from lightning_ebm.program.operations import (
     overwritten,
     tensors_at,
     traits,
+    without_statistics,
 )
 from lightning_ebm.program.random_draws import draws, repeated_without_drawing
 from lightning_ebm.program.record import (
@@ -49,11 +46,11 @@ from lightning_ebm.program.record import (
     stands_for,
 )
 from lightning_ebm.program.seams import seams
+from lightning_ebm.program.torch_calls import TorchCalls
 
 TakesCare = Callable[[Tensor, dict[str, Any]], bool]
 """Told of a `backward` call, by the tensor and its options; answers whether it has done what the call was to do."""
 
-_BACKWARD = ("gradient", "retain_graph", "create_graph", "inputs")
 _SLOPED = BY_MASK | {"_ctc_loss"}
 """Operations that have a slope, though the shape of what they give depends on values."""
 _COLLECTIVE = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})
@@ -236,7 +233,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _alike(self, func: Any, kind: Traits, args: Any, written: Sequence[Tensor]) -> tuple[Any, Any] | None:
         """An operation that writes, as the record has it; None where more goes on than one operation could say."""
         if kind.name in BATCH_NORMS:
-            return func, _without_statistics(args) if written else args
+            return func, without_statistics(args) if written else args
         functional = None if kind.random or not written else functional_form(func, kind)
         if functional in (None, overwritten) or kind.name in PUT_BY_MASK or self._aliasing.others(written[0]):
             return None
@@ -295,7 +292,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _functional(self, node: Node, kind: Traits) -> None:
         """The same operation without writing to anything."""
         if kind.name in BATCH_NORMS:  # statistics of the batch; those that run are no part of what is differentiated
-            node.args = _without_statistics(node.args)
+            node.args = without_statistics(node.args)
         elif kind.name == "copy_" and node.args[0].meta[2].is_complex >= node.args[1].meta[2].is_complex:
             # Of what was there before only the kind of tensor matters.
             target, source = node.args[:2]
@@ -594,7 +591,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._known.pop(id(alias), None)
 
     def __enter__(self) -> "Recorder":
-        calls = _Calls(self)
+        calls = TorchCalls(self)
         seams.enter(self)
         calls.__enter__()  # type: ignore[no-untyped-call]
         self._entered.append(calls)
@@ -612,80 +609,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 _ANOTHER = Value(None, ())
 
 
-class _Calls(TorchFunctionMode):
-    """Sees calls of torch's functions that leave no trace, or another one, below autograd."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        recorder = self._recorder
-        if recorder.paused or func not in _SEEN:
-            return func(*args, **kwargs)
-        if func in _DETACHES:
-            before, recorder.asked = recorder.asked, True
-            try:
-                result = func(*args, **kwargs)
-            finally:
-                recorder.asked = before
-            if func in _IN_PLACE:
-                recorder.forget(args[0])
-            return result
-        if func == _SET_DATA:  # another object at every look
-            recorder.about_to_move(args[0])
-            recorder.moved_from(args[0])
-            with recorder.pausing():
-                func(*args, **kwargs)
-            return recorder.forget(args[0])
-        if func is _BACKWARD_OF:
-            options = {**dict(zip(_BACKWARD, args[1:], strict=False)), **kwargs}
-            if recorder.takes_care(args[0], options.pop("gradient", None), options):
-                return None
-            with recorder.asking_nobody():
-                return func(*args, **kwargs)
-        if func is F.gumbel_softmax:
-            return self._gumbel_softmax(*args, **kwargs)
-        if func in _NUMPY:
-            result = func(*args, **kwargs)
-            recorder.shared_with_numpy(args[0])
-            return result
-        if func == _GRAPH:
-            recorder.record.reads_graph = True
-            return func(*args, **kwargs)
-        if func is _HOOK:
-            tensor, hook = args[0], args[1] if len(args) > 1 else kwargs["hook"]
-            value, owner = recorder.known(tensor), _owner(hook)
-            if owner == "torch.autograd.graph" and value is not None and value.node is not None:
-                raise UnsupportedModuleError(
-                    "The step puts torch.autograd.graph.register_multi_grad_hook on tensors that it computes: the hook"
-                    " waits for all of their gradients in one backward pass, and a relaxation has many, in each of"
-                    " which it would be told of errors. Use tensor.register_hook(...) on each, or put it on parameters."
-                )
-            if owner.startswith("lightning.fabric."):  # it only checks who calls backward, and here a learner does
-                return RemovableHandle(OrderedDict())
-            if owner.startswith("torch.distributed."):  # it tells FSDP when gradients are about to come
-                return func(*args, **kwargs)
-            if value is not None and value.node is not None and tensor.requires_grad:
-                recorder.record.hooks.setdefault(value, []).append(hook)
-            return func(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _gumbel_softmax(
-        self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
-    ) -> Tensor:
-        """The same, operation by operation: torch's own detaches where no mode sees it."""
-        soft = F.gumbel_softmax(logits, tau=tau, eps=eps, dim=dim)
-        if not hard:
-            return soft
-        index = soft.max(dim, keepdim=True)[1]
-        picked = torch.zeros_like(logits, memory_format=torch.legacy_contiguous_format).scatter_(dim, index, 1.0)
-        with self:
-            cut = soft.detach()
-        return picked - cut + soft
-
-
 def _collective(name: str) -> UnsupportedModuleError:
     return UnsupportedModuleError(
         f"The step differentiates through a collective ({name}): it would have to run at every state of a relaxation,"
@@ -694,26 +617,8 @@ def _collective(name: str) -> UnsupportedModuleError:
     )
 
 
-def _without_statistics(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a batch norm is given, but for the running statistics."""
-    return (*args[:3], None, None, *args[5:])
-
-
 def _tensors(held: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(held) if isinstance(leaf, Tensor)]
-
-
-def _owner(hook: Any) -> str:
-    """The module that a hook was written in."""
-    return str(getattr(getattr(hook, "func", hook), "__module__", ""))
-
-
-_SET_DATA, _BACKWARD_OF, _HOOK = Tensor.data.__set__, Tensor.backward, Tensor.register_hook  # type: ignore[attr-defined]
-_IN_PLACE = frozenset({Tensor.detach_, torch.detach_})
-_DETACHES = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__, *_IN_PLACE})  # type: ignore[attr-defined]
-_NUMPY: frozenset[Any] = frozenset((Tensor.numpy, Tensor.__array__))
-_GRAPH = Tensor.grad_fn.__get__  # type: ignore[union-attr]
-_SEEN = _DETACHES | _NUMPY | {F.gumbel_softmax, _SET_DATA, _HOOK, _BACKWARD_OF, _GRAPH}
 
 
 def _refuse_unrecorded(tensor: Tensor) -> None:
