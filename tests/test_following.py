@@ -63,6 +63,17 @@ def a_frozen_parameter(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
     return h * net.scale + (net.other if index < LATE else net.other.detach())
 
 
+def a_parameter_that_is_frozen(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    net.scale.requires_grad_(index < LATE)
+    return h * net.scale + net.other
+
+
+def a_parameter_of_another_shape(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    if index == LATE and net.scale.ndim == 1:
+        net.scale.data = net.scale.data.view(1, 6)
+    return h * net.scale
+
+
 def a_leaf_that_the_step_makes(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
     made = x * 0.1
     if index >= LATE:
@@ -142,7 +153,8 @@ def a_lookup(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
 
 CHANGES = [
     another_constant, a_sign, another_operation, operands_the_other_way_round, another_input_of_the_same_kind,
-    the_same_tensor_twice, another_parameter, a_frozen_parameter, a_leaf_that_the_step_makes, other_strides,
+    the_same_tensor_twice, another_parameter, a_frozen_parameter,
+    a_parameter_that_is_frozen, a_parameter_of_another_shape, a_leaf_that_the_step_makes, other_strides,
     a_call_that_is_missing, a_detour, dropout, written_in_place, written_through_a_view_late, batch_norm, noise,
      in_place_late, a_hook_that_begins, gradients_off,
     another_batch, a_lookup,
