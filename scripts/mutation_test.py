@@ -624,7 +624,7 @@ MUTATIONS = [
         "following",
     ),
     Mutation(
-        "a call of a followed pass may be missing",
+        "a call of another module is followed",
         "program/following.py",
         "was != (module, drive or prediction, rounding, weighted)",
         "False",
@@ -635,13 +635,6 @@ MUTATIONS = [
         "program/following.py",
         "            self._take_number(known, arg)\n",
         "            self._take_number(known, arg) if self._at < 0 else self._take_number(known, known.number(1))\n",
-        "numbers",
-    ),
-    Mutation(
-        "whole numbers and others are one kind",
-        "program/numbers.py",
-        "return old.number is type(new)",
-        "return True",
         "numbers",
     ),
     Mutation(

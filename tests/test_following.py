@@ -19,6 +19,7 @@ class Net(nn.Module):
         torch.manual_seed(0)
         self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
         self.norm = nn.BatchNorm1d(6)
+        self.one, self.two = nn.Buffer(torch.full((6,), 0.5)), nn.Buffer(torch.full((6,), 1.5))
         self.act, self.drop = nn.Tanh(), nn.Dropout(0.3)
         self.other = nn.Parameter(torch.randn(6))
         self.scale = nn.Parameter(torch.ones(6))
@@ -53,6 +54,10 @@ def the_same_tensor_twice(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
     one = torch.full_like(x, 0.5)
     other = torch.full_like(x, 1.5) if index < LATE else one
     return h * one + h.square() * other
+
+
+def two_tensors_where_there_was_one(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return h * net.one + h.square() * (net.one if index < LATE else net.two)
 
 
 def another_parameter(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
@@ -153,7 +158,7 @@ def a_lookup(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
 
 CHANGES = [
     another_constant, a_sign, another_operation, operands_the_other_way_round, another_input_of_the_same_kind,
-    the_same_tensor_twice, another_parameter, a_frozen_parameter,
+    the_same_tensor_twice, two_tensors_where_there_was_one, another_parameter, a_frozen_parameter,
     a_parameter_that_is_frozen, a_parameter_of_another_shape, a_leaf_that_the_step_makes, other_strides,
     a_call_that_is_missing, a_detour, dropout, written_in_place, written_through_a_view_late, batch_norm, noise,
      in_place_late, a_hook_that_begins, gradients_off,
@@ -197,6 +202,40 @@ def test_the_layers_are_those_of_the_parameters_that_are_used_now(capture: bool)
         assert learner.plan is not None
         named.append({name for row in learner.plan.rows for name in row.parameters} & {"scale", "other"})
     assert named == [{"scale"}] * LATE + [{"other"}] * LATE
+
+
+class OwnTanh(nn.Tanh):
+    """Another module with the same operations."""
+
+
+def test_the_layers_are_those_of_the_modules_that_are_called_now() -> None:
+    net, named = Net(), []
+    learner = ebm.Learner(net, "zero-divergence")
+    for index in range(2 * LATE):
+        if index == LATE:
+            net.act = OwnTanh()
+        learner.gradients(lambda index=index: step(net, lambda net, h, x, index: h * 1.0, index))
+        assert learner.plan is not None
+        named.append({row.activation for row in learner.plan.rows})
+    assert named == [{"Tanh"}] * LATE + [{"OwnTanh"}] * LATE
+
+
+def test_a_leaf_that_the_step_makes_late_is_given_its_gradient() -> None:
+    """By the same operations as before."""
+    net = Net()
+    learner = ebm.Learner(net, "zero-divergence")
+    for index in range(2 * LATE):
+        made: list[Tensor] = []
+
+        def change(net: Net, h: Tensor, x: Tensor, index: int, made: list[Tensor] = made) -> Tensor:
+            made.append((x * 0.1).requires_grad_(index >= LATE))
+            return h + made[-1]
+
+        learner.backward(lambda index=index, change=change: step(net, change, index))
+        assert (made[0].grad is not None) == (index >= LATE)
+        if index >= LATE:
+            loss = step(net, change, index)
+            assert torch.allclose(made[0].grad, torch.autograd.grad(loss, made[1])[0], rtol=0, atol=1e-12)
 
 
 def built(net: Net, change: Change, monkeypatch: pytest.MonkeyPatch, algorithm: str = "zero-divergence") -> list[int]:

@@ -107,7 +107,19 @@ def test_kinds_of_numbers_stay_those_of_the_step() -> None:
     assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in ours.parameters())
     for p, q in zip(stock.parameters(), ours.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=0, atol=1e-5)
-    assert learner._programs.latest.traced.program.loss.meta[2] is torch.float32
+    seen = []
+
+    def look(network: Any) -> Any:
+        seen.append(network.forces(list(network.free), 1.0).loss.dtype)
+        return network
+
+    for capture in (True, False):
+        net = Net(torch.float32)
+        learner = ebm.Learner(net, "zero-divergence", capture=capture)
+        learner.observer = look
+        for net.step in range(5):
+            learner.gradients(lambda net=net: weight_of_a_loss(net, torch.ones(5, 4), torch.arange(5) % 3))
+    assert seen == [torch.float32] * 10
 
 
 @pytest.mark.parametrize("capture", [True, False])

@@ -21,6 +21,7 @@ class Outline:
 
     def __init__(self, record: Record, marks: Sequence[Mark], loss: Value) -> None:
         self.keys = [mark.key for mark in marks]
+        self.kinds = [type(mark.module) for mark in marks]
         self.roots = _roots(marks, loss)
         self.states = [mark.state for mark in marks]
         self.notes = list(record.notes)
@@ -45,6 +46,8 @@ class Outline:
         if record.notes != self.notes:
             return "hooks on saved tensors"
         cut = [marks[key] for key in self.keys]
+        if [type(mark.module) for mark in cut] != self.kinds:  # which energies may look at
+            return "which kinds of modules are called"
         known = dict(zip(self.states, (mark.state for mark in cut), strict=True))
         found = self._same(_roots(cut, loss), known, record)
         if isinstance(found, str):
