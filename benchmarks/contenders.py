@@ -7,8 +7,8 @@ import torch
 from networks import Net
 
 import lightning_ebm as ebm
-from lightning_ebm.relaxers.base import Landscape, force_norm
-from lightning_ebm.relaxers.forces import total_energy
+from lightning_ebm.evaluations import ErrorForces, Landscape
+from lightning_ebm.relaxers.base import force_norm
 
 Row = tuple[ebm.Algorithm, dict[str, bool]]
 """An algorithm, and the options of `ebm.Learner`."""
@@ -26,7 +26,7 @@ def settled(tol: float, strength: float = 1.0) -> ebm.Algorithm:
 
 
 def sweeps(free: int, nudged: int, damping: float = 0.0) -> ebm.Algorithm:
-    """Centred equilibrium propagation as published: so many odd-even sweeps, free and at each sign of the nudge."""
+    """Centered equilibrium propagation as published: so many odd-even sweeps, free and at each sign of the nudge."""
     relaxers = {name: ebm.FixedPoint(n, damping=damping) for name, n in (("free_relaxer", free), ("relaxer", nudged))}
     return ebm.algorithm("equilibrium-propagation", **relaxers)
 
@@ -43,7 +43,7 @@ def rows(net: Net, compile: bool) -> dict[str, Row]:
         'predictive-coding, relaxer="auto"': (ebm.algorithm("predictive-coding", relaxer="auto"), {}),
         "error-pc": (ebm.algorithm("error-pc"), {}),
         "pc-nudge": (ebm.algorithm("pc-nudge"), {}),
-        "pc-nudge, centred": (ebm.algorithm("pc-nudge", nudge=ebm.Centered(1e-2)), {}),
+        "pc-nudge, centered": (ebm.algorithm("pc-nudge", nudge=ebm.Centered(1e-2)), {}),
         "zero-divergence": (ebm.algorithm("zero-divergence"), {}),
     }
     if compile:
@@ -68,7 +68,7 @@ class HeavyBall(ebm.Relaxer):
         velocity = [torch.zeros_like(error) for error in point]
         norms: list[torch.Tensor] = []
         while True:
-            forces = landscape.error_forces(point, strength)
+            forces = landscape.evaluate(ErrorForces(), point, strength)
             norms.append(force_norm(landscape, forces.gradients))
             there = bool((norms[-1] <= self.tol * norms[0]).all())
             if there or len(norms) > self.max_steps or not bool(norms[-1].max() <= 1e6 * norms[0].max()):
@@ -77,5 +77,5 @@ class HeavyBall(ebm.Relaxer):
             point = [e + v for e, v in zip(point, velocity, strict=True)]
         residual = norms[-1] / norms[0].clamp_min(1e-30)
         status = "converged" if there else "max_steps"
-        energies = [total_energy(forces, strength)]
+        energies = [forces.total(strength)]
         return ebm.Relaxation(point, "errors", status, len(norms) - 1, residual, energies)  # type: ignore[arg-type]

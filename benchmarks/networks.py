@@ -14,7 +14,7 @@ class Net:
     """A network, and what it is trained on.
 
     Args:
-        make: makes one, freshly initialised.
+        make: makes one, freshly initialized.
         shape: of the batch, ``(B, ...)``; labels are 10 classes.
         steps: Euler steps of predictive coding.
         lr: their size.
@@ -44,7 +44,7 @@ def chain(batch: int, *widths: int, steps: int = 20) -> Net:
 
 
 def conv_net(activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
-    """Four convolutions on 32 x 32 colour images."""
+    """Four convolutions on 32 x 32 color images."""
     layers: list[nn.Module] = []
     for a, b in ((3, 32), (32, 64), (64, 128), (128, 128)):
         layers += [nn.Conv2d(a, b, 3, padding=1), activation(), nn.AvgPool2d(2)]
@@ -52,7 +52,7 @@ def conv_net(activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
 
 
 class Block(nn.Module):
-    """Self-attention and a two-layer MLP, each normalised before and added after."""
+    """Self-attention and a two-layer MLP, each normalized before and added after."""
 
     def __init__(self, width: int, heads: int = 4) -> None:
         super().__init__()

@@ -55,9 +55,9 @@ def steps(given: Settings) -> Lines:
 
 
 def equilibrium_propagation(given: Settings) -> Lines:
-    """Centred EP."""
+    """Centered EP."""
     yield (
-        "## Equilibrium propagation, centred\n\nFree sweeps + nudged ones at each sign, odd layers and then even; or to"
+        "## Equilibrium propagation, centered\n\nFree sweeps + nudged ones at each sign, odd layers then even; or to"
         " a tolerance, by such sweeps or by as few as `AcceleratedFixedPoint` takes. Activations min(max(a, 0), 1) in"
         " the MLPs, tanh in the convolutional net."
     )
@@ -92,7 +92,7 @@ def equilibrium_propagation(given: Settings) -> Lines:
 def other_libraries(given: Settings) -> Lines:
     """The same update by others."""
     yield (
-        "## Other libraries\n\nThe same update everywhere: lambda = 1, 20 Euler steps of .1 on the states of all hidden"
+        "## Other libraries\n\nThe same update everywhere: lambda = 1, 20 Euler steps of 0.1 on states of all hidden"
         " layers from the forward pass, cross-entropy, Adam in one kernel. Each library compiled by its own means, on"
         " one thread, in a process of its own that takes its turn; its ratio is to its own backprop. JAX by hand is"
         " one jitted function a step, with no library on top."
@@ -145,7 +145,7 @@ def automatic(given: Settings) -> Lines:
         f"{SMALL}, weights x 2, lambda 1": (NETS[SMALL], 2.0, settled(1e-3)),
         f"{LARGE}, lambda 1": (NETS[LARGE], 1.0, settled(1e-3)),
         f"{DEEP}, lambda 1": (NETS[DEEP], 1.0, settled(1e-3)),
-        f"{DEEP}, weights x 2, lambda .1": (NETS[DEEP], 2.0, settled(1e-3, 0.1)),
+        f"{DEEP}, weights x 2, lambda 0.1": (NETS[DEEP], 2.0, settled(1e-3, 0.1)),
         "784-256x3-10 with ReLU, batch 64, lambda 1": (_relu(), 1.0, settled(1e-3)),
         "conv 32-64-128-128, batch 16, lambda 1": (NETS["conv 32-64-128-128, batch 16"], 1.0, settled(1e-3)),
         "EP, 784-512-10, batch 128": (shallow, 1.0, sigmoid),
@@ -183,7 +183,7 @@ def passes(given: Settings) -> Lines:
     yield (
         "## Passes to equilibrium\n\nEvaluations of the network, forward and back, until the slowest sample's residual"
         " is below the tolerance; a count is the same on every machine. * stopped at a kink, where no residual"
-        " vanishes; - not there after 100. Momentum: the better of lr .8, momentum .2 and lr .5, momentum .3."
+        " vanishes; - not there after 100. Momentum: the better of lr 0.8, momentum 0.2 and lr 0.5, momentum 0.3."
     )
     yield table("network", "lambda", "to", "ErrorCoordinates", "Anderson, memory 1", "4", "8", "momentum", "lr = 1")
     nets = {
@@ -247,8 +247,8 @@ def to_a_cosine(given: Settings) -> Lines:
     """How long backprop's direction takes."""
     yield (
         "## To a given cosine\n\nThe cheapest setting of each rule whose update has that cosine with the true gradient,"
-        " over all parameters, in backprop steps; - none of those tried: 5 to 320 Euler steps at lambda .01, or"
-        " equilibria at lambda 1 to .001."
+        " over all parameters, in backprop steps; - none of those tried: 5 to 320 Euler steps at lambda 0.01, or"
+        " equilibria at lambda 1 to 0.001."
     )
     targets = (0.9, 0.99, 0.999)
     yield table("network", "rule", *(f"cosine {target}" for target in targets))

@@ -1,9 +1,8 @@
 """Energy-based learning for PyTorch Lightning: relax the states of a network, read a local update off its energy."""
 
-from lightning_ebm import metrics, reference, regime, testing
+from lightning_ebm import evaluations, metrics, reference, regime, testing, updates
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.callbacks import GradientAlignment, RelaxationMonitor
-from lightning_ebm.distributed import EBMDDPStrategy, EBMFSDP2Strategy
 from lightning_ebm.energies import Energy, FenchelYoung, Hopfield, LayerView, LearnedPrecision, PredictiveCoding
 from lightning_ebm.equilibrium import Equilibrium
 from lightning_ebm.errors import (
@@ -13,6 +12,7 @@ from lightning_ebm.errors import (
     RelaxationDivergedError,
     UnsupportedModuleError,
 )
+from lightning_ebm.evaluations import BestResponses, ErrorForces, Evaluation, Forces, Landscape
 from lightning_ebm.learner import Learner
 from lightning_ebm.nudges import (
     Centered,
@@ -41,17 +41,20 @@ from lightning_ebm.relaxers import (
     StateOptimizer,
     Sweep,
 )
-from lightning_ebm.strategy import EBMStrategy
+from lightning_ebm.strategies import EBMDDPStrategy, EBMFSDP2Strategy, EBMStrategy
 from lightning_ebm.summary import Summary, summary
+from lightning_ebm.updates import Update
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AcceleratedFixedPoint", "Algorithm", "Anderson", "AugmentedLagrangian", "Centered", "Cheapest", "Clamped",
-    "ConfigurationError", "Coupled", "Dyadic", "EBMDDPStrategy", "EBMError", "EBMFSDP2Strategy", "EBMStrategy",
-    "Energy", "Equilibrium", "ErrorCoordinates", "FenchelYoung", "FixedPoint", "FixedPrediction", "GradientAlignment",
-    "GradientDescent", "Holomorphic", "Hopfield", "Infinitesimal", "LayerDiscoveryError", "LayerView",
-    "LearnedPrecision", "Learner", "Nudge", "OneSided", "Phase", "PredictiveCoding", "RandomSign", "Relaxation",
+    "AcceleratedFixedPoint", "Algorithm", "Anderson", "AugmentedLagrangian", "BestResponses", "Centered",
+    "Cheapest", "Clamped", "ConfigurationError", "Coupled", "Dyadic", "EBMDDPStrategy", "EBMError",
+    "EBMFSDP2Strategy", "EBMStrategy", "Energy", "Equilibrium", "ErrorCoordinates", "ErrorForces", "Evaluation",
+    "FenchelYoung", "FixedPoint", "FixedPrediction", "Forces", "GradientAlignment", "GradientDescent",
+    "Holomorphic", "Hopfield", "Infinitesimal", "Landscape", "LayerDiscoveryError", "LayerView", "LearnedPrecision",
+    "Learner", "Nudge", "OneSided", "Phase", "PredictiveCoding", "RandomSign", "Relaxation",
     "RelaxationDivergedError", "RelaxationMonitor", "Relaxer", "StateOptimizer", "Summary", "Sweep",
-    "UnsupportedModuleError", "algorithm", "algorithms", "metrics", "reference", "regime", "summary", "testing",
+    "UnsupportedModuleError", "Update", "algorithm", "algorithms", "evaluations", "metrics", "reference", "regime",
+    "summary", "testing", "updates",
 ]  # fmt: skip

@@ -42,7 +42,7 @@ def unreached(layers: Sequence[str], step: int) -> str:
     """The relaxation stops before the signal has arrived, or has arrived smaller than rounding."""
     return (
         f"No signal reaches layers {', '.join(layers)} at step {step}: their error is zero, or rounding noise that an"
-        " optimizer with normalised steps (Adam) turns into full updates. Take more steps, a larger step of the states,"
+        " optimizer with normalized steps (Adam) turns into full updates. Take more steps, a larger step of the states,"
         " or error coordinates, in which every layer hears of the loss at once: ebm.ErrorCoordinates(...)."
     )
 
@@ -63,7 +63,7 @@ def before_training(algorithm: Algorithm, learning_rates: Sequence[float], dtype
         learning_rates: of the optimizers of the parameters.
         dtype: of the parameters.
     """
-    if algorithm.read_as == "backprop":
+    if not algorithm.rule.relaxes:
         return []
     found = []
     phases = table_of(without_draw(algorithm.nudge))
@@ -101,13 +101,17 @@ def findings(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def verdict(records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """One word for a run, and the sentence behind it: "diverged", "dead", "cut off", "sound", or "unknown"."""
+    """One word for a run, and the sentence behind it.
+
+    The words are "diverged", "stopped", "dead", "cut off" and "stalled" (more than a quarter of the relaxations),
+    "sound", and "unknown".
+    """
     traces = [(r["step"], r["relaxation"]) for r in records if "relaxation" in r]
     compared = [r for r in records if "alignment" in r]
     for record in records:
         if "stopped" in record:
             return "diverged" if "Diverged" in record["stopped"] else "stopped", (
-                f"stopped at step {record['step']}: {record['stopped'].partition(':')[0]}"
+                f"the run stopped at step {record['step']}: {record['stopped'].partition(':')[0]}"
             )
     grown = _grown(traces)
     if grown:
@@ -115,16 +119,25 @@ def verdict(records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     names = next((list(r["dead"]) for r in reversed(compared[-1:]) if r["dead"]), [])
     if names:
         return "dead", f"{len(names)} parameters have a gradient of exactly zero: {', '.join(names[:4])}"
-    late = [r for _, r in traces if r["status"] == "max_steps" or (r["status"] == "fixed" and r["residual"] > 0.1)]
-    if traces and len(late) > len(traces) / 2:
-        last = late[-1]
-        return (
-            "cut off",
-            f"relaxations stop after {last['steps']} steps with {last['residual']:.0%} of their force left",
-        )
     if not traces and not compared:
         return "unknown", "nothing was recorded; train with ebm.RelaxationMonitor() and ebm.GradientAlignment()"
-    return "sound", "relaxations settle, and every layer learns" if traces else "every layer learns"
+    if not traces:
+        return "sound", "every layer has a gradient; how states relax was not recorded"
+    return _settled([relaxation for _, relaxation in traces])
+
+
+def _settled(relaxations: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """How relaxations ended; "kink" is an end, as there is no energy left to gain."""
+    late = [r for r in relaxations if r["status"] == "max_steps" or (r["status"] == "fixed" and r["residual"] > 0.1)]
+    stalled = [r for r in relaxations if r["status"] == "stalled"]
+    whole = len(relaxations)
+    if len(late) + len(stalled) <= whole / 4:
+        return "sound", f"{whole - len(late) - len(stalled)} of {whole} relaxations settled, and no layer is dead"
+    if len(late) >= len(stalled):
+        left = f"the last with {late[-1]['residual']:.0%} of its force left"
+        return "cut off", f"{len(late)} of {whole} relaxations were still moving when they ended, {left}"
+    left = f"the last with {stalled[-1]['residual']:.0%} of its force left"
+    return "stalled", f"{len(stalled)} of {whole} relaxations found no lower energy although forces remained, {left}"
 
 
 def _grown(traces: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, int]:
@@ -135,7 +148,7 @@ def _grown(traces: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, int]:
         for phase in relaxation["phases"]:
             pairs = zip(relaxation["layers"], phase["residual"][0], phase["residual"][-1], strict=True)
             largest = max(phase["residual"][0], default=0.0)
-            # A layer that nothing pulled at first is pulled by its neighbours: only forces beyond all that began count.
+            # A layer that nothing pulled at first is pulled by its neighbors: only forces beyond all that began count.
             now |= {name for name, first, last in pairs if last > max(first, largest)}
         since = {name: since.get(name, step) for name in now}
     return since

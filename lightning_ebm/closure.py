@@ -1,14 +1,25 @@
 """What a closure must return."""
 
+import cmath
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 
 Closure = Callable[[], Tensor]
 """Runs the user's forward pass and returns the loss, a scalar."""
+
+
+def check_finite(loss: Tensor) -> None:
+    """Refuses a loss that is nan or infinite."""
+    if not cmath.isfinite(loss.item()):
+        raise RelaxationDivergedError(
+            f"The loss of the forward pass is {float(loss.detach())}: there is nothing finite to relax towards."
+            " The weights or the batch hold nan or inf already; look for it with Trainer(detect_anomaly=True) under"
+            " stock training, lower the learning rate of the parameters, or clip."
+        )
 
 
 class NoLossError(ConfigurationError):

@@ -9,9 +9,6 @@ from torch.autograd.function import BackwardCFunction
 
 from lightning_ebm.program.wiring import graph_of
 
-Seed = tuple[Tensor, Tensor]
-"""What to differentiate, and the weight of each of its elements."""
-
 
 class Delivered(torch.autograd.Function):
     """A number whose gradients with respect to given tensors are computed by given code."""
@@ -27,8 +24,14 @@ class Delivered(torch.autograd.Function):
             return None, None, *ctx.update(scale)
 
 
+def delivered(value: Tensor, update: Callable[[Tensor], tuple[Tensor, ...]], targets: Sequence[Tensor]) -> Tensor:
+    """`value`, whose gradients with respect to the targets `update` computes from the factor on it when asked."""
+    found: Tensor = Delivered.apply(value, update, *targets)  # type: ignore[no-untyped-call]
+    return found
+
+
 @torch.enable_grad()
-def slopes_of(seeds: Sequence[Seed], states: Collection[Tensor]) -> Tensor:
+def slopes_of(seeds: Sequence[tuple[Tensor, Tensor]], states: Collection[Tensor]) -> Tensor:
     """A scalar whose gradient is that of sum_k <seed_k, output_k>, for all that these are computed from but the states.
 
     Autograd would work out those of the states, which are held, as well: a third of what a backward pass costs.
@@ -45,11 +48,12 @@ def slopes_of(seeds: Sequence[Seed], states: Collection[Tensor]) -> Tensor:
     hooked = any(leaf._backward_hooks for leaf in targets)
     custom = any(isinstance(node, BackwardCFunction) for node in nodes)
     if not targets or hooked or custom or any(t.is_complex() for pair in live for t in pair):
-        return torch.stack([(seed * output).sum() for output, seed in seeds]).sum()
+        total = torch.stack([(seed * output).sum() for output, seed in seeds]).sum()
+        return total.real if total.is_complex() else total
 
     def update(scale: Tensor) -> tuple[Tensor, ...]:
         outputs, weights = [output for output, _ in live], [(scale * seed).to(output.dtype) for output, seed in live]
         again: bool = torch._C._autograd._get_current_graph_task_keep_graph()
         return torch.autograd.grad(outputs, targets, weights, retain_graph=again, allow_unused=True)
 
-    return Delivered.apply(live[0][1].new_zeros(()), update, *targets)  # type: ignore[no-any-return, no-untyped-call]
+    return delivered(live[0][1].new_zeros(()), update, targets)

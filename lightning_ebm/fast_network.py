@@ -3,28 +3,30 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_ebm.delivery import Delivered
-from lightning_ebm.energies.base import Energy, is_bounded
-from lightning_ebm.network import Network, Run, Start
+from lightning_ebm.delivery import delivered
+from lightning_ebm.energies import Energy
+from lightning_ebm.energies.base import is_bounded
+from lightning_ebm.evaluations import Evaluation
+from lightning_ebm.evaluations.base import Result
+from lightning_ebm.network import Network
+from lightning_ebm.passes import Run, Start
 from lightning_ebm.program.code import Code, Key, TracedProgram
 from lightning_ebm.program.interpreter import Pass, Program
 from lightning_ebm.program.record import Value
 from lightning_ebm.program.wiring import Plan
-from lightning_ebm.relaxers import Forces, Relaxation
-from lightning_ebm.relaxers.fixed_steps import moved
-from lightning_ebm.relaxers.forces import total_energy
+from lightning_ebm.relaxers import Relaxation
+from lightning_ebm.updates.base import End, Update
 
 log = logging.getLogger(__name__)
 
 _MOST = 100
 """Pieces of code kept for one program."""
 
-Coordinates = Literal["states", "errors"]
 Evaluate = Callable[[Network, list[Tensor], list[Tensor]], list[Tensor]]
 """From a plain network, a point, and the tensors that autograd would give a gradient."""
 
@@ -89,14 +91,13 @@ class FastNetwork(Network):
         self._given = [program.content(value) for value in values]
         self._before: dict[Key, list[Tensor]] = {}
 
-    def _has_left(self, point: Sequence[Tensor]) -> None:
-        """Lets go of the states of the forward pass once a relaxation is elsewhere, if nobody comes back to them."""
-        if not self.returns and all(point[0] is not start[0] for start in (self.free, self.no_errors)):
-            self.returns = True
-            self.departs()
+    def rest_at(self, states: Sequence[Tensor]) -> None:
+        """See `Passes.rest_at`."""
+        super().rest_at(states)
+        self.departs()
 
     def departs(self) -> None:
-        """Lets go of the states of the forward pass, which is run again for whoever should ask."""
+        """Nobody comes back to the forward pass: lets go of its states, each as large as a point."""
         results = {value for node in self._traced.program.order for value in node.results if value is not None}
         fixed = results - self._traced.moving
         held = {value: tensor for value in fixed if (tensor := self._held(value)) is not None}
@@ -104,13 +105,6 @@ class FastNetwork(Network):
         self._held = held.get
         self._before.clear()
         self._forward = None
-
-    def run_again(
-        self, program: Program, binding: dict[Value, Value] | None, held: Mapping[Value, Tensor], run: Run
-    ) -> None:
-        """Takes another pass of the same program, which was at other states, as its own."""
-        self._latest, self._run = None, run
-        self.rebind(program, binding, held)
 
     def parameters_moved(self) -> None:
         """See `Network.parameters_moved`: what the pass held belongs to parameters that are no more."""
@@ -131,6 +125,7 @@ class FastNetwork(Network):
 
         start = Start(self.first_loss, list(self.free), self.rounding, None)
         twin = _Twin(self.energy, self._plan, start, run, self.batch_size, self.loss_scale)
+        twin.is_relaxed = self._equilibrium is not None
         twin._known_analytic = twin._moved = True  # where it is asked about, it is asked as of any point
         return twin
 
@@ -203,60 +198,19 @@ class FastNetwork(Network):
 
     # The point of view of a relaxer
 
-    def forces(self, states: Sequence[Tensor], strength: complex) -> Forces:
-        """See `Landscape.forces`."""
-        return self._forces("forces", states, strength)
+    def evaluate(self, what: Evaluation[Result], point: Sequence[Tensor], strength: complex) -> Result:
+        """See `Landscape.evaluate`. The formula of the question is traced as it stands."""
+        if not self.returns and all(point[0] is not start[0] for start in (self.free, self.no_errors)):
+            self.returns = True
+            self.departs()
+        at_rest = what.coordinates == "errors" and point[0] is self.no_errors[0]
 
-    def error_forces(self, errors: Sequence[Tensor], strength: complex) -> Forces:
-        """See `Landscape.error_forces`."""
-        return self._forces("error_forces", errors, strength)
+        def evaluate(twin: Network, here: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
+            return what.flat(what.at(twin, twin.no_errors if at_rest else here, strength))
 
-    def responses(self, states: Sequence[Tensor], strength: complex) -> Forces:
-        """See `Landscape.responses`."""
-        return self._forces("responses", states, strength)
-
-    def hops(self, errors: Sequence[Tensor], strength: complex) -> Forces:
-        """See `Landscape.hops`."""
-        return self._forces("hops", errors, strength)
-
-    def _forces(self, kind: str, point: Sequence[Tensor], strength: complex) -> Forces:
-        at_rest = kind == "error_forces" and point[0] is self.no_errors[0]
-        self._has_left(point)
-
-        def evaluate(twin: Network, point: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
-            found: Forces = getattr(twin, kind)(twin.no_errors if at_rest else point, strength)
-            return [found.internal, found.loss, *found.gradients]
-
-        found = self._run_code((kind, strength, at_rest), evaluate, [] if at_rest else point)
-        if found is None:
-            plain: Forces = getattr(super(), kind)(point, strength)
-            return plain
-        internal, loss, *gradients = found
-        return Forces(internal, loss, gradients)
-
-    def answers(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]) -> list[Tensor]:
-        """See `Landscape.answers`."""
-        found = self._run_code(
-            ("answers", strength, tuple(layers)),
-            lambda twin, point, leaves: twin.answers(point, strength, layers),
-            states,
-        )
-        return super().answers(states, strength, layers) if found is None else found
-
-    def dyads(self, mean: Sequence[Tensor], strength: float) -> tuple[list[Tensor], list[Tensor], Forces]:
-        """See `Landscape.dyads`."""
-
-        def evaluate(twin: Network, point: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
-            ahead, behind, forces = twin.dyads(point, strength)
-            return [forces.internal, forces.loss, *forces.gradients, *ahead, *behind]
-
-        self._has_left(mean)
-        found = self._run_code(("dyads", strength), evaluate, mean)
-        if found is None:
-            return super().dyads(mean, strength)
-        internal, loss, *rest = found
-        gradients, ahead, behind = (rest[k : k + len(mean)] for k in range(0, len(rest), len(mean)))
-        return ahead, behind, Forces(internal, loss, gradients)
+        takes = what.takes_point and isinstance(point, list)
+        found = self._run_code((what, strength, at_rest), evaluate, [] if at_rest else point, takes)
+        return super().evaluate(what, point, strength) if found is None else what.built(found, len(self.no_errors))
 
     def feasible(self, states: list[Tensor]) -> list[Tensor]:
         """See `Landscape.feasible`."""
@@ -265,85 +219,29 @@ class FastNetwork(Network):
         found = self._run_code(("feasible",), lambda twin, point, leaves: twin.feasible(point), states)
         return super().feasible(states) if found is None else found
 
-    def energy_of(self, states: Sequence[Tensor], strength: complex) -> Tensor:
-        """See `Landscape.energy_of`."""
-        found = self._run_code(
-            ("energy", strength), lambda twin, point, leaves: [twin.energy_of(point, strength)], states
-        )
-        return super().energy_of(states, strength) if found is None else found[0]
-
-    def descended(
-        self, point: list[Tensor], strength: complex, lr: float, coordinates: Coordinates, norms: bool = False
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """Moves a point on to x - lr dE/dx; the energy of the batch at x; None, and nothing moved, without code for it.
-
-        Args:
-            point: holds the next point afterwards.
-            strength: lambda.
-            lr: step size.
-            coordinates: what the point is written in.
-            norms: give |dE/dx| at x of each sample, ``(B,)``, besides.
-        """
-        if is_bounded(self.energy):
-            return None
-        self._has_left(point)
-        at_rest = coordinates == "errors" and point[0] is self.no_errors[0]
-
-        def evaluate(twin: Network, here: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
-            here = list(twin.no_errors) if at_rest else here
-            found = twin.forces(here, strength) if coordinates == "states" else twin.error_forces(here, strength)
-            measured = [twin.norms(found.gradients)] if norms else []
-            return [total_energy(found, strength), *measured, *moved(here, found.gradients, lr)]
-
-        key = "step", coordinates, strength, lr, norms, at_rest
-        found = self._run_code(key, evaluate, [] if at_rest else point, takes=True)
-        if found is None:
-            return None
-        energy, *rest = found
-        norm = rest.pop(0) if norms else None
-        point[:] = rest
-        return energy, norm
-
-    def residual(
-        self, point: Sequence[Tensor], strength: complex, coordinates: Coordinates
-    ) -> tuple[Tensor, Tensor] | None:
-        """The energy of the batch, and |dE/dx| of each sample, where an update will be read; None without code."""
-
-        def evaluate(twin: Network, here: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
-            found = twin.forces(here, strength) if coordinates == "states" else twin.error_forces(here, strength)
-            return [total_energy(found, strength), twin.norms(found.gradients)]
-
-        found = self._run_code(("residual", coordinates, strength), evaluate, point)
-        return None if found is None else (found[0], found[1])
-
     # The point of view of an update
 
-    def energy_at(self, found: Relaxation, strength: complex) -> Tensor:
-        """See `Network.energy_at`."""
-        update = self._update([(strength, 1.0, found)])
-        return super().energy_at(found, strength) if update is None else update
+    def begin_last_phase(self) -> None:
+        """See `Network.begin_last_phase`."""
+        self.returns = False
 
-    def contrast(self, phases: Sequence[tuple[complex, complex, Relaxation]]) -> Tensor:
-        """See `Network.contrast`."""
-        update = self._update(phases)
-        return super().contrast(phases) if update is None else update
-
-    def _update(self, phases: Sequence[tuple[complex, complex, Relaxation]]) -> Tensor | None:
-        """The same by code: a number whose gradients are computed when they are asked for; None without code."""
-        point: list[Tensor] = []
-        shapes = []
-        for strength, weight, found in phases:
-            kind, tensors = self._kind_of(found)
-            shapes.append((strength, weight, found.coordinates, kind))
+    def update(self, rule: Update, ends: Sequence[End]) -> Tensor:
+        """See `Network.update`. By code, it is a number whose gradients are computed when they are asked for."""
+        shapes, point = [], []
+        for end in ends:
+            kind, tensors = self._kind_of(end.found)
+            shapes.append((*end.phase, end.internal, end.found.coordinates, kind))
             point += tensors
+        settings = settings_of(rule)
+        key = ("update", settings, *shapes)
 
         def evaluate(twin: Network, inputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
             *rest, scale = inputs
-            terms = [
-                (strength, weight, _rebuilt(twin, found, kind, rest))
-                for (strength, weight, _, kind), (_, _, found) in zip(shapes, phases, strict=True)
+            held = [
+                end._replace(found=_rebuilt(twin, end.found, shape[-1], rest))
+                for end, shape in zip(ends, shapes, strict=True)
             ]
-            total = twin.contrast(terms) * scale
+            total = twin.update(rule, held) * scale
             slopes = torch.autograd.grad(total, leaves, allow_unused=True)
             return [torch.zeros_like(leaf) if s is None else s for s, leaf in zip(slopes, leaves, strict=True)]
 
@@ -352,26 +250,28 @@ class FastNetwork(Network):
             assert slopes is not None
             return tuple(slopes)
 
-        key = ("update", *shapes)
         one = self.first_loss.new_ones(()).real
-        if self._code(self._key(key, [*point, one]), key, evaluate, [*point, one]) is None:
-            return None
+        if settings is None or self._code(self._key(key, [*point, one]), key, evaluate, [*point, one]) is None:
+            return super().update(rule, ends)
         targets = [leaf for leaf in self._leaves if leaf is not None]
-        return Delivered.apply(one.new_zeros(()), update, *targets)  # type: ignore[no-any-return, no-untyped-call]
+        return delivered(one.new_zeros(()), update, targets)
 
     def _kind_of(self, found: Relaxation) -> tuple[str, list[Tensor]]:
         """Which of its tensors the end of a phase is read from."""
-        if found.dyad is not None:
-            return "dyad", [*found.point, *found.dyad[0], *found.dyad[1]]
+        if found.dyadic_states is not None:
+            return "pairs", [*found.point, *found.dyadic_states[0], *found.dyadic_states[1]]
         here = "rest" if found.point and found.point[0] is self.no_errors[0] else "point"
         tensors = [] if here == "rest" else list(found.point)
-        if found.displacement is not None:
-            return f"{here} displaced", [*tensors, *found.displacement]
+        if found.local_error is not None:
+            return f"{here} with errors", [*tensors, *found.local_error]
         return here, tensors
 
 
 class _Twin(Network):
     """A network that is traced: what it says of the forward pass comes of that pass, made once somebody asks."""
+
+    is_relaxed = False
+    """Whether a free phase has been relaxed: code that asked for its end would keep that one."""
 
     @property
     def free(self) -> Sequence[Tensor]:
@@ -384,17 +284,23 @@ class _Twin(Network):
 
     @cached_property
     def _free(self) -> list[Tensor]:
-        return [state.detach() for state in self._first.states]
+        return [state.detach() for state in self.first.states]
 
     @cached_property
     def no_errors(self) -> Sequence[Tensor]:
         """See `Landscape.no_errors`."""
         return [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in self._kinds]
 
+    @property
+    def equilibrium(self) -> Sequence[Tensor]:
+        if self.is_relaxed:
+            raise RuntimeError("The free equilibrium is no part of what code is given: hold it in an End.")
+        return self.free
+
 
 def _rebuilt(twin: Network, found: Relaxation, kind: str, tensors: list[Tensor]) -> Relaxation:
     """The end of a phase in a traced evaluation; takes its tensors off the list."""
-    count = len(twin.free)
+    count = len(twin.names)
 
     def taken() -> list[Tensor]:
         front = tensors[:count]
@@ -402,13 +308,15 @@ def _rebuilt(twin: Network, found: Relaxation, kind: str, tensors: list[Tensor])
         return front
 
     point = list(twin.no_errors) if kind.startswith("rest") else taken()
-    displacement = taken() if kind.endswith("displaced") else None
-    dyad = (taken(), taken()) if kind == "dyad" else None
-    return Relaxation(point, found.coordinates, "fixed", 0, found.residual, displacement=displacement, dyad=dyad)
+    errors = taken() if kind.endswith("with errors") else None
+    pair = (taken(), taken()) if kind == "pairs" else None
+    made = Relaxation(point, found.coordinates, "fixed", 0, found.residual, local_error=errors, dyadic_states=pair)
+    del made.status, made.steps, made.residual  # which are no part of what code is given: asked for, nothing is traced
+    return made
 
 
-def settings_of(energy: Energy) -> Key | None:
-    """What an energy computes with, to tell code of other settings apart; None if that cannot be told."""
+def settings_of(energy: Energy | Update) -> Key | None:
+    """What an energy or an update computes with, to tell code of other settings apart; None if that cannot be told."""
 
     def of(value: Any) -> Any:
         if isinstance(value, Tensor):

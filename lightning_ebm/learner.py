@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -20,9 +21,10 @@ from lightning_ebm.program.seen_backward import refuse_backward
 from lightning_ebm.program.wiring import Plan, named_gradients
 from lightning_ebm.purity import untouched
 from lightning_ebm.report import PhaseReport, Report, report_of
-from lightning_ebm.samples import BatchSize, Samples, Scale
+from lightning_ebm.samples import FOUND, BatchSize, Samples, Scale
+from lightning_ebm.setup import Code, Observer, Setup, unheard
 from lightning_ebm.state_memory import StateMemory
-from lightning_ebm.step import Code, Observer, Step
+from lightning_ebm.step import Step
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ log = logging.getLogger(__name__)
 class Learner:
     """Gives the parameters of an untouched module local, energy-derived updates, in plain PyTorch and Fabric loops.
 
-    E(x, theta) = sum_b I_b + lambda * (B * loss if `loss_reduction` is "mean" else loss), minimised over the states x.
+    E(x, theta) = sum_b I_b + lambda * (B * loss if `loss_reduction` is "mean" else loss), minimized over the states x.
     The update is sum_p weight_p dE/dtheta(x_p), divided by B for "mean": as lambda -> 0 it is what ``loss.backward()``
     would have put into ``.grad``, under either reduction, so that a learning rate tuned for backprop carries over.
 
@@ -92,7 +94,7 @@ class Learner:
         self._last: tuple[list[str], list[PhaseReport], Tensor, str] | None = None
         self._warned: set[str] = set()
         self.observer: Observer | None = None
-        """Told of the network of every step before it relaxes, see `Step.observer`; None costs nothing."""
+        """Told of the network of every step before it relaxes, see `Setup.observer`; None costs nothing."""
 
     @property
     def report(self) -> Report:
@@ -143,7 +145,7 @@ class Learner:
         optimizer.zero_grad()
         with step.first_pass():
             loss = closure()
-        incremental = self.algorithm.read_as == "incremental"
+        incremental = self.algorithm.rule.incremental
         for surrogate in step.increments(loss) if incremental else [step.surrogate(loss)]:
             optimizer.zero_grad()
             torch.autograd.backward(surrogate)
@@ -157,10 +159,12 @@ class Learner:
         effects, and must be what the body runs. For divergence energies the equilibrium is the forward
         pass, and nothing is done. Outside of inference mode only: states are found by gradients.
         """
-        if is_divergence(self.algorithm.energy) or self.algorithm.read_as == "backprop":
+        if is_divergence(self.algorithm.energy) or not self.algorithm.rule.relaxes:
             return nullcontext()
-        parts = self.module, self.algorithm, self._evaluated, run, self._quiet, _unheard, self.loss_reduction
-        return Step(*parts, [], code=self._code).at_free_equilibrium()
+        setup = replace(
+            self._setup(), programs=self._evaluated, remember=unheard, samples=FOUND, memory=None, observer=None
+        )
+        return Step(setup, run, [], teaches=False).at_free_equilibrium()
 
     def _refuse_scaler(self) -> None:
         """Under Fabric with 16-bit floats gradients are divided by a scale that nothing here has multiplied by."""
@@ -173,18 +177,17 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """What parts of the algorithm carry from one step to the next, such as the stand of `RandomSign`."""
-        parts = {name: getattr(self.algorithm, name) for name in ("energy", "nudge", "relaxer", "free_relaxer")}
-        held = {name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")}
-        return {**held, "states": self._memory.state_dict()}
+        parts = {name: part.state_dict() for name, part in self.algorithm.parts().items()}
+        return {**parts, "states": self._memory.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave."""
         state = dict(state)
         self._memory.load_state_dict(state.pop("states", {}))
+        parts = self.algorithm.parts()
         for name, held in state.items():
-            part = getattr(self.algorithm, name)
-            if hasattr(part, "load_state_dict"):
-                part.load_state_dict(held)
+            if name in parts and held:
+                parts[name].load_state_dict(held)
 
     def recording(self, recorder: Recorder) -> AbstractContextManager[None]:
         """Records what the module computes within, for steps that begin while a pass is running."""
@@ -207,10 +210,13 @@ class Learner:
             teaches: whether the step is taken, so that what learns beside the parameters may learn from it.
             recorder: of a pass that has begun already.
         """
-        parts = self.module, self.algorithm, self._programs, closure, self._quiet, self._remember, self.loss_reduction
-        step = Step(*parts, list(sizes), batch, self._memory, teaches, recorder, self._code, self._samples)
-        step.observer = self.observer
-        return step
+        return Step(self._setup(), closure, list(sizes), batch, teaches, recorder)
+
+    def _setup(self) -> Setup:
+        return Setup(
+            self.module, self.algorithm, self._programs, self._quiet, self._remember, self.loss_reduction,
+            self._samples, self._code, self._memory, self.observer,
+        )  # fmt: skip
 
     def _remember(self, names: list[str], phases: list[PhaseReport], loss: Tensor, way: str) -> None:
         """Keeps how a step went, and says it once when the states ended elsewhere than at an equilibrium."""
@@ -249,13 +255,9 @@ def check_options(output: str, loss_reduction: str) -> None:
         )
 
 
-def _unheard(names: list[str], phases: list[PhaseReport], loss: Tensor, way: str) -> None:
-    """Nobody asks how an evaluation went."""
-
-
 def output_for(algorithm: Algorithm, output: Output) -> Output:
     """`output`, with "auto" resolved where the nudge holds the output and so needs it to be a state."""
-    if not algorithm.nudge.needs_output_state or algorithm.read_as == "backprop":
+    if not algorithm.nudge.needs_output_state or not algorithm.rule.relaxes:
         return output
     if output == "readout":
         raise ConfigurationError(

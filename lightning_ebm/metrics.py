@@ -95,7 +95,7 @@ class Alignment(Metric):
 
     Args:
         names: of the parameters to expect; None takes those of the first update. Name them where a device may have to
-            synchronise before it has seen one.
+            synchronize before it has seen one.
         kwargs: those of `torchmetrics.Metric`.
 
     Example:

@@ -3,7 +3,7 @@
     from lightning_ebm import plots, runs
     plots.alignment_heatmap(runs.read("lightning_logs/version_0").alignment_by_layer).savefig("alignment.png")
 
-Figures are made without pyplot: no window opens and no global state is left. matplotlib is an optional extra.
+Figures are made without pyplot: no window opens and no global state is left; a notebook shows them by themselves.
 """
 
 import math
@@ -11,16 +11,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.runs import Run
+from lightning_ebm.runs import Run, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BACKPROP_BLUE, EQUILIBRIUM_ORANGE, DEAD_GREY, ASTRAY_RED = "#2b6cb0", "#c05621", "#b8b8b8", "#c53030"
+BACKPROP_BLUE, EQUILIBRIUM_ORANGE, DEAD_GRAY, ASTRAY_RED = "#2b6cb0", "#c05621", "#b8b8b8", "#c53030"
 
 
 def alignment_heatmap(rows: Sequence[tuple[int, Mapping[str, float | None]]]) -> "Figure":
-    """Cosine of each layer's update to the true gradient, layer x global step; grey and hatched where it is dead.
+    """Cosine of each layer's update to the true gradient, layer x global step; gray and hatched where it is dead.
 
     Args:
         rows: ``[(global step, {layer: cosine or None})]``, as `Run.alignment_by_layer`.
@@ -32,9 +32,9 @@ def alignment_heatmap(rows: Sequence[tuple[int, Mapping[str, float | None]]]) ->
     layers = list(dict.fromkeys(layer for _, row in rows for layer in row))
     values = np.array([[_number(row.get(layer)) for _, row in rows] for layer in layers], dtype=float)
     figure, axes = _figure(max(6.0, min(11.0, 3 + 0.12 * len(rows))), 1.6 + 0.34 * len(layers))
-    colours = _colormaps()["viridis"].with_extremes(bad=DEAD_GREY)
+    colors = _colormaps()["viridis"].with_extremes(bad=DEAD_GRAY)
     lowest = min(0.0, float(np.nanmin(values))) if np.isfinite(values).any() else 0.0
-    image = axes.imshow(values, aspect="auto", cmap=colours, vmin=lowest, vmax=1, interpolation="nearest")
+    image = axes.imshow(values, aspect="auto", cmap=colors, vmin=lowest, vmax=1, interpolation="nearest")
     for row, column in zip(*np.nonzero(np.isnan(values)), strict=True):
         axes.add_patch(_hatched(column - 0.5, row - 0.5))
     ticks = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 7)).astype(int))
@@ -54,25 +54,25 @@ def energy_curves(run: Run, most: int = 6) -> "Figure":
 
     One panel for free phases where there are any, one for nudged ones.
     """
-    chosen = _spread(_complete(run), most)
+    chosen = spread(run.complete_relaxations, most)
     if not chosen:
         raise ConfigurationError("There is no relaxation to draw: train with callbacks=[ebm.RelaxationMonitor()].")
     kinds: list[str] = [k for k in ("free", "nudged") if any(_is(k, p) for _, r in chosen for p in r["phases"])]
     figure, panels = _figure(5.2 * len(kinds) + 1, 3.6, columns=len(kinds))
     for axes, kind in zip(panels if len(kinds) > 1 else [panels], kinds, strict=True):
         for number, (step, relaxation) in enumerate(chosen):
-            colour = _shade(number, len(chosen))
+            color = _shade(number, len(chosen))
             for phase in (p for p in relaxation["phases"] if _is(kind, p)):
                 weight = 0.0 if phase.get("held") else phase["nudge"]
                 trials = [i + weight * x for i, x in zip(phase["internal"], phase["loss"], strict=True)]
                 energies = phase.get("energies") or trials
                 scale = abs(energies[0]) or max(map(abs, energies)) or 1.0
                 shown = [_bounded(energy / scale) for energy in energies]
-                axes.plot(shown, color=colour, marker=".", label=f"step {step}")
+                axes.plot(shown, color=color, marker=".", label=f"step {step}")
         rises = any(line.get_ydata().max() > 1.5 for line in axes.lines)
         if rises:
             axes.set_yscale("symlog", linthresh=1)
-            axes.axhline(1, color=DEAD_GREY, linewidth=1, linestyle=":")
+            axes.axhline(1, color=DEAD_GRAY, linewidth=1, linestyle=":")
         axes.set_xlabel("relaxation step")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("energy / energy at the start")
@@ -86,7 +86,7 @@ def residual_curves(run: Run) -> "Figure":
 
     Of a nudged phase, or of the free one where nothing else relaxes.
     """
-    complete = [(s, r) for s, r in _complete(run) if r["phases"]]
+    complete = [(s, r) for s, r in run.complete_relaxations if r["phases"]]
     if not complete:
         raise ConfigurationError("There is no relaxation to draw: train with callbacks=[ebm.RelaxationMonitor()].")
     chosen = [complete[0]] if len(complete) == 1 else [complete[0], complete[-1]]
@@ -96,8 +96,8 @@ def residual_curves(run: Run) -> "Figure":
         for number, layer in enumerate(relaxation["layers"]):
             forces = [_bounded(row[number]) for row in phase["residual"]]
             shown = [force if force > 0 else math.nan for force in forces]  # exactly zero has no place on a log axis
-            colour = _shade(number, len(relaxation["layers"]))
-            axes.plot(shown, color=colour, marker=".", label=layer if any(forces) else f"{layer}: no force")
+            color = _shade(number, len(relaxation["layers"]))
+            axes.plot(shown, color=color, marker=".", label=layer if any(forces) else f"{layer}: no force")
         axes.set_yscale("log")
         axes.set_xlabel("relaxation step")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -120,7 +120,7 @@ def regime_layers(regime: Mapping[str, Any]) -> "Figure":
         stop, settled = ([_number(layer[f"{key}_{at}"]) for layer in layers] for at in ("stop", "equilibrium"))
         if key == "cosine":
             stop, settled = ([math.degrees(math.acos(max(-1, min(1, c)))) for c in side] for side in (stop, settled))
-        axes.hlines(places, stop, settled, color=DEAD_GREY, linewidth=2)
+        axes.hlines(places, stop, settled, color=DEAD_GRAY, linewidth=2)
         axes.plot(settled, places, "D", color=EQUILIBRIUM_ORANGE, markersize=5, label="at equilibrium")
         axes.plot(stop, places, "o", color=BACKPROP_BLUE, markersize=9, fillstyle="none", label="where it stopped")
         axes.grid(axis="x", alpha=0.3)
@@ -131,7 +131,7 @@ def regime_layers(regime: Mapping[str, Any]) -> "Figure":
     if positive and min(positive) < 0.1:
         right.set_xscale("symlog", linthresh=max(min(positive), 1e-8))
     right.set_xlabel("|update| / |backprop's gradient|")
-    right.axvline(1, color=DEAD_GREY, linewidth=1, linestyle=":")
+    right.axvline(1, color=DEAD_GRAY, linewidth=1, linestyle=":")
     left.legend(fontsize=8, frameon=False, loc="best")
     relaxed = "" if regime["relaxed"] is None else f"; relaxed {regime['relaxed']:.3f} of the way down"
     left.set_title(f"{regime['verdict']}{relaxed}", loc="left", fontsize=10)
@@ -155,7 +155,7 @@ def regimes_map(regimes: Sequence[tuple[str, Mapping[str, Any]]]) -> "Figure":
             axes.plot(ways, [place] * len(ways), "o", color=BACKPROP_BLUE, alpha=0.45, markersize=7)
             axes.plot([regime["way"]], [place], "|", color="black", markersize=18, markeredgewidth=2.5)
         else:
-            axes.hlines(place, 0, 1, color=DEAD_GREY, linewidth=6, alpha=0.6)
+            axes.hlines(place, 0, 1, color=DEAD_GRAY, linewidth=6, alpha=0.6)
             axes.annotate("backprop and equilibrium coincide", (0.5, place), ha="center", va="center", fontsize=8)
         relaxed = "" if regime["relaxed"] is None else f"{regime['relaxed']:.3f}"
         silent = len(regime["unreached"])
@@ -187,20 +187,13 @@ def metric_curves(run: Run, names: Sequence[str]) -> "Figure":
 
 
 def _figure(width: float, height: float, columns: int = 1, sharey: bool = False) -> "tuple[Figure, Any]":
-    figure = _matplotlib().Figure(figsize=(width, height), layout="constrained", dpi=110)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
     return figure, figure.subplots(1, columns, sharey=sharey)
 
 
-def _matplotlib() -> Any:
-    try:
-        import matplotlib.figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("Pictures need matplotlib: pip install 'lightning-ebm[plots]'.") from error
-    return matplotlib.figure
-
-
 def _colormaps() -> Any:
-    _matplotlib()
     import matplotlib
 
     return matplotlib.colormaps
@@ -231,19 +224,4 @@ def _is(kind: str, phase: Mapping[str, Any]) -> bool:
 
 def has_curves(run: Run) -> bool:
     """Whether `energy_curves` and `residual_curves` have anything to draw."""
-    return any(relaxation["phases"] for _, relaxation in _complete(run))
-
-
-def _complete(run: Run) -> list[tuple[int, dict[str, Any]]]:
-    """Relaxations with their whole curves; of those kept thin only the ends are known."""
-    return [
-        (s, r)
-        for s, r in run.relaxations
-        if r["phases"] and all(len(p["step_size"]) + 1 == len(p["loss"]) for p in r["phases"])
-    ]
-
-
-def _spread(items: Sequence[Any], most: int) -> list[Any]:
-    if len(items) <= most:
-        return list(items)
-    return [items[round(k * (len(items) - 1) / (most - 1))] for k in range(most)]
+    return any(relaxation["phases"] for _, relaxation in run.complete_relaxations)

@@ -48,8 +48,8 @@ def pc_nudge() -> Algorithm:
     """PC-Nudge: predictive coding relaxed under a nudge so weak that states leave x_bar only infinitesimally.
 
     Energy: E = sum_l 1/2 |x_l - mu_l|^2 + lambda L, lambda = 1e-4. Phase: x* = argmin_x E from x_bar.
-    Update: 1/lambda dE/dtheta(x*) = backprop's gradient + O(lambda). Published with 50 Euler steps of .3 on the states,
-    which in float32 leaves mostly round-off in the first layer; here the same equilibrium is found in error
+    Update: 1/lambda dE/dtheta(x*) = backprop's gradient + O(lambda). Published with 50 Euler steps of 0.3 on the
+    states, which in float32 leaves mostly round-off in the first layer; here the same equilibrium is found in error
     coordinates, where nothing cancels.
 
     Source: Millidge, Song, Salvatori, Lukasiewicz, Bogacz, ICLR 2023 (arXiv 2206.02629), the algorithm of its figures.
@@ -71,7 +71,7 @@ def zero_divergence() -> Algorithm:
 def error_pc() -> Algorithm:
     """Error-based predictive coding (ePC): a fixed, small number of descent steps on the errors.
 
-    Energy: E(e) = sum_l 1/2 |e_l|^2 + L, with x_l = mu_l + e_l. Phase: e <- e - lr dE/de, 5 steps of .1 from e = 0.
+    Energy: E(e) = sum_l 1/2 |e_l|^2 + L, with x_l = mu_l + e_l. Phase: e <- e - lr dE/de, 5 steps of 0.1 from e = 0.
     Update: dE/dtheta at x(e), divided by lambda = 1. After so few steps this is not the equilibrium, and says so in
     the report; raise max_steps, or set tol, to get there. The number of steps is one used in published runs, the step
     size is this library's choice.
@@ -96,10 +96,10 @@ def fixed_prediction() -> Algorithm:
 def incremental_pc() -> Algorithm:
     """Incremental predictive coding (iPC): parameters move after every step of the states.
 
-    Energy: E = sum_l 1/2 |x_l - mu_l|^2 + L. Phase: 8 times x <- x - .1 dE/dx and, at once,
+    Energy: E = sum_l 1/2 |x_l - mu_l|^2 + L. Phase: 8 times x <- x - 0.1 dE/dx and, at once,
     theta <- optimizer(dE/dtheta), both of one gradient. Update: dE/dtheta at the states before each single step, so 8
     optimizer steps a batch, all of which the Trainer counts: the first trains the last layer alone, as states start at
-    x_bar. Incremental expectation maximisation; no claim to be backprop's direction. `Learner.step` in plain loops;
+    x_bar. Incremental expectation maximization; no claim to be backprop's direction. `Learner.step` in plain loops;
     `Learner.backward` leaves the parameters alone and so is that of predictive coding with as many steps.
     Number of steps as in published benchmarks, step size this library's choice.
 
@@ -111,7 +111,7 @@ def incremental_pc() -> Algorithm:
 def augmented_lagrangian_pc() -> Algorithm:
     """Predictive coding with multipliers (PC-ALM): errors go to zero and leave backprop's deltas behind.
 
-    Energy: L_rho = lambda L + sum_l [mu_l' e_l + 1/2 |e_l|^2], e_l = x_l - rho(a_l), lambda = 1/rho = .1.
+    Energy: L_rho = lambda L + sum_l [mu_l' e_l + 1/2 |e_l|^2], e_l = x_l - rho(a_l), lambda = 1/rho = 0.1.
     Phases: 8 times, x <- argmin L_rho, mu <- mu + e. Update: `-1/lambda sum_l <mu_l, d rho(a_l)/dtheta>`, which tends
     to backprop's gradient at a linear rate in the outer steps, at finite lambda. Settings are this library's choice.
 
@@ -121,16 +121,16 @@ def augmented_lagrangian_pc() -> Algorithm:
 
 
 def equilibrium_propagation() -> Algorithm:
-    """Equilibrium propagation (EP), centred.
+    """Equilibrium propagation (EP), centered.
 
     Energy: `E = sum_l [G(x_l) - <x_l, a_l>] + beta L`, G' = rho^-1. Phases: free from the forward pass, then +-beta
-    from the free state, beta = .25, x_l <- rho(a_l + W_{l+1}' x_{l+1} - beta dL/dx_l), odd layers first, then even.
+    from the free state, beta = 0.25, x_l <- rho(a_l + W_{l+1}' x_{l+1} - beta dL/dx_l), odd layers first, then even.
     Update: [dE/dtheta(x_+) - dE/dtheta(x_-)] / 2 beta = d L(x_bar)/dtheta + O(beta^2), the gradient at the free
     *equilibrium*, which the trained network needs at evaluation as well. Both phases until settled to 1e-4 of what
     started them, by sweeps that conjugate gradients put together: published numbers of plain sweeps (20 free, 10
     nudged) leave deep nets short of it. Those are `free_relaxer=FixedPoint(20), relaxer=FixedPoint(10)`.
 
-    Source: Scellier and Bengio 2017; Laborieux et al. 2021 (centred); Scellier et al. 2023 for beta and the map.
+    Source: Scellier and Bengio 2017; Laborieux et al. 2021 (centered); Scellier et al. 2023 for beta and the map.
     """
     settled = AcceleratedFixedPoint(max_steps=100, tol=1e-4)
     return Algorithm(Hopfield(), Centered(0.25), settled)
@@ -139,8 +139,8 @@ def equilibrium_propagation() -> Algorithm:
 def equilibrium_propagation_one_sided() -> Algorithm:
     """Equilibrium propagation as first published: one nudged phase against the free one.
 
-    Energy: `E = sum_l [G(x_l) - <x_l, a_l>] + beta L`. Phases: free, then beta = .1 from the free state.
-    Update: [dE/dtheta(x_beta) - dE/dtheta(x_bar)] / beta = dL(x_bar)/dtheta + O(beta). Centred is cheaper for the
+    Energy: `E = sum_l [G(x_l) - <x_l, a_l>] + beta L`. Phases: free, then beta = 0.1 from the free state.
+    Update: [dE/dtheta(x_beta) - dE/dtheta(x_bar)] / beta = dL(x_bar)/dtheta + O(beta). Centered is cheaper for the
     same accuracy; this one suits hardware that cannot push away from a target. beta is this library's choice.
 
     Source: Scellier and Bengio 2017.
@@ -152,7 +152,7 @@ def holomorphic_ep() -> Algorithm:
     """Holomorphic equilibrium propagation: nudges around a circle in the complex plane.
 
     Energy: `E = sum_l [G(x_l) - <x_l, a_l>] + beta L`, continued to complex states. Phases: free, then
-    beta_k = .2 e^(2 pi i k/4), k = 0..3, two of them conjugate. Update: Re sum_k dE/dtheta(x_k) / (4 beta_k)
+    beta_k = 0.2 e^(2 pi i k/4), k = 0..3, two of them conjugate. Update: Re sum_k dE/dtheta(x_k) / (4 beta_k)
     = dL(x_bar)/dtheta + O(beta^4). Needs analytic activations. Radius and points are this library's choice.
 
     Source: Laborieux and Zenke, NeurIPS 2022.
@@ -173,7 +173,7 @@ def infinitesimal() -> Algorithm:
 
 
 def recurrent_backprop() -> Algorithm:
-    """Recurrent backpropagation: errors relax on the linearised network, then weights move.
+    """Recurrent backpropagation: errors relax on the linearized network, then weights move.
 
     Energy: `I = sum_l [G(x_l) - <x_l, a_l>]`. Phases: free, then H p = dL/dx for p.
     Update: dL/dtheta - (d2I/dtheta dx) p, the gradient at the free equilibrium, without a nudge.
@@ -186,7 +186,7 @@ def recurrent_backprop() -> Algorithm:
 def contrastive_hebbian() -> Algorithm:
     """Contrastive Hebbian learning with weak feedback.
 
-    Energy: `I = sum_l gamma^(l-L) [G(x_l) - <x_l, a_l>]`, gamma = .05. Phases: free; clamped, with the output held at
+    Energy: `I = sum_l gamma^(l-L) [G(x_l) - <x_l, a_l>]`, gamma = 0.05. Phases: free; clamped, with the output held at
     o - dL/do, the target of a squared error. Update: dI/dtheta(clamped) - dI/dtheta(free), that is
     gamma^(l-L) [x x' (free) - x x' (clamped)] for a layer's weights: backprop's direction + O(gamma), with a fully
     clamped output. The output is a state. At ``energy=Hopfield(1.0)`` it is Movellan's, which descends
@@ -200,7 +200,7 @@ def contrastive_hebbian() -> Algorithm:
 def coupled_learning() -> Algorithm:
     """Coupled learning: the output is nudged towards the target and held there.
 
-    Energy: `I = sum_l [G(x_l) - <x_l, a_l>]`. Phases: output held at o - eta dL/do and o + eta dL/do, eta = .1.
+    Energy: `I = sum_l [G(x_l) - <x_l, a_l>]`. Phases: output held at o - eta dL/do and o + eta dL/do, eta = 0.1.
     Update: [dI/dtheta(x_+) - dI/dtheta(x_-)] / 2 eta. It does *not* tend to the gradient of the loss, but to that of
     the loss weighted by the stiffness of the output, see `Coupled`. The output is a state. Settings as compared with
     equilibrium propagation by Scellier et al.; eta is this library's choice.
@@ -213,7 +213,7 @@ def coupled_learning() -> Algorithm:
 def dual_propagation() -> Algorithm:
     """Dual propagation: both nudged phases at once, in pairs of states.
 
-    Energy: `E = sum_l [G(z_l) + G*(a_l) - <z_l, a_l>] + beta L` with drives from the means of the pairs, beta = .1.
+    Energy: `E = sum_l [G(z_l) + G*(a_l) - <z_l, a_l>] + beta L` with drives from the means of the pairs, beta = 0.1.
     Phase: z_l^+- = rho(a_l +- 1/2 W_{l+1}' (z^+ - z^-)_{l+1}), the output pulled by +-beta/2.
     Update: `-1/beta sum_l <z_l^+ - z_l^-, da_l/dtheta>` = backprop's gradient + O(beta^2), and exactly that where rho
     is linear between the pair, as for ReLU away from its kink. beta is this library's choice.
@@ -275,12 +275,12 @@ def algorithm(name: str | Algorithm, **parts: Any) -> Algorithm:
         raise ConfigurationError(f"An algorithm has no part {unknown[0]!r}.{hint} It has: {', '.join(fields)}.")
     energy, nudge = parts.get("energy", chosen.energy), parts.get("nudge", chosen.nudge)
     if parts.get("relaxer") == "auto" and isinstance(energy, Energy) and isinstance(nudge, Nudge):
-        if chosen.relaxer.update != "contrast":
+        if not chosen.relaxer.ends_in_states:
             raise ConfigurationError(
                 f'relaxer="auto": {type(chosen.relaxer).__name__} is what makes {name!r} what it is, and leaves no'
                 ' choice. Leave the relaxer out, or take "pc-nudge" or "predictive-coding", which relax to equilibrium.'
             )
-        tol, steps = getattr(chosen.relaxer, "tol", 0.0), getattr(chosen.relaxer, "max_steps", 0)
+        tol, steps = chosen.relaxer.tol, chosen.relaxer.max_steps
         parts["relaxer"] = automatic(energy, nudge, tol or 1e-3, max(100, steps))
     return dataclasses.replace(chosen, **parts)
 

@@ -11,13 +11,14 @@ from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure, checked_loss
 from lightning_ebm.energies.base import Energy, has_best_response
 from lightning_ebm.errors import RelaxationDivergedError
+from lightning_ebm.evaluations import Landscape, ResponseForces
 from lightning_ebm.learner import Learner, output_for
 from lightning_ebm.nudges import Infinitesimal
 from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.program.wiring import named_gradients
 from lightning_ebm.purity import untouched
-from lightning_ebm.relaxers import Anderson, FixedPoint, GradientDescent, Landscape, Relaxation, Relaxer
+from lightning_ebm.relaxers import Anderson, FixedPoint, GradientDescent, Relaxation, Relaxer
 
 Reference = Literal["backprop", "equilibrium"]
 """Which gradient is called true."""
@@ -75,7 +76,7 @@ def equilibrium(
         Almeida 1987; Pineda 1987.
     """
     chosen = preset(algorithm)
-    if chosen.read_as == "backprop":
+    if not chosen.rule.relaxes:
         return backprop(module, closure)
     exact = exactly(chosen)
     output = output_for(chosen, output)
@@ -108,7 +109,7 @@ class Settled(Relaxer):
         if near.status == "converged":
             return near
         found = Anderson(max_steps=500, memory=6, tol=1e-13).relax(landscape, near.point, strength)
-        moved = landscape.responses(found.point, strength).gradients
+        moved = landscape.evaluate(ResponseForces(), found.point, strength).gradients
         size = landscape.per_sample([x.square() for x in found.point]).sqrt()
         left = float((landscape.per_sample([g.square() for g in moved]).sqrt() / size.clamp_min(1e-30)).max())
         if not left <= 1e5 * torch.finfo(size.dtype).eps:

@@ -14,19 +14,22 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_ebm import notebook
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import Closure
 from lightning_ebm.energies.base import is_quadratic
 from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.evaluations import Landscape
 from lightning_ebm.learner import Learner
 from lightning_ebm.metrics import moments, read
 from lightning_ebm.nudges.base import without_draw
 from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.purity import untouched
 from lightning_ebm.reference import Settled
-from lightning_ebm.relaxers import Landscape, Relaxation, Relaxer
+from lightning_ebm.relaxers import Relaxation, Relaxer
 from lightning_ebm.relaxers.descent import descend
 from lightning_ebm.step import Step
+from lightning_ebm.updates.base import label
 
 Reach = Literal["signal", "rounding", "none", "read-out"]
 
@@ -49,10 +52,10 @@ class LayerRegime:
         error_ratio: |e_l| / |e_l*|, how much of its equilibrium error the layer has built up; nan for the read-out.
         reach: "signal"; "none", the error is exactly zero, as nothing has arrived; "rounding", the state has moved by
             no more than its own rounding (4 eps |x_l|, over units that are not at 0), so that an optimizer that
-            normalises its steps, as Adam, trains this layer on noise; "read-out".
-        way: from 0, backprop's direction, to 1, equilibrium's: angle(g, b) / (angle(g, b) + angle(g, g*)); nan where
+            normalizes its steps, as Adam, trains this layer on noise; "read-out".
+        way: from 0, backprop's direction, to 1, equilibrium's: `angle(g, b) / (angle(g, b) + angle(g, g*))`; nan where
             the two directions coincide within two degrees, or g is dead.
-        detour: angle(g, b) + angle(g, g*) - angle(b, g*), degrees: 0 where g lies on the arc from one to the other. It
+        detour: `angle(g, b) + angle(g, g*) - angle(b, g*)`, degrees: 0 where g is on the arc from one to the other. It
             need not: both ends may be backprop's (a tiny nudge), and what is read on the way be another direction.
     """
 
@@ -125,6 +128,19 @@ class Regime:
             )
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        headers = ("layer", "cosine, stop", "at equilibrium", "|g| / |b|", "at equilibrium", "regime")
+        rows = [
+            (
+                layer.name,
+                *(f"{value:.4f}" for value in (layer.cosine_stop, layer.cosine_equilibrium)),
+                *(f"{value:.3g}" for value in (layer.norm_ratio_stop, layer.norm_ratio_equilibrium)),
+                layer.verdict,
+            )
+            for layer in self.layers
+        ]
+        return notebook.table(str(self).partition("\n")[0], headers, rows)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and words, for `json.dumps`; nan as None."""
         found = asdict(self) | {"way": self.way, "verdict": self.verdict, "unreached": list(self.unreached)}
@@ -179,7 +195,7 @@ def of(
     learner = Learner(module, algorithm, layers=layers, output=output, loss_reduction=loss_reduction)
     with untouched(module), torch.enable_grad():
         step = learner.begin(closure)
-        if learner.algorithm.read_as != "backprop":
+        if learner.algorithm.rule.relaxes:
             step.examine()
         return of_step(step, learner.algorithm, equilibrium)
 
@@ -194,9 +210,9 @@ def of_step(step: Step, algorithm: Algorithm, equilibrium: Relaxer | None = None
         )
     if not _measurable(algorithm):
         raise ConfigurationError(
-            f"The regime of update={algorithm.read_as!r} under {algorithm.nudge!r} is not defined: its parameters move"
-            " with the states, or its states are complex. Measure the same energy and relaxer with ebm.OneSided(...)"
-            ' and update="auto".'
+            f"The regime of update={label(algorithm.rule)!r} under {algorithm.nudge!r} is not defined: its parameters"
+            " move with the states, or its states are complex. Measure the same energy and relaxer with"
+            ' ebm.OneSided(...) and update="auto".'
         )
     # Looking on must not draw the training's next sign.
     algorithm = dataclasses.replace(algorithm, nudge=without_draw(algorithm.nudge))
@@ -204,7 +220,9 @@ def of_step(step: Step, algorithm: Algorithm, equilibrium: Relaxer | None = None
     stopped, at_stop = step.again(algorithm)
     assert at_stop.network is not None
     ends = {
-        strength.real: at_stop.network.errors_at(end) for strength, _, end in at_stop.phases if end.displacement is None
+        end.strength.real: at_stop.network.errors_at(end.found)
+        for end in at_stop.phases
+        if end.found.local_error is None
     }
     settled, at_equilibrium = step.again(_relaxed_further(algorithm, equilibrium, ends))
     assert at_equilibrium.network is not None
@@ -231,7 +249,7 @@ def of_step(step: Step, algorithm: Algorithm, equilibrium: Relaxer | None = None
 
 
 def _measurable(algorithm: Algorithm) -> bool:
-    return algorithm.read_as != "incremental" and not algorithm.nudge.complex_states
+    return not algorithm.rule.incremental and not algorithm.nudge.complex_states
 
 
 class Onward(Relaxer):
@@ -268,11 +286,11 @@ def _relaxed_further(
 
 def _nudged(step: Step) -> Relaxation | None:
     """The end of the first phase but the free one; None where the nudge is infinitesimal and moves nothing."""
-    return next((end for _, weight, end in step.phases if weight.real > 0), None)
+    return next((end.found for end in step.phases if end.weight.real > 0), None)
 
 
 def _relaxed(stopped: Relaxation, settled: Relaxation) -> float:
-    if stopped.displacement is not None or stopped.dyad is not None:
+    if stopped.local_error is not None or stopped.dyadic_states is not None:
         return math.nan  # what is read is no state on its way down the energy
     start, end, lowest = (float(e.real) for e in (stopped.energies[0], stopped.energies[-1], settled.energies[-1]))
     return (start - end) / (start - lowest) if start != lowest else math.nan

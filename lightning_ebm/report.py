@@ -1,12 +1,14 @@
 """How the last step went, in plain numbers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
 
+from lightning_ebm import notebook
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.relaxers import Relaxation
 
@@ -33,8 +35,9 @@ class Report(TypedDict):
     "max_steps" (still moving when the count was up), "none" (backprop).
     steps: of all phases together. residual: force left over force at the start, the worst of the phases, per sample.
     energy_free, energy_nudged: I + lambda L of the batch at the forward pass or free equilibrium, and at the end of the
-    first nudged phase. phases: each of them. layers: the names of the states. kernels: which way the relaxation ran,
-    "plain", "traced" or "compiled", and by which instructions of the processor torch computes, such as "traced: AVX2".
+    first nudged phase; nan where the relaxer tells no energies. phases: each of them. layers: the names of the states.
+    kernels: which way the relaxation ran, "plain", "traced" or "compiled", and by which instructions of the processor
+    torch computes, such as "traced: AVX2".
     """
 
     loss: float
@@ -65,6 +68,22 @@ class PhaseReport:
         return cls(nudge, found.status, found.steps, found.residual.detach(), found.energies)
 
 
+class Shown(dict[str, Any]):
+    """A `Report` that a notebook shows as a table; to everything else it is the dictionary."""
+
+    def _repr_html_(self) -> str:
+        worst = max(self["residual"], default=0.0)
+        rows = [
+            ("loss", f"{self['loss']:.6g}"),
+            ("steps", str(self["steps"])),
+            ("force left, worst sample", f"{worst:.3g}"),
+            *((f"phase at nudge {p['nudge']}", f"{p['status']} after {p['steps']} steps") for p in self["phases"]),
+            *self["algorithm"].items(),
+            ("kernels", self["kernels"]),
+        ]
+        return notebook.table(f"Last step: {self['result']}", (), rows)
+
+
 _WORST_FIRST = ("max_steps", "fixed", "stalled", "converged")
 
 
@@ -86,15 +105,21 @@ def report_of(
     nudged = next((phase for phase in entries if phase["nudge"]), None)
     free = next((phase for phase in entries if not phase["nudge"]), None)
     residuals = [phase.residual for phase in phases]
-    return {
+    report: Report = {
         "loss": float(loss),
         "result": next((status for status in _WORST_FIRST if status in found), "none"),
         "steps": sum(phase["steps"] for phase in entries),
         "residual": torch.stack(residuals).amax(0).tolist() if residuals else [],
-        "energy_free": free["energies"][-1] if free else 0.0,
-        "energy_nudged": nudged["energies"][-1] if nudged else 0.0,
+        "energy_free": _last(free) if free else 0.0,
+        "energy_nudged": _last(nudged) if nudged else 0.0,
         "phases": entries,
         "layers": list(names),
         "algorithm": algorithm.describe(),
         "kernels": f"{way}: {torch.backends.cpu.get_cpu_capability()}",
     }
+    return cast(Report, Shown(report))
+
+
+def _last(phase: PhaseEntry) -> float:
+    """The energy at the end, if the relaxer tells it."""
+    return phase["energies"][-1] if phase["energies"] else math.nan

@@ -1,4 +1,4 @@
-"""What a point is recognised by, though a relaxer may move its states in place."""
+"""What a point is recognized by, though a relaxer may move its states in place."""
 
 from collections.abc import Sequence
 

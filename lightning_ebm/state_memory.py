@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 class StateMemory:
     """Free states by sample, to start the next free phase of the same sample from.
 
-    A sample is recognised by what it is: a digest of its slice of every tensor in the batch. Samples that are augmented
-    differently at every visit are never recognised, and start from the forward pass. Memory is one copy of the states
+    A sample is recognized by what it is: a digest of its slice of every tensor in the batch. Samples that are augmented
+    differently at every visit are never recognized, and start from the forward pass. Memory is one copy of the states
     for each sample seen, on the host.
     """
 
@@ -21,7 +21,7 @@ class StateMemory:
         self._held: dict[str, list[Tensor]] = {}
 
     def names(self, batch: Any, size: int) -> list[str]:
-        """What each of the samples of a batch is recognised by."""
+        """What each of the samples of a batch is recognized by."""
         tensors = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim and t.shape[0] == size]
         rows = [t.detach().cpu().contiguous().view(size, -1).view(torch.uint8).numpy() for t in tensors]
         return [hashlib.blake2b(b"|".join(row[i].tobytes() for row in rows)).hexdigest() for i in range(size)]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_ebm import notebook
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.learner import Learner
 from lightning_ebm.program.calls import clean
@@ -74,6 +75,9 @@ class Summary:
         rule = "  ".join("-" * width for width in widths)
         return "\n".join([self._title, lines[0], rule, *lines[1:]])
 
+    def _repr_html_(self) -> str:
+        return notebook.table(self._title, _HEADER, self._rows())
+
     def __rich__(self) -> Any:
         """The same as a table of `rich`, for its consoles."""
         from rich.table import Table
@@ -110,7 +114,7 @@ def summary(module: nn.Module, *example_inputs: Any, layers: Layers = None, outp
             leaves = pytree.tree_leaves(module(*example_inputs))
         except NotImplementedError as error:
             raise ConfigurationError(
-                f"{type(module).__name__} has no forward to run. Summarise the network it holds, such as"
+                f"{type(module).__name__} has no forward to run. Summarize the network it holds, such as"
                 " ebm.summary(module.net, x); under EBMStrategy the table of a whole LightningModule is printed when"
                 " fit starts."
             ) from error

@@ -6,15 +6,14 @@ recorded as those of today, and nothing is paid where nobody records.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from lightning_ebm.relaxers import Forces, Landscape
+from lightning_ebm.evaluations import Around, Coordinates, Evaluation, Landscape, ResponseForces, Slope
+from lightning_ebm.evaluations.base import Result
 from lightning_ebm.stamps import Stamps, stamps
-
-Coordinates = Literal["states", "errors"]
 
 
 class TraceEntry(TypedDict):
@@ -23,7 +22,7 @@ class TraceEntry(TypedDict):
     nudge: lambda, its real part where it is complex. held: whether the output was held instead, and the loss is no part
     of the energy. coordinates: what moved, "states" or "errors". internal, loss: I
     and the loss, each summed over the batch, ``(T,)``; the energy is internal + nudge * loss. residual: |dE/dx_l| over
-    the batch, ``(T, L)``. residual_per_sample: quantiles (0, .1, .5, .9, 1) of |dE/dx| over the samples, ``(T, 5)``.
+    the batch, ``(T, L)``. residual_per_sample: quantiles (0, 0.1, 0.5, 0.9, 1) of |dE/dx| over the samples, ``(T, 5)``.
     step_size: |x' - x| over |dE/dx| of consecutive evaluations, ``(T - 1,)``. curvature: <g' - g, x' - x> over
     |x' - x|^2, ``(T - 1,)``; the largest is an estimate, from below, of the energy's largest curvature. arrived: first
     evaluation at which a layer had moved, ``(L,)``; -1 is never. For relaxers that ask for responses instead of forces,
@@ -91,8 +90,8 @@ class _Phase:
     looked: Stamps = field(default_factory=list)
 
 
-class Recording:
-    """A `Landscape` that passes every question on to another and notes what it saw.
+class Recording(Around):
+    """A `Landscape` that hands every question on to another and notes what it saw.
 
     A new `Trace` begins where `begin` says so, and whenever the strength or the coordinates change.
 
@@ -104,76 +103,38 @@ class Recording:
     """
 
     def __init__(self, landscape: Landscape) -> None:
-        self._landscape = landscape
+        super().__init__(landscape)
         self._phase = _Phase()
         self._together: dict[complex, _Phase] = {}
         self.traces: list[Trace] = []
 
-    def begin(self, nudge: complex, held: bool = False) -> None:
-        """The next question belongs to a new phase; a held one asks at strength 0."""
-        self._phase, self._together = _Phase((nudge, held)), {}
-
-    def begin_together(self, nudges: Sequence[complex]) -> None:
-        """The next questions belong to new phases, which are told apart by the strength they ask at."""
-        self._together = {nudge: _Phase((nudge, False)) for nudge in nudges}
+    def begin(self, strengths: Sequence[complex], held: bool = False) -> None:
+        """The next questions belong to new phases; those of a held one are asked at strength 0."""
+        phases = {strength: _Phase((strength, held)) for strength in strengths}
+        self._phase = phases[strengths[0]]
+        self._together = phases if len(strengths) > 1 else {}
 
     @property
     def unwatched(self) -> Landscape:
         """The one that knows the answers, for questions that are to be no part of the record."""
-        return self._landscape
+        return self.inner.unwatched
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._landscape, name)
-
-    def forces(self, states: Sequence[Tensor], strength: complex) -> Forces:
-        """See `Landscape.forces`."""
-        found = self._landscape.forces(states, strength)
-        self._note("states", states, strength, found)
+    def answer(self, what: Evaluation[Result], point: Sequence[Tensor], strength: complex) -> Result:
+        if what.looks:  # between forces that nobody asks for
+            self._look(point, strength)
+        found = self.inner.evaluate(what, point, strength)
+        if (slope := what.slope(found)) is not None:
+            self._note(what.coordinates, point, strength, slope)
         return found
-
-    def error_forces(self, errors: Sequence[Tensor], strength: complex) -> Forces:
-        """See `Landscape.error_forces`."""
-        found = self._landscape.error_forces(errors, strength)
-        self._note("errors", errors, strength, found)
-        return found
-
-    def responses(self, states: Sequence[Tensor], strength: complex) -> Forces:
-        """See `Landscape.responses`."""
-        found = self._landscape.responses(states, strength)
-        self._note("states", states, strength, found)
-        return found
-
-    def answers(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]) -> list[Tensor]:
-        """See `Landscape.answers`. Notes all responses at the start of a sweep: where the first layer is asked for."""
-        if 0 in layers:
-            self._look(states, strength)
-        return self._landscape.answers(states, strength, layers)
-
-    def energy_of(self, states: Sequence[Tensor], strength: complex) -> Tensor:
-        """See `Landscape.energy_of`. Asked for at the start and at the end."""
-        self._look(states, strength)
-        return self._landscape.energy_of(states, strength)
 
     def _look(self, states: Sequence[Tensor], strength: complex) -> None:
         phase, here = self._together.get(strength, self._phase), stamps(states)
         if phase.announced is not None or phase.looked != here:
-            self._note("states", states, strength, self._landscape.responses(states, strength))
+            self._note("states", states, strength, self.inner.evaluate(ResponseForces(), states, strength))
         phase.looked = here
 
-    def hops(self, errors: Sequence[Tensor], strength: complex) -> Forces:
-        """See `Landscape.hops`."""
-        found = self._landscape.hops(errors, strength)
-        self._note("errors", errors, strength, found)
-        return found
-
-    def dyads(self, mean: Sequence[Tensor], strength: float) -> tuple[list[Tensor], list[Tensor], Forces]:
-        """See `Landscape.dyads`."""
-        ahead, behind, found = self._landscape.dyads(mean, strength)
-        self._note("states", mean, strength, found)
-        return ahead, behind, found
-
     @torch.no_grad()
-    def _note(self, coordinates: Coordinates, point: Sequence[Tensor], strength: complex, found: Forces) -> None:
+    def _note(self, coordinates: Coordinates, point: Sequence[Tensor], strength: complex, found: Slope) -> None:
         phase = self._together.get(strength, self._phase)
         last = phase.trace
         asked = last is not None and (0 if last.held else last.nudge) == strength
@@ -196,7 +157,7 @@ class Recording:
         last.internal.append(found.internal.detach().sum().real.double())
         last.loss.append(found.loss.detach().real.double())
         last.residual.append(torch.stack([g.abs().double().norm() for g in gradients]))
-        last.per_sample.append(self._landscape.per_sample([g.abs().square() for g in gradients]).sqrt())
+        last.per_sample.append(self.inner.per_sample([g.abs().square() for g in gradients]).sqrt())
         last.moved.append(torch.stack([(a != b).any() for a, b in zip(last.start, here, strict=True)]))
 
 

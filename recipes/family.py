@@ -4,7 +4,7 @@
     python recipes/family.py --seeds 5 --only equilibrium-propagation backprop --epochs 20
 
 A plain PyTorch loop: 64-256-10 with hard-sigmoid hidden units and a linear output that is itself a state, half a
-squared error to one-hot targets, batches of 32, SGD with learning rate .05 and momentum .9.
+squared error to one-hot targets, batches of 32, SGD with learning rate 0.05 and momentum 0.9.
 """
 
 import argparse
@@ -42,7 +42,7 @@ ADVICE = {
     "error-pc": "Five steps, not an equilibrium; raise `max_steps` in deep nets.",
     "augmented-lagrangian-pc": "Backprop at a finite nudge, bought with outer steps.",
     "equilibrium-propagation": "Evaluate at the free equilibrium; several hidden layers want weak feedback, see below.",
-    "equilibrium-propagation-one-sided": "For hardware that cannot push away from a target; else centred.",
+    "equilibrium-propagation-one-sided": "For hardware that cannot push away from a target; else centered.",
     "holomorphic-ep": "Needs an analytic activation, here tanh; its states are complex.",
     "infinitesimal": "No nudge to choose; costs second derivatives.",
     "contrastive-hebbian": "Full clamp, weak feedback: close to backprop, at a price in sweeps.",
@@ -54,7 +54,7 @@ ADVICE = {
 
 
 def network(hidden: Sequence[int] = (256,), activation: Callable[[], nn.Module] | None = None) -> nn.Sequential:
-    """64, hidden units, 10, initialised as torch does.
+    """64, hidden units, 10, initialized as torch does.
 
     Args:
         hidden: units of each hidden layer.
@@ -99,7 +99,7 @@ def train(
         epochs: passes over the 1437 training images.
         evaluate: after which epochs; None is the last.
         cosine_every: every how many steps the true gradient is computed; None never.
-        lr: learning rate of SGD with momentum .9.
+        lr: learning rate of SGD with momentum 0.9.
     """
     chosen = ebm.algorithm(algorithm)
     digits = Digits()
@@ -140,7 +140,7 @@ def accuracy_of(net: nn.Module, algorithm: ebm.Algorithm) -> float:
 def cosine(net: nn.Module, closure: Callable[[], Tensor], learner: ebm.Learner) -> float:
     """To backprop's gradient for divergence energies, to the gradient at the free equilibrium for others."""
     chosen = learner.algorithm
-    if chosen.read_as == "backprop" or chosen.energy.divergence:
+    if not chosen.rule.relaxes or chosen.energy.divergence:
         true = ebm.reference.backprop(net, closure)
     else:
         true = ebm.reference.equilibrium(net, closure, chosen, output="state")

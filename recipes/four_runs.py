@@ -20,7 +20,7 @@ from digits_classifier import Digits, DigitsClassifier
 from lightning.pytorch.loggers import CSVLogger
 
 import lightning_ebm as ebm
-from lightning_ebm.__main__ import main as command
+from lightning_ebm_cli import main as command
 
 
 def too_long_a_step() -> ebm.Algorithm:
@@ -38,7 +38,7 @@ class Case:
 
 
 CASES = (
-    Case("sound"),
+    Case("sound", ebm.algorithm("pc-nudge")),
     Case("five_steps", ebm.algorithm("error-pc")),
     Case("diverging", too_long_a_step()),
     Case("dead_layer", silent=True),

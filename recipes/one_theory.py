@@ -3,7 +3,7 @@
     python recipes/one_theory.py --data_dir data/mnist
     python recipes/one_theory.py                           # scikit-learn's digits
 
-One tanh network, one batch, one relaxer, float64: x <- x + .1 (response - x), all layers at once. Only energy and
+One tanh network, one batch, one relaxer, float64: x <- x + 0.1 (response - x), all layers at once. Only energy and
 phases differ. What is varied is what makes the perturbation small, the nudge lambda, the nudge beta or the feedback
 gamma, and how many steps the perturbed phase gets; what is drawn is the cosine of the update to the true gradient.
 """
@@ -18,23 +18,23 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
-from data import MNIST, Digits
 from jsonargparse import auto_cli
 from matplotlib import pyplot as plt
-from nets import MLP
 from torch import Tensor
 from torch.nn import functional as F
 
 import lightning_ebm as ebm
+from lightning_ebm.recipes.data import MNIST, Digits
+from lightning_ebm.recipes.nets import MLP
 
 mpl.use("Agg")
 Gradients = dict[str, Tensor]
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-CENTRED_UP_TO = 0.3  # a negative nudge beyond one over the loss's curvature, as the states feel it, has no equilibrium
+CENTERED_UP_TO = 0.3  # a negative nudge beyond one over the loss's curvature, as the states feel it, has no equilibrium
 
 
 def relaxer(steps: int, tol: float = 0.0) -> ebm.Relaxer:
-    """Damped sweeps: for predictive coding Euler steps of .1, for a Hopfield energy the usual leaky dynamics."""
+    """Damped sweeps: for predictive coding Euler steps of 0.1, for a Hopfield energy the usual leaky dynamics."""
     return ebm.FixedPoint(max_steps=steps, order="synchronous", damping=0.9, tol=tol)
 
 
@@ -50,7 +50,7 @@ class Theory:
         name: for the panels.
         knob: name of that, for the axes.
         algorithm: at a value of the knob, with a relaxer for the perturbed phase.
-        centred: its centred version, where it has one.
+        centered: its centered version, where it has one.
         values: of the knob.
         shown: those whose course is drawn step by step.
     """
@@ -58,7 +58,7 @@ class Theory:
     name: str
     knob: str
     algorithm: Callable[[float, ebm.Relaxer], ebm.Algorithm]
-    centred: Callable[[float, ebm.Relaxer], ebm.Algorithm] | None
+    centered: Callable[[float, ebm.Relaxer], ebm.Algorithm] | None
     values: tuple[float, ...]
     shown: tuple[float, ...]
 
@@ -99,7 +99,7 @@ def measure(theory: Theory, net: torch.nn.Module, loss: Callable[[], Tensor], st
     """All curves of one theory on one batch.
 
     "equilibrium": at each value of the knob, the update of the settled phase against the true gradient, and against
-    backprop's; "centred", likewise; "course": cosine to the true gradient ``[value][steps]``. The true gradient is
+    backprop's; "centered", likewise; "course": cosine to the true gradient ``[value][steps]``. The true gradient is
     backprop's for predictive coding and for contrastive Hebbian learning, whose free equilibrium is the forward pass or
     tends to it; for equilibrium propagation it is that of the loss at the free equilibrium.
     """
@@ -111,13 +111,13 @@ def measure(theory: Theory, net: torch.nn.Module, loss: Callable[[], Tensor], st
     def update(algorithm: ebm.Algorithm) -> Gradients:
         return ebm.Learner(net, algorithm, output="state").gradients(loss)
 
-    found: dict[str, Any] = {"values": theory.values, "steps": steps, "equilibrium": [], "centred": [], "course": []}
+    found: dict[str, Any] = {"values": theory.values, "steps": steps, "equilibrium": [], "centered": [], "course": []}
     for value in theory.values:
         settled = update(theory.algorithm(value, SETTLED))
         entry = compared(settled, true) | {"to_backprop": compared(settled, backprop)["cosine"]}
         found["equilibrium"].append(entry)
-        if theory.centred is not None and value <= CENTRED_UP_TO:
-            found["centred"].append(compared(update(theory.centred(value, SETTLED)), true))
+        if theory.centered is not None and value <= CENTERED_UP_TO:
+            found["centered"].append(compared(update(theory.centered(value, SETTLED)), true))
     found["course"] = [
         [compared(update(theory.algorithm(value, relaxer(n))), true)["cosine"] for n in steps]
         for value in theory.values
@@ -175,11 +175,11 @@ def _against_knob(panel: Any, theory: Theory, entry: dict[str, Any]) -> None:
             )  # fmt: skip
     settled = [e["cosine"] for e in entry["equilibrium"]]
     panel.plot(values, _missing(settled), "o-", color=EQUILIBRIUM, lw=2, ms=5)
-    if entry["centred"]:
-        centred = _missing([e["cosine"] for e in entry["centred"]])
-        panel.plot(values[: len(centred)], centred, "s:", color=EQUILIBRIUM, ms=4)
+    if entry["centered"]:
+        centered = _missing([e["cosine"] for e in entry["centered"]])
+        panel.plot(values[: len(centered)], centered, "s:", color=EQUILIBRIUM, ms=4)
         panel.annotate(
-            "centred", (values[2], centred[2]), (8, 0), textcoords="offset points", color=EQUILIBRIUM, fontsize=9.5
+            "centered", (values[2], centered[2]), (8, 0), textcoords="offset points", color=EQUILIBRIUM, fontsize=9.5
         )
     panel.set(xscale="log", title=theory.name, xlabel=f"{theory.knob}")
     _named(panel, 0.97, 0.93, "backprop's direction", BACKPROP, "right")

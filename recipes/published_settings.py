@@ -34,7 +34,7 @@ class Setting:
         checked: whether the numbers were read there.
         note: what differs here.
         layers: where states sit; None is at activations, so that states are rates.
-        normalise: images in [0, 1] become (image - shift) / scale.
+        normalize: images in [0, 1] become (image - shift) / scale.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Setting:
     checked: bool = True
     note: str = ""
     layers: Any = None
-    normalise: tuple[float, float] = (0.0, 1.0)
+    normalize: tuple[float, float] = (0.0, 1.0)
 
 
 def mlp(
@@ -67,14 +67,14 @@ def mlp(
 def xavier(make: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
     """The same network with Glorot's uniform weights."""
 
-    def initialised(inputs: int) -> nn.Module:
+    def initialized(inputs: int) -> nn.Module:
         network = make(inputs)
         for module in network:  # type: ignore[attr-defined]
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
         return network
 
-    return initialised
+    return initialized
 
 
 class Residual(nn.Module):
@@ -139,7 +139,7 @@ def squared(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def squared_inside(outputs: Tensor, labels: Tensor) -> Tensor:
-    """1/2 |output - target|^2, targets .03 and .97."""
+    """1/2 |output - target|^2, targets 0.03 and 0.97."""
     return 0.5 * (outputs - (0.03 + 0.94 * F.one_hot(labels, 10))).square().sum()
 
 
@@ -177,81 +177,81 @@ FOUR = mlp(128, 128, 128, act=nn.GELU)
 
 SETTINGS = [
     Setting(
-        "ePC, T=5, .001",
+        "ePC, T=5, 0.001",
         FOUR, relaxed_by(errors(5, lr=0.001, tol=0.0)), adamw(7.787e-4, 1.716e-4), 256, squared,
         "Goemaere et al. 2025, error_based_PC, configs_results/Error_CIFAR10_VGG5_ce.yaml",
         note="their setting for VGG5 on CIFAR-10 with cross-entropy, here on a perceptron with squared error",
     ),
     Setting(
-        "PC tutorial, T=20, .01",
+        "PC tutorial, T=20, 0.01",
         mlp(256, 256, act=nn.ReLU), relaxed_by(euler(0.01, 20)), adam(1e-3), 500, squared,
         "Bogacz group, PredictiveCoding, 1_supervised_learning_pc.ipynb",
         layers=nn.Linear,
     ),
     Setting(
-        "ePC, T=20, .1",
+        "ePC, T=20, 0.1",
         FOUR, relaxed_by(errors(20, lr=0.1, tol=0.0)), adamw(7.787e-4, 1.716e-4), 256, squared,
         "Goemaere et al. 2025, within the range of their sweeps",
         checked=False,
         note="network as in the first row",
     ),
     Setting(
-        "sPC, T=8, .0266",
+        "sPC, T=8, 0.0266",
         FOUR, relaxed_by(euler(0.0266221, 8)), adamw(4.209e-4, 2.681e-6), 256, squared,
         "Goemaere et al. 2025, error_based_PC, configs_results/State_CIFAR10_VGG5_mse.yaml",
         note="their setting for VGG5 on CIFAR-10, here on 784-128-128-128-10",
-        normalise=HALF,
+        normalize=HALF,
     ),
     Setting(
         "PCX cross-entropy, T=5",
         FOUR, relaxed_by(momentum(0.01828189, 5, 0.35)), adamw(2.996e-4, 3.314e-3), 128, cross_entropy,
         "Pinchetti et al. 2025, pcx, examples/discriminative_experiments/MLP/mnist/L_PC_CE_mnist.yaml",
         note="without the warm-up and decay of the weights' rate",
-        normalise=HALF,
+        normalize=HALF,
     ),
     Setting(
         "PCX squared error, T=5",
         FOUR, relaxed_by(momentum(0.02607088, 5, 0.1)), adamw(2.972e-4, 1.838e-3), 128, squared,
         "Pinchetti et al. 2025, pcx, examples/discriminative_experiments/MLP/fmnist/L_PC_SE_fmnist.yaml",
         note="their setting for Fashion-MNIST",
-        normalise=HALF,
+        normalize=HALF,
     ),
     Setting(
-        "PRECO, T=5, .5",
+        "PRECO, T=5, 0.5",
         mlp(32, 16, act=nn.Tanh, first=True), relaxed_by(euler(0.5, 5)), adam(1e-4), 200, squared,
         "van Zwol et al. 2024, PRECO, example_notebooks/PCN_MNIST.ipynb",
         note="gradients not clipped",
-        layers=nn.Linear, normalise=CANONICAL,
+        layers=nn.Linear, normalize=CANONICAL,
     ),
     Setting(
-        "Torch2PC strict, T=20, .1",
+        "Torch2PC strict, T=20, 0.1",
         small_cnn, relaxed_by(euler(0.1, 20), 1 / 300), adam(2e-3), 300, cross_entropy,
         "Rosenbaum 2022, Torch2PC, Example1.ipynb",
         note="the loss is a batch mean, so lambda = 1/300; weights read at the feed-forward activities there",
         layers=["0", "1", "2", "3"],
     ),
     Setting(
-        "PC-Nudge, T=50, .3",
+        "PC-Nudge, T=50, 0.3",
         mlp(128, 64, act=nn.ReLU), relaxed_by(euler(0.3, 50), 1e-4), sgd(1e-4, 0.9), 64, squared,
         "Millidge et al. 2023, infinitesimal_inference_limit, utils.py, train_network",
-        normalise=HALF,
+        normalize=HALF,
     ),
     Setting(
-        "lambda = 1, T=50, .1",
+        "lambda = 1, T=50, 0.1",
         mlp(128, 64, act=nn.ReLU), relaxed_by(euler(0.1, 50)), sgd(1e-4, 0.9), 64, squared,
         "Millidge et al. 2023, infinitesimal_inference_limit, utils.py, make_model_data",
         note="a batch of one there; weights trained as in the row above",
-        normalise=HALF,
+        normalize=HALF,
     ),
     Setting(
-        "Whittington-Bogacz, T=50, .1",
+        "Whittington-Bogacz, T=50, 0.1",
         xavier(mlp(500, 500, act=nn.Sigmoid)), relaxed_by(euler(0.1, 50)), adam(1e-3), 20, squared_inside,
         "Whittington and Bogacz 2017, Supervised-Predictive-Coding, Supervised_run_v3.m",
         note="without their halving of the step where the energy rises; initial weights as we remember them",
         layers=nn.Linear,
     ),
     Setting(
-        "prospective, T=64, .1",
+        "prospective, T=64, 0.1",
         xavier(mlp(32, 32, act=nn.Sigmoid, bias=False)), relaxed_by(euler(0.1, 64, tol=1e-9)), sgd(0.01), 32, squared,
         "Song et al. 2024, Prospective-Configuration, nature_none_batch_new_analysis/base-50-b32.yaml",
         note="Fashion-MNIST there; the largest learning rate of their grid that trains here",
@@ -270,13 +270,13 @@ SETTINGS = [
         "Innocenti et al. 2024, jpc, examples/discriminative_pc.ipynb with the defaults of make_pc_step",
         note="their energy is sum |e|^2 divided by the batch, so 20 units of time are 40/64 of ours; 50 Euler steps"
         " for Heun's",
-        normalise=CANONICAL,
+        normalize=CANONICAL,
     ),
     Setting(
-        "muPC, 30 layers, T=30, .5",
+        "muPC, 30 layers, T=30, 0.5",
         mu_residual(128, 30), relaxed_by(euler(0.5 * 2 / 64, 30)), adam(0.1), 64, squared,
         "Innocenti et al. 2025, jpc, examples/mupc.ipynb",
-        note="their energy is sum |e|^2 divided by the batch, so a step of .5 is 1/64 of ours",
-        layers=(Scaled, Residual), normalise=CANONICAL,
+        note="their energy is sum |e|^2 divided by the batch, so a step of 0.5 is 1/64 of ours",
+        layers=(Scaled, Residual), normalize=CANONICAL,
     ),
 ]  # fmt: skip

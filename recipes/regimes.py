@@ -49,7 +49,7 @@ def measure(setting: Setting, data: Data, updates: int, seed: int) -> dict[str, 
     """Trains, measures; plain numbers."""
     torch.manual_seed(seed)
     images, labels = data
-    shift, scale = setting.normalise
+    shift, scale = setting.normalize
     images = (images - shift) / scale
     network = setting.network(images.shape[1])
     size = min(setting.batch_size, len(images) // 2)

@@ -18,15 +18,16 @@ from typing import Any, Literal
 import lightning as L
 import matplotlib as mpl
 import torch
-from data import MNIST
 from jsonargparse import auto_cli
 from matplotlib import pyplot as plt
-from modules import Classifier
-from nets import MLP
 from torch import Tensor
 from torch.nn import functional as F
 
 import lightning_ebm as ebm
+from lightning_ebm.evaluations import Around
+from lightning_ebm.recipes.data import MNIST
+from lightning_ebm.recipes.modules import Classifier
+from lightning_ebm.recipes.nets import MLP
 
 mpl.use("Agg")
 Curves = dict[str, Any]
@@ -53,17 +54,15 @@ class Watched(ebm.Relaxer):
     def relax(self, landscape: Any, start: Sequence[Tensor], strength: float) -> ebm.Relaxation:
         relaxer = self
 
-        class Observed:
-            def __getattr__(self, name: str) -> Any:
-                return getattr(landscape, name)
-
-            def forces(self, states: Sequence[Tensor], strength: complex) -> Any:
-                found = landscape.forces(states, strength)
-                relaxer.internal.append(float(found.internal.sum()))
-                relaxer.loss.append(float(found.loss))
+        class Observed(Around):
+            def answer(self, what: Any, point: Sequence[Tensor], strength: complex) -> Any:
+                found = super().answer(what, point, strength)
+                slope = what.slope(found)
+                relaxer.internal.append(float(slope.internal.sum()))
+                relaxer.loss.append(float(slope.loss))
                 return found
 
-        found = self.inner.relax(Observed(), start, strength)
+        found = self.inner.relax(Observed(landscape), start, strength)
         self.start, self.end = start, found.point
         return found
 
@@ -84,7 +83,7 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 def curves(net: torch.nn.Module, x: Tensor, y: Tensor) -> Curves:
-    """(a) to (e): one batch, float64, the network as initialised.
+    """(a) to (e): one batch, float64, the network as initialized.
 
     Distances of gradients are of the mean over the batch, distances of states the mean over the batch.
     """
@@ -159,7 +158,7 @@ RUNS: dict[str, ebm.Algorithm | None] = {
 
 
 def train(algorithm: ebm.Algorithm | None, data: MNIST, epochs: int, seed: int) -> Curves:
-    """(f) and (g): SGD with momentum .9 and 1e-4 for the sum over a batch of 64, 6.4e-3 for the mean, float32."""
+    """(f) and (g): SGD with momentum 0.9 and 1e-4 for the sum over a batch of 64, 6.4e-3 for the mean, float32."""
     L.seed_everything(seed, verbose=False)
     module = Classifier(
         MLP((784, 128, 64, 10)), "squared-error", lambda p: torch.optim.SGD(p, lr=64 * 1e-4, momentum=0.9)
@@ -187,13 +186,13 @@ def draw(found: Curves, path: Path) -> None:
     a.plot([sum(pair) for pair in zip(energies["internal"], energies["loss"], strict=True)], "k--", label="total")
     a.set(title="(a) energies during inference, λ = 1", xlabel="inference step", ylabel="energy of the batch")
     nudges = found["nudges"]
-    styles = {"published": ("o--", "η = .1, 50 steps, as published"), "converged": ("s-", "1000 steps, converged")}
+    styles = {"published": ("o--", "η = 0.1, 50 steps, as published"), "converged": ("s-", "1000 steps, converged")}
     for name, (style, label) in styles.items():
         moved, error = found[name]["state_distance"], found[name]["gradient_distance"]
         b.plot(nudges, moved, style, ms=4, label=label)
         c.plot(nudges, error, style, ms=4, label=label)
         d.plot(moved, error, style, ms=4, label=label)
-    c.axhline(found["true_norm2"], color="grey", lw=1, ls=":", label="|backprop's gradient|²")
+    c.axhline(found["true_norm2"], color="gray", lw=1, ls=":", label="|backprop's gradient|²")
     b.set(title="(b) how far the states move", xlabel="nudge λ", ylabel="|x* - x̄|², per sample")
     c.set(title="(c) how far the update is from backprop", xlabel="nudge λ", ylabel="|g/λ - g_BP|²")
     d.set(title="(d) one against the other", xlabel="|x* - x̄|², per sample", ylabel="|g/λ - g_BP|²")
@@ -201,8 +200,8 @@ def draw(found: Curves, path: Path) -> None:
         panel.set(xscale="log", yscale="log")
     for nudge, values in found["during"].items():
         e.loglog(found["steps"], values, ".-", label=f"λ = {nudge}")
-    e.axvline(50, color="grey", lw=1, ls=":", label="published number of steps")
-    e.set(title="(e) distance to backprop during inference", xlabel="inference steps, η = .1", ylabel="|g/λ - g_BP|²")
+    e.axvline(50, color="gray", lw=1, ls=":", label="published number of steps")
+    e.set(title="(e) distance to backprop during inference", xlabel="inference steps, η = 0.1", ylabel="|g/λ - g_BP|²")
     for name, run in found.get("runs", {}).items():
         epochs = range(1, len(run["loss"]) + 1)
         line = "k:" if name == "backprop" else "-"
@@ -271,7 +270,8 @@ def main(
     draw(found, root / "seed_paper.png")
     for name in ("published", "converged"):
         print(
-            f"{name}: |g/λ - g_BP|² at λ = .01: {found[name]['gradient_distance'][0]:.3g}, of {found['true_norm2']:.3g}"
+            f"{name}: |g/λ - g_BP|² at λ = 0.01: {found[name]['gradient_distance'][0]:.3g},"
+            f" of {found['true_norm2']:.3g}"
         )
     print(f"written to {root / 'seed_paper.png'}")
 

@@ -39,8 +39,8 @@ MUTATIONS = [
     Mutation(
         "the update is not divided by B",
         "step.py",
-        "(scale / network.loss_scale)\n        self._check",
-        "scale\n        self._check",
+        "(scale / network.loss_scale)\n        check_coverage(self",
+        "scale\n        check_coverage(self",
         "predictive_coding",
     ),
     Mutation(
@@ -52,7 +52,7 @@ MUTATIONS = [
     ),
     Mutation(
         "descent climbs",
-        "relaxers/fixed_steps.py",
+        "evaluations/descent_step.py",
         "x.sub(gradient, alpha=lr)",
         "x.add(gradient, alpha=lr)",
         "predictive_coding",
@@ -66,7 +66,7 @@ MUTATIONS = [
     ),
     Mutation(
         "errors forget the precision",
-        "network.py",
+        "evaluations/error_forces.py",
         "signals[k] if is_one(p) else signals[k] / p",
         "signals[k]",
         "infinitesimal_limit",
@@ -88,7 +88,7 @@ MUTATIONS = [
     Mutation("states get gradients too", "delivery.py", "if id(leaf) not in held]", "]", "delivery predictive_coding"),
     Mutation(
         "signals sent bottom up",
-        "network.py",
+        "top_down.py",
         "range(len(leaves) - 1, -1, -1)",
         "range(len(leaves))",
         "predictive_coding",
@@ -111,22 +111,22 @@ MUTATIONS = [
     Mutation(
         "a runaway is returned",
         "relaxers/fixed_steps.py",
-        "(rose and descends) or unstable or growth > 10",
+        "(rose and lr) or unstable or growth > 10",
         "rose is None",
         "relaxers",
     ),
     Mutation(
         "accumulation is not undone",
-        "strategy.py",
+        "strategies/base.py",
         "surrogate = self._step.surrogate(closure_loss, 1 / self._accumulated())",
         "surrogate = self._step.surrogate(closure_loss, 1.0)",
         "conformance",
     ),
     Mutation(
         "states ignore what is above",
-        "network.py",
-        "best_response(self.energy, -slope,",
-        "best_response(self.energy, 0 * slope,",
+        "evaluations/best_responses.py",
+        "best_response(network.energy, -slope,",
+        "best_response(network.energy, 0 * slope,",
         "equilibrium_propagation",
     ),
     Mutation(
@@ -145,7 +145,7 @@ MUTATIONS = [
     ),
     Mutation(
         "layers that read each other rest where they are predicted",
-        "step.py",
+        "setup.py",
         "and not any(row.parents for row in plan.rows)",
         "and plan.rows",
         "resting free_equilibrium",
@@ -159,7 +159,7 @@ MUTATIONS = [
     ),
     Mutation(
         "errors are pulled by the conjugate",
-        "network.py",
+        "evaluations/error_forces.py",
         "strength * holomorphic(signals[k])",
         "strength * signals[k]",
         "infinitesimal_limit",
@@ -167,7 +167,7 @@ MUTATIONS = [
     Mutation(
         "no slope is analytic",
         "network.py",
-        "self._check_analytic(seen)\n        return",
+        "self.check_analytic(seen)\n        return",
         "pass\n        return",
         "own_nudge infinitesimal_limit precision",
     ),
@@ -500,29 +500,29 @@ MUTATIONS = [
     Mutation(
         "strengths share their code",
         "fast_network.py",
-        "self._run_code((kind, strength, at_rest), evaluate",
-        "self._run_code((kind, at_rest), evaluate",
+        "self._run_code((what, strength, at_rest), evaluate",
+        "self._run_code((what, at_rest), evaluate",
         "code",
     ),
     Mutation(
         "code of the start is run everywhere",
         "fast_network.py",
-        'at_rest = kind == "error_forces" and point[0] is self.no_errors[0]',
-        'at_rest = kind == "error_forces"',
+        'at_rest = what.coordinates == "errors" and point[0] is self.no_errors[0]',
+        'at_rest = what.coordinates == "errors"',
         "code",
     ),
     Mutation(
         "phases are written down in one weight",
         "fast_network.py",
-        "shapes.append((strength, weight, found.coordinates, kind))",
-        "shapes.append((strength, 1.0, found.coordinates, kind))",
+        "shapes.append((*end.phase, end.internal",
+        "shapes.append((end.strength, end.internal",
         "code",
     ),
     Mutation(
         "an update forgets its scale",
         "fast_network.py",
-        "total = twin.contrast(terms) * scale",
-        "total = twin.contrast(terms)",
+        "total = twin.update(rule, held) * scale",
+        "total = twin.update(rule, held)",
         "predictive_coding conformance",
     ),
     Mutation(
@@ -541,21 +541,21 @@ MUTATIONS = [
     ),
     Mutation(
         "two runs may differ",
-        "step.py",
-        'if isinstance(found, str):\n            raise UnsupportedModuleError(\n                "For this energy',
-        'if False:\n            raise UnsupportedModuleError(\n                "For this energy',
+        "second_run.py",
+        "        if _fix_the_same(first, second):\n",
+        "        if second:\n",
         "programs",
     ),
     Mutation(
         "steps on gradients of backprop are taken",
-        "strategy.py",
+        "strategies/manual.py",
         "if parameters and not any(id(p) in self._relaxed for p in parameters):",
         "if False:",
         "same_step",
     ),
     Mutation(
         "another loss learns by backprop",
-        "strategy.py",
+        "strategies/other_backward.py",
         "if graph_of([loss], {surrogate.grad_fn})[0]:",
         "if False:",
         "same_step recorder",
@@ -682,12 +682,61 @@ MUTATIONS = [
     Mutation(
         "the pass outlives its last reader",
         "step.py",
-        "self._let_go_of_pass()\n        if fast",
-        "if fast",
+        "self._let_go_of_pass()\n        if self._batch",
+        "if self._batch",
         "memory",
     ),
     Mutation(
         "means are sums", "program/reduction.py", "return reduction == _SUM and", "return reduction and", "reduction"
+    ),
+    Mutation(
+        "rows of folded samples take each other's steps",
+        "samples.py",
+        "values = values.repeat_interleave(folded)",
+        "values = values.repeat(folded)",
+        "closed_forms",
+    ),
+    Mutation(
+        "a conjugate has the inverse slope",
+        "energies/conjugates.py",
+        "dual=lambda a: 0.5 * a * scaled(a, slope)",
+        "dual=lambda a: 0.5 * a * scaled(a, 1 / slope)",
+        "closed_forms",
+    ),
+    Mutation(
+        "precisions learn twice as fast",
+        "energies/learned_precision.py",
+        "torch.exp(0.5 * self.rate",
+        "torch.exp(self.rate",
+        "closed_forms",
+    ),
+    Mutation(
+        "increments forget the nudge",
+        "increments.py",
+        "yield End(nudged, Relaxation",
+        "yield End(nudged._replace(weight=1.0), Relaxation",
+        "closed_forms",
+    ),
+    Mutation(
+        "samples go on from each other's states",
+        "phases.py",
+        "start = self._memory.recall(names, start)",
+        "start = self._memory.recall(names[::-1], start)",
+        "closed_forms",
+    ),
+    Mutation(
+        "figures of relaxations are one rank's",
+        "callbacks/relaxation_monitor.py",
+        "if trainer.world_size > 1:  # the mean over devices",
+        "if trainer.world_size < 1:  # the mean over devices",
+        "distributed",
+    ),
+    Mutation(
+        "an update reads one phase alone",
+        "updates/contrast.py",
+        "return network.terms_of(ends)",
+        "return network.terms_of(ends[:1])",
+        "own_update equilibrium_propagation",
     ),
 ]
 
@@ -715,7 +764,7 @@ def main(chosen: list[str]) -> int:
     for mutation in mutations:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder)
-            for part in (PACKAGE, "tests", "recipes", "benchmarks"):
+            for part in (PACKAGE, "lightning_ebm_cli", "tests", "recipes", "benchmarks"):
                 shutil.copytree(ROOT / part, copy / part)
             shutil.copy(ROOT / "pyproject.toml", copy)
             target = copy / PACKAGE / mutation.file

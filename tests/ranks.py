@@ -207,7 +207,7 @@ class Detour(ebm.ErrorCoordinates):
 
     def relax(self, landscape, start, strength):
         for _ in range(self.more):
-            landscape.norms(landscape.error_forces(landscape.no_errors, strength).gradients)
+            landscape.norms(landscape.evaluate(ebm.ErrorForces(), landscape.no_errors, strength).gradients)
         return super().relax(landscape, start, strength)
 
 
@@ -273,6 +273,30 @@ def alignment(world, rank):
         found[name] = {key: float(value) for key, value in trainer.callback_metrics.items()}
         assert float(callback.run.compute()["cosine"]) == float(callback._steps[0].compute()["cosine"])
     return found
+
+
+def monitored(world, rank):
+    """What a rank's own report of the first step says, and what is logged of it."""
+    own = {}
+
+    class Reports(L.Callback):
+        def on_after_backward(self, trainer, module):
+            report = trainer.strategy.learner.report
+            residual = report["residual"]
+            own.update({
+                "ebm/energy_nudged": report["energy_nudged"], "ebm/steps": float(report["steps"]),
+                "ebm/residual": sum(residual) / len(residual), "ebm/residual_max": max(residual),
+            })  # fmt: skip
+            regime = trainer.strategy.regime()
+            own.update(
+                {"ebm/relaxed": regime.relaxed, "ebm/way": regime.way, "ebm/way/layer/net/1": regime.layers[0].way}
+            )
+
+    callbacks = [ebm.RelaxationMonitor(1, regime_every_n_steps=1), Reports()]
+    strategy = ebm.EBMDDPStrategy(CONVERGED)
+    trainer = L.Trainer(strategy=strategy, devices=world, max_steps=1, callbacks=callbacks, **QUIET)
+    trainer.fit(Net(world, rank, scale=6.0))
+    return {"own": own, "logged": {key: float(value) for key, value in trainer.callback_metrics.items()}}
 
 
 def evaluation(world, rank):

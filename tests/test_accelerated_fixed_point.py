@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from landscapes import ByHand
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +22,7 @@ RHO = {
 DOUBLE = torch.float64
 
 
-class Chain:
+class Chain(ByHand):
     """x_l = rho(W_l x_{l-1} + W_{l+1}' x_{l+1}), the top one pulled by lambda (y - V x): no autograd, no network."""
 
     def __init__(self, weights: list[Tensor], bias: list[Tensor], rho: str, read: Tensor, target: Tensor) -> None:

@@ -71,7 +71,11 @@ def test_a_layer_that_stops_relaxing_is_named_with_the_step_since_when():
     ("records", "word"),
     [
         ([relaxation(0, SETTLES)], "sound"),
-        ([relaxation(0, SETTLES, "stalled", 0.4)], "sound"),
+        ([relaxation(0, SETTLES, "stalled", 0.4)], "stalled"),
+        ([relaxation(k, SETTLES, "stalled", 0.4) for k in range(8)] + [relaxation(9, SETTLES)], "stalled"),
+        ([relaxation(k, SETTLES) for k in range(8)] + [relaxation(9, SETTLES, "stalled", 0.4)], "sound"),
+        ([relaxation(k, SETTLES, "max_steps", 0.4) for k in range(4)] + [relaxation(9, SETTLES)] * 8, "cut off"),
+        ([relaxation(0, SETTLES, "kink", 0.4)], "sound"),
         ([relaxation(0, SETTLES, "fixed", 0.01)], "sound"),
         ([relaxation(0, SETTLES, "fixed", 0.6)], "cut off"),
         ([relaxation(0, SETTLES, "max_steps", 0.01)], "cut off"),

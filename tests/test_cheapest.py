@@ -6,17 +6,19 @@ import logging
 import lightning as L
 import pytest
 import torch
+from landscapes import ByHand
 from torch import nn
 from torch.nn import functional as F
 
 import lightning_ebm as ebm
-from lightning_ebm.relaxers import Forces, Relaxation
+from lightning_ebm.evaluations import ErrorForces, Slope
+from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.watching import Recording
 
 INF = float("inf")
 
 
-class Line:
+class Line(ByHand):
     """E = 1/2 x^2 for each sample; how far away a candidate ends, and what it asks on the way, is up to it."""
 
     def __init__(self, batch=2):
@@ -26,10 +28,7 @@ class Line:
 
     def forces(self, states, strength):
         self.asked += 1
-        return Forces(0.5 * states[0].square().sum(1), torch.zeros((), dtype=torch.float64), [states[0]])
-
-    def error_forces(self, errors, strength):
-        return self.forces(errors, strength)
+        return Slope(0.5 * states[0].square().sum(1), torch.zeros((), dtype=torch.float64), [states[0]])
 
     def per_sample(self, tensors):
         return tensors[0].sum(1)
@@ -51,7 +50,7 @@ class Scripted(ebm.Relaxer):
     def relax(self, landscape, start, strength):
         self.runs += 1
         for _ in range(self.passes):
-            landscape.error_forces(start, strength)
+            landscape.evaluate(ErrorForces(), start, strength)
         if self.status == "diverged":
             raise ebm.RelaxationDivergedError("ran away")
         point = [torch.full_like(start[0], self.end)]
@@ -153,7 +152,7 @@ def test_equal_costs_are_not_told_apart_by_how_they_round():
     class Sums(Scripted):
         def relax(self, landscape, start, strength):
             for asked in self.order:
-                landscape.error_forces(start, strength) if asked == "f" else landscape.norms(start)
+                landscape.evaluate(ErrorForces(), start, strength) if asked == "f" else landscape.norms(start)
             return super().relax(landscape, start, strength)
 
     def asking(order):

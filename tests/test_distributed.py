@@ -21,7 +21,7 @@ EVERYWHERE = ("predictive-coding", "equilibrium-propagation", "holomorphic-ep")
 FITS = [f"fit/{flags}/{name}" for flags, name in itertools.product(ranks.FLAGS, EVERYWHERE) if flags != "uneven"]
 FITS += [f"fit/plain/{name}" for name in ranks.ALGORITHMS if name not in EVERYWHERE]
 FITS.append(UNEVEN)
-TWO = [*FITS, "collectives", "choice", "equals_stock", "alignment", "evaluation", "overflow", "errors"]
+TWO = [*FITS, "collectives", "choice", "equals_stock", "alignment", "monitored", "evaluation", "overflow", "errors"]
 FOUR = [f"fit/{flags}/{name}" for flags, name in itertools.product(("plain", "accumulation"), EVERYWHERE)]
 FOUR += ["fit/unused/predictive-coding"]
 FOUR += [UNEVEN, "fit/sharded/predictive-coding", "errors"]
@@ -164,6 +164,14 @@ def test_alignment_is_of_all_ranks_micro_batches(two):
         for logged in two[0]["alignment"]:
             assert logged[name]["alignment/cosine"] == pytest.approx(cosine, abs=1e-5)
             assert logged[name]["alignment/norm_ratio/net/0/weight"] == pytest.approx(ratio, rel=1e-5)
+
+
+def test_figures_of_relaxations_are_means_over_ranks(two):
+    first, second = two[0]["monitored"]
+    for key, value in first["own"].items():
+        assert value != second["own"][key] or key == "ebm/steps"  # else a mean would be like any of them
+        for left in (first, second):
+            assert left["logged"][key] == pytest.approx((value + second["own"][key]) / 2, rel=1e-5)
 
 
 def test_a_step_that_overflows_on_one_rank_is_skipped_by_all(two):

@@ -327,5 +327,14 @@ def test_the_offline_run_holds_figures_definitions_and_settings(tmp_path):
     history = [r for r in records if r.get("type") == "history" and '"alignment/cosine"' in json.dumps(r)]
     assert len(history) == 12
     assert "alignment/cosine/net/4/weight" in dump
+    # Charts are few: of the whole and of the layers; what parameters have is there, and W&B draws it when asked.
+    defined = [r["metric"] for r in records if r.get("type") == "metric" and "name" in r["metric"]]
+    ours = {m["name"]: bool(m.get("options", {}).get("hidden")) for m in defined if m["name"].startswith("alignment/")}
+    assert ours["alignment/cosine/net/4/weight"]
+    charted = {name for name, hidden in ours.items() if not hidden}
+    layers = {
+        f"alignment/layer/{f}/{layer}" for f in ("cosine", "angle_deg") for layer in ("net/2", "net/5", "readout")
+    }
+    assert charted == {*(f"alignment/{name}" for name in ebm.metrics.NAMES), "alignment/dead", *layers}, charted
     assert any(r.get("type") == "metric" and "alignment/cosine" in json.dumps(r) for r in records)
     assert "ErrorCoordinates" in dump

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_ebm as ebm
+from lightning_ebm.evaluations import Forces
 
 STEPS = 20
 
@@ -110,7 +111,7 @@ def test_kinds_of_numbers_stay_those_of_the_step() -> None:
     seen = []
 
     def look(network: Any) -> Any:
-        seen.append(network.forces(list(network.free), 1.0).loss.dtype)
+        seen.append(network.evaluate(Forces(), list(network.free), 1.0).loss.dtype)
         return network
 
     for capture in (True, False):

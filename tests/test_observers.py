@@ -71,7 +71,7 @@ def raising(*args, **kwargs):
     ("owner", "name", "line"),
     [
         (loggers, "histogram", "Drawing 'alignment/histogram'"),
-        (loggers.WandbTable, "with_rows", "Drawing 'alignment/table'"),
+        (loggers, "table", "Drawing 'alignment/table'"),
         (plots, "alignment_heatmap", "Drawing 'alignment/heatmap'"),
         (plots, "energy_curves", "Drawing 'ebm/energy_curves'"),
         (runs, "read", "Drawing 'ebm/energy_curves'"),
@@ -91,13 +91,6 @@ def test_pictures_and_tables_that_cannot_be_made(tmp_path, monkeypatch, caplog, 
     assert "too many bins" in caplog.text
     lines = [record.message for record in caplog.records if "goes on without" in record.message]
     assert len(lines) == len(set(lines))
-
-
-def test_no_matplotlib(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(loggers, "has_matplotlib", lambda: False)
-    monkeypatch.setattr(plots, "alignment_heatmap", raising)
-    fit(tmp_path, CSVLogger(tmp_path), observers(), enable_progress_bar=False)
-    assert "goes on without" not in caplog.text
 
 
 def test_a_run_file_that_cannot_be_written(tmp_path, caplog):

@@ -210,7 +210,7 @@ def test_a_nudge_that_draws_is_not_drawn_from_by_looking_and_may_be_made_to_hold
     drawn = ebm.RandomSign(0.1)
     before = drawn.state_dict()
     algorithm = ebm.Algorithm(nudge=drawn)
-    assert (drawn.needs_output_state, drawn.complex_states, algorithm.read_as) == (False, False, "contrast")
+    assert (drawn.needs_output_state, drawn.complex_states, algorithm.rule.name) == (False, False, "contrast")
     assert drawn.state_dict() == before
     assert HeldBySign(0.1).needs_output_state
 

@@ -1,6 +1,5 @@
 """Pictures show the numbers they were given."""
 
-import builtins
 import math
 
 import numpy as np
@@ -75,16 +74,3 @@ def test_without_anything_to_draw_the_callback_is_named():
     for draw in (plots.energy_curves, plots.residual_curves):
         with pytest.raises(ebm.ConfigurationError, match="RelaxationMonitor"):
             draw(Run(None))
-
-
-def test_without_matplotlib_the_extra_is_named(monkeypatch):
-    original = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("matplotlib"):
-            raise ModuleNotFoundError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ModuleNotFoundError, match=r"lightning-ebm\[plots\]"):
-        plots.alignment_heatmap(ROWS)

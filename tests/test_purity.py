@@ -194,7 +194,7 @@ class Interrupted(ebm.Relaxer):
         self.exception = exception
 
     def relax(self, landscape, start, strength):
-        landscape.forces([x + 1 for x in start], strength)
+        landscape.evaluate(ebm.Forces(), [x + 1 for x in start], strength)
         raise self.exception
 
 

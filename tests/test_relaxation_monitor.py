@@ -163,7 +163,7 @@ def test_a_csv_run_can_be_read_back(tmp_path):
     assert dict(run.metrics["ebm/steps"]) == {step: float(row["ebm/steps"]) for step, row in rows.items()}
 
 
-def test_the_offline_run_holds_curves_on_an_axis_of_their_own(tmp_path):
+def test_the_offline_run_holds_curves_and_comparisons_as_one_table_each(tmp_path):
     """Read back from the file itself, with W&B's own reader."""
     import wandb
 
@@ -182,19 +182,20 @@ def test_the_offline_run_holds_curves_on_an_axis_of_their_own(tmp_path):
     scalars = [row for row in rows if "ebm/energy_nudged" in row]
     assert [row["trainer/global_step"] for row in scalars] == list(range(8))
     assert defined["ebm/residual"]["step_metric"] == "trainer/global_step"
-    curves = sorted({key for row in rows for key in row if key.startswith("ebm/curves/step_")})
-    assert curves == [f"ebm/curves/step_{step}/energy_nudged_0" for step in (0, 3, 7)]
     run = runs.read(directory)
-    for key, (_, relaxation) in zip(curves, [run.relaxations[i] for i in (0, 3, 7)], strict=True):
-        assert defined[key]["step_metric"] == "ebm/curves/relaxation_step"
-        points = [(row["ebm/curves/relaxation_step"], row[key]) for row in rows if key in row]
-        phase = relaxation["phases"][0]
-        energies = phase["energies"]
-        assert energies[-1] == pytest.approx(phase["internal"][-1] + phase["loss"][-1], rel=1e-4)
-        assert [step for step, _ in points] == list(range(len(energies)))
-        assert [energy for _, energy in points] == pytest.approx(energies, rel=1e-5)
-    tables = [row for row in rows if any(key.startswith("alignment/table") for key in row)]
-    assert len(tables) == 5  # steps 0, 1, 3, 5, 7
+    tables = {path.parent.name + "/" + path.name.split("_")[0]: json.loads(path.read_text())
+              for path in (directory / "files").rglob("*.table.json")}  # fmt: skip
+    assert sorted(tables) == ["alignment/table", "ebm/curves"]
+    by_step: dict[int, list[float]] = {}
+    for step, phase, number, energy in tables["ebm/curves"]["data"]:
+        assert phase == "nudged"
+        assert number == len(by_step.setdefault(step, []))
+        by_step[step].append(energy)
+    assert list(by_step) == [0, 3, 7]
+    for step, energies in by_step.items():
+        assert energies == pytest.approx(dict(run.relaxations)[step]["phases"][0]["energies"], rel=1e-5)
+    compared = [row[0] for row in tables["alignment/table"]["data"]]
+    assert sorted(set(compared)) == [0, 1, 3, 5, 7]
     for key in ("alignment/histogram", "ebm/residual_histogram"):
         assert any(name.startswith(key) for row in rows for name in row), key
     images = [row for row in rows if any(key.startswith("alignment/heatmap") for key in row)]

@@ -5,15 +5,16 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from landscapes import ByHand
 from torch import Tensor
 
 import lightning_ebm as ebm
-from lightning_ebm.relaxers import Forces
+from lightning_ebm.evaluations import Slope
 
 D = 6
 
 
-class Quadratic:
+class Quadratic(ByHand):
     """E_b = 1/2 (x - c_b)' A_b (x - c_b), split over two layers of D / 2 units; its minimum is c_b; A_b >= 1."""
 
     def __init__(self, batch: int, condition: float, seed: int = 0) -> None:
@@ -31,12 +32,10 @@ class Quadratic:
         away = torch.cat(list(states), 1) - self.minimum
         return 0.5 * torch.einsum("bi,bij,bj->b", away, self.hessian, away)
 
-    def forces(self, states, strength) -> Forces:
+    def forces(self, states, strength) -> Slope:
         away = torch.cat(list(states), 1) - self.minimum
         gradient = torch.einsum("bij,bj->bi", self.hessian, away)
-        return Forces(self.energy(states), torch.zeros((), dtype=torch.float64), list(gradient.split(D // 2, 1)))
-
-    error_forces = forces
+        return Slope(self.energy(states), torch.zeros((), dtype=torch.float64), list(gradient.split(D // 2, 1)))
 
     def norms(self, tensors) -> Tensor:
         return self.per_sample([t.square() for t in tensors]).sqrt()
@@ -54,13 +53,11 @@ class Quadratic:
 class Kink(Quadratic):
     """E_b = |x - c_b| + 1/2 |x - c_b|^2, elementwise: a minimum at which no force vanishes."""
 
-    def forces(self, states, strength) -> Forces:
+    def forces(self, states, strength) -> Slope:
         away = torch.cat(list(states), 1) - self.minimum
         gradient = away.sign() + away
         energy = (away.abs() + 0.5 * away.square()).sum(1)
-        return Forces(energy, torch.zeros((), dtype=torch.float64), list(gradient.split(D // 2, 1)))
-
-    error_forces = forces
+        return Slope(energy, torch.zeros((), dtype=torch.float64), list(gradient.split(D // 2, 1)))
 
 
 def end(found) -> Tensor:
@@ -173,9 +170,9 @@ class InPlace(ebm.Relaxer):
     def relax(self, landscape, start, strength):
         states = [state.clone() for state in start]
         for _ in range(30):
-            for state, force in zip(states, landscape.forces(states, strength).gradients, strict=True):
+            for state, force in zip(states, landscape.evaluate(ebm.Forces(), states, strength).gradients, strict=True):
                 state.sub_(force, alpha=0.1)
-        forces = landscape.forces(states, strength)
+        forces = landscape.evaluate(ebm.Forces(), states, strength)
         return ebm.Relaxation(states, "states", "fixed", 30, forces.internal)
 
 
@@ -205,9 +202,7 @@ class Seen(Quadratic):
         gradient = torch.einsum("bij,bj->bi", self.hessian, away) + self.coupling * x.sum(0)
         energy = 0.5 * (away * torch.einsum("bij,bj->bi", self.hessian, away)).sum(1)
         energy = energy + 0.5 * self.coupling * x.sum(0).square().sum() / len(x)
-        return Forces(energy, torch.zeros((), dtype=torch.float64), list(gradient.split(D // 2, 1)))
-
-    error_forces = forces
+        return Slope(energy, torch.zeros((), dtype=torch.float64), list(gradient.split(D // 2, 1)))
 
     def solution(self):
         """The minimum of all samples together, by one linear system."""
@@ -248,9 +243,7 @@ class Shifted(Quadratic):
         gradient = torch.einsum("bij,bj->bi", self.hessian, away)
         energy = 0.5 * (away * gradient).sum(1)
         back = torch.stack([-3 * gradient[1], torch.zeros_like(gradient[1])])
-        return Forces(energy, torch.zeros((), dtype=torch.float64), list((gradient + back).split(D // 2, 1)))
-
-    error_forces = forces
+        return Slope(energy, torch.zeros((), dtype=torch.float64), list((gradient + back).split(D // 2, 1)))
 
 
 def test_a_sample_that_slept_is_woken_by_another():

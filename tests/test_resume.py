@@ -12,6 +12,8 @@ from lightning_modules import Template, data
 from torch.utils.data import DataLoader
 
 import lightning_ebm as ebm
+from lightning_ebm.plain_state import RandomState
+from lightning_ebm.strategies.resume import _ahead
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 QUIET = {
@@ -145,3 +147,15 @@ def test_a_run_stopped_twice_in_one_epoch(tmp_path):
         made.save_checkpoint(path)
     resumed = end_of(trainer("pc-nudge", tmp_path, enable_checkpointing=False), Random, path)
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+@pytest.mark.parametrize("kind", [list, DataLoader])
+def test_a_loader_skips_what_was_done_once_and_is_itself_again(kind):
+    batches = [torch.tensor([float(k)]) for k in range(5)]
+    loader = batches if kind is list else DataLoader(batches, batch_size=1)
+    ahead = _ahead(loader, 2, RandomState(torch.nn.Linear(1, 1)))
+    assert len(ahead) == 5
+    assert isinstance(ahead, kind) or kind is list
+    assert [float(batch) for batch in ahead] == [2.0, 3.0, 4.0]
+    assert type(loader) is kind
+    assert [float(batch) for batch in ahead] == [0.0, 1.0, 2.0, 3.0, 4.0]

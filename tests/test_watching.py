@@ -143,7 +143,7 @@ class Somebodys(Relaxer):
     def relax(self, landscape, start, strength):
         states = list(start)
         for _ in range(4):
-            forces = landscape.forces(states, strength)
+            forces = landscape.evaluate(ebm.Forces(), states, strength)
             states = [x - 0.1 * g for x, g in zip(states, forces.gradients, strict=True)]
         return Relaxation(states, "states", "fixed", 4, torch.zeros(landscape.batch_size).double(), [forces.loss])
 

@@ -18,7 +18,7 @@ from lightning_ebm.metrics import NAMES, Alignment, dead, read
 from lightning_ebm.program.calls import clean
 from lightning_ebm.program.wiring import named_gradients
 from lightning_ebm.reference import Reference
-from lightning_ebm.strategy import EnergyStrategy
+from lightning_ebm.strategies import EnergyStrategy
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +43,9 @@ class GradientAlignment(Callback):
     With both references, those of the second are logged under ``alignment_equilibrium/``.
 
     With `WandbLogger` the minimum, maximum, mean and last value of each stand in the run's summary, the algorithm in
-    its config under "ebm", every comparison in the table ``alignment/table``, and the layer x step heatmap is logged
-    when the fit ends (to TensorBoard and MLflow too, if matplotlib is installed).
+    its config under "ebm". Charts are drawn of the overall figures and of each layer's cosine and angle; the others,
+    five a parameter, are in the run without a chart, see `per_parameter`. When the fit ends the table
+    ``alignment/table`` is logged, with every comparison, and the layer x step heatmap (to TensorBoard and MLflow too).
 
     Args:
         every_n_steps: compare at the first optimizer step, and whenever this many more are complete; None: only at
@@ -54,6 +55,7 @@ class GradientAlignment(Callback):
         epochs: compare at every step of these epochs, too.
         warn_below: cosine below which, for `patience` comparisons, a remedy is logged once; None never does.
         patience: how many comparisons in a row.
+        per_parameter: W&B draws a chart of each figure of each parameter, too.
 
     Attributes:
         run: `Alignment` over every comparison of the fit so far, with the first reference; kept in checkpoints. On
@@ -73,6 +75,7 @@ class GradientAlignment(Callback):
         epochs: Sequence[int] = (),
         warn_below: float | None = 0.5,
         patience: int = 10,
+        per_parameter: bool = False,
     ) -> None:
         if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
             raise ConfigurationError(f"GradientAlignment(every_n_steps={every_n_steps!r}): expected at least 1.")
@@ -88,6 +91,7 @@ class GradientAlignment(Callback):
         self.epochs = frozenset(epochs)
         self.warn_below = warn_below
         self.patience = patience
+        self.per_parameter = per_parameter
         self.history: list[tuple[int, dict[str, float | None]]] = []
         self.cost = 0.0
         self._references: tuple[Reference, ...] = references
@@ -98,7 +102,8 @@ class GradientAlignment(Callback):
         self._gather: Callable[[Any], list[Any]] | None = None
         self._low = 0
         self._warned = False
-        self._table = loggers.WandbTable("alignment/table", ["step", "layer", *NAMES, "dead"])
+        self._table: list[list[Any]] = []
+        self._defined: set[str] = set()
         self._file = RunFile()
         self._started = self._spent = 0.0
 
@@ -132,11 +137,14 @@ class GradientAlignment(Callback):
         self._restored = None
         self._seen_step = -1
         self._started, self._spent = time.perf_counter(), 0.0
-        self._file.open(trainer)
+        self._file.begin(trainer)
         self._file.tell(trainer, _strategy(trainer).describe())
-        figures = [f"{figure}{suffix}" for figure in NAMES for suffix in ("", *_suffixes(names))]
+        self._table, self._defined = [], set()
+        parameters = [f"{figure}{suffix}" for figure in NAMES for suffix in _suffixes(names)]
         for prefix in self._prefixes:
-            loggers.define(trainer, [f"{prefix}/{name}" for name in (*figures, "dead")], summary=_SUMMARY)
+            loggers.define(trainer, [f"{prefix}/{name}" for name in (*NAMES, "dead")], summary=_SUMMARY)
+            hidden = not self.per_parameter
+            loggers.define(trainer, [f"{prefix}/{name}" for name in parameters], summary=_SUMMARY, hidden=hidden)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Compares what this micro-batch is about to add with the true gradient of this micro-batch."""
@@ -218,6 +226,7 @@ class GradientAlignment(Callback):
     def _read(self, trainer: Trainer, prefix: str, names: Sequence[str], total: Tensor) -> dict[str, float]:
         """Every figure to be logged, by its name; read off the device at once."""
         layers = _by_layer(names, total, _layers(trainer, names))
+        self._define(trainer, prefix, list(layers))
         rows = {"": total.sum(0)} | {
             f"/{name.replace('.', '/')}": row for name, row in zip(names, total, strict=True) if row[5] > 0
         }
@@ -230,16 +239,26 @@ class GradientAlignment(Callback):
         }
         return values | {f"{prefix}/dead": float(len(dead(names, total)))}
 
+    def _define(self, trainer: Trainer, prefix: str, layers: Sequence[str]) -> None:
+        """Tells W&B of layers when they are first seen: which of their figures get a chart."""
+        new = [layer for layer in layers if f"{prefix}/{layer}" not in self._defined]
+        self._defined |= {f"{prefix}/{layer}" for layer in new}
+        for figure in NAMES if new else ():
+            keys = [f"{prefix}/layer/{figure}/{layer}" for layer in new]
+            loggers.define(trainer, keys, summary=_SUMMARY, hidden=figure not in _CHARTED)
+
     def _keep(
         self, trainer: Trainer, names: Sequence[str], total: Tensor, values: Mapping[str, float], again: bool
     ) -> None:
         """Notes the step for the heatmap, the table and the run's file; a later micro-batch takes the row's place."""
         rows: dict[str, float | None] = {}
-        table, prefix = [], self._prefixes[0]
-        for layer, row in _by_layer(names, total, _layers(trainer, names)).items():
+        angles: dict[str, float | None] = {}
+        table: list[list[Any]] = []
+        prefix, layers = self._prefixes[0], _by_layer(names, total, _layers(trainer, names))
+        for layer, row in layers.items():
             is_dead = bool((row[1] == 0) | (row[2] == 0))
             figures = [values[f"{prefix}/layer/{figure}/{layer}"] for figure in NAMES]
-            rows[layer] = None if is_dead else figures[0]
+            rows[layer], angles[layer] = (None, None) if is_dead else figures[:2]
             table.append([trainer.global_step, layer, *figures, is_dead])
         if again and self.history and self.history[-1][0] == trainer.global_step:
             self.history.pop()
@@ -247,15 +266,13 @@ class GradientAlignment(Callback):
         if len(self.history) > _MOST_COLUMNS:
             self.history = self.history[::2]
         overall = {figure: values[f"{prefix}/{figure}"] for figure in NAMES}
-        self._file.add({"alignment": overall, "layers": rows, "dead": dead(names, total), "step": trainer.global_step})
+        record = {"alignment": overall, "layers": rows, "angles": angles, "dead": dead(names, total)}
+        self._file.add(record | {"step": trainer.global_step})
+        if again and self._table:  # a later micro-batch of the same step
+            self._table = [row for row in self._table if row[0] != trainer.global_step]
+        self._table = (self._table + table)[-_MOST_ROWS:]
         finite = [cosine for cosine in rows.values() if cosine is not None]
-        loggers.log_wandb(
-            trainer,
-            {
-                self._table.key: partial(self._table.with_rows, table),
-                "alignment/histogram": partial(loggers.histogram, finite),
-            },
-        )
+        loggers.log_wandb(trainer, {"alignment/histogram": partial(loggers.histogram, finite)})
 
     def _advise(self, trainer: Trainer, cosine: float) -> None:
         step = trainer.global_step
@@ -270,9 +287,12 @@ class GradientAlignment(Callback):
         took = time.perf_counter() - self._started
         self.cost = self._spent / took if took > 0 else 0.0
         self._file.add({"cost": {"alignment": self.cost}})
+        self._file.end(trainer)
         log.info("Comparing updates with the true gradient took %.1f %% of the fit's time.", 100 * self.cost)
         if self.history:
             loggers.log_figure(trainer, "alignment/heatmap", self._heatmap)
+        made = partial(loggers.table, ["step", "layer", *NAMES, "dead"], self._table)
+        loggers.log_wandb(trainer, {"alignment/table": made})
 
     def _heatmap(self) -> Any:
         from lightning_ebm import plots
@@ -283,6 +303,8 @@ class GradientAlignment(Callback):
 _PREFIXES: dict[str, str] = {"backprop": "alignment", "equilibrium": "alignment_equilibrium"}
 _SUMMARY = "min,max,mean,last"
 _MOST_COLUMNS = 2000
+_MOST_ROWS = 20_000
+_CHARTED = NAMES[:2]  # of each layer
 
 
 def _strategy(trainer: Trainer) -> EnergyStrategy:

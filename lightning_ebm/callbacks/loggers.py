@@ -8,7 +8,6 @@ log, see `harmless`.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,6 +26,15 @@ _said: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
 def observing(trainer: Trainer, what: str) -> AbstractContextManager[None]:
     """`harmless`, once for every Trainer."""
     return harmless(what, _said.setdefault(trainer, set()))
+
+
+def mean_of(told: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean over devices of each figure, over those that have a number for it; nan where none has."""
+    found = {}
+    for key in dict.fromkeys(key for one in told for key in one):
+        numbers = [one[key] for one in told if key in one and not math.isnan(one[key])]
+        found[key] = sum(numbers) / len(numbers) if numbers else math.nan
+    return found
 
 
 def log_scalars(
@@ -52,21 +60,27 @@ def tell_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:
             logger.log_hyperparams({"ebm": dict(settings)})
 
 
-def define(trainer: Trainer, keys: Iterable[str], axis: str = GLOBAL_STEP, summary: str | None = None) -> None:
-    """Tells W&B the axis of exact keys, and which figures of them belong in the run's summary."""
+def define(trainer: Trainer, keys: Iterable[str], summary: str | None = None, hidden: bool = False) -> None:
+    """Tells W&B the axis of exact keys, and which figures of them belong in the run's summary.
+
+    Args:
+        trainer: whose.
+        keys: to be logged.
+        summary: such as "min,max,mean,last".
+        hidden: they are kept with the others, and W&B draws no chart of them by itself.
+    """
     for run in _wandb_runs(trainer):
         with observing(trainer, "Defining the axes of W&B"):
             for key in keys:
-                run.define_metric(key, step_metric=axis, summary=summary)
+                run.define_metric(key, step_metric=GLOBAL_STEP, summary=summary, hidden=hidden or None)
 
 
-def log_wandb(trainer: Trainer, values: Mapping[str, Any], with_step: bool = True) -> None:
+def log_wandb(trainer: Trainer, values: Mapping[str, Any]) -> None:
     """A row that only W&B can show.
 
     Args:
         trainer: whose.
         values: by name; tables and histograms as functions that make them, None being nothing to show.
-        with_step: False leaves out the step of training.
     """
     runs = _wandb_runs(trainer)
     row: dict[str, Any] = {}
@@ -76,12 +90,12 @@ def log_wandb(trainer: Trainer, values: Mapping[str, Any], with_step: bool = Tru
             row |= {} if made is None else {key: made}
     for run in runs if row else ():
         with observing(trainer, "Logging a row to W&B"):
-            run.log({**row, GLOBAL_STEP: trainer.global_step} if with_step else row)
+            run.log({**row, GLOBAL_STEP: trainer.global_step})
 
 
 def log_figure(trainer: Trainer, key: str, draw: Callable[[], Any]) -> None:
     """A matplotlib figure, to every logger that has a call for one; None is nothing to show."""
-    if not trainer.is_global_zero or not trainer.loggers or not has_matplotlib():
+    if not trainer.is_global_zero or not trainer.loggers:
         return
     figure = None
     with observing(trainer, f"Drawing {key!r}"):
@@ -111,28 +125,11 @@ def _log_figure_by_name(logger: Logger, experiment: Any, key: str, figure: Any) 
         experiment.log_figure(figure_name=key, figure=figure)
 
 
-class WandbTable:
-    """A table of W&B that grows while a run lasts.
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
+    """W&B's, of all rows at once: one file a run; None where there are no rows."""
+    import wandb
 
-    Args:
-        key: under which it is logged.
-        columns: their names.
-    """
-
-    def __init__(self, key: str, columns: Sequence[str]) -> None:
-        self.key = key
-        self.columns: list[str | int] = list(columns)
-        self._table: Any = None
-
-    def with_rows(self, rows: Iterable[Sequence[Any]]) -> Any:
-        """The table with these rows added, to be logged."""
-        import wandb
-
-        if self._table is None:
-            self._table = wandb.Table(columns=self.columns, log_mode="INCREMENTAL")
-        for row in rows:
-            self._table.add_data(*row)
-        return self._table
+    return wandb.Table(columns=list(columns), data=[list(row) for row in rows]) if rows else None
 
 
 def histogram(values: Sequence[float]) -> Any:
@@ -144,11 +141,6 @@ def histogram(values: Sequence[float]) -> Any:
 
     finite = [float(f"{value:.6g}") for value in values if math.isfinite(value)]
     return wandb.Histogram(finite) if finite else None
-
-
-def has_matplotlib() -> bool:
-    """Whether figures can be drawn."""
-    return find_spec("matplotlib") is not None
 
 
 def has_wandb(trainer: Trainer) -> bool:

@@ -12,10 +12,10 @@ from lightning_ebm import advice
 from lightning_ebm.callbacks import console, loggers
 from lightning_ebm.callbacks.run_file import RunFile
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
-from lightning_ebm.network import Network
+from lightning_ebm.evaluations import Landscape
 from lightning_ebm.regime import Regime
 from lightning_ebm.relaxers import Relaxer
-from lightning_ebm.strategy import EnergyStrategy
+from lightning_ebm.strategies import EnergyStrategy
 from lightning_ebm.watching import Recording
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,9 @@ class RelaxationMonitor(Callback):
 
     On several devices the others are means over the devices.
 
-    With `WandbLogger` also the energy of each curve against the relaxation step, on an axis of its own, and a histogram
-    of the residuals of the samples. Everything goes to the run's file for `python -m lightning_ebm report`.
+    With `WandbLogger` also a histogram of the residuals of the samples, and when the fit ends the table ``ebm/curves``:
+    energies against the relaxation step, where the regime was measured. Largest residual, step size and curvature are
+    in the run without a chart. Everything goes to the run's file for `lightning-ebm report`.
 
     Args:
         every_n_steps: record at the first optimizer step, and whenever this many more are complete.
@@ -73,6 +74,7 @@ class RelaxationMonitor(Callback):
         self._warned = self._told_of_silence = False
         self._file = RunFile()
         self._kept = 0
+        self._curves: list[tuple[int, str, int, float]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a strategy under which nothing relaxes."""
@@ -86,10 +88,11 @@ class RelaxationMonitor(Callback):
         """Tells loggers of the algorithm, and everybody what the settings alone give away."""
         strategy = _strategy(trainer)
         self._recording = None
-        self._file.open(trainer)
+        self._file.begin(trainer)
         self._file.tell(trainer, strategy.describe())
-        loggers.define(trainer, _SCALARS, summary="min,max,mean,last")
-        loggers.define(trainer, [_AXIS])
+        self._curves = []
+        loggers.define(trainer, _CHARTED, summary="min,max,mean,last")
+        loggers.define(trainer, _WITHOUT_CHART, summary="min,max,mean,last", hidden=True)
         rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
         dtype = next((p.dtype for p in pl_module.parameters()), torch.float32)
         for text in advice.before_training(strategy.algorithm, [float(rate) for rate in rates], dtype):
@@ -100,11 +103,9 @@ class RelaxationMonitor(Callback):
         learner = _strategy(trainer).learner
         learner.observer = self._observe if _due(trainer, self.every_n_steps) else None
 
-    def _observe(self, network: Network) -> Network:
-        watched: Any = network
-        recording: Any = Recording(watched)
-        self._recording = recording
-        return recording  # type: ignore[no-any-return]  # by delegation
+    def _observe(self, network: Landscape) -> Landscape:
+        self._recording = Recording(network)
+        return self._recording
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reads the recording of the relaxation that has just been used."""
@@ -142,12 +143,11 @@ class RelaxationMonitor(Callback):
             "status": report["result"], "steps": report["steps"], "layers": report["layers"],
             "residual": values["ebm/residual"], "loss": report["loss"], "phases": phases,
         }  # fmt: skip
-        if trainer.world_size > 1:  # the mean over devices, in one collective
-            mine = torch.tensor(list(values.values()), device=pl_module.device, dtype=torch.float32)
-            values = dict(zip(values, strategy.reduce(mine, reduce_op="mean").tolist(), strict=True))
         if self.regime_every_n_steps is not None and _due(trainer, self.regime_every_n_steps):
             values |= self._measured(trainer, strategy)
-            self._curves(trainer, phases)
+            self._keep_curves(trainer, phases)
+        if trainer.world_size > 1:  # the mean over devices, in one collective
+            values = loggers.mean_of(strategy.gather(values))
         loggers.log_scalars(trainer, pl_module, values, _IN_PROGRESS_BAR)
         self._keep(trainer, record, report["residual"])
         self._advise(trainer, values["ebm/residual"])
@@ -214,15 +214,13 @@ class RelaxationMonitor(Callback):
         self._file.add({"relaxation": record, "step": trainer.global_step})
         loggers.log_wandb(trainer, {"ebm/residual_histogram": partial(loggers.histogram, residual)})
 
-    def _curves(self, trainer: Trainer, phases: list[Any]) -> None:
-        """To W&B, against the relaxation step."""
-        if not loggers.has_wandb(trainer):
-            return
-        for number, phase in enumerate(phases):
-            key = f"ebm/curves/step_{trainer.global_step}/energy_{'nudged' if phase['nudge'] else 'free'}_{number}"
-            loggers.define(trainer, [key], axis=_AXIS)
-            for step, energy in enumerate(phase.get("energies", [])):
-                loggers.log_wandb(trainer, {key: energy, _AXIS: step}, with_step=False)
+    def _keep_curves(self, trainer: Trainer, phases: list[Any]) -> None:
+        """For the table in W&B."""
+        if loggers.has_wandb(trainer) and len(self._curves) < _MOST_ROWS:
+            for phase in phases:
+                kind = "nudged" if phase["nudge"] else "free"
+                steps = enumerate(phase.get("energies", []))
+                self._curves += [(trainer.global_step, kind, step, energy) for step, energy in steps]
 
     def _advise(self, trainer: Trainer, residual: float) -> None:
         monitored = sum(self.statuses.values())
@@ -237,9 +235,12 @@ class RelaxationMonitor(Callback):
 
     def _finish(self, trainer: Trainer) -> None:
         self._recording = None
+        self._file.end(trainer)
         if hasattr(trainer.strategy, "learner"):
             _strategy(trainer).learner.observer = None
         loggers.log_figure(trainer, "ebm/energy_curves", self._energy_curves)
+        made = partial(loggers.table, ["global step", "phase", "relaxation step", "energy"], self._curves)
+        loggers.log_wandb(trainer, {"ebm/curves": made})
 
     def _energy_curves(self) -> Any:
         from lightning_ebm import plots, runs
@@ -248,13 +249,11 @@ class RelaxationMonitor(Callback):
         return None if run is None or not plots.has_curves(run) else plots.energy_curves(run)
 
 
-_AXIS = "ebm/curves/relaxation_step"
 _IN_PROGRESS_BAR = ("ebm/energy_nudged", "ebm/steps")
-_SCALARS = (
-    "ebm/energy_free", "ebm/energy_nudged", "ebm/residual", "ebm/residual_max", "ebm/steps", "ebm/step_size",
-    "ebm/curvature", "ebm/relaxed", "ebm/way",
-)  # fmt: skip
+_CHARTED = ("ebm/energy_free", "ebm/energy_nudged", "ebm/residual", "ebm/steps", "ebm/relaxed", "ebm/way")
+_WITHOUT_CHART = ("ebm/residual_max", "ebm/step_size", "ebm/curvature")
 _MOST_CURVES = 200
+_MOST_ROWS = 20_000
 
 
 def _strategy(trainer: Trainer) -> EnergyStrategy:

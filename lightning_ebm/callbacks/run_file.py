@@ -2,14 +2,19 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Trainer
 
-from lightning_ebm.callbacks.loggers import run_directory, tell_settings
+from lightning_ebm.callbacks.loggers import observing, run_directory, tell_settings
+from lightning_ebm.callbacks.run_facts import batch_size, facts
 from lightning_ebm.harmless import harmless
 from lightning_ebm.runs import FILE_NAME
+
+_writers: "WeakKeyDictionary[Trainer, RunFile]" = WeakKeyDictionary()
 
 
 class RunFile:
@@ -19,13 +24,29 @@ class RunFile:
         self.path: Path | None = None
         self._told: dict[str, Any] | None = None
         self._said: set[str] = set()
+        self._started, self._first = 0.0, False
 
-    def open(self, trainer: Trainer) -> None:
-        """Finds the directory; nothing is written yet."""
+    def begin(self, trainer: Trainer) -> None:
+        """Finds the directory; writes what run this is, unless another callback of the same fit has done so."""
         directory = run_directory(trainer) if trainer.is_global_zero else None
         self.path = None if directory is None else directory / FILE_NAME
         self._told = None
         self._said = set()
+        self._started = time.monotonic()
+        self._first = self.path is not None and _writers.setdefault(trainer, self) is self
+        if self._first:
+            with observing(trainer, "Noting what run this is"):
+                self.add({"run": facts(trainer)})
+
+    def end(self, trainer: Trainer) -> None:
+        """Writes how long it took, and with batches of which size."""
+        if self._first:
+            self._first = False
+            _writers.pop(trainer, None)
+            ended: dict[str, Any] = {"seconds": time.monotonic() - self._started}
+            with observing(trainer, "Noting what run this was"):  # loaders are made after a fit has started
+                ended |= {"batch size": batch_size(trainer)}
+            self.add({"run": ended})
 
     def tell(self, trainer: Trainer, settings: dict[str, Any]) -> None:
         """The strategy's settings, here and to every logger; again when they have changed, as a relaxer was chosen."""

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -71,6 +71,18 @@ class Energy(ABC):
             f"{type(self).__name__} does not say where a layer goes under a given pull (Energy.best_response), which"
             " fixed-point relaxers iterate. Write that method, or relax by ebm.GradientDescent(...)."
         )
+
+    @property
+    def learns(self) -> bool:
+        """Whether it follows what it observes, so that another process would come to another energy."""
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has learned beside the parameters, for a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Goes on from there."""
 
     def check_layers(self, names: Collection[str]) -> None:  # noqa: B027
         """Told the names of the layers that carry states, once they are known; refuses settings for others."""

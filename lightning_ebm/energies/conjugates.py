@@ -50,7 +50,7 @@ class Conjugate:
         return state if self.lower == -math.inf and self.upper == math.inf else state.clamp(self.lower, self.upper)
 
     def tangent(self, gradient: Tensor, state: Tensor) -> Tensor:
-        """The gradient of G - <x, .> without the components that the bounds of the domain hold against."""
+        """The gradient of `G - <x, .>` without the components that the bounds of the domain hold against."""
         if state.is_complex():
             return gradient
         if self.simplex is not None:

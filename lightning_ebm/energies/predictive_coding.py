@@ -38,10 +38,7 @@ class PredictiveCoding(QuadraticEnergy):
     precision: Precision | Mapping[str, Precision] | LearnedPrecision = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.precision, LearnedPrecision):
-            return
-        given = self.precision.values() if isinstance(self.precision, Mapping) else [self.precision]
-        for value in given:
+        for value in self._named.values() if self._learned is None else ():
             tensor = torch.as_tensor(value)
             if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
                 raise ConfigurationError(
@@ -49,16 +46,31 @@ class PredictiveCoding(QuadraticEnergy):
                     " positive finite number; with any other the energy has no minimum. Try precision=1.0."
                 )
 
+    @property
+    def _learned(self) -> LearnedPrecision | None:
+        return self.precision if isinstance(self.precision, LearnedPrecision) else None
+
+    @property
+    def _named(self) -> Mapping[str, Precision]:
+        """The given precisions by layer; under "" that of all layers."""
+        given: Any = self.precision
+        return given if isinstance(given, Mapping) else {"": given}
+
+    @property
+    def learns(self) -> bool:
+        return self._learned is not None
+
     def layer_precision(self, layer: LayerView) -> Precision:
-        if isinstance(self.precision, LearnedPrecision):
-            return self.precision.of(layer.name, layer.prediction)
-        value = self.precision.get(layer.name, 1.0) if isinstance(self.precision, Mapping) else self.precision
+        if self._learned is not None:
+            return self._learned.of(layer.name, layer.prediction)
+        named = self._named
+        value = named[""] if "" in named else named.get(layer.name, 1.0)
         return value.detach().to(layer.prediction) if isinstance(value, Tensor) else value
 
     def check_layers(self, names: Collection[str]) -> None:
-        if not isinstance(self.precision, Mapping):
-            return
-        for name in self.precision:
+        for name in self._named if self._learned is None else ():
+            if name == "":
+                continue
             if name not in names:
                 close = difflib.get_close_matches(str(name), names, n=1) or list(names)[:3]
                 raise ConfigurationError(
@@ -67,15 +79,15 @@ class PredictiveCoding(QuadraticEnergy):
                 )
 
     def observe(self, errors: Callable[[], Mapping[str, Tensor]]) -> None:
-        if isinstance(self.precision, LearnedPrecision):
+        if self._learned is not None:
             for name, error in errors().items():
-                self.precision.observe(name, error)
+                self._learned.observe(name, error)
 
     def state_dict(self) -> dict[str, Any]:
         """What is learned beside the parameters: the precisions."""
-        return self.precision.state_dict() if isinstance(self.precision, LearnedPrecision) else {}
+        return {} if self._learned is None else self._learned.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from there."""
-        if isinstance(self.precision, LearnedPrecision):
-            self.precision.load_state_dict(state)
+        if self._learned is not None:
+            self._learned.load_state_dict(state)

@@ -25,6 +25,11 @@ class Phase(NamedTuple):
     held: bool = False
 
     @property
+    def is_complex(self) -> bool:
+        """Whether states are complex in it."""
+        return isinstance(self.strength, complex)
+
+    @property
     def is_nudged(self) -> bool:
         """Whether something pulls or holds, so that this is not the free phase."""
         return self.held or self.strength != 0
@@ -48,6 +53,13 @@ class Nudge(ABC):
         """Where a held phase holds the output: o - strength dL/do, both ``(B, ...)``, L per sample."""
         return free - strength * loss_slope
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where a sequence of tables stands, for a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Goes on from there."""
+
     def deterministic(self) -> "Nudge":
         """A nudge with the same needs whose table may be looked at without a draw: itself, if it draws nothing."""
         return self
@@ -60,11 +72,11 @@ class Nudge(ABC):
     @property
     def complex_states(self) -> bool:
         """Whether states become complex, because a strength is."""
-        return any(isinstance(phase.strength, complex) for phase in self._typical)
+        return any(phase.is_complex for phase in self._typical)
 
     @property
     def linear_response(self) -> bool:
-        """Whether the nudge is infinitesimal: no state moves, the free equilibrium is linearised instead."""
+        """Whether the nudge is infinitesimal: no state moves, the free equilibrium is linearized instead."""
         return not self._typical
 
     @property

@@ -7,7 +7,7 @@ from lightning_ebm.nudges.base import Nudge, Phase
 
 @dataclass(frozen=True)
 class Infinitesimal(Nudge):
-    """lambda -> 0: d/dlambda dE/dtheta(x_lambda) at the free equilibrium, by linearising there.
+    """lambda -> 0: d/dlambda dE/dtheta(x_lambda) at the free equilibrium, by linearizing there.
 
     H dx/dlambda = -dL/dx is solved by conjugate gradients (H = d2I/dx2), and the update is
     `dL/dtheta + <dx/dlambda, d2I/dx dtheta>`: the gradient of the loss at the free equilibrium, without a finite

@@ -12,7 +12,7 @@ from lightning_ebm.nudges.one_sided import OneSided
 
 @dataclass(frozen=True)
 class RandomSign(Nudge):
-    """Phases {s l: s/l, 0: -s/l} with s = +1 or -1 for every batch: on average over batches the centred nudge.
+    """Phases {s l: s/l, 0: -s/l} with s = +1 or -1 for every batch: on average over batches the centered nudge.
 
     A single batch is off the true gradient by O(l), the mean over batches by O(l^2), at the cost of one nudged phase.
     The signs come from a generator of this object's own, seeded from torch's at first use, so that runs repeat and the

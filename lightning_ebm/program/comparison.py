@@ -11,7 +11,7 @@ from lightning_ebm.program.record import Mark, Node, Record, Value
 
 
 class Outline:
-    """A record without what its tensors hold: enough to recognise the same program when it comes again.
+    """A record without what its tensors hold: enough to recognize the same program when it comes again.
 
     Args:
         record: of a pass.

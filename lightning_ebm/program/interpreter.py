@@ -226,7 +226,7 @@ class Held:
         content = self._record.inputs[value] if leaf is None else self._record.inputs.get(value, leaf)
         if leaf is None:
             return content.detach() if content.requires_grad else content
-        return leaf if content is leaf else AtValue.apply(leaf, content)  # type: ignore[no-untyped-call]
+        return leaf if content is leaf else at_value(leaf, content)
 
     def run(self, node: Node) -> None:
         """One operation."""
@@ -268,6 +268,12 @@ class AtValue(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
+
+
+def at_value(leaf: Tensor, content: Tensor) -> Tensor:
+    """See `AtValue`."""
+    found: Tensor = AtValue.apply(leaf, content)  # type: ignore[no-untyped-call]
+    return found
 
 
 def _copied(

@@ -73,7 +73,7 @@ class LayerFinder:
             ConfigurationError: `layers` or `output` name nothing.
             LayerDiscoveryError: no call could carry a state, or one that was asked for carries none.
         """
-        tried = []
+        tried, called = [], False
         for candidates in self.candidates():
             marks = [mark for mark in record.marks if mark.module in candidates]
             wiring = Wiring(self._module, record, marks, loss)
@@ -90,9 +90,10 @@ class LayerFinder:
                 if partial is not None:
                     self._complain({n: why for n, why in absent.items() if n not in self._carried}, partial)
                 return plan, cut
+            called = called or bool(marks)
             told = "".join(f"; {name!r}: {why}" for name, why in list(why_not.items())[:3])
             tried.append(f"{len(candidates)} modules called {len(marks)} times{told}")
-        _refuse(self._module, tried)
+        _refuse(self._module, tried, called)
 
     def _complain(self, absent: Mapping[str, str], partial: bool) -> None:
         """Of layers that were asked for and carry no state."""
@@ -110,12 +111,18 @@ class LayerFinder:
         )
 
 
-def _refuse(module: nn.Module, tried: list[str]) -> NoReturn:
+def _refuse(module: nn.Module, tried: list[str], called: bool) -> NoReturn:
     scripted = [name for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
     if scripted:
         raise UnsupportedModuleError(
             f"No layer of {type(module).__name__} can carry a state, as {clean(scripted[0]) or 'it'!r} is compiled by"
             " torch.jit.script: calls inside of it cannot be seen. Train the module as it was before scripting."
+        )
+    if not called and any(True for _ in module.children()):
+        raise LayerDiscoveryError(
+            f"No layer of {type(module).__name__} was called while the loss was computed, so there is nothing that can"
+            " relax. Does the loss come from this very module, or from a copy, another module, or values computed"
+            " before? Call the module inside the closure, or inside training_step."
         )
     raise LayerDiscoveryError(
         f"No layer of {type(module).__name__} can carry a state (tried: {'; '.join(tried) or 'nothing'}): a layer is"

@@ -1,4 +1,4 @@
-"""The programs of one module: a new record is examined once, and recognised when it comes again."""
+"""The programs of one module: a new record is examined once, and recognized when it comes again."""
 
 import logging
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ class Known:
     """A program that has been examined.
 
     Attributes:
-        outline: what it is recognised by.
+        outline: what it is recognized by.
         plan: its wiring.
         reduced: first dimensions of what its loss reduces to one number.
         traced: its code.

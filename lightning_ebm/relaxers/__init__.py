@@ -3,13 +3,12 @@
 from lightning_ebm.relaxers.accelerated_fixed_point import AcceleratedFixedPoint
 from lightning_ebm.relaxers.anderson import Anderson
 from lightning_ebm.relaxers.augmented_lagrangian import AugmentedLagrangian
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer
+from lightning_ebm.relaxers.base import Relaxation, Relaxer
 from lightning_ebm.relaxers.cheapest import Cheapest
 from lightning_ebm.relaxers.dyadic import Dyadic
 from lightning_ebm.relaxers.error_coordinates import ErrorCoordinates
 from lightning_ebm.relaxers.fixed_point import FixedPoint
 from lightning_ebm.relaxers.fixed_prediction import FixedPrediction
-from lightning_ebm.relaxers.forces import Forces
 from lightning_ebm.relaxers.gradient_descent import GradientDescent
 from lightning_ebm.relaxers.state_optimizer import StateOptimizer
 from lightning_ebm.relaxers.sweep import Sweep
@@ -23,9 +22,7 @@ __all__ = [
     "ErrorCoordinates",
     "FixedPoint",
     "FixedPrediction",
-    "Forces",
     "GradientDescent",
-    "Landscape",
     "Relaxation",
     "Relaxer",
     "StateOptimizer",

@@ -7,12 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_ebm.relaxers.base import Landscape, checked_steps, force_norm
+from lightning_ebm.evaluations import Energy, Landscape
+from lightning_ebm.relaxers.base import checked_steps, force_norm
 from lightning_ebm.relaxers.fixed_point import ended, looked_at, ran_away, rounding_of
 from lightning_ebm.relaxers.sweeping import SweepingRelaxer, Sweeps
 
 _FURTHEST = 1e3
-"""Longest step, in sweeps: beyond a rate of .999 per sweep, what looks like a slope may be rounding."""
+"""Longest step, in sweeps: beyond a rate of 0.999 per sweep, what looks like a slope may be rounding."""
 
 _LEFT = 0.1
 """Share of the slope along the last direction that a later sweep may find there again; in a linear network, none."""
@@ -71,11 +72,11 @@ class AcceleratedFixedPoint(SweepingRelaxer):
     def sweeps(self, landscape: Landscape, point: list[Tensor], strength: complex) -> Sweeps:
         halves = self.groups(landscape)
         search = _Search(landscape, halves[-1])
-        energies, bound = [landscape.energy_of(point, strength)], math.inf
+        energies, bound = [landscape.evaluate(Energy(), point, strength)], math.inf
         for steps in range(1, self.max_steps + 1):  # read after the loop
             before, point = point, (yield point)
             moved = [y - x for x, y in zip(before, point, strict=True)]
-            norm, moved = force_norm(landscape, moved), [moved[k] for k in halves[-1]]
+            norm = force_norm(landscape, moved)
             if steps == 1:
                 first, settled_at = norm, (self.tol * norm).maximum(rounding_of(landscape, point))
             failed = False
@@ -89,7 +90,6 @@ class AcceleratedFixedPoint(SweepingRelaxer):
                 moving, diverged, failed = torch.stack([~(norm <= settled_at), away, lost]).any(1).tolist()
             if diverged:
                 raise ran_away(self, landscape, strength, steps, before, point)
-            del before  # as large as all states: not held through the next sweep
             step, searching = _Sweep(moved, point, norm), norm
             if failed:
                 step = search.without(step, lost)
@@ -101,13 +101,13 @@ class AcceleratedFixedPoint(SweepingRelaxer):
                 point = search.onwards(step, ~(searching <= settled_at))
         settled = not failed and not moving  # of a mixture of two sweeps nobody has measured anything
         del search, step, moved
-        energies.append(landscape.energy_of(point, strength))
+        energies.append(landscape.evaluate(Energy(), point, strength))
         return ended(point, steps, norm, first, settled, self.tol, energies)
 
 
 @dataclass
 class _Sweep:
-    """By how much it moved the layers that are searched, where it ended, and how far each sample went."""
+    """By how much it moved each layer, where it ended, and how far each sample went."""
 
     moved: list[Tensor]
     ended: list[Tensor]
@@ -139,7 +139,7 @@ class _Search:
     def onwards(self, sweep: _Sweep, searching: Tensor) -> list[Tensor]:
         """Where the next sweep begins; samples that are not `searching` start anew from where this one ended."""
         self._last = sweep
-        slope = sweep.moved
+        slope = [sweep.moved[k] for k in self._layers]
         if not self._swept:
             self._swept, self._slope, self._ahead = sweep.ended, slope, slope
             return sweep.ended
@@ -155,7 +155,6 @@ class _Search:
         self._swept = [(x.lerp_ if self._behind else x.lerp)(y, by_alpha[k]) for k, (x, y) in enumerate(ends)]
         slopes = zip(self._layers, self._slope, slope, strict=True)
         self._slope = [torch.lerp(r_x, r, by_alpha[k]) for k, r_x, r in slopes]
-        del ends, slope, slopes
         self._behind, self._ahead = self._ahead, []
         for k, r_x, p in zip(self._layers, self._slope, self._behind, strict=True):
             point[k] = torch.addcmul(self._swept[k], by_beta[k], p)
@@ -168,9 +167,10 @@ class _Search:
         assert last is not None  # without which nobody is sent elsewhere
         self._longest = torch.where(lost, self._longest / 4, self._longest)
         marks = [mark > 0 for mark in self._landscape.spread(lost.to(sweep.norm.dtype), sweep.ended)]
-        moves = zip(self._layers, last.moved, sweep.moved, strict=True)
-        moved = [torch.where(marks[k], x, y) for k, x, y in moves]
-        ended = [torch.where(mark, x, y) for mark, x, y in zip(marks, last.ended, sweep.ended, strict=True)]
+        moved, ended = (
+            [torch.where(mark, x, y) for mark, x, y in zip(marks, old, new, strict=True)]
+            for old, new in ((last.moved, sweep.moved), (last.ended, sweep.ended))
+        )
         return _Sweep(moved, ended, torch.where(lost, last.norm, sweep.norm))
 
     def _steps(self, slope: list[Tensor], norm: Tensor, searching: Tensor) -> tuple[Tensor, Tensor]:

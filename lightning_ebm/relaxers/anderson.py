@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Status, checked_steps, force_norm
+from lightning_ebm.evaluations import ErrorForces, Landscape, ResponseForces
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_steps, force_norm
 from lightning_ebm.relaxers.fixed_point import rounding_of
-from lightning_ebm.relaxers.forces import total_energy
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Anderson(Relaxer):
     coordinates: Literal["states", "errors"] = "states"
 
     @property
-    def needs_error_coordinates(self) -> bool:  # type: ignore[override]  # each one's own here, its class's elsewhere
+    def needs_error_coordinates(self) -> bool:
         return self.coordinates == "errors"
 
     def __post_init__(self) -> None:
@@ -53,15 +53,15 @@ class Anderson(Relaxer):
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
         in_states = self.coordinates == "states"
-        evaluate = landscape.responses if in_states else landscape.error_forces
+        what = ResponseForces() if in_states else ErrorForces()
         point = list(start if in_states else landscape.no_errors)
         history = _History(landscape, self.memory)
         energies, norms, steps = [], [], 0
         last: tuple[list[Tensor], list[Tensor]] | None = None
         while True:
-            forces = evaluate(point, strength)
+            forces = landscape.evaluate(what, point, strength)
             residual = forces.gradients
-            energies.append(total_energy(forces, strength))
+            energies.append(forces.total(strength))
             norms.append(force_norm(landscape, residual))
             if not bool(torch.isfinite(norms[-1]).all()) or bool(norms[-1].max() > 1e6 * norms[0].max().clamp_min(1)):
                 raise RelaxationDivergedError(

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, checked_steps
+from lightning_ebm.evaluations import Around, Evaluation, Landscape, Slope
+from lightning_ebm.evaluations.base import Result
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, checked_steps
 from lightning_ebm.relaxers.error_coordinates import ErrorCoordinates
-from lightning_ebm.relaxers.forces import Forces
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class AugmentedLagrangian(Relaxer):
         Powell's, 1969.
     """
 
-    update: ClassVar[Literal["multipliers"]] = "multipliers"
+    update: ClassVar[str] = "multipliers"
     needs_error_coordinates: ClassVar[bool] = True
 
     outer_steps: int = 4
@@ -51,31 +52,34 @@ class AugmentedLagrangian(Relaxer):
         steps, statuses = 0, []
         for _ in range(self.outer_steps):
             shifted = _WithMultipliers(landscape, point, multipliers)
-            found = self.inner.relax(shifted, start, strength)  # type: ignore[arg-type]  # by delegation
+            found = self.inner.relax(shifted, start, strength)
             point = [base + error for base, error in zip(point, found.point, strict=True)] if steps else found.point
             multipliers = [m + error for m, error in zip(multipliers, point, strict=True)]
             steps += found.steps
             statuses.append(found.status)
             energies += found.energies
         worst = next(s for s in ("max_steps", "fixed", "stalled", "converged") if s in statuses)
-        return Relaxation(point, "errors", worst, steps, found.residual, energies, displacement=multipliers)
+        return Relaxation(point, "errors", worst, steps, found.residual, energies, local_error=multipliers)
 
 
-class _WithMultipliers:
+class _WithMultipliers(Around):
     """The landscape with mu added, mu in units of the precision, seen from the errors reached so far."""
 
     def __init__(self, landscape: Landscape, base: list[Tensor], multipliers: list[Tensor]) -> None:
-        self._landscape = landscape
+        super().__init__(landscape)
         self._base = base
         self._multipliers = multipliers
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._landscape, name)
+    @property
+    def unwatched(self) -> Landscape:
+        return _WithMultipliers(self.inner.unwatched, self._base, self._multipliers)
 
-    def error_forces(self, errors: Sequence[Tensor], strength: complex) -> Forces:
-        at_base = all(error is none for error, none in zip(errors, self._landscape.no_errors, strict=True))
-        here = self._base if at_base else [b + e for b, e in zip(self._base, errors, strict=True)]
-        forces = self._landscape.error_forces(here, strength)
-        gradients = [g + m for g, m in zip(forces.gradients, self._multipliers, strict=True)]
-        linear = self._landscape.metric(self._multipliers, here)
-        return Forces(forces.internal + linear, forces.loss, gradients)
+    def answer(self, what: Evaluation[Result], point: Sequence[Tensor], strength: complex) -> Result:
+        at_base = all(error is none for error, none in zip(point, self.no_errors, strict=True))
+        here = self._base if at_base else [b + e for b, e in zip(self._base, point, strict=True)]
+
+        def with_multipliers(slope: Slope) -> Slope:
+            gradients = [g + m for g, m in zip(slope.gradients, self._multipliers, strict=True)]
+            return Slope(slope.internal + self.inner.metric(self._multipliers, here), slope.loss, gradients)
+
+        return what.with_slope(self.inner.evaluate(what, here, strength), with_multipliers)

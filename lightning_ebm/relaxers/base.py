@@ -1,4 +1,4 @@
-"""The waist of the library: the network as a function of its states, and what a relaxer gives back.
+"""What a relaxer is, and what it gives back.
 
 Letters: ``B`` samples; a list over layers holds one tensor a state, each ``(B, ...)``.
 """
@@ -6,74 +6,20 @@ Letters: ``B`` samples; a list over layers holds one tensor a state, each ``(B, 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
+from lightning_ebm.energies import Energy
+from lightning_ebm.energies.base import QuadraticEnergy, is_quadratic
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.relaxers.forces import Forces
+from lightning_ebm.evaluations import Landscape
+from lightning_ebm.nudges import Nudge
+
+if TYPE_CHECKING:
+    from lightning_ebm.updates.base import Update
 
 Status = Literal["converged", "stalled", "max_steps", "fixed"]
-
-
-class Landscape(Protocol):
-    """All a relaxer may know of the network."""
-
-    names: Sequence[str]
-    depths: Sequence[int]
-    """Of each layer, how many lie on the longest way to it from the input, itself included: 1, 2, ... in a chain."""
-    batch_size: int
-    rounding: float
-    """Relative rounding of the network's arithmetic, coarser than that of the states under mixed precision."""
-
-    @property
-    def no_errors(self) -> Sequence[Tensor]:
-        """e = 0, where descent on errors starts; the network knows these very tensors and runs no pass for them."""
-
-    def forces(self, states: Sequence[Tensor], strength: complex) -> Forces:
-        """E and dE/dx at the given states, loss weighted by `strength`; complex states where that is complex."""
-
-    def error_forces(self, errors: Sequence[Tensor], strength: complex) -> Forces:
-        """The same at x_l = rho(a_l) + e_l, as a function of the errors e."""
-
-    def responses(self, states: Sequence[Tensor], strength: complex) -> Forces:
-        """E and, as gradients, x_l - argmin_x [e_l(x) - <pull_l, x>], whose unit step is each layer's best response."""
-
-    def answers(self, states: Sequence[Tensor], strength: complex, layers: Sequence[int]) -> list[Tensor]:
-        """argmin_x [e_l(x) - <pull_l, x>] of these layers, and nothing else: no energy, no other layer."""
-
-    def energy_of(self, states: Sequence[Tensor], strength: complex) -> Tensor:
-        """I + lambda L of the batch, a scalar, its real part where the nudge is complex."""
-
-    def hops(self, errors: Sequence[Tensor], strength: complex) -> Forces:
-        """e_l + 1/Pi_l (lambda dL/dx_l - sum_k J_k' Pi_k e_k), all slopes and Jacobians taken at the forward pass."""
-
-    def dyads(self, mean: Sequence[Tensor], strength: float) -> tuple[list[Tensor], list[Tensor], Forces]:
-        """Pairs of states around `mean` that answer half the pull from above, and half its opposite, top down.
-
-        z_l^+- = argmin_x [e_l(x, a_l) -+ <pull_l, x> / 2], pull_l = -d/dx_l [sum_k e_k(z_k^+) - e_k(z_k^-) + lambda L],
-        with every drive and Jacobian taken at the mean. As gradients: mean - (z^+ + z^-) / 2.
-        """
-
-    # A landscape may also have `descended`, a step along the forces in one piece: see `FastNetwork`.
-
-    def feasible(self, states: list[Tensor]) -> list[Tensor]:
-        """The nearest states at which the energy is finite."""
-
-    def per_sample(self, tensors: Iterable[Tensor]) -> Tensor:
-        """Sums each tensor, one for each layer, over all but the batch, then over the layers: ``(B,)``."""
-
-    def metric(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-        """sum_l Pi_l <left_l, right_l> of each sample, ``(B,)``: the scalar product of errors."""
-
-    def norms(self, tensors: Iterable[Tensor]) -> Tensor:
-        """|t| of each sample, all layers together, ``(B,)``: the root of `per_sample` of |t|^2."""
-
-    def products(self, left: Sequence[Tensor], right: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
-        """sum_k Re <left_k, right_k> over these layers, of which both lists hold one tensor each: ``(B,)``."""
-
-    def spread(self, values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-        """One number a sample ``(B,)`` shaped to multiply each tensor of the list."""
 
 
 @dataclass
@@ -91,9 +37,9 @@ class Relaxation:
         energies: total energy I + lambda L of the batch, scalars: at the start and after each step. Where
             only some samples took a step, the value before it, which bounds theirs. Of relaxers that need no energy
             to move (`FixedPoint`, `Dyadic`), at the start and at the end only.
-        displacement: what is to be read against each layer's prediction instead of its error at `point`: the error as
+        local_error: what is to be read against each layer's prediction instead of its error at `point`: the error as
             it first arrives, with everything else still at the forward pass, or a multiplier over the precision.
-        dyad: two more lists of states, whose energies, with the drives of `point`, are to be contrasted.
+        dyadic_states: two more lists of states, whose energies, with the drives of `point`, are to be contrasted.
     """
 
     point: list[Tensor]
@@ -102,21 +48,75 @@ class Relaxation:
     steps: int
     residual: Tensor
     energies: Sequence[Tensor] = ()
-    displacement: list[Tensor] | None = None
-    dyad: tuple[list[Tensor], list[Tensor]] | None = None
+    local_error: list[Tensor] | None = None
+    dyadic_states: tuple[list[Tensor], list[Tensor]] | None = None
 
 
 class Relaxer(ABC):
     """Moves states from the free point `start` towards equilibrium of I + strength * loss."""
 
-    update: ClassVar[Literal["contrast", "first-arrival", "fixed-prediction", "multipliers", "dyadic"]] = "contrast"
-    """How its result is meant to be read; see `Algorithm.update`."""
+    update: "ClassVar[str | Update]" = "contrast"
+    """The update that its result is made for, by name or as an object; ``update="auto"`` takes it."""
 
-    complex_states: ClassVar[bool] = False
-    """Whether it can follow a complex nudge."""
+    tol: float = 0.0
+    """Relative residual at which a sample has settled; 0 where a number of steps is taken."""
 
-    needs_error_coordinates: ClassVar[bool] = False
-    """Whether the energy must be a quadratic of errors, see `QuadraticEnergy`."""
+    max_steps: int = 0
+    """How many steps at most; 0 where that means nothing."""
+
+    decides_together: ClassVar[bool] = False
+    """Whether several phases should be given to `relax_all` at once, as one choice is made for all."""
+
+    @property
+    def complex_states(self) -> bool:
+        """Whether it can follow a complex nudge; a subclass says so by an attribute, ``complex_states = True``."""
+        return False
+
+    @property
+    def needs_error_coordinates(self) -> bool:
+        """Whether the energy must be a quadratic of errors, see `QuadraticEnergy`; set as `complex_states` is."""
+        return False
+
+    @property
+    def ends_in_states(self) -> bool:
+        """Whether it ends in states at which an energy can be differentiated, and leaves nothing else to be read."""
+        return self.update == "contrast"
+
+    @property
+    def steps_one_by_one(self) -> int:
+        """How many moves of `stepper` stand for one relaxation; 0 where it does not move that way."""
+        return 0
+
+    def check(self, energy: Energy, nudge: Nudge) -> None:
+        """Refuses an energy or a nudge that this relaxer would not see.
+
+        Raises:
+            ConfigurationError: it moves errors, and the energy is no function of those or the nudge holds the output;
+                or states are complex, and it cannot follow.
+        """
+        self.check_energy(energy)
+        if nudge.needs_output_state and self.needs_error_coordinates:
+            raise ConfigurationError(
+                f"{type(nudge).__name__} holds the output, and {type(self).__name__} moves errors, of which the output"
+                " is a function. Take ebm.FixedPoint(...) or ebm.GradientDescent(...)."
+            )
+        if nudge.complex_states and not self.complex_states:
+            raise ConfigurationError(
+                f"{type(self).__name__} cannot follow the complex states of a holomorphic nudge,"
+                f" {type(nudge).__name__}. Take ebm.FixedPoint(...), ebm.GradientDescent(lr, max_steps) or"
+                " ebm.ErrorCoordinates(..., tol=0)."
+            )
+
+    def check_energy(self, energy: Energy) -> None:
+        """The part of `check` that concerns a free phase as well."""
+        if self.needs_error_coordinates and not is_quadratic(energy):
+            overridden = isinstance(energy, QuadraticEnergy)
+            why = "overrides layer_energy, so that its energy is another" if overridden else "is no function of those"
+            raise ConfigurationError(
+                f"{type(self).__name__} moves prediction errors under the energy 1/2 Pi |error|^2, and"
+                f" {type(energy).__name__} {why}: it would never be looked at. Use ebm.PredictiveCoding(), or a"
+                " relaxer of states such as ebm.GradientDescent(...)."
+            )
 
     @abstractmethod
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
@@ -124,6 +124,20 @@ class Relaxer(ABC):
 
         Where `complex_states` is set, `strength` may be complex; the states then have to be.
         """
+
+    def relax_all(
+        self, landscape: Landscape, start: Sequence[Tensor], strengths: Sequence[complex]
+    ) -> list[Relaxation]:
+        """The relaxations at several strengths, each from `start`."""
+        relaxer: Any = self  # whose strength may be complex where `complex_states` says so
+        return [relaxer.relax(landscape, start, strength) for strength in strengths]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it carries from one relaxation to the next, for a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Goes on from there."""
 
     def stepper(self, start: Sequence[Tensor]) -> "Stepper":
         """One move at a time from `start`, for updates that change parameters between moves.

@@ -4,12 +4,13 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer
+from lightning_ebm.evaluations import Landscape
+from lightning_ebm.relaxers.base import Relaxation, Relaxer
 from lightning_ebm.relaxers.trials import FURTHER, Trial, Tried, decided, table_of, trials_of
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ class Cheapest(Relaxer):
     on, exactly as it would by itself. As training changes what is cheap, the comparison is made again at the 10th
     batch, the 100th, the 1000th, and so on.
 
-    Free phases and nudged ones choose apart. Both signs of a centred nudge take one relaxer p, so that they can be
+    Free phases and nudged ones choose apart. Both signs of a centered nudge take one relaxer p, so that they can be
     swept side by side: argmin_p sum_lambda cost(p, lambda), of those that get there at every strength lambda. Where no
     p does, each sign chooses by itself.
 
@@ -58,6 +59,8 @@ class Cheapest(Relaxer):
         Cheapest(2 candidates, none chosen yet)
     """
 
+    decides_together: ClassVar[bool] = True
+
     def __init__(self, *candidates: Relaxer) -> None:
         if not candidates:
             raise ConfigurationError(
@@ -65,13 +68,13 @@ class Cheapest(Relaxer):
                 " that fit the energy."
             )
         for candidate in candidates:
-            if not isinstance(candidate, Relaxer) or isinstance(candidate, Cheapest) or candidate.update != "contrast":
+            if not isinstance(candidate, Relaxer) or isinstance(candidate, Cheapest) or not candidate.ends_in_states:
                 raise ConfigurationError(
                     f"Cheapest({candidate!r}): expected relaxers of which any may stand in for any other. One that is"
                     " read in a way of its own (Sweep, FixedPrediction, AugmentedLagrangian, Dyadic) finds something"
                     " else. Use it by itself."
                 )
-        tolerances = {getattr(candidate, "tol", 0.0) for candidate in candidates}
+        tolerances = {candidate.tol for candidate in candidates}
         if len(tolerances) > 1 or not min(tolerances) > 0:
             raise ConfigurationError(
                 f"Cheapest: the candidates have tolerances {sorted(tolerances)}; expected one and the same, above 0."
@@ -86,11 +89,11 @@ class Cheapest(Relaxer):
         self._said = False
 
     @property
-    def needs_error_coordinates(self) -> bool:  # type: ignore[override]  # each one's own here, its class's elsewhere
+    def needs_error_coordinates(self) -> bool:
         return any(candidate.needs_error_coordinates for candidate in self.candidates)
 
     @property
-    def complex_states(self) -> bool:  # type: ignore[override]
+    def complex_states(self) -> bool:
         return all(candidate.complex_states for candidate in self.candidates)
 
     @property
@@ -149,7 +152,7 @@ class Cheapest(Relaxer):
     ) -> list[Relaxation]:
         """Tries all of them; what the chosen ones find."""
         # Whoever watches is shown the chosen ones alone, which therefore go once more.
-        unwatched: Landscape = getattr(landscape, "unwatched", landscape)
+        unwatched = landscape.unwatched
         limit, trials = math.inf, []
         for candidate in self.candidates:
             trials.append(trials_of(candidate, unwatched, start, strengths, limit))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.errors import RelaxationDivergedError
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Status, force_norm
-from lightning_ebm.relaxers.forces import Forces
+from lightning_ebm.evaluations import Landscape, Slope
+from lightning_ebm.evaluations.descent_step import forces_in
+from lightning_ebm.relaxers.base import Relaxation, Status, force_norm
 
 _PATIENCE = 6
 """Steps over which the energy must still fall noticeably."""
@@ -54,12 +55,15 @@ def descend(
         left = (norm > settled_at) & ~ran_away
         return left.any().expand_as(left) & ~stalled if as_one else left & ~stalled
 
-    def total(forces: Forces) -> Tensor:
+    def total(forces: Slope) -> Tensor:
         return (forces.internal.sum() + strength * forces.loss).detach()
 
-    evaluate = landscape.forces if coordinates == "states" else landscape.error_forces
+    def evaluate(point: Sequence[Tensor]) -> Slope:
+        return landscape.evaluate(kind, point, strength)
+
+    kind = forces_in(coordinates)
     point = list(start)
-    forces = evaluate(point, strength)
+    forces = evaluate(point)
     gradients, energy = forces.gradients, total(forces)
     del forces
     energies, whole_fall = [energy], torch.zeros_like(energy)
@@ -80,7 +84,7 @@ def descend(
         ended = steps == max_steps or not some_active
         joining = some_woken and not as_one and not ended
         if (ended or joining) and not measured:
-            forces = evaluate(point, strength)
+            forces = evaluate(point)
             gradients, energy, measured = forces.gradients, total(forces), True
             norm, energies[-1] = force_norm(landscape, gradients), energy
             del forces
@@ -106,7 +110,7 @@ def descend(
             trial = landscape.feasible(trial)
         elif point[0] is not start[0]:  # not held through the evaluation: back from the trial it is as far as there
             point = []
-        forces = evaluate(trial, strength)
+        forces = evaluate(trial)
         reached = total(forces)
 
         slope = -reach * norm.square()
@@ -155,8 +159,8 @@ def descend(
         longer = newton.minimum(4 * step_size).clamp_max(longest)
         step_size = torch.where(overshot, shorter, torch.where(kept, longer, step_size))
 
-        travelled = pooled(landscape.per_sample((x - x0).square() for x, x0 in zip(point, start, strict=True))).sqrt()
-        short = step_size * pooled(norm.square()).sqrt() / travelled.clamp_min(torch.finfo(norm.dtype).tiny)
+        traveled = pooled(landscape.per_sample((x - x0).square() for x, x0 in zip(point, start, strict=True))).sqrt()
+        short = step_size * pooled(norm.square()).sqrt() / traveled.clamp_min(torch.finfo(norm.dtype).tiny)
         stuck = (overshoots > 2) & (short <= tol) | (short <= 1e-3 * tol)
         if bool(kept.any()):  # steps that all went too far say nothing about what shorter ones would gain
             falls.append(torch.where(kept, -0.5 * (slope + slope_ahead), 0).sum())
@@ -186,10 +190,19 @@ def _ran_away(
 ) -> RelaxationDivergedError:
     sizes = [float(gradient.norm()) for gradient in gradients]
     worst = landscape.names[max(range(len(sizes)), key=lambda k: sizes[k])]
+    who = f"{samples} of {landscape.batch_size} samples"
+    if strength >= 0:  # there is a minimum, and numbers that do not hold the way to it
+        return RelaxationDivergedError(
+            f"At nudge {strength:g} the states of {who} ran out of the range of {gradients[0].dtype} after {steps}"
+            f" steps, those of layer {worst!r} furthest. An update read there would be noise. The weights have most"
+            " likely grown too large: lower the learning rate of the parameters, or clip their gradients. If this is"
+            " the first step, look for large values in the batch or in the initial weights."
+        )
     return RelaxationDivergedError(
-        f"At nudge {strength:g} the energy has no minimum that {samples} of {landscape.batch_size} samples could reach:"
+        f"At nudge {strength:g} the energy has no minimum that {who} could reach:"
         f" after {steps} steps their force is up to {float(residual.max()):.3g} times what it started with, and layer"
         f" {worst!r} ran furthest. An update read there would be noise. A negative nudge has a minimum only while"
         " |lambda| times the curvature of the loss, as the states feel it, is below 1: take a smaller nudge, such as"
-        " ebm.Centered(0.01), or a one-sided positive one."
+        " ebm.Centered(0.01), or a one-sided positive one. That curvature grows with the weights: if earlier steps were"
+        " fine, the learning rate of the parameters may be too large instead."
     )

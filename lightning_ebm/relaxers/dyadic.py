@@ -2,20 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Status, checked_steps, force_norm
-from lightning_ebm.relaxers.forces import total_energy
+from lightning_ebm.evaluations import DyadicStates, Landscape
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_steps, force_norm
 
 
 @dataclass(frozen=True)
 class Dyadic(Relaxer):
     """z_l^+- = rho(a_l(z_bar) +- 1/2 W_{l+1}' (z^+ - z^-)_{l+1}), z_bar = (z^+ + z^-) / 2, until the means settle.
 
-    Both phases of a centred nudge at once: the output is pulled by +-lambda/2. Each round is one pass at the means and
+    Both phases of a centered nudge at once: the output is pulled by +-lambda/2. Each round is one pass at the means and
     one way down; where rho is linear between the pair (ReLU away from its kink), the first round is exact already. The
     update contrasts the energies of the two halves at the drives of their mean, -(z^+ - z^-) da/dtheta. Energies are
     those of the means at the start and the end: no round needs them.
@@ -31,7 +31,7 @@ class Dyadic(Relaxer):
         Hoier, Staudt, Zach, ICML 2023; Hoier and Zach, ICML 2024 (arXiv 2402.08573), with alpha = 1/2.
     """
 
-    update: ClassVar[Literal["dyadic"]] = "dyadic"
+    update: ClassVar[str] = "dyadic"
 
     max_steps: int = 30
     tol: float = 1e-6
@@ -45,9 +45,9 @@ class Dyadic(Relaxer):
         energies: list[Tensor] = []
         steps = 0
         while True:
-            ahead, behind, forces = landscape.dyads(mean, strength)
+            ahead, behind, forces = landscape.evaluate(DyadicStates(), mean, strength)
             if not steps:
-                energies.append(total_energy(forces, strength))
+                energies.append(forces.total(strength))
             norm = force_norm(landscape, forces.gradients)
             apart = force_norm(landscape, (p - q for p, q in zip(ahead, behind, strict=True)))
             settled = norm <= max(self.tol, 4 * landscape.rounding) * apart
@@ -63,7 +63,7 @@ class Dyadic(Relaxer):
                 mean[k] = torch.where(mask, mean[k], mean[k] - gradient)
             del forces, gradient, masks, mask
         if steps:
-            energies.append(total_energy(forces, strength))
+            energies.append(forces.total(strength))
         residual = norm / apart.clamp_min(torch.finfo(norm.dtype).tiny)
         status: Status = "fixed" if not self.tol else "converged" if bool(settled.all()) else "max_steps"
-        return Relaxation(mean, "states", status, max(steps, 1), residual, energies, dyad=(ahead, behind))
+        return Relaxation(mean, "states", status, max(steps, 1), residual, energies, dyadic_states=(ahead, behind))

@@ -7,9 +7,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, checked_steps
+from lightning_ebm.evaluations import Landscape
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, checked_steps
 from lightning_ebm.relaxers.descent import descend
-from lightning_ebm.relaxers.fixed_steps import fixed_steps, moved
+from lightning_ebm.relaxers.fixed_steps import fixed_steps
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,4 @@ class ErrorCoordinates(Relaxer):
         if self.tol and not isinstance(strength, complex):
             longest = max(1.0, self.lr)  # the curvature 1 + lambda J' d2L J is at least 1 where the loss is convex
             return descend(landscape, "errors", errors, strength, self.lr, self.max_steps, self.tol, longest)
-
-        def step(point: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-            return moved(point, gradients, self.lr)
-
-        return fixed_steps(self, landscape, "errors", step, errors, strength, self.max_steps, self.lr)
+        return fixed_steps(self, landscape, "errors", None, errors, strength, self.max_steps, self.lr)

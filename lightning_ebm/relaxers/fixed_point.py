@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Status, checked_steps, force_norm
+from lightning_ebm.evaluations import Energy, Landscape
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_steps, force_norm
 from lightning_ebm.relaxers.sweeping import SweepingRelaxer, Sweeps, halves_of
 
 _LOOK_AT = 10
@@ -22,7 +23,7 @@ class FixedPoint(SweepingRelaxer):
     For the Hopfield energy that is x_l <- rho(a_l + W_{l+1}' x_{l+1} - lambda dL/dx_l), for predictive coding
     x_l <- rho(a_l) + pull_l / Pi_l. "synchronous": all layers from the states of before. "odd-even": the layers at odd
     depth (the first hidden one is 1), then those at even depth from what the odd ones have become; both once a step, in
-    two passes. In a chain each half then lowers the energy exactly, and nothing oscillates between neighbours.
+    two passes. In a chain each half then lowers the energy exactly, and nothing oscillates between neighbors.
 
     A step's residual is how far it moved each sample, |x' - x| / (1 - damping), all layers together. With ``tol=0``
     exactly `max_steps` steps; with ``tol > 0`` until every sample's residual is below `tol` of that of the first step,
@@ -63,7 +64,7 @@ class FixedPoint(SweepingRelaxer):
         return halves_of(landscape.depths) if self.order == "odd-even" else [list(range(len(landscape.depths)))]
 
     def sweeps(self, landscape: Landscape, point: list[Tensor], strength: complex) -> Sweeps:
-        energies = [landscape.energy_of(point, strength)]
+        energies = [landscape.evaluate(Energy(), point, strength)]
         first = norm = settled_at = energies[0].new_empty(0)
         left = 0.0
         for steps in range(1, self.max_steps + 1):  # read after the loop
@@ -82,7 +83,7 @@ class FixedPoint(SweepingRelaxer):
                 raise ran_away(self, landscape, strength, steps, before, point)
             if self.tol and left <= 0:
                 break
-        energies.append(landscape.energy_of(point, strength))
+        energies.append(landscape.evaluate(Energy(), point, strength))
         return ended(point, steps, norm, first, left <= 0, self.tol, energies)
 
 

@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Status, checked_steps, force_norm
-from lightning_ebm.relaxers.fixed_steps import moved
-from lightning_ebm.relaxers.forces import total_energy
+from lightning_ebm.evaluations import FrozenForces, Landscape
+from lightning_ebm.evaluations.descent_step import moved
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_steps, force_norm
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class FixedPrediction(Relaxer):
         Millidge, Tschantz, Buckley 2022 (arXiv 2006.04182); Rosenbaum 2022.
     """
 
-    update: ClassVar[Literal["fixed-prediction"]] = "fixed-prediction"
+    update: ClassVar[str] = "fixed-prediction"
     needs_error_coordinates: ClassVar[bool] = True
 
     max_steps: int = 100
@@ -52,8 +52,8 @@ class FixedPrediction(Relaxer):
         errors = [error.clone() for error in landscape.no_errors]
         energies, norms, steps = [], [], 0
         while True:
-            forces = landscape.hops(errors, strength)
-            energies.append(total_energy(forces, strength))
+            forces = landscape.evaluate(FrozenForces(), errors, strength)
+            energies.append(forces.total(strength))
             norms.append(force_norm(landscape, forces.gradients))
             size = landscape.norms(errors)
             # Not against the first force: it may be the smallest, and grow on its way down.
@@ -65,4 +65,4 @@ class FixedPrediction(Relaxer):
         residual = norms[-1] / norms[0].clamp_min(torch.finfo(norms[0].dtype).tiny)
         status: Status = "fixed" if not self.tol else "converged" if bool(settled.all()) else "max_steps"
         point = list(landscape.no_errors)
-        return Relaxation(point, "errors", status, steps, residual, energies, displacement=errors)
+        return Relaxation(point, "errors", status, steps, residual, energies, local_error=errors)

@@ -3,25 +3,28 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_ebm.errors import RelaxationDivergedError
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Status, as_complex, force_norm
-from lightning_ebm.relaxers.forces import total_energy
+from lightning_ebm.evaluations import Coordinates, DescentStep, Landscape
+from lightning_ebm.evaluations.descent_step import Left, forces_in, moved
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, as_complex, force_norm
+
+Move = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
+"""The next point from a point and the gradient there."""
 
 
 def fixed_steps(
     owner: Relaxer,
     landscape: Landscape,
-    coordinates: Literal["states", "errors"],
-    move: Callable[[list[Tensor], list[Tensor]], list[Tensor]],
+    coordinates: Coordinates,
+    move: Move | None,
     point: list[Tensor],
     strength: complex,
     max_steps: int,
-    descends: float = 0.0,
+    lr: float = 0.0,
 ) -> Relaxation:
     """Exactly `max_steps` moves, and a refusal to return a runaway.
 
@@ -32,66 +35,82 @@ def fixed_steps(
         owner: in whose name to complain.
         landscape: the network.
         coordinates: what `point` and `move` are written in.
-        move: the next point from a point and the gradient there.
+        move: the next point from a point and the gradient there; None is descent by `lr`.
         point: where to begin; this list is moved along, so that nobody has to hold what is left behind.
         strength: lambda.
         max_steps: how many moves.
-        descends: step size, where each move follows the force: then at a positive nudge a rise of the energy proves
-            that a step was too large, and so does a force that grows along a curvature above 2 / step size. 0 is for
-            adaptive optimizers, which may climb without that: a rise is said, only growing forces raise.
+        lr: step size of a descent: then at a positive nudge a rise of the energy proves that a step was too large, and
+            so does a force that grows along a curvature above 2 / lr. 0 is for adaptive optimizers, which may climb
+            without that: a rise is said, only growing forces raise.
     """
-    evaluate = landscape.forces if coordinates == "states" else landscape.error_forces
-    # Looked up where only the network itself has it: whoever stands in between wants to see the forces.
-    prepared, descended, residual_at = (
-        getattr(type(landscape), name, None) if descends else None for name in ("prepared", "descended", "residual")
-    )
-    # Forces are measured at the start and the end, and where they may prove that a step was too large.
-    watched = [step == 0 or (descends > 0 and step > max_steps - 4) for step in range(max_steps)]
-    if prepared is not None:
-        prepared(landscape, strength, descends, coordinates, watched)
-
-    def next_point(point: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        ahead = move(point, gradients)
-        return landscape.feasible(ahead) if coordinates == "states" else ahead
-
-    def onwards(count: int) -> list[tuple[list[Tensor], list[Tensor]]]:
-        """Points and gradients from the last point on: only a suspect relaxation is looked at that closely."""
-        found = [(point, pulls or evaluate(point, strength).gradients)]
-        while len(found) <= count:
-            here = next_point(*found[-1])
-            found.append((here, evaluate(here, strength).gradients))
-        return found
-
     point[:] = as_complex(point, strength)
     norms: list[Tensor] = []  # of each sample
     for step in range(max_steps + 1):
         ended = step == max_steps
-        measured = ended or watched[step]
-        found: tuple[Tensor, Tensor | None] | None = None
-        if ended and residual_at is not None:
-            found = residual_at(landscape, point, strength, coordinates)
-        elif not ended and descended is not None:
-            found = descended(landscape, point, strength, descends, coordinates, measured)
-        pulls: list[Tensor] = []
-        if found is None:
-            forces = evaluate(point, strength)
-            pulls = forces.gradients
-            found = total_energy(forces, strength), force_norm(landscape, pulls) if measured else None
-            del forces
-            if not ended:
-                point[:] = next_point(point, pulls)
-                pulls = []  # as large as the states: not held through the next evaluation
-        energy, norm = found
-        if norm is not None:
-            norms.append(norm)
+        # Forces are measured at the start and the end, and where they may prove that a step was too large.
+        measured = ended or step == 0 or (lr > 0 and step > max_steps - 4)
+        if ended or move is None:
+            left = landscape.evaluate(DescentStep(coordinates, 0.0 if ended else lr, measured), point, strength)
+        else:
+            left = _moved_by(move, landscape, coordinates, point, strength, measured)
+        if not ended:
+            point[:] = left.point
+        if left.norm is not None:
+            norms.append(left.norm)
         if step == 0:  # one tensor: small ones between two large ones would leave memory in pieces
-            energies = energy.new_empty(max_steps + 1)
+            energies = left.energy.new_empty(max_steps + 1)
             each = energies.unbind()
-        each[step].copy_(energy)
+        each[step].copy_(left.energy)
+        del left
+    rose = _check(owner, landscape, coordinates, move, point, strength, lr, energies, norms)
+    status: Status = "max_steps" if rose else "fixed"
+    residual = norms[-1] / norms[0].clamp_min(torch.finfo(norms[0].dtype).tiny)
+    return Relaxation(list(point), coordinates, status, max_steps, residual, each)
+
+
+def _moved_by(
+    move: Move,
+    landscape: Landscape,
+    coordinates: Coordinates,
+    point: list[Tensor],
+    strength: complex,
+    measured: bool,
+) -> Left:
+    """The point after a move that is no descent."""
+    slope = landscape.evaluate(forces_in(coordinates), point, strength)
+    norm = force_norm(landscape, slope.gradients) if measured else None
+    ahead = move(point, slope.gradients)
+    return Left(slope.total(strength), norm, landscape.feasible(ahead) if coordinates == "states" else ahead)
+
+
+def _check(
+    owner: Relaxer,
+    landscape: Landscape,
+    coordinates: Coordinates,
+    move: Move | None,
+    point: list[Tensor],
+    strength: complex,
+    lr: float,
+    energies: Tensor,
+    norms: Sequence[Tensor],
+) -> bool:
+    """Refuses a runaway; whether the energy rose."""
+
+    def onwards(count: int) -> list[tuple[list[Tensor], list[Tensor]]]:
+        """Points and gradients from the last point on: only a suspect relaxation is looked at that closely."""
+        kind, here = forces_in(coordinates), point
+        found = [(here, landscape.evaluate(kind, here, strength).gradients)]
+        while len(found) <= count:
+            here = moved(*found[-1], lr) if move is None else move(*found[-1])
+            here = landscape.feasible(here) if coordinates == "states" else here
+            found.append((here, landscape.evaluate(kind, here, strength).gradients))
+        return found
+
     tiny = torch.finfo(norms[0].dtype).tiny
     # Of the batch, so that one sample at rest from the start does not divide by nothing.
-    sizes = torch.linalg.vector_norm(torch.stack(norms), dim=1)
+    sizes = torch.linalg.vector_norm(torch.stack(list(norms)), dim=1)
     numbers = torch.cat([energies, sizes]).tolist()  # all that is asked, at once
+    max_steps = len(energies) - 1
     before, after, force = numbers[0], numbers[max_steps], numbers[max_steps + 1 :]
     growth = force[-1] / max(force[0], tiny)
     # At a negative nudge the energy may fall without bound, and only the growing force tells.
@@ -99,19 +118,12 @@ def fixed_steps(
     rose = not isinstance(strength, complex) and strength >= 0 and after > before + room
     finite = all(map(math.isfinite, (before, after, force[-1])))
     moving = growth > landscape.rounding**0.5  # below, forces are rounding
-    growing = descends and max_steps > 2 and all(x < y for x, y in itertools.pairwise(force[-4:]))
-    unstable = growing and moving and _unstable([gradients for _, gradients in onwards(2)], descends)
-    if not finite or (rose and descends) or unstable or growth > 10:
+    growing = lr and max_steps > 2 and all(x < y for x, y in itertools.pairwise(force[-4:]))
+    unstable = growing and moving and _unstable([gradients for _, gradients in onwards(2)], lr)
+    if not finite or (rose and lr) or unstable or growth > 10:
         one, other = onwards(1) if finite else onwards(0) * 2
         raise diverged(landscape, owner, one, other, strength, (before, after), growth)
-    status: Status = "max_steps" if rose else "fixed"
-    residual = norms[-1] / norms[0].clamp_min(tiny)
-    return Relaxation(list(point), coordinates, status, max_steps, residual, each)
-
-
-def moved(point: Sequence[Tensor], gradients: Sequence[Tensor], lr: float) -> list[Tensor]:
-    """x - lr g, a step of descent."""
-    return [x.sub(gradient, alpha=lr) for x, gradient in zip(point, gradients, strict=True)]
+    return rose
 
 
 def _unstable(gradients: list[list[Tensor]], lr: float) -> bool:
@@ -151,9 +163,11 @@ def diverged(
     hint = (
         f"below {2 / curvature:.2g} (2 / {curvature:.3g}, the curvature met here)" if 0 < curvature < 1e30 else "lower"
     )
+    force = f"the force grew to {growth:.3g} times" if not growth < 1 else f"the force grows again, at {growth:.3g} of"
+    energy = "rose" if energies[1] > energies[0] else "went"
     return RelaxationDivergedError(
-        f"{type(owner).__name__} diverged at nudge {strength:g}: the force grew to {growth:.3g} times its start, the"
-        f" energy went from {energies[0]:.4g} to {energies[1]:.4g}; layer {landscape.names[worst]!r} ran"
+        f"{type(owner).__name__} diverged at nudge {strength:g}: {force} its start, and the"
+        f" energy {energy} from {energies[0]:.4g} to {energies[1]:.4g}; layer {landscape.names[worst]!r} ran"
         " furthest. A step larger than 2 / (largest curvature of the energy) grows every time, and weights that grow in"
         f" training raise the curvature: an update read here would be noise. Take a learning rate of the states {hint},"
         " a smaller nudge, or a relaxer that chooses its own step: ebm.ErrorCoordinates(max_steps=64, tol=1e-3)."

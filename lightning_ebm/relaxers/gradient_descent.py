@@ -7,9 +7,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Stepper, checked_steps
+from lightning_ebm.evaluations import Landscape
+from lightning_ebm.evaluations.descent_step import moved
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, Stepper, checked_steps
 from lightning_ebm.relaxers.descent import descend
-from lightning_ebm.relaxers.fixed_steps import fixed_steps, moved
+from lightning_ebm.relaxers.fixed_steps import fixed_steps
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,11 @@ class GradientDescent(Relaxer):
 
         point = list(start)
         del start  # nobody else may have to hold it
-        return fixed_steps(self, landscape, "states", self._euler, point, strength, self.max_steps, self.lr)
+        return fixed_steps(self, landscape, "states", None, point, strength, self.max_steps, self.lr)
+
+    @property
+    def steps_one_by_one(self) -> int:
+        return self.max_steps
 
     def stepper(self, start: Sequence[Tensor]) -> Stepper:
         return self._euler

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, Stepper, checked_steps
+from lightning_ebm.evaluations import Landscape
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, Stepper, checked_steps
 from lightning_ebm.relaxers.fixed_steps import fixed_steps
 
 
@@ -32,7 +33,6 @@ class StateOptimizer(Relaxer):
         self.optimizer = optimizer
         self.max_steps = max_steps
         self.options = options
-        name = getattr(optimizer, "__name__", repr(optimizer))
         if optimizer is torch.optim.LBFGS:
             raise ConfigurationError(
                 "StateOptimizer(LBFGS): it re-evaluates a closure within a step, which would hide relaxation steps from"
@@ -41,18 +41,25 @@ class StateOptimizer(Relaxer):
         try:
             self._made([torch.zeros(1, requires_grad=True)])
         except (TypeError, ValueError) as error:
-            raise ConfigurationError(f"StateOptimizer({name}, **{options!r}): {error}") from error
+            raise ConfigurationError(f"StateOptimizer({self._name}, **{options!r}): {error}") from error
+
+    @property
+    def _name(self) -> str:
+        return getattr(self.optimizer, "__name__", repr(self.optimizer))
 
     def _made(self, variables: list[Tensor]) -> torch.optim.Optimizer:
         return self.optimizer(variables, **self.options)
 
     def __repr__(self) -> str:
         options = "".join(f", {key}={value!r}" for key, value in self.options.items())
-        name = getattr(self.optimizer, "__name__", repr(self.optimizer))
-        return f"StateOptimizer({name}, max_steps={self.max_steps}{options})"
+        return f"StateOptimizer({self._name}, max_steps={self.max_steps}{options})"
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
         return fixed_steps(self, landscape, "states", self.stepper(start), list(start), strength, self.max_steps)
+
+    @property
+    def steps_one_by_one(self) -> int:
+        return self.max_steps
 
     def stepper(self, start: Sequence[Tensor]) -> Stepper:
         variables = [state.clone().requires_grad_() for state in start]

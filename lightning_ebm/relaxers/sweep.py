@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer
+from lightning_ebm.evaluations import ErrorForces, Landscape
+from lightning_ebm.relaxers.base import Relaxation, Relaxer
 
 
 @dataclass(frozen=True)
@@ -23,16 +24,16 @@ class Sweep(Relaxer):
         Song et al. 2020 (zero-divergence inference learning); Salvatori et al. 2022 for any graph.
     """
 
-    update: ClassVar[Literal["contrast", "first-arrival"]] = "first-arrival"
+    update: ClassVar[str] = "first-arrival"
     needs_error_coordinates: ClassVar[bool] = True
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
-        forces = landscape.error_forces(landscape.no_errors, strength)
-        displacement = forces.gradients
-        for k, gradient in enumerate(displacement):  # one layer at a time: nothing is held twice
-            displacement[k] = -gradient
+        forces = landscape.evaluate(ErrorForces(), landscape.no_errors, strength)
+        local_error = forces.gradients
+        for k, gradient in enumerate(local_error):  # one layer at a time: nothing is held twice
+            local_error[k] = -gradient
             del gradient
         settled = torch.zeros_like(forces.internal)
         energies = [strength * forces.loss.detach()]
         no_errors = list(landscape.no_errors)
-        return Relaxation(no_errors, "errors", "converged", 1, settled, energies, displacement=displacement)
+        return Relaxation(no_errors, "errors", "converged", 1, settled, energies, local_error=local_error)

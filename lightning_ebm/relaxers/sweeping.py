@@ -6,7 +6,8 @@ from collections.abc import Generator, Sequence
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer, as_complex
+from lightning_ebm.evaluations import Landscape, Swept
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, as_complex
 
 Sweeps = Generator[list[Tensor], list[Tensor], Relaxation]
 """Yields where a sweep is to begin, is sent where it ended, and returns how it all ended."""
@@ -34,34 +35,23 @@ class SweepingRelaxer(Relaxer):
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
         if get_proxy_mode() is not None:  # a graph is being made
             return self._unrolled(landscape, as_complex(start, strength), strength)
-        run, groups = self.sweeps(landscape, as_complex(start, strength), strength), self.groups(landscape)
+        run, sweep = self.sweeps(landscape, as_complex(start, strength), strength), self._sweep(landscape)
         point = next(run)
         while True:
             try:
-                point = run.send(self._swept(landscape, groups, point, strength))
+                point = run.send(landscape.evaluate(sweep, point, strength))
             except StopIteration as end:
                 found: Relaxation = end.value
                 return found
 
-    def _swept(
-        self, landscape: Landscape, groups: list[list[int]], point: list[Tensor], strength: complex
-    ) -> list[Tensor]:
-        """The states after each group of layers in turn has gone to its best response."""
-        for layers in groups:
-            point = self._put(point, layers, landscape.answers(point, strength, layers))
-        return point
-
-    def _put(self, point: list[Tensor], layers: list[int], answers: list[Tensor]) -> list[Tensor]:
-        after = list(point)
-        for k, answer in zip(layers, answers, strict=True):
-            after[k] = answer.lerp(point[k], self.damping) if self.damping else answer
-        return after
+    def _sweep(self, landscape: Landscape) -> Swept:
+        return Swept(tuple(map(tuple, self.groups(landscape))), self.damping)
 
     def _unrolled(self, landscape: Landscape, point: list[Tensor], strength: complex) -> Relaxation:
         """All steps, whatever the tolerance, for a graph: it cannot ask how it goes."""
-        groups = self.groups(landscape)
+        sweep = self._sweep(landscape)
         for _ in range(self.max_steps):
-            point = self._swept(landscape, groups, point, strength)
+            point = landscape.evaluate(sweep, point, strength)
         unknown = landscape.per_sample(point).new_full((landscape.batch_size,), float("nan"))
         return Relaxation(point, "states", "fixed", self.max_steps, unknown)
 

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from lightning_ebm.errors import RelaxationDivergedError
-from lightning_ebm.relaxers.base import Landscape, Relaxation, Relaxer
+from lightning_ebm.evaluations import Landscape
+from lightning_ebm.relaxers.base import Relaxation, Relaxer
 from lightning_ebm.relaxers.counting import Counting, TooDear
 
 FURTHER = 1.5
@@ -29,10 +29,10 @@ def trials_of(
     """How it goes at each strength, for no more than the limit in all."""
     trials: list[Trial] = []
     for strength in strengths:
-        counting: Any = Counting(landscape, limit - sum(cost for cost, _ in trials))
+        counting = Counting(landscape, limit - sum(cost for cost, _ in trials))
         end: Relaxation | RelaxationDivergedError | None = None
         try:
-            end = candidate.relax(counting, start, strength)  # type: ignore[arg-type]  # complex where it can
+            (end,) = candidate.relax_all(counting, start, [strength])
         except TooDear:
             pass
         except RelaxationDivergedError as error:

@@ -1,0 +1,47 @@
+"""Steps in which states and parameters move at once."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.errors import RelaxationDivergedError
+from lightning_ebm.evaluations import Forces
+from lightning_ebm.phases import Phases
+from lightning_ebm.relaxers import Relaxation, Relaxer
+from lightning_ebm.relaxers.base import force_norm
+from lightning_ebm.updates import End
+
+
+def increments(phases: Phases, algorithm: Algorithm) -> Iterator[End]:
+    """Where the states are before each single step of the relaxer; parameters may move before the next is asked for.
+
+    The next states follow from the forces at the parameters of before: both move from one gradient.
+    """
+    network, relaxer = phases.network, algorithm.relaxer
+    nudged = next(phase for phase in algorithm.rule.phases(algorithm.nudge) if phase.is_nudged)
+    strength = nudged.strength.real
+    point, move = list(network.free), relaxer.stepper(network.free)
+    energies: list[Tensor] = []
+    norms: list[Tensor] = []
+    for taken in range(relaxer.steps_one_by_one):
+        with torch.no_grad():
+            slope = phases.landscape.evaluate(Forces(), point, strength)
+            following = network.feasible(move(point, slope.gradients))
+        energies.append(slope.total(strength))
+        norms.append(force_norm(network, slope.gradients))
+        _check_bounded(relaxer, norms, taken)
+        residual = norms[-1] / norms[0].clamp_min(torch.finfo(norms[0].dtype).tiny)
+        yield End(nudged, Relaxation(point, "states", "fixed", taken, residual, energies))
+        network.parameters_moved()
+        point = following
+
+
+def _check_bounded(relaxer: Relaxer, norms: list[Tensor], taken: int) -> None:
+    if not bool(torch.isfinite(norms[-1]).all()) or bool(norms[-1].norm() > 1e3 * norms[0].norm()):
+        raise RelaxationDivergedError(
+            f"{relaxer!r} ran away at step {taken + 1} of an incremental update: the force grew to"
+            f" {float(norms[-1].norm() / norms[0].norm()):.3g} times its start. States and weights move at once"
+            " here; take a smaller step for either."
+        )

@@ -1,0 +1,151 @@
+"""The relaxations of one step: its free phase, and one for each row of the nudge's table."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.energies.base import is_divergence
+from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.evaluations import Energy, Landscape
+from lightning_ebm.holding import Holding
+from lightning_ebm.network import Network
+from lightning_ebm.nudges import Phase
+from lightning_ebm.relaxers import Relaxation
+from lightning_ebm.report import PhaseReport
+from lightning_ebm.setup import Setup
+from lightning_ebm.updates import End
+
+
+class Phases:
+    """Relaxes one network as the algorithm says.
+
+    Args:
+        setup: of the learner.
+        network: of the step.
+        batch: what the module is trained on, for nudges that look at it.
+
+    Attributes:
+        landscape: the network, or whoever watches it: what relaxers ask.
+        free: the end of the free phase; None where the forward pass of a divergence energy is it.
+        ends: of the phases of the table.
+    """
+
+    def __init__(self, setup: Setup, network: Network, batch: Any) -> None:
+        self._algorithm = setup.algorithm
+        self._memory = setup.memory if setup.algorithm.initial_state == "last-visit" else None
+        self._batch = batch
+        self.network = network
+        self.landscape: Landscape = network if setup.observer is None else setup.observer(network)
+        self.free: Relaxation | None = None
+        self.ends: list[End] = []
+
+    def relax_freely(self, teaches: bool) -> Relaxation:
+        """Finds the free equilibrium, from where the algorithm says.
+
+        Args:
+            teaches: whether the memory of states is to note it.
+        """
+        start: Sequence[Tensor] = self.network.free
+        if self._memory is not None:
+            names = self._memory.names(self._batch, self.network.batch_size)
+            start = self._memory.recall(names, start)
+        self.free = free_equilibrium(self.landscape, self._algorithm, start)
+        self.network.rest_at(self.free.point)
+        if self._memory is not None and teaches:
+            self._memory.keep(names, self.free.point)
+        return self.free
+
+    def rest(self) -> None:
+        """Notes that the forward pass is the free equilibrium; of a divergence there is nothing to say."""
+        if is_divergence(self._algorithm.energy):
+            return
+        free = list(self.network.free)
+        self.landscape.begin([0.0])
+        with torch.no_grad():
+            energy = self.landscape.evaluate(Energy(), free, 0.0)
+        residual = energy.new_zeros(self.network.batch_size)
+        self.free = Relaxation(free, "states", "converged", 0, residual, [energy])
+
+    def relax(self, table: Sequence[Phase], departing: Callable[[], None]) -> None:
+        """Relaxes each phase of the table.
+
+        Args:
+            table: the phases.
+            departing: told when nobody asks for states of the forward pass any more.
+        """
+        rule = self._algorithm.rule
+        returns = rule.needs_forward_pass or any(phase.held for phase in table)
+        departs = is_divergence(self._algorithm.energy) and not returns and self.landscape is self.network
+        together = self._together(table)
+        last = next((phase for phase in reversed(table) if phase.is_nudged), None)
+        self.ends = []
+        for phase in table:
+            if not phase.is_nudged:
+                if self.free is not None:  # else dI/dtheta is exactly 0: the forward pass of a divergence energy
+                    self.ends.append(End(phase, self.free))
+                continue
+            if phase not in together:
+                if departs and phase is last:
+                    self.network.begin_last_phase()
+                    departing()
+                self.landscape.begin([phase.strength], phase.held)
+                with torch.no_grad():
+                    together[phase] = self._nudged(phase)
+            self.ends.append(End(phase, together[phase]))
+
+    def reports(self) -> list[PhaseReport]:
+        """How they went, the free phase first."""
+        free = [] if self.free is None else [PhaseReport.of(0.0, self.free)]
+        return free + [PhaseReport.of(end.phase.strength, end.found) for end in self.ends if end.phase.is_nudged]
+
+    @property
+    def first_nudged(self) -> Relaxation | None:
+        """The end of the first phase in which real states were moved."""
+        real = (e.found for e in self.ends if e.phase.is_nudged and not e.phase.is_complex)
+        return next(real, None)
+
+    def _together(self, table: Sequence[Phase]) -> dict[Phase, Relaxation]:
+        """The phases, in real numbers, that one choice of a relaxer is made for."""
+        phases = [p for p in table if p.strength and not p.held and not p.is_complex]
+        if len(phases) < 2 or not self._algorithm.relaxer.decides_together:
+            return {}
+        strengths = [phase.strength for phase in phases]
+        self.landscape.begin(strengths)
+        with torch.no_grad():
+            found = self._algorithm.relaxer.relax_all(self.landscape, self.network.equilibrium, strengths)
+        return dict(zip(phases, found, strict=True))
+
+    def _nudged(self, phase: Phase) -> Relaxation:
+        relaxer: Any = self._algorithm.relaxer  # whose strength may be complex where the parts fit
+        if not phase.held:  # the start is not held here: the network may let go of it on the way
+            found: Relaxation = relaxer.relax(self.landscape, self.network.equilibrium, phase.strength)
+            return found
+        start = self.network.equilibrium
+        slopes, point = self.network.loss_slopes(start), list(start)
+        for k in self.network.outputs:
+            point[k] = self._held_output(start[k], slopes[k], phase.strength.real)
+        found = relaxer.relax(Holding(self.landscape, self.network.outputs), point, 0.0)
+        return found
+
+    def _held_output(self, free: Tensor, slope: Tensor, strength: float) -> Tensor:
+        nudge = self._algorithm.nudge
+        held = nudge.held_output(free, slope, strength, self._batch)
+        if not isinstance(held, Tensor) or held.shape != free.shape:
+            got = tuple(held.shape) if isinstance(held, Tensor) else type(held).__name__
+            raise ConfigurationError(
+                f"{type(nudge).__name__}: the output was to be held at {got}; expected a tensor of shape"
+                f" {tuple(free.shape)}, that of the output, from held_output(...) or from Clamped(target=...)."
+            )
+        return held.detach().to(free)
+
+
+def free_equilibrium(landscape: Landscape, algorithm: Algorithm, start: Sequence[Tensor]) -> Relaxation:
+    """argmin_x I, as far as the algorithm's relaxer goes, from `start` or from zeros as the algorithm says."""
+    landscape.begin([0.0])
+    if algorithm.initial_state == "zeros":
+        start = [torch.zeros_like(x) for x in start]
+    with torch.no_grad():
+        return (algorithm.free_relaxer or algorithm.relaxer).relax(landscape, landscape.feasible(list(start)), 0.0)

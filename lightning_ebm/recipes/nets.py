@@ -1,0 +1,192 @@
+"""Networks of published experiments, as plain modules. Nothing here knows how they will be trained."""
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ACTIVATIONS: dict[str, type[nn.Module] | None] = {
+    "relu": nn.ReLU,
+    "leaky-relu": nn.LeakyReLU,
+    "gelu": nn.GELU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "hardsigmoid": nn.Hardsigmoid,
+    "clip": None,
+}
+
+
+def activation(name: str) -> nn.Module:
+    """A nonlinearity by name; "clip" is min(max(a, 0), 1), the hard sigmoid of equilibrium propagation's papers."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation={name!r}: expected one of {', '.join(ACTIVATIONS)}.")
+    made = ACTIVATIONS[name]
+    return nn.Hardtanh(0, 1) if made is None else made()
+
+
+class MLP(nn.Sequential):
+    """A multilayer perceptron; inputs are flattened.
+
+    Args:
+        widths: inputs, units of each hidden layer, outputs.
+        activation: relu, leaky-relu, gelu, tanh, sigmoid, hardsigmoid or clip.
+        output_activation: the same for the outputs, which are linear without one.
+    """
+
+    def __init__(
+        self,
+        widths: tuple[int, ...] = (784, 128, 128, 128, 10),
+        activation: str = "relu",
+        output_activation: str | None = None,
+    ) -> None:
+        layers: list[nn.Module] = [nn.Flatten()]
+        for fan_in, fan_out in pairwise(widths):
+            layers += [nn.Linear(fan_in, fan_out), _activation(activation)]
+        layers.pop()
+        if output_activation is not None:
+            layers.append(_activation(output_activation))
+        super().__init__(*layers)
+
+
+_activation = activation
+
+
+class MNIST1DConv(nn.Sequential):
+    """The convolutional net of the MNIST-1D paper: three layers of 25 channels, stride 2, and a linear read-out.
+
+    Args:
+        channels: of every layer.
+    """
+
+    def __init__(self, channels: int = 25) -> None:
+        super().__init__(
+            nn.Conv1d(1, channels, 5, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv1d(channels, channels, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv1d(channels, channels, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(5 * channels, 10),
+        )
+
+
+class VGG5(nn.Sequential):
+    """Four blocks of convolution, activation and pooling, and a linear read-out, for 32 x 32 color images.
+
+    Blocks are called "0" to "3": ``layers: [net.0, net.1, net.2, net.3]`` puts the states behind the pooling, as the
+    published predictive coding networks have them.
+
+    Args:
+        channels: of the four blocks.
+        activation: as in `MLP`.
+    """
+
+    def __init__(self, channels: tuple[int, ...] = (128, 256, 512, 512), activation: str = "gelu") -> None:
+        blocks = [
+            nn.Sequential(nn.Conv2d(c, d, 3, padding=1), _activation(activation), nn.MaxPool2d(2))
+            for c, d in pairwise((3, *channels))
+        ]
+        super().__init__(*blocks, nn.Flatten(), nn.Linear(channels[-1] * 2 * 2, 10))
+
+
+class HopfieldConv(nn.Sequential):
+    """Four blocks of convolution, pooling and hard sigmoid, and a linear read-out, for 32 x 32 color images.
+
+    Pooling comes before the activation, so that a state sits behind both, as in the convolutional Hopfield networks of
+    equilibrium propagation: the energy's term of a block is G(x_l) - <x_l, pool(w * x_{l-1})>. The last convolution has
+    no padding, so that one pixel is left to read out.
+
+    Args:
+        channels: of the four blocks.
+    """
+
+    def __init__(self, channels: tuple[int, ...] = (128, 256, 512, 512)) -> None:
+        layers: list[nn.Module] = []
+        for index, (c, d) in enumerate(pairwise((3, *channels))):
+            padding = 1 if index < len(channels) - 1 else 0
+            layers += [nn.Conv2d(c, d, 3, padding=padding), nn.MaxPool2d(2), _activation("clip")]
+        super().__init__(*layers, nn.Flatten(), nn.Linear(channels[-1], 10))
+
+
+class BasicBlock(nn.Module):
+    """Two convolutions and a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU()
+        same = stride == 1 and inputs == outputs
+        shortcut = [nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)]
+        self.shortcut = nn.Identity() if same else nn.Sequential(*shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        result: Tensor = self.relu(y + self.shortcut(x))
+        return result
+
+
+class ResNet18(nn.Sequential):
+    """ResNet-18 for 32 x 32 images: a stem without pooling, four stages of two blocks, a linear read-out.
+
+    Args:
+        width: channels of the first stage; doubled at each of the others.
+    """
+
+    def __init__(self, width: int = 64) -> None:
+        stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        stages, inputs = [], width
+        for stage in range(4):
+            outputs = width * 2**stage
+            first = BasicBlock(inputs, outputs, 1 if stage == 0 else 2)
+            stages.append(nn.Sequential(first, BasicBlock(outputs, outputs, 1)))
+            inputs = outputs
+        super().__init__(stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10))
+
+
+class Attention(nn.Module):
+    """A pre-norm block of causal attention and a perceptron."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        result: Tensor = x + self.mlp(self.norm2(x))
+        return result
+
+
+class CharTransformer(nn.Module):
+    """A causal Transformer over characters: ``(B, T)`` to logits ``(B, T, vocabulary)``.
+
+    Args:
+        vocabulary: number of characters.
+        context: the longest T.
+        width: of the residual stream.
+        depth: blocks.
+        heads: of attention.
+    """
+
+    def __init__(
+        self, vocabulary: int = 65, context: int = 64, width: int = 64, depth: int = 2, heads: int = 4
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(nn.init.normal_(self.embedding.weight.new_empty(context, width), std=0.02))
+        self.blocks = nn.ModuleList([Attention(width, heads) for _ in range(depth)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens) + self.position[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits

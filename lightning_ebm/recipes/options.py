@@ -1,0 +1,119 @@
+"""Misspelt options and classes of a fit: one line that says which word is wrong, and the nearest that is right."""
+
+import difflib
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LightningArgumentParser
+
+import lightning_ebm as ebm
+from lightning_ebm.recipes import data, modules, nets
+
+__all__ = ["Parser", "check_names"]
+
+
+def public(kind: type, *homes: Any) -> dict[str, type]:
+    """The classes that a user may name, by their short names; abstract ones and internals are not among them."""
+    found = {name: value for home in homes for name, value in vars(home).items() if not name.startswith("_")}
+    return {
+        name: value
+        for name, value in sorted(found.items())
+        if isinstance(value, type) and issubclass(value, kind) and value is not kind and not inspect.isabstract(value)
+    }
+
+
+def kinds() -> dict[str, dict[str, type]]:
+    """What may stand behind an option that takes a class."""
+    return {
+        "--energy": public(ebm.Energy, ebm),
+        "--nudge": public(ebm.Nudge, ebm),
+        "--relaxer": public(ebm.Relaxer, ebm),
+        "--free_relaxer": public(ebm.Relaxer, ebm),
+        "--data": public(L.LightningDataModule, data),
+        "--model": public(L.LightningModule, modules),
+        "--model.net": public(torch.nn.Module, nets, torch.nn),
+        "--model.optimizer": public(torch.optim.Optimizer, torch.optim),
+    }
+
+
+def check_names(arguments: Sequence[str]) -> None:
+    """Classes given by a short name must exist, and options of theirs must be theirs.
+
+    Raises:
+        ConfigurationError: one does not; with the nearest that does.
+    """
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    chosen: dict[str, type] = {}
+    allowed = {"--relaxer": ["auto"]}
+    for option, value in zip(words, [*words[1:], ""], strict=True):
+        if option in (known := kinds()):
+            special = [*allowed.get(option, []), "null", "None"]
+            if value in known[option]:
+                chosen[option] = known[option][value]
+            elif re.fullmatch(r"[A-Za-z_]\w*", value) and value not in special and not Path(value).exists():
+                offered = [*known[option], *allowed.get(option, [])]
+                raise ebm.ConfigurationError(
+                    f"{option} {value}: there is no such class.{nearest(value, offered)} {_listing(offered)} A class"
+                    " of yours is given with its module, my_package.MyClass."
+                )
+        owner, _, name = option.rpartition(".")
+        if owner in chosen and re.fullmatch(r"\w+", name):
+            _check_option(option, name, chosen[owner])
+
+
+def _check_option(option: str, name: str, owner: type) -> None:
+    parameters = inspect.signature(owner).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) or name in parameters:
+        return
+    raise ebm.ConfigurationError(
+        f"{option}: {owner.__name__} has no option {name!r}.{nearest(name, parameters)} It has:"
+        f" {', '.join(parameters)}."
+    )
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A sentence with the nearest of the known words; nothing if none is near."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def _listing(names: Sequence[str]) -> str:
+    return f"There are: {', '.join(names)}." if len(names) < 30 else ""
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's, whose errors are one line instead of its usage and a tree of types."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the process with status 2."""
+        print(f"error: {self._in_words(message)}", file=sys.stderr)
+        sys.exit(2)
+
+    def _in_words(self, message: str) -> str:
+        own = [option.lstrip("-") for action in self._actions for option in action.option_strings]
+        if message.startswith("unrecognized arguments: "):
+            word = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0].lstrip("-")
+            for parser in getattr(self._subcommands_action, "_name_parser_map", {}).values():
+                own += [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+            own += [option.lstrip("-") for option in kinds()]
+            parts = {name.rpartition(".")[2]: name for name in own}  # "optimizer" finds "model.optimizer"
+            near = difflib.get_close_matches(word, own, n=1, cutoff=0.8)
+            near = near or [parts[part] for part in difflib.get_close_matches(word, parts, n=1, cutoff=0.75)]
+            hint = f" Did you mean --{near[0]}?" if near else ""
+            return f"There is no option --{word}.{hint} lightning-ebm fit --help shows the usual ones."
+        if found := re.search(r"Option '([\w.]+)' is not accepted", message):
+            names = [name for name in own if name not in ("h", "help", "config")]
+            return f"There is no option {found[1]!r} here.{nearest(found[1], names)} There are: {', '.join(names)}."
+        useful = [line for line in message.splitlines() if not _NOISE.search(line)]
+        return " ".join(" ".join(useful).split())
+
+
+_NOISE = re.compile(
+    r"Does not validate against any|Subtypes:|Errors:|- Expected a <class '\S+'>$|Given value type|a path but"
+)

@@ -1,0 +1,313 @@
+"""What the strategies share: the adapter between the engine and Lightning's training loop."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.closure import NoLossError
+from lightning_ebm.energies.base import is_divergence
+from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.learner import Learner, check_options
+from lightning_ebm.presets import algorithm as preset
+from lightning_ebm.program.calls import leading_sizes
+from lightning_ebm.program.layers import Layers, Output
+from lightning_ebm.program.recorder import Recorder
+from lightning_ebm.program.seen_backward import SeenBackward
+from lightning_ebm.purity import shadowed
+from lightning_ebm.reference import Reference, exactly
+from lightning_ebm.regime import Regime, of_step as regime_of_step
+from lightning_ebm.relaxers import Relaxer
+from lightning_ebm.samples import BatchSize
+from lightning_ebm.step import Step
+from lightning_ebm.strategies import other_backward
+from lightning_ebm.strategies.evaluation import EvaluatingStrategy
+from lightning_ebm.strategies.manual import ManualOptimization
+from lightning_ebm.strategies.once_more import Arguments, loss_of, run_again
+from lightning_ebm.strategies.quiet import callbacks_of, print_layers, unlogged
+from lightning_ebm.strategies.resume import ExactResume
+
+
+class EnergyStrategy(EvaluatingStrategy):
+    """What the strategies of this library share; the other base says where to train.
+
+    In place of the loss, `backward` hands Lightning a scalar of the same value whose gradient is the update. Whatever a
+    strategy does with gradients, reducing them over devices or unscaling them, it does with these.
+    """
+
+    def learn_by(
+        self,
+        algorithm: str | Algorithm,
+        layers: Layers,
+        output: Output,
+        loss_reduction: Literal["mean", "sum"],
+        capture: bool,
+        compile: bool,
+        batch_size: BatchSize = None,
+    ) -> None:
+        """Keeps the settings; `connect` makes the engine of them."""
+        check_options(output, loss_reduction)
+        self.algorithm = preset(algorithm)
+        self.layers: Layers = layers
+        self.output: Output = output
+        self.loss_reduction: Literal["mean", "sum"] = loss_reduction
+        self.capture = capture
+        self.compile = compile
+        self.batch_size = batch_size
+        self._learner: Learner | None = None
+        self._step: Step | None = None
+        self._increments: Iterator[Tensor] | None = None
+        self._manual = ManualOptimization()
+        self._printed = False
+        self._arguments: Arguments = ((), {})
+
+    @property
+    def learner(self) -> Learner:
+        """The engine; its `report` tells how the last step went. There is one once the Trainer has a module."""
+        if self._learner is None:
+            raise ConfigurationError("This EBMStrategy has no module yet: Trainer.fit gives it one.")
+        return self._learner
+
+    def _engine(self) -> Learner:
+        return self.learner
+
+    def describe(self) -> dict[str, Any]:
+        """Every setting as text, for the configuration of a run."""
+        return {
+            **self.algorithm.describe(),
+            "layers": str(self.layers),
+            "output": self.output,
+            "loss_reduction": self.loss_reduction,
+            "capture": str(self.capture),
+            "compile": str(self.compile),
+        }
+
+    def connect(self, model: LightningModule) -> None:
+        """Lightning's own; the engine is made for the module here."""
+        super().connect(model)
+        callbacks = callbacks_of(model.trainer)
+        self._resume = next((c for c in callbacks if isinstance(c, ExactResume)), None) or ExactResume(
+            self.gather, self._engine
+        )
+        if self._resume not in callbacks:
+            callbacks.append(self._resume)
+        self._learner = Learner(
+            model,
+            self.algorithm,
+            layers=self.layers,
+            output=self.output,
+            loss_reduction=self.loss_reduction,
+            quiet=self._quiet,
+            capture=self.capture,
+            compile=self.compile,
+            batch_size=self.batch_size,
+        )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """The user's own step, with every state at its prediction: this pass is the one with side effects."""
+        module = self._module
+        draws = any(isinstance(a, Iterator) for a in (*args, *kwargs.values()))
+        if self._relaxes and draws and not is_divergence(self.algorithm.energy):
+            raise ConfigurationError(
+                f"{type(module).__name__}.training_step takes a dataloader_iter, and for this energy the step runs"
+                " twice, quietly and at the free equilibrium: it would draw another batch. Let training_step take the"
+                ' batch, or take a divergence energy such as "predictive-coding".'
+            )
+        self._arguments = args, kwargs
+        self._step = None
+        # Begun inside super(): a wrapper may change buffers first, and a quiet pass starts from where this one does.
+        with shadowed(module, {"training_step": partial(self._first_pass, module.training_step)}):
+            return super().training_step(*args, **kwargs)
+
+    def _first_pass(self, training_step: Callable[..., STEP_OUTPUT], *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        module = self._module
+        with shadowed(module, {"training_step": training_step}):
+            if not self._relaxes and not module.automatic_optimization:
+                return training_step(*args, **kwargs)
+            if not module.automatic_optimization:
+                with self._manual.running(self._plain_backward) as recorder, self.learner.recording(recorder):
+                    return training_step(*args, **kwargs)
+            step = self._begun()
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(step.first_pass(self._other_backward))
+                except NoLossError:  # a step that Lightning skips
+                    return training_step(*args, **kwargs)
+                output = training_step(*args, **kwargs)
+            step.returned(loss_of(output))
+            self._step = step
+            return output
+
+    def _begun(self, recorder: Recorder | None = None) -> Step:
+        args = self._arguments[0]
+        batch = args[0] if args else None
+        return self.learner.begin(self._loss_again, leading_sizes(self._arguments), batch, recorder=recorder)
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Relaxes, and lets Lightning run its backward on the scalar whose gradient is the update."""
+        recorder = self._manual.recorder
+        with nullcontext() if recorder is None else recorder.handing_over():
+            surrogate = self._surrogate(closure_loss)
+            with SeenBackward(partial(self._second_backward, surrogate)):
+                loss = super().backward(surrogate, optimizer, *args, **kwargs)
+            if recorder is not None and self._relaxes:
+                self._manual.gives(surrogate)
+        assert self._step is not None
+        if self._increments is None:
+            self._step.release()
+        return loss
+
+    def _surrogate(self, closure_loss: Tensor) -> Tensor:
+        if not self._module.automatic_optimization:
+            self._step = self._begun(self._manual.recorder)
+        if self._step is None:
+            raise ConfigurationError("EBMStrategy.backward was called outside a training step: nothing to relax.")
+        if self._scaler() is not None and not bool(torch.isfinite(closure_loss)):
+            # The scaler skips this step, as in stock.
+            return self._step.unrelaxed(closure_loss, 1 / self._accumulated())
+        if self.algorithm.rule.incremental:
+            self._refuse_increments()
+            self._increments = self._step.increments(closure_loss)
+            surrogate = next(self._increments)
+        else:
+            surrogate = self._step.surrogate(closure_loss, 1 / self._accumulated())
+        self._print_layers()
+        return surrogate
+
+    def _plain_backward(self, loss: Tensor, options: dict[str, Any]) -> bool:
+        """`loss.backward()` in a manual training step, in place of `manual_backward(loss)`: relaxes as well."""
+        manual = self._manual
+        if manual.recorder is None or not manual.is_ours(loss, options):
+            return False
+        manual.tell(self._module)
+        with manual.recorder.handing_over():
+            step = self._begun(manual.recorder)
+            surrogate = step.surrogate(loss)
+            self._print_layers()
+            manual.gives(surrogate)
+            torch.autograd.backward(surrogate, options.get("gradient"))
+            step.release()
+        return True
+
+    def _other_backward(self, loss: Tensor, options: dict[str, Any]) -> bool:
+        return other_backward.within_step(self._accumulated(), loss, options)
+
+    def _second_backward(self, surrogate: Tensor, loss: Tensor, options: dict[str, Any]) -> bool:
+        return self._relaxes and other_backward.beside(self._module, surrogate, loss, options)
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Lightning's own; under manual optimization every gradient must have come from a relaxation.
+
+        An incremental update takes its further steps here, each through clipping and hooks and counted by the Trainer.
+        """
+        is_manual = self._manual.recorder is not None
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if is_manual:
+            self._manual.check_step(optimizer)
+        if (increments := self._increments) is not None and self._step is not None:
+            progress = self._module.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
+            for surrogate in increments:
+
+                def again(surrogate: Tensor = surrogate) -> Tensor:
+                    optimizer.zero_grad()
+                    return super(EnergyStrategy, self).backward(surrogate, optimizer)
+
+                progress.increment_ready()
+                super().optimizer_step(optimizer, again, model, **kwargs)
+                progress.increment_completed()
+            self._increments = None
+            self._step.release()
+        return output
+
+    def _refuse_increments(self) -> None:
+        if not self._module.automatic_optimization or self._accumulated() > 1:
+            raise ConfigurationError(
+                "An incremental update takes optimizer steps of its own within a batch, so the optimizer must be"
+                " Lightning's to step: no manual optimization and no gradient accumulation. Use"
+                ' accumulate_grad_batches=1, or the algorithm "predictive-coding".'
+            )
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Lightning's own; a resumed run goes on where it was in the data."""
+        dataloader = super().process_dataloader(dataloader)
+        trainer = self._module.trainer
+        return self._resume.loader(trainer, dataloader) if trainer.training else dataloader
+
+    def on_train_start(self) -> None:
+        """Lightning's own; a resumed run goes on with the random numbers that were next."""
+        super().on_train_start()
+        self._resume.begin(self._module.trainer)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank has, in the order of the ranks; on all of them."""
+        return [value]
+
+    def true_gradients(self, reference: Reference = "backprop") -> dict[str, Tensor]:
+        """The true gradient on the micro-batch of the last step, scaled as Lightning scales that step's update.
+
+        Call it between `training_step` and the optimizer's step, as `on_after_backward` does. No side effects.
+
+        Args:
+            reference: "backprop", of the feed-forward network; "equilibrium", of the loss at the free equilibrium, as
+                `reference.equilibrium`. For a divergence energy that equilibrium is the forward pass: the two are one.
+        """
+        if self._step is None:
+            raise ConfigurationError("There is no training step yet whose gradient could be computed.")
+        relaxes = self._relaxes
+        if reference == "equilibrium" and relaxes and not is_divergence(self.algorithm.energy):
+            found, other = self._step.again(exactly(self.algorithm))
+            other.release()
+        else:
+            found = self._step.true_gradients()
+        scaler = self._scaler()
+        scale = (float(scaler.get_scale()) if scaler is not None else 1.0) / self._accumulated()
+        return {name: gradient * scale for name, gradient in found.items()} if scale != 1.0 else found
+
+    def regime(self, equilibrium: Relaxer | None = None) -> Regime:
+        """Where between backprop and equilibrium the last step's update was read, see `lightning_ebm.regime`.
+
+        Call it as `true_gradients`. It relaxes twice more, once to equilibrium. No side effects.
+        """
+        if self._step is None:
+            raise ConfigurationError("There is no training step yet whose regime could be measured.")
+        return regime_of_step(self._step, self.algorithm, equilibrium)
+
+    def teardown(self) -> None:
+        """Lightning's own; drops the last batch and its graph."""
+        self._step = None
+        self._manual.forget()
+        self._arguments = ((), {})
+        super().teardown()
+
+    def _accumulated(self) -> int:
+        """By how much Lightning has divided the loss; read at every step, as a scheduler may change it."""
+        module = self._module
+        return module.trainer.accumulate_grad_batches if module.automatic_optimization else 1
+
+    def _print_layers(self) -> None:
+        """The layer table, once."""
+        plan = self.learner.plan
+        if not self._printed and plan is not None:
+            self._printed = True
+            print_layers(self._module, plan)
+
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return getattr(self.precision_plugin, "scaler", None)
+
+    def _loss_again(self) -> Tensor:
+        """The step once more, for its loss, which is checked by whoever asks."""
+        loss: Tensor = loss_of(run_again(self._module, self.precision_plugin, self._arguments))
+        return loss
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Further passes are not heard."""
+        with unlogged(self._module):
+            yield

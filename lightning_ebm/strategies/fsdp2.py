@@ -1,0 +1,149 @@
+"""Models whose gradients and optimizer states do not fit on one device, by torch's FSDP2."""
+
+from functools import partial
+from typing import Any, Literal, NoReturn
+
+import torch
+from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.program.layers import Layers, Output
+from lightning_ebm.program.wiring import graph_of
+from lightning_ebm.purity import shadowed
+from lightning_ebm.samples import BatchSize
+from lightning_ebm.strategies.joint import JointStrategy
+
+
+class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
+    """`EBMStrategy` for models whose gradients and optimizer states do not fit on one device, by torch's FSDP2.
+
+    ``Trainer(strategy=EBMFSDP2Strategy("predictive-coding"))``, or "ebm_fsdp2". As with Lightning's
+    ModelParallelStrategy, the module's `configure_model` says what is sharded, by `torch.distributed.fsdp.fully_shard`.
+
+    Weights are gathered once a step and stay whole while the states relax: passes run without communication, in
+    different numbers on different ranks, and a step sends what a step of backprop sends, however long the relaxation.
+    Gradients are reduced into shards once, in the final backward. The price is memory for one whole set of weights, in
+    the precision they are gathered in, during a step; gradients, master weights and optimizer states stay sharded.
+
+    Args:
+        algorithm: a preset's name, see `algorithms()`, or an `Algorithm`.
+        layers: which calls carry states, see `Learner`.
+        output: "readout", "state" or "auto", see `Learner`.
+        loss_reduction: how the module's loss reduces over the batch of one rank, "mean" or "sum".
+        capture: as in `EBMStrategy`.
+        compile: as in `EBMStrategy`.
+        batch_size: as in `EBMStrategy`.
+        options: those of `lightning.pytorch.strategies.ModelParallelStrategy`, but `tensor_parallel_size`: all devices
+            share the data.
+
+    Raises:
+        ConfigurationError: tensor parallelism, where a pass is a collective; an argument that cannot work.
+        RelaxationDivergedError: on all ranks, if on any.
+    """
+
+    def __init__(
+        self,
+        algorithm: str | Algorithm = "predictive-coding",
+        *,
+        layers: Layers = None,
+        output: Output = "auto",
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        capture: bool = True,
+        compile: bool = False,
+        batch_size: BatchSize = None,
+        **options: Any,
+    ) -> None:
+        if options.get("tensor_parallel_size", "auto") not in ("auto", 1):
+            raise ConfigurationError(
+                f"tensor_parallel_size={options['tensor_parallel_size']!r}: every pass through a tensor-parallel layer"
+                " waits for other ranks, and a relaxation makes as many passes as its own batch needs. Shard the"
+                " weights over all devices instead, fully_shard(layer, mesh=self.device_mesh['data_parallel'])."
+            )
+        super().__init__(**{**options, "tensor_parallel_size": 1})
+        self._handles: list[RemovableHandle] = []
+        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile, batch_size)
+
+    def setup_environment(self) -> None:
+        """Lightning's own; by default all devices share the data."""
+        if self._data_parallel_size == "auto":
+            self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Lightning's own, with whole weights from here to the final backward."""
+        if self._relaxes:
+            self._reshard_after_passes(False)
+            for part in self._sharded:
+                part.unshard()
+        return super().training_step(*args, **kwargs)
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """See `EnergyStrategy.backward`; when it is over, weights are shards again."""
+        backward = self._module.backward
+
+        def and_reshard(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            backward(loss, *args, **kwargs)
+            while self._handles:
+                self._handles.pop().remove()
+            for part in self._sharded:  # not sooner: hooks before it may look at weights, and so may other phases
+                part.reshard()
+            self._reshard_after_passes(True)
+
+        with shadowed(self._module, {"backward": and_reshard}):
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+    def _surrogate(self, closure_loss: Tensor) -> Tensor:
+        """The user's own loss, whose backward pass tells FSDP when to reduce; updates replace its gradients."""
+        surrogate = super()._surrogate(closure_loss)
+        if not self._relaxes or surrogate is closure_loss:
+            return surrogate
+        leaves = graph_of([surrogate])[0]
+        updates = torch.autograd.grad(surrogate, leaves, allow_unused=True)
+        for leaf, update in zip(leaves, updates, strict=True):
+            if update is not None:
+                self._handles.append(leaf.register_hook(partial(self._instead, update)))  # type: ignore[no-untyped-call]
+        return closure_loss
+
+    def _instead(self, update: Tensor, gradient: Tensor) -> Tensor:
+        scaler = self._scaler()
+        return update if scaler is None else update * scaler.get_scale()
+
+    @property
+    def _sharded(self) -> list[FSDPModule]:
+        return [part for part in self._module.modules() if isinstance(part, FSDPModule)]
+
+    def _reshard_after_passes(self, reshard: bool) -> None:
+        for part in self._sharded:
+            part.set_reshard_after_forward(reshard, recurse=False)
+            part.set_reshard_after_backward(reshard, recurse=False)
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        """Adds the name "ebm_fsdp2", and those that people will try, which say why not."""
+        strategy_registry.register("ebm_fsdp2", cls, description="Energy-based learning with sharded weights, by FSDP2")
+        for name, reason in _REFUSED.items():
+            text = f'Trainer(strategy="{name}"): {reason}'
+            strategy_registry.register(name, _refuse, description="Refused, with the reason", reason=text)
+
+
+_REFUSED = {
+    "ebm_fsdp": "FSDP1 flattens the weights of several layers into one and frees it after every pass, so that a"
+    " relaxation would gather the whole model at each of its steps; FSDP2 keeps weights as they are.",
+    "ebm_deepspeed": "DeepSpeed's engine runs the backward pass itself, on the loss it was given, and reduces gradients"
+    " in hooks of its own: there is no place where an update that is not the gradient of that loss could enter.",
+}
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise ConfigurationError(f'{reason} Use "ebm_ddp", or "ebm_fsdp2" where optimizer states do not fit.')
+
+
+if "ebm_fsdp2" not in StrategyRegistry:
+    EBMFSDP2Strategy.register_strategies(StrategyRegistry)

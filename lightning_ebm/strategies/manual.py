@@ -1,0 +1,75 @@
+"""Manual optimization: every gradient that an optimizer steps on must have come from a relaxation."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.program.recorder import Recorder, TakesCare
+from lightning_ebm.program.wiring import graph_of
+
+log = logging.getLogger(__name__)
+
+
+class ManualOptimization:
+    """The record of a training step that calls `backward` itself, and whose gradients it has.
+
+    Attributes:
+        recorder: of the training step that is running; None outside of one.
+    """
+
+    def __init__(self) -> None:
+        self.recorder: Recorder | None = None
+        self._relaxed: set[int] = set()  # parameters whose gradients a relaxation has given, since they moved last
+        self._told = False
+
+    @contextmanager
+    def running(self, on_backward: TakesCare) -> Iterator[Recorder]:
+        """Within it a training step runs; `on_backward` is told of `backward` calls on losses."""
+        self.recorder = Recorder()
+        try:
+            self.recorder.on_backward = on_backward
+            yield self.recorder
+        finally:
+            self.recorder.release()
+            self.recorder = None
+
+    def is_ours(self, loss: Tensor, options: dict[str, Any]) -> bool:
+        """Whether `loss.backward(...)` differentiates what is being recorded, for all of its parameters."""
+        recorder = self.recorder
+        return recorder is not None and options.get("inputs") is None and recorder.known(loss) is not None
+
+    def tell(self, module: LightningModule) -> None:
+        """Says once that `loss.backward()` is not what Lightning sees."""
+        if not self._told:
+            self._told = True
+            log.warning(
+                "%s.training_step calls loss.backward(): it relaxes, as self.manual_backward(loss) does, but precision"
+                " plugins and hooks of the Trainer do not see it. (Said once.)",
+                type(module).__name__,
+            )
+
+    def gives(self, surrogate: Tensor) -> None:
+        """Notes the parameters that get their gradients from a relaxation."""
+        self._relaxed.update(id(leaf) for leaf in graph_of([surrogate])[0])
+
+    def check_step(self, optimizer: Optimizer) -> None:
+        """Refuses a step on gradients that no relaxation has given."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if parameters and not any(id(p) in self._relaxed for p in parameters):
+            raise ConfigurationError(
+                f"{type(optimizer).__name__} took a step on gradients that no relaxation has given (from"
+                " torch.autograd.grad or torch.autograd.backward in training_step): that is plain backpropagation. Call"
+                ' self.manual_backward(loss) before the step, or use the algorithm "backprop".'
+            )
+        self._relaxed.difference_update(id(p) for p in parameters)
+
+    def forget(self) -> None:
+        """Drops what it knows of parameters and of the last step."""
+        self.recorder = None
+        self._relaxed.clear()

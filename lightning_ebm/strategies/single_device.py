@@ -1,0 +1,103 @@
+"""The strategy for one device."""
+
+from typing import Literal
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.pytorch import LightningModule
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
+
+from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.presets import algorithms
+from lightning_ebm.program.layers import Layers, Output
+from lightning_ebm.samples import BatchSize
+from lightning_ebm.strategies.base import EnergyStrategy
+
+
+class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
+    """Trains an untouched LightningModule on one device by relaxing the states of its layers on an energy.
+
+    ``Trainer(strategy=EBMStrategy("predictive-coding"))``; optimizers, schedulers, clipping, accumulation, precision,
+    checkpoints, loggers and callbacks work as they did.
+
+    Args:
+        algorithm: a preset's name, see `algorithms()`, or an `Algorithm`.
+        layers: which calls carry states, see `Learner`.
+        output: "readout", "state" or "auto", see `Learner`.
+        loss_reduction: how the module's loss reduces over the batch, "mean" or "sum".
+        capture: run programs that come again as code traced from them, see `Learner`.
+        compile: and that through Inductor, see `Learner`.
+        batch_size: number of samples of a batch, a number or a function of the batch; None finds it, see `Learner`.
+        device: where to train; None is the device that the Trainer chose.
+        accelerator: Lightning's own.
+        checkpoint_io: Lightning's own.
+        precision_plugin: Lightning's own.
+
+    Raises:
+        ConfigurationError: an argument that cannot work; more than one device; a training step that would run twice, as
+            with Hopfield energies, and draws its own batches from the loader.
+    """
+
+    strategy_name = "ebm"
+
+    def __init__(
+        self,
+        algorithm: str | Algorithm = "predictive-coding",
+        *,
+        layers: Layers = None,
+        output: Output = "auto",
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        capture: bool = True,
+        compile: bool = False,
+        batch_size: BatchSize = None,
+        device: str | torch.device | None = None,
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(
+            device=device or "cpu",
+            accelerator=accelerator,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+        # Lightning fills these on any strategy that has them, and otherwise leaves one for a single device on the CPU.
+        self.num_nodes = 1
+        self.parallel_devices: list[torch.device] | None = [self._root_device] if device is not None else None
+        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile, batch_size)
+
+    def teardown(self) -> None:
+        """Lightning's own; another Trainer may choose another device, and refuses a strategy that has one."""
+        self._root_device, self.parallel_devices = self.root_device, None
+        super().teardown()
+
+    @property
+    def root_device(self) -> torch.device:
+        return self.parallel_devices[0] if self.parallel_devices else self._root_device
+
+    def connect(self, model: LightningModule) -> None:
+        """Lightning's own, after checking what only now is known."""
+        devices = len(self.parallel_devices or [None])
+        if devices > 1 or self.num_nodes > 1:
+            raise ConfigurationError(
+                f"EBMStrategy trains on one device; the Trainer was given {devices} on {self.num_nodes} node(s). It"
+                ' would train on one of them, or a model of its own on each, in silence. Use strategy="ebm_ddp", or'
+                " ebm.EBMDDPStrategy(...) with the same arguments, or devices=1, num_nodes=1."
+            )
+        super().connect(model)
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        """Adds the name "ebm", and one for each preset, such as "ebm_pc_nudge"."""
+        strategy_registry.register(cls.strategy_name, cls, description="Energy-based learning on one device")
+        for name in algorithms():
+            text = f"Energy-based learning on one device by the preset {name!r}"
+            strategy_registry.register(f"ebm_{name.replace('-', '_')}", cls, description=text, algorithm=name)
+
+
+if EBMStrategy.strategy_name not in StrategyRegistry:
+    EBMStrategy.register_strategies(StrategyRegistry)

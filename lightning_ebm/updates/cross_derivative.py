@@ -1,0 +1,53 @@
+"""The slope of the force in the parameters, along the way that states are displaced."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from lightning_ebm.nudges import Phase
+from lightning_ebm.updates.base import End, Term, Update
+from lightning_ebm.updates.linear_response import forces_with_graph, linear_response
+
+if TYPE_CHECKING:
+    from lightning_ebm.network import Network
+
+
+class CrossDerivative(Update):
+    """`dL/dtheta + d/dtheta <dI/dx, dx>` at the free equilibrium, with dx the displacement of the states.
+
+    dx is `sum_p weight_p x_p` of the phases, or where the nudge is infinitesimal the linear response -H^-1 dL/dx, with
+    H = d2I/dx2. The price is a second derivative of the network: some fused kernels have none.
+
+    Source:
+        Almeida 1987; Pineda 1987; Scellier and Bengio 2019.
+    """
+
+    name: ClassVar[str] = "cross-derivative"
+    second_derivatives: ClassVar[bool] = True
+    reads_linear_response: ClassVar[bool] = True
+
+    def hold(self, network: "Network", ends: Sequence[End]) -> Sequence[End]:
+        start = network.equilibrium
+        if not ends:
+            moved = linear_response(network, start)
+        else:
+            moved = [torch.zeros_like(x) for x in start]
+            for end in ends:
+                if end.strength:
+                    states = zip(moved, network.held(end.found).point, start, strict=True)
+                    moved = [m + _real(end.weight * (x - x0)) for m, x, x0 in states]
+        return [End(Phase(1.0, 1.0), network.at_rest(moved))]
+
+    def read(self, network: "Network", ends: Sequence[End]) -> Sequence[Term]:
+        terms: list[Term] = []
+        for end in ends:
+            seen, moved = network.at(end.found), end.found.local_error
+            assert moved is not None
+            terms += network.loss_terms(seen, 1.0)
+            terms += map(Term, forces_with_graph(network, seen), moved)
+        return terms
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.real if tensor.is_complex() else tensor

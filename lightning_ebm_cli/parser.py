@@ -1,0 +1,135 @@
+"""What the command line understands, and what it says about itself. The work is in `lightning_ebm_cli.commands`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from lightning_ebm_cli import commands
+from lightning_ebm_cli.catalog import did_you_mean
+
+OVERRIDES = """settings on the command line, each as --name value or name=value:
+  --algorithm pc-nudge             what replaces backprop; leave it out for stock Lightning
+  --nudge Centered --nudge.strength 0.1
+  --relaxer GradientDescent --relaxer.max_steps 20 --relaxer.lr 0.1
+  --energy, --free_relaxer         the other parts of an algorithm
+  --layers "[net.0,net.2]"         where the states are
+  --trainer.max_epochs 5           everything that Lightning's Trainer takes
+  --trainer.devices 4 --trainer.strategy ebm_ddp
+  --data.batch_size 32 --data.dir ~/mnist
+  --model.net.widths "[64,256,10]" --model.optimizer.lr 0.001
+  --wandb offline|online|off       Weights & Biases on this disk, on the server, or none (then a CSV file)
+  --name my-run                    files go to runs/my-run
+  --seed_everything 1
+  --help-all                       every option there is, several hundred lines
+"""
+
+
+class Wide(argparse.RawDescriptionHelpFormatter):
+    """Names and what they mean on one line each."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=100)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with the nearest word that exists."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with status 2."""
+        _, found, rest = message.partition("invalid choice: '")
+        if found:
+            word = rest.partition("'")[0]
+            known = [name for action in self._actions for name in action.choices or ()]
+            message = f"there is no command {word!r}.{did_you_mean(word, known)} Commands: {', '.join(known)}."
+        elif message.startswith("unrecognized arguments: "):
+            word = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+            known = _options(self)
+            message = f"there is no option {word}.{did_you_mean(word, known)} See {self.prog} --help."
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _options(made: argparse.ArgumentParser) -> list[str]:
+    """Of this parser and of all the commands under it."""
+    inner = [sub for a in made._actions if isinstance(a, argparse._SubParsersAction) for sub in a.choices.values()]
+    return [o for action in made._actions for o in action.option_strings] + [o for sub in inner for o in _options(sub)]
+
+
+def parser() -> Parser:
+    """The whole tree of commands."""
+    made = Parser(
+        prog="lightning-ebm",
+        description="Train networks with local, energy-based rules in place of backpropagation, and see how it went.",
+        epilog="lightning-ebm COMMAND --help tells more of each.",
+        allow_abbrev=False,
+        formatter_class=Wide,
+    )
+    tree = made.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    _add_recipes(tree)
+    fit = _add(tree, "fit", "train any LightningModule on any data, from a YAML file", epilog=OVERRIDES)
+    fit.usage = "lightning-ebm fit --config FILE [settings]"
+    report = _add(tree, "report", "one HTML page about a run: a verdict, curves, alignment, settings")
+    report.add_argument("run", type=Path, help="runs/digits, lightning_logs/version_0, wandb/offline-run-..., ...")
+    report.add_argument("-o", "--output", type=Path, help="where the page goes; report.html in the run if not given")
+    compare = _add(tree, "compare", "one HTML page about several runs, side by side")
+    compare.add_argument("run", type=Path, nargs="+", help="directories; runs that differ by their seed alone are one")
+    compare.add_argument("-o", "--output", type=Path, default=Path("comparison.html"), help="where the page goes")
+    sweep = _add(tree, "sweep", "every trial of a sweep file, here, without a server")
+    sweep.add_argument("file", help="a sweep file of Weights & Biases, or the name of a ready-made one")
+    sweep.add_argument("--count", type=int, help="at most so many trials")
+    sweep.add_argument("--seed", type=int, default=0, help="of a random search")
+    _add_results(sweep, "runs/sweeps")
+    board = _add(tree, "leaderboard", "algorithms x networks x data from one YAML file, as a table")
+    board.add_argument("file", help="a leaderboard file, or the name of a ready-made one")
+    _add_results(board, "runs/leaderboards")
+    doctor = _add(tree, "doctor", "versions, devices, which kernels run, and a ten-second self-test")
+    doctor.add_argument("--no-test", action="store_true", help="leave out the self-test")
+    return made
+
+
+def _add_recipes(tree: "argparse._SubParsersAction[Parser]") -> None:
+    recipes = _add(tree, "recipes", "ready-made training runs: list them, show one, run one")
+    inner = recipes.add_subparsers(dest="action", metavar="list | show NAME | run NAME", required=True)
+    _add(inner, "list", "their names, and what each of them trains")
+    _add(inner, "show", "the YAML file of one").add_argument("name")
+    run = _add(inner, "run", "train one, with any setting replaced", epilog=OVERRIDES)
+    run.usage = "lightning-ebm recipes run NAME [settings]"
+    run.add_argument("name")
+
+
+def _add(tree: "argparse._SubParsersAction[Parser]", name: str, what: str, epilog: str | None = None) -> Parser:
+    made = tree.add_parser(
+        name, help=what, description=what[0].upper() + what[1:] + ".", epilog=epilog, allow_abbrev=False,
+        formatter_class=Wide,
+    )  # fmt: skip
+    assert isinstance(made, Parser)
+    return made
+
+
+def _add_results(made: Parser, root: str) -> None:
+    made.add_argument("--root", type=Path, default=Path(root), help="folder of the results; what is there is kept")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    own, settings = _split(given)
+    options = parser().parse_args(own)
+    try:
+        return commands.run(options, settings)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _split(given: list[str]) -> tuple[list[str], list[str]]:
+    """Our own words, and the settings of a fit, which Lightning's parser reads."""
+    own = {"fit": 1, "recipes": 3}.get(given[0], len(given)) if given else 0
+    if given[:1] == ["recipes"] and given[1:2] != ["run"]:
+        own = len(given)
+    settings = given[own:]
+    if {"-h", "--help"} & set(settings):
+        return [*given[:own], "--help"], []
+    return given[:own], settings

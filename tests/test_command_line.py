@@ -1,0 +1,171 @@
+"""The command line: it answers quickly, and a misspelt word is answered with the right one."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+import yaml
+
+from lightning_ebm import doctor
+from lightning_ebm.recipes import leaderboard
+from lightning_ebm_cli import catalog, main, parser
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = [
+    [], ["recipes"], ["recipes", "list"], ["recipes", "show"], ["recipes", "run"], ["recipes", "run", "digits"],
+    ["fit"],
+    ["report"], ["compare"], ["sweep"], ["leaderboard"], ["doctor"],
+]  # fmt: skip
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_needs_neither_torch_nor_lightning(words):
+    """Which is what makes it quick; and it fits a terminal of 100 columns."""
+    code = (
+        "import sys\nfrom lightning_ebm_cli import main\n"
+        f"try: main({[*words, '--help']!r})\nexcept SystemExit as ended: assert ended.code == 0\n"
+        "assert not {'torch', 'lightning', 'lightning_ebm', 'numpy'} & set(sys.modules), 'heavy'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: lightning-ebm")
+    assert max(map(len, done.stdout.splitlines())) <= 110
+
+
+def test_listing_and_showing_need_no_library_either(capsys):
+    assert main(["recipes", "list"]) == 0
+    shown = capsys.readouterr().out
+    for path in (ROOT / "lightning_ebm" / "recipes" / "configs").glob("*.yaml"):
+        assert re.search(rf"^{path.stem} +\w", shown, re.MULTILINE)
+    assert main(["recipes", "show", "digits"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["algorithm"] == "predictive-coding"
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["reprot", "x"], "'report'"),
+        (["recipes", "lst"], "'list'"),
+        (["recipes", "run", "digit"], "'digits'"),
+        (["sweep", "digits-relax"], "'digits-relaxer'"),
+        (["leaderboard", "digit"], "'digits'"),
+        (["compare", "a", "--outptu", "x"], "'--output'"),
+    ],
+)
+def test_a_misspelt_word_is_answered_with_the_one_that_exists(words, meant, capsys):
+    try:
+        status = main(words)
+    except SystemExit as ended:
+        status = ended.code
+    assert status
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert f"Did you mean {meant}?" in said
+
+
+def test_settings_of_a_fit_are_told_apart_from_our_own_words():
+    assert parser._split(["recipes", "run", "digits", "--name", "x"]) == (["recipes", "run", "digits"], ["--name", "x"])
+    assert parser._split(["fit", "--config", "a.yaml"]) == (["fit"], ["--config", "a.yaml"])
+    assert parser._split(["fit", "--config", "a", "--help"]) == (["fit", "--help"], [])
+    assert parser._split(["report", "a", "-o", "b"]) == (["report", "a", "-o", "b"], [])
+
+
+def test_names_and_paths_of_files(tmp_path):
+    assert catalog.path_of("configs", "digits").parent.name == "configs"
+    (tmp_path / "digits").write_text("mine")
+    assert catalog.path_of("configs", "digits").read_text() == "mine"  # a file that is there is what is meant
+
+
+# The doctor
+
+
+def test_the_doctor_knows_the_versions_of_the_constraints():
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    assert {name: pinned[name] for name in doctor.TESTED} == doctor.TESTED
+
+
+def test_the_doctor_says_which_version_is_untested(monkeypatch):
+    monkeypatch.setitem(doctor.TESTED, "torch", "1.0.0")
+    (line,) = [line for line in doctor.versions() if line[1] == "torch"]
+    assert line[0] == "note"
+    assert "tested with 1.0.0" in line[2]
+
+
+def test_the_doctor_finds_a_rule_that_is_wrong(monkeypatch, capsys):
+    assert doctor.main() == 0
+    assert "nothing is wrong" in capsys.readouterr().out
+    true = doctor.reference.backprop
+
+    def doubled(net, closure):
+        return {name: 1.01 * value for name, value in true(net, closure).items()}
+
+    monkeypatch.setattr(doctor.reference, "backprop", doubled)
+    assert doctor.main() == 1
+    shown = capsys.readouterr().out
+    assert "WRONG  exact rule, cpu" in shown
+    assert "WRONG  weak nudge, cpu" in shown
+
+
+# Leaderboards
+
+
+BOARD = {
+    "seeds": [0, 1],
+    "algorithms": [
+        "backprop", "zero-divergence",
+        {"name": "runaway", "algorithm": "predictive-coding",
+         "relaxer": {"class_path": "GradientDescent", "init_args": {"lr": 3.0}}},
+    ],
+    "networks": {"small": {"class_path": "lightning_ebm.recipes.nets.MLP", "init_args": {"widths": [64, 16, 10]}}},
+    "data": {"digits": {"class_path": "lightning_ebm.recipes.data.Digits"}},
+    "fit": {"trainer.max_epochs": 1, "trainer.accelerator": "cpu"},
+}  # fmt: skip
+
+
+def test_a_leaderboard_trains_each_cell_once_and_tells_what_it_found(tmp_path, monkeypatch):
+    file = tmp_path / "board.yaml"
+    file.write_text(yaml.safe_dump(BOARD))
+    assert main(["leaderboard", str(file)]) == 0
+    rows = leaderboard.main(file)
+    backprop, exact, runaway = rows
+    assert backprop[:3] == ("digits", "small", "backprop")
+    # An exact rule trains to the same accuracy from the same seeds, and points the same way.
+    assert exact[3] == backprop[3]
+    assert exact[4].startswith("1.0000")
+    assert backprop[6] == "1.0"
+    assert runaway[3] == "diverged"
+    assert runaway[-1] == "0 of 2"
+    text = (tmp_path / "runs" / "leaderboards" / "board" / "leaderboard.md").read_text()
+    assert text.count("\n") == 5
+    monkeypatch.setattr(leaderboard.training, "main", lambda words: pytest.fail("trained again"))
+    assert leaderboard.main(file) == rows
+    # Another setting is another cell: that one is trained again.
+    file.write_text(yaml.safe_dump(BOARD | {"fit": BOARD["fit"] | {"trainer.max_epochs": 2}}))
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        leaderboard.main(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"algorithm": []}, "Did you mean 'algorithms'"), ({"networks": {}}, "networks must name at least one")],
+)
+def test_a_board_that_cannot_be_meant_is_refused(tmp_path, change, said, capsys):
+    file = tmp_path / "board.yaml"
+    file.write_text(yaml.safe_dump(BOARD | change))
+    assert main(["leaderboard", str(file)]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_the_script_of_the_package_is_this_one():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"lightning-ebm": "lightning_ebm_cli:main"}

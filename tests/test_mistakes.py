@@ -1,0 +1,168 @@
+"""Typical mistakes. Each is answered by one error, or one line of the command, that says the cause and the remedy."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning_modules import Template
+from torch import nn
+from torch.nn import functional as F
+
+import lightning_ebm as ebm
+from lightning_ebm_cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+QUIET = {
+    "max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
+    "enable_progress_bar": False, "enable_model_summary": False,
+}  # fmt: skip
+
+
+def net(*widths: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in zip((4, *widths), (*widths, 3), strict=True):
+        layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+X, Y = torch.randn(5, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 0, 1])
+
+
+def step(loss: Callable[[nn.Module], Any], algorithm: Any = "predictive-coding", module: Any = None, **options: Any):
+    module = net(8) if module is None else module
+    ebm.Learner(module, algorithm, **options).backward(lambda: loss(module))
+
+
+def usual(module: nn.Module) -> torch.Tensor:
+    return F.cross_entropy(module(X), Y)
+
+
+def squared(module: nn.Module) -> torch.Tensor:
+    return 0.5 * (module(X) - 1).square().sum(1).mean()
+
+
+def too_high_a_learning_rate() -> None:
+    module = net(8, 8)
+    learner, optimizer = ebm.Learner(module, "pc-nudge"), torch.optim.SGD(module.parameters(), lr=1e3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        learner.backward(lambda: squared(module))
+        optimizer.step()
+
+
+def backward_in_the_closure(module: nn.Module) -> torch.Tensor:
+    loss = usual(module)
+    loss.backward()
+    return loss
+
+
+def fit(strategy: Any, callbacks: Any = (), **options: Any) -> None:
+    L.Trainer(strategy=strategy, callbacks=list(callbacks), **(QUIET | options)).fit(Template())
+
+
+class OwnForwardOnly(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net(8)
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """What somebody does, and what the answer must say: the cause, and what to do."""
+
+    what: str
+    do: Callable[[], Any]
+    cause: str
+    remedy: str
+
+
+EULER = ebm.algorithm("predictive-coding", relaxer=ebm.GradientDescent(lr=3.0, max_steps=10))
+NEGATIVE = ebm.algorithm("pc-nudge", nudge=ebm.OneSided(-5.0), relaxer=ebm.ErrorCoordinates(200, tol=1e-6))
+
+MISTAKES = [
+    Mistake("a preset is misspelt", lambda: ebm.EBMStrategy("pc-nugde"), "no algorithm 'pc-nugde'", "mean 'pc-nudge'"),
+    Mistake("a part is misspelt", lambda: ebm.algorithm("pc-nudge", relaxor=ebm.Sweep()), "relaxor", "relaxer"),
+    Mistake("the nudge is zero", lambda: ebm.OneSided(0.0), "divides by the nudge", "0"),
+    Mistake("the closure returns nothing", lambda: step(lambda m: None), "None", "return loss"),
+    Mistake("the loss is a Python number", lambda: step(lambda m: float(usual(m))), "float", "tensor"),
+    Mistake(
+        "the loss is not reduced",
+        lambda: step(lambda m: F.cross_entropy(m(X), Y, reduction="none")), "shape (5,)", "mean",
+    ),
+    Mistake("the loss is detached", lambda: step(lambda m: usual(m).detach()), "does not depend", "detach"),
+    Mistake("the loss is nan", lambda: step(lambda m: usual(m) * math.nan), "nan", "learning rate"),
+    Mistake("the closure calls another", lambda: step(lambda m: usual(net(8))), "was called", "inside the closure"),
+    Mistake("the closure calls backward", lambda: step(backward_in_the_closure), "backward()", "learner.backward once"),
+    Mistake("a network without hidden layers", lambda: step(usual, module=net()), "carry a state", 'output="state"'),
+    Mistake("a layer is misspelt", lambda: step(usual, layers=["O"]), "no module 'O'", "Nearest: ['0'"),
+    Mistake("a layer's name is not in a list", lambda: step(usual, layers="1"), "'1'", "layers=['1']"),
+    Mistake("the states' step is too large", lambda: step(squared, EULER), "diverged", "learning rate of the states"),
+    Mistake(
+        "the learning rate of the weights explodes", too_high_a_learning_rate, "weights",
+        "lower the learning rate of the parameters",
+    ),
+    Mistake("a negative nudge is too strong", lambda: step(squared, NEGATIVE), "no minimum", "smaller nudge"),
+    Mistake("the reduction is misspelt", lambda: step(usual, loss_reduction="average"), "average", "mean"),
+    Mistake("the report is read too early", lambda: ebm.Learner(net(8)).report, "no report", "backward()"),
+    Mistake("many devices by a strategy for one", lambda: fit("ebm", devices=2), "one device", "ebm_ddp"),
+    Mistake(
+        "alignment of a stock run", lambda: fit("auto", [ebm.GradientAlignment()]), "only the latter", "EBMStrategy",
+    ),
+    Mistake("a monitor of a stock run", lambda: fit("auto", [ebm.RelaxationMonitor()]), "none do", "EBMStrategy"),
+    Mistake("every zeroth step", lambda: ebm.GradientAlignment(every_n_steps=0), "every_n_steps=0", "at least 1"),
+    Mistake(
+        "the table of a module without forward", lambda: ebm.summary(OwnForwardOnly(), X), "no forward", "module.net",
+    ),
+    Mistake(
+        "states by LBFGS", lambda: ebm.StateOptimizer(torch.optim.LBFGS, max_steps=3), "closure", "torch.optim",
+    ),
+    Mistake("an energy by its name", lambda: ebm.Algorithm(energy="pc"), "'pc'", "ebm.Energy"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.what)
+def test_a_mistake_is_answered_with_cause_and_remedy(mistake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ebm.EBMError) as caught:
+        mistake.do()
+    assert mistake.cause in str(caught.value), str(caught.value)
+    assert mistake.remedy in str(caught.value), str(caught.value)
+
+
+COMMANDS = {
+    "recipes run digitz": ("no recipe 'digitz'", "mean 'digits'"),
+    "recipes rum digits": ("no command 'rum'", "mean 'run'"),
+    "fit": ("needs settings", "--config FILE"),
+    "fit --config nothing.yaml": ("does not exist", "nothing.yaml"),
+    "recipes run digits --algorithm pc": ("no algorithm 'pc'", "pc-nudge"),
+    "recipes run digits --relaxer Gradient --wandb off": ("no such class", "GradientDescent"),
+    "recipes run digits --trainer.strategy ddp --wandb off": ("would not use --algorithm", "ebm_ddp"),
+    "report nowhere": ("no directory nowhere", "nowhere"),
+    "report .": ("holds no run", "lightning_logs/version_0"),
+    "sweep digit": ("no sweep file 'digit'", "digits-relaxer"),
+    "leaderboard mine": ("no leaderboard file 'mine'", "digits"),
+}
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_a_mistaken_command_is_answered_in_one_line(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(words.split())
+    except SystemExit as ended:
+        status = ended.code
+    assert status in (1, 2)
+    said = capsys.readouterr().err.splitlines()[-1]
+    cause, remedy = COMMANDS[words]
+    assert said.startswith("error: ")
+    assert cause.lower() in said.lower()
+    assert remedy in said
+
+
+def test_there_are_at_least_twenty():
+    assert len(MISTAKES) + len(COMMANDS) >= 20

@@ -1,0 +1,71 @@
+"""What a notebook shows: every object's own numbers, as a table, with nothing in it that is markup."""
+
+import json
+import pickle
+import re
+from html import unescape
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_ebm as ebm
+from lightning_ebm import notebook
+from lightning_ebm.runs import Run
+
+
+def cells(html):
+    return [unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", html)]
+
+
+@pytest.fixture
+def step():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.randn(5, 4), torch.randint(3, (5,))
+    closure = lambda: nn.functional.cross_entropy(net(x), y)  # noqa: E731
+    learner = ebm.Learner(net, "predictive-coding")
+    learner.backward(closure)
+    return SimpleNamespace(net=net, x=x, closure=closure, learner=learner)
+
+
+def test_the_layer_table(step):
+    found = ebm.summary(step.net, step.x)
+    assert cells(found._repr_html_()) == [cell for row in found._rows() for cell in row]
+
+
+def test_an_algorithm_shows_its_parts():
+    rule = ebm.algorithm("pc-nudge", nudge=ebm.Centered(0.01))
+    shown = cells(rule._repr_html_())
+    assert dict(zip(shown[::2], shown[1::2], strict=True)) == rule.describe()
+
+
+def test_a_report_is_the_dictionary_that_it_was_and_a_table(step):
+    report = step.learner.report
+    assert json.loads(json.dumps(report)) == report
+    assert pickle.loads(pickle.dumps(report)) == report
+    shown = cells(report._repr_html_())
+    table = dict(zip(shown[::2], shown[1::2], strict=True))
+    assert table["loss"] == f"{report['loss']:.6g}"
+    assert table["phase at nudge 1.0"] == f"{report['result']} after {report['steps']} steps"
+
+
+def test_a_regime_shows_a_row_a_layer(step):
+    regime = ebm.regime.of(step.net, step.closure, "predictive-coding")
+    shown = cells(regime._repr_html_())
+    rows = [shown[i : i + 6] for i in range(0, len(shown), 6)]
+    assert [row[0] for row in rows] == [layer.name for layer in regime.layers]
+    assert [row[1] for row in rows] == [f"{layer.cosine_stop:.4f}" for layer in regime.layers]
+
+
+def test_a_run_shows_its_verdict_and_its_last_figures(tmp_path):
+    run = Run(tmp_path, {"val/acc": [(0, 0.5), (1, 0.75)]}, [{"run": {"name": "<b>mine", "seed": "3"}}])
+    html = run._repr_html_()
+    assert "<b>mine" not in html
+    assert "unknown" in html
+    assert cells(html) == ["name", "<b>mine", "seed", "3", "val/acc", "0.75"]
+
+
+def test_texts_are_escaped():
+    assert "<script" not in notebook.table("<script>", ["<script>"], [["<script>"]])
