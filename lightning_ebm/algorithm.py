@@ -9,7 +9,7 @@ from lightning_ebm.automatic import automatic
 from lightning_ebm.energies import Energy, PredictiveCoding
 from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.nudges import Nudge, OneSided
+from lightning_ebm.nudges import Nudge, OneSided, Strongest
 from lightning_ebm.relaxers import ErrorCoordinates, Relaxer
 from lightning_ebm.updates import Update, named
 from lightning_ebm.updates.base import label
@@ -23,7 +23,8 @@ class Algorithm:
 
     Args:
         energy: I; `PredictiveCoding()` if not given.
-        nudge: the table of phases, {lambda_p: weight_p}; `OneSided()` if not given.
+        nudge: the table of phases, {lambda_p: weight_p}; `OneSided()` if not given; "auto": at the largest strength
+            that settles, see `Strongest`.
         relaxer: finds x_p for each phase with lambda_p != 0, starting from the free state; `ErrorCoordinates()` if not
             given; "auto": the `Cheapest` of those that fit the energy and the nudge, to a tolerance of 1e-3.
         free_relaxer: finds the free state of energies whose free equilibrium is not the forward pass; None: `relaxer`.
@@ -53,14 +54,14 @@ class Algorithm:
     def __init__(
         self,
         energy: Energy | None = None,
-        nudge: Nudge | None = None,
+        nudge: Nudge | Literal["auto"] | None = None,
         relaxer: Relaxer | Literal["auto"] | None = None,
         free_relaxer: Relaxer | None = None,
         update: str | Update = "auto",
         initial_state: Literal["forward", "zeros", "last-visit"] = "forward",
     ) -> None:
         energy = PredictiveCoding() if energy is None else energy
-        nudge = OneSided() if nudge is None else nudge
+        nudge = OneSided() if nudge is None else Strongest() if nudge == "auto" else nudge
         if relaxer == "auto" and isinstance(energy, Energy) and isinstance(nudge, Nudge):
             relaxer = automatic(energy, nudge)
         parts = {

@@ -33,6 +33,7 @@ class Equilibrium(nn.Module):
     Raises:
         LayerDiscoveryError: (in forward) no layer found.
         RelaxationDivergedError: (in forward) states ran away.
+        ConfigurationError: (in forward) it is being exported, see `exported`.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.Hardtanh(0, 1), nn.Linear(8, 2))
@@ -51,6 +52,8 @@ class Equilibrium(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The free-phase output for these inputs."""
+        if getattr(torch.compiler, "is_exporting", bool)():  # torch 2.6 cannot tell
+            raise ConfigurationError(_EXPORT)
         with torch.inference_mode(False), torch.no_grad():
             args, kwargs = ordinary((args, kwargs))
             with self._learned().free_phase(lambda: self.module(*args, **kwargs)):
@@ -84,6 +87,7 @@ class Equilibrium(nn.Module):
             return torch.export.export(graph, args)
 
     def _learned(self) -> Learner:
+        """A learner with these settings; made when it is first asked for, and not kept in copies."""
         if self._learner is None:
             self._learner = Learner(self.module, **self._settings)
         return self._learner
@@ -91,6 +95,13 @@ class Equilibrium(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Without what can be found again."""
         return {**self.__dict__, "_learner": None}
+
+
+_EXPORT = (
+    "A free phase is found by recording the network and differentiating an energy, which torch.export and"
+    " torch.onnx.export cannot trace. Export the evaluation as it runs instead:"
+    " torch.export.save(equilibrium.exported(*inputs), 'model.pt2'); torch.onnx.export takes that program, too."
+)
 
 
 def ordinary(batch: Any) -> Any:

@@ -161,7 +161,9 @@ def residuals(step: int, relaxation: Mapping[str, Any]) -> go.Figure:
         label = _layer(name) if any(forces) else f"{_layer(name)}: no force"
         ink = _shade(index, relaxation["layers"])
         figure.add_scatter(y=shown, name=label, mode="lines+markers", line={"color": ink})
-    figure.update_yaxes(type="log", exponentformat="power", dtick=1)
+    seen = [value for trace in figure.data for value in trace.y if value is not None]
+    wide = bool(seen) and max(seen) > 30 * min(seen)  # powers of ten alone leave a narrow axis without a number
+    figure.update_yaxes(type="log", exponentformat="power", dtick=1 if wide else None)
     return figure
 
 
@@ -201,8 +203,12 @@ def _figure(x: str, y: str) -> go.Figure:
 
 
 def _angles(figure: go.Figure) -> go.Figure:
-    values = [1e-3, 1e-2, 0.1, 1, 10, 90, 180]
+    values = [digit * 10.0**power for power in range(-3, 2) for digit in (1, 2, 5)] + [90, 180]
     figure.update_yaxes(type="log", tickvals=values, ticktext=[f"{value:g}°" for value in values])
+    seen = [value for trace in figure.data for value in trace.y if value is not None]
+    if seen:  # a decade at least, so that there are numbers to read
+        high, low = max(seen), min(*seen, max(seen) / 10)
+        figure.update_yaxes(range=[math.log10(low) - 0.05, math.log10(high) + 0.05])
     return figure
 
 

@@ -114,12 +114,11 @@ class Learner:
         The closure is run once; with energies whose free equilibrium is not the forward pass twice, the first time
         without side effects (see `lightning_ebm.purity`).
         """
-        self._refuse_scaler()
         step = self.begin(closure)
         with step.first_pass(refuse_backward):
             losses = [closure()]
         surrogate = step.surrogate(losses.pop())  # its graph is not held here
-        torch.autograd.backward(surrogate)
+        torch.autograd.backward(self._scaled(surrogate))
         step.release()
         return surrogate.detach()
 
@@ -148,7 +147,7 @@ class Learner:
         incremental = self.algorithm.rule.incremental
         for surrogate in step.increments(loss) if incremental else [step.surrogate(loss)]:
             optimizer.zero_grad()
-            torch.autograd.backward(surrogate)
+            torch.autograd.backward(self._scaled(surrogate))
             optimizer.step()
         return loss.detach()
 
@@ -166,14 +165,11 @@ class Learner:
         )
         return Step(setup, run, [], teaches=False).at_free_equilibrium()
 
-    def _refuse_scaler(self) -> None:
-        """Under Fabric with 16-bit floats gradients are divided by a scale that nothing here has multiplied by."""
+    def _scaled(self, surrogate: Tensor) -> Tensor:
+        """Under Fabric with 16-bit floats, which divides gradients by its scale before the optimizer steps."""
         precision = getattr(getattr(self.module, "_strategy", None), "precision", None)
-        if getattr(precision, "scaler", None) is not None:
-            raise ConfigurationError(
-                f"{type(precision).__name__} of Fabric scales the loss and divides gradients by the scale before the"
-                ' optimizer steps; the learner does not see that scale. Use precision="bf16-mixed" or "32-true".'
-            )
+        scaler = getattr(precision, "scaler", None)
+        return surrogate if scaler is None else scaler.scale(surrogate)
 
     def state_dict(self) -> dict[str, Any]:
         """What parts of the algorithm carry from one step to the next, such as the stand of `RandomSign`."""
@@ -236,9 +232,9 @@ _UNSETTLED = {
     ),
     "stalled": (
         "The states stalled: after %d steps no step lowered the energy any more, with a force of up to %.2g of what it"
-        " started with, and the update was read there. At the kinks of ReLU that is a minimum; elsewhere it is none:"
-        " take tanh or another smooth activation to tell, a smaller nudge, or a larger tol. (Said once; the report"
-        " tells it for every step.)"
+        " started with, and the update was read there. No kink is"
+        " there to explain it, so this is no equilibrium: take a smaller nudge, double precision, or a larger tol."
+        " (Said once; the report tells it for every step.)"
     ),
 }
 """What is said once of each status, with the steps taken and the largest residual."""

@@ -5,6 +5,7 @@ is asked at a point stand in `lightning_ebm.evaluations`; here is what they are 
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,11 +15,12 @@ from lightning_ebm.analytic import is_analytic
 from lightning_ebm.delivery import slopes_of
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import LayerView, QuadraticEnergy, is_bounded, is_quadratic, precision_of, reads_drive
-from lightning_ebm.evaluations import Evaluation, Landscape
+from lightning_ebm.evaluations import Evaluation, Forces, Landscape
 from lightning_ebm.evaluations.base import Result
 from lightning_ebm.evaluations.of_slope import holomorphic, is_one, ones_for
 from lightning_ebm.passes import Passes, Run, Start
 from lightning_ebm.program.interpreter import Pass
+from lightning_ebm.program.programs import Known
 from lightning_ebm.program.wiring import Plan
 from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.samples import by_sample
@@ -56,6 +58,8 @@ class Network(Passes):
         self._plan = plan
         self.loss_scale = loss_scale
         self._known_analytic = False
+        self.known: Known | None = None
+        """The program, for what holds of all its batches."""
         energy.check_layers({key.name for key in plan.states})
 
     way: str = "plain"
@@ -70,6 +74,31 @@ class Network(Passes):
 
     def begin(self, strengths: Sequence[complex], held: bool = False) -> None:
         """See `Landscape.begin`."""
+
+    @property
+    def samples_interact(self) -> bool:
+        """See `Landscape.samples_interact`. Asked of each program once: a state of one sample is nan, whose force is?
+
+        Almost every operation passes nan on, whatever the numbers beside it, so that this tells what depends on what,
+        where a small change could be lost in a hinge that happens to be inactive.
+        """
+        if self.known is None:
+            return self._reaches_others()
+        if self.known.interacting is None:
+            self.known.interacting = self._reaches_others()
+        return self.known.interacting
+
+    def _reaches_others(self) -> bool:
+        if self.batch_size == 1:
+            return False
+        poisoned = torch.zeros(self.batch_size, dtype=self.free[0].real.dtype, device=self.free[0].device)
+        poisoned[0] = math.nan
+        states = [x + p for x, p in zip(self.free, self.spread(poisoned, self.free), strict=True)]
+        try:
+            forces = Forces().at(self, states, 1.0)
+        except (RuntimeError, ValueError):  # decompositions refuse nan, and relaxing as one is never wrong
+            return True
+        return bool(self.norms(forces.gradients)[1:].isnan().any())
 
     def evaluate(self, what: Evaluation[Result], point: Sequence[Tensor], strength: complex) -> Result:
         """See `Landscape.evaluate`."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.energies.base import is_divergence
-from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.evaluations import Energy, Landscape
 from lightning_ebm.holding import Holding
 from lightning_ebm.network import Network
@@ -69,6 +69,21 @@ class Phases:
         residual = energy.new_zeros(self.network.batch_size)
         self.free = Relaxation(free, "states", "converged", 0, residual, [energy])
 
+    def adapt(self) -> None:
+        """Lets the nudge look at this batch before its table is asked for."""
+
+        def trial(phase: Phase) -> str:
+            relaxer: Any = self._algorithm.relaxer
+            try:
+                with torch.no_grad():
+                    found = relaxer.relax(self.landscape.unwatched, self.network.equilibrium, phase.strength)
+            except RelaxationDivergedError:
+                return "diverged"
+            status: str = found.status
+            return status
+
+        self._algorithm.nudge.adapt(trial)
+
     def relax(self, table: Sequence[Phase], departing: Callable[[], None]) -> None:
         """Relaxes each phase of the table.
 
@@ -95,6 +110,7 @@ class Phases:
                 with torch.no_grad():
                     together[phase] = self._nudged(phase)
             self.ends.append(End(phase, together[phase]))
+        self._algorithm.nudge.note([end.found.status for end in self.ends if end.phase.is_nudged])
 
     def reports(self) -> list[PhaseReport]:
         """How they went, the free phase first."""

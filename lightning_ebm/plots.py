@@ -6,8 +6,10 @@
 Figures are made without pyplot: no window opens and no global state is left; a notebook shows them by themselves.
 """
 
+import io
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning_ebm.errors import ConfigurationError
@@ -189,8 +191,15 @@ def metric_curves(run: Run, names: Sequence[str]) -> "Figure":
 def _figure(width: float, height: float, columns: int = 1, sharey: bool = False) -> "tuple[Figure, Any]":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
+    figure: Any = Figure(figsize=(width, height), layout="constrained", dpi=110)
+    figure._repr_png_ = partial(_png, figure)  # a notebook shows it, whatever backend was chosen there
     return figure, figure.subplots(1, columns, sharey=sharey)
+
+
+def _png(figure: "Figure") -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def _colormaps() -> Any:

@@ -90,17 +90,20 @@ class Recorded(NamedTuple):
             size = batch_size_among(leading_sizes or record.leading_sizes, shapes, self.known.reduced)
         loss_scale = (size if setup.loss_reduction == "mean" else 1) / setup.samples.scale()
         parts = setup.algorithm.energy, self.plan, start, run, size, loss_scale
-        if not fast:
-            return Network(*parts)
-        return FastNetwork(
-            *parts,
-            program=self.program,
-            binding=self.binding,
-            traced=self.known.traced,
-            compile=setup.code == "compiled",
-            arithmetic=arithmetic,
-            held=self.held,
-        )
+        if fast:
+            network: Network = FastNetwork(
+                *parts,
+                program=self.program,
+                binding=self.binding,
+                traced=self.known.traced,
+                compile=setup.code == "compiled",
+                arithmetic=arithmetic,
+                held=self.held,
+            )
+        else:
+            network = Network(*parts)
+        network.known = self.known
+        return network
 
     def is_fast(self, setup: Setup) -> bool:
         """Whether evaluations run as code."""

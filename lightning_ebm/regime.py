@@ -27,7 +27,7 @@ from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.purity import untouched
 from lightning_ebm.reference import Settled
 from lightning_ebm.relaxers import Relaxation, Relaxer
-from lightning_ebm.relaxers.descent import descend
+from lightning_ebm.relaxers.descend import descend
 from lightning_ebm.step import Step
 from lightning_ebm.updates.base import label
 
@@ -89,7 +89,7 @@ class Regime:
             equilibrium, in the first nudged phase.
         layers: one a layer, from the input up, the read-out last.
         steps: taken before stopping.
-        settled: whether the relaxation that stands for equilibrium converged (or stalled at kinks).
+        settled: whether the relaxation that stands for equilibrium converged (or is at a kink).
     """
 
     relaxed: float
@@ -187,6 +187,7 @@ def of(
         RelaxationDivergedError: there is no equilibrium to be found from here.
 
     Example:
+        >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
         >>> x, y = torch.linspace(-1, 1, 20).reshape(5, 4), torch.ones(5, 1)
         >>> of(net, lambda: (net(x) - y).square().mean(), "error-pc").relaxed < 0.9
@@ -241,7 +242,7 @@ def of_step(step: Step, algorithm: Algorithm, equilibrium: Relaxer | None = None
         relaxed=math.nan if found is None or long is None else _relaxed(found, long),
         layers=tuple(layers),
         steps=0 if found is None else found.steps,
-        settled=long is None or long.status in ("converged", "stalled"),
+        settled=long is None or long.status in ("converged", "kink"),
     )
     at_stop.release()
     at_equilibrium.release()

@@ -31,7 +31,8 @@ class Report(TypedDict):
     """What a step did; JSON-able.
 
     loss: of the forward pass, in the user's own reduction. result: the worst status of the phases: "converged",
-    "stalled" (no lower energy, though forces remain, as at kinks of ReLU), "fixed" (as many steps as asked for),
+    "kink" (no energy left to gain though forces remain, as at kinks of ReLU), "stalled" (the energy falls no further
+    though it is smooth and forces remain), "fixed" (as many steps as asked for),
     "max_steps" (still moving when the count was up), "none" (backprop).
     steps: of all phases together. residual: force left over force at the start, the worst of the phases, per sample.
     energy_free, energy_nudged: I + lambda L of the batch at the forward pass or free equilibrium, and at the end of the
@@ -84,7 +85,7 @@ class Shown(dict[str, Any]):
         return notebook.table(f"Last step: {self['result']}", (), rows)
 
 
-_WORST_FIRST = ("max_steps", "fixed", "stalled", "converged")
+_WORST_FIRST = ("max_steps", "fixed", "stalled", "kink", "converged")
 
 
 def report_of(

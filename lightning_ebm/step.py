@@ -292,6 +292,7 @@ class Step:
         """Relaxes each phase; a scalar whose gradient is the update."""
         algorithm, setup, phases = self._setup.algorithm, self._setup, self._phases
         assert phases is not None
+        phases.adapt()
         table = algorithm.rule.phases(algorithm.nudge)
         self._arithmetic.is_complex = any(phase.is_complex for phase in table)
         phases.relax(table, self._free_pass)

@@ -77,10 +77,16 @@ def main(
     run_dir = Path(logger.experiment.dir).parent
     wandb.teardown()  # finish() alone may return before the file is complete
 
-    table = Table("", "stock Trainer", algorithm, title="Digits")
+    table = Table(
+        "",
+        "stock Trainer",
+        algorithm,
+        title="Digits",
+        caption="cosines to the true gradient, over the whole run as one vector each",
+    )
     table.add_row("test accuracy", f"{stock_accuracy:.2f} %", f"{accuracy:.2f} %")
     compared = alignment.run.compute()
-    table.add_row("cosine to the true gradient, all", "1", f"{compared['cosine']:.4f}", end_section=True)
+    table.add_row("cosine of all updates together", "1", f"{compared['cosine']:.4f}", end_section=True)
     for name, _ in module.named_parameters():
         table.add_row(name, "1", f"{compared['cosine/' + name.replace('.', '/')]:.4f}")
     console.print("", table)
@@ -88,7 +94,8 @@ def main(
     console.print(f'    trainer = L.Trainer(strategy=ebm.EBMStrategy("{algorithm}"))', highlight=False)
     console.print(f"\nThe run is in [bold]{run_dir}[/bold]", soft_wrap=True)
     console.print(f"  look at it here:   wandb leet run {run_dir}", soft_wrap=True, highlight=False)
-    console.print(f"  or in a browser:   wandb sync {run_dir}", soft_wrap=True, highlight=False)
+    console.print(f"  or as a page:      lightning-ebm report {run_dir}", soft_wrap=True, highlight=False)
+    console.print(f"  or on a server:    wandb sync {run_dir}", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

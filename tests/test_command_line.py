@@ -1,5 +1,6 @@
 """The command line: it answers quickly, and a misspelt word is answered with the right one."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import tomllib
 import yaml
 
-from lightning_ebm import doctor
+from lightning_ebm import doctor, runs
 from lightning_ebm.recipes import leaderboard
 from lightning_ebm_cli import catalog, main, parser
 
@@ -84,6 +85,19 @@ def test_names_and_paths_of_files(tmp_path):
     assert catalog.path_of("configs", "digits").parent.name == "configs"
     (tmp_path / "digits").write_text("mine")
     assert catalog.path_of("configs", "digits").read_text() == "mine"  # a file that is there is what is meant
+
+
+def test_a_recipe_on_two_processes(tmp_path):
+    """Only the first process writes what run it is; asking for it must not wait for the other one."""
+    words = ["recipes", "run", "digits", "--wandb", "off", "trainer.devices=2", "trainer.strategy=ebm_ddp"]
+    words += ["trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "lightning_ebm_cli", *words], check=True, env=environment, timeout=240)
+    run = runs.read("runs/digits")
+    assert run.facts["device"].startswith("2 x cpu")
+    assert run.seconds is not None
+    assert [len(step) for step in run.alignment_by_layer] == [2] * len(run.alignment_by_layer)
+    assert Path("runs/digits/result.json").exists()
 
 
 # The doctor

@@ -271,6 +271,14 @@ torch.save(found, "{tmp_path}/found.pt")
         torch.testing.assert_close(found, net[4](two), rtol=0, atol=1e-14)
 
 
+def test_exporting_the_module_itself_points_to_the_graph_that_can_be():
+    """And does not end the process, which torch's tracer did when a relaxation ran under it."""
+    net = nn.Sequential(nn.Linear(6, 8), nn.Hardtanh(0, 1), nn.Linear(8, 8), nn.Hardtanh(0, 1), nn.Linear(8, 3))
+    module = ebm.Equilibrium(net, ebm.algorithm("equilibrium-propagation", free_relaxer=ebm.FixedPoint(5)))
+    with pytest.raises(ebm.ConfigurationError, match=r"equilibrium\.exported"):
+        torch.export.export(module, (torch.zeros(2, 6),))
+
+
 def test_a_free_phase_that_chooses_its_steps_is_not_exported():
     net = nn.Sequential(nn.Linear(6, 8), nn.Hardtanh(0, 1), nn.Linear(8, 3))
     algorithm = ebm.algorithm("equilibrium-propagation", free_relaxer=ebm.GradientDescent(0.5, 100, tol=1e-3))

@@ -67,5 +67,12 @@ def test_a_run_shows_its_verdict_and_its_last_figures(tmp_path):
     assert cells(html) == ["name", "<b>mine", "seed", "3", "val/acc", "0.75"]
 
 
+def test_a_figure_shows_itself_without_a_magic_word():
+    from lightning_ebm import plots
+
+    figure = plots.alignment_heatmap([(0, {"net/1": 0.5}), (4, {"net/1": 0.9})])
+    assert figure._repr_png_()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
 def test_texts_are_escaped():
     assert "<script" not in notebook.table("<script>", ["<script>"], [["<script>"]])

@@ -666,13 +666,42 @@ def test_under_fabric_a_learner_differentiates_itself(precision):
     assert not wrappers._in_fabric_backward
 
 
-def test_under_fabric_a_loss_that_must_be_scaled_is_refused():
+@pytest.mark.parametrize("algorithm", ["zero-divergence", "pc-nudge"])
+def test_under_fabric_a_loss_is_scaled_as_fabric_scales_it(algorithm):
+    """With 16-bit floats: what is in .grad is the scale times the update, and a step is that of `fabric.backward`."""
     from lightning.fabric import Fabric
     from lightning.fabric.plugins import MixedPrecision
 
-    precision = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
-    fabric = Fabric(accelerator="cpu", devices=1, plugins=precision)
+    def trained(backward):
+        precision = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=256.0))
+        fabric = Fabric(accelerator="cpu", devices=1, plugins=precision)
+        plain = net(4, 8, 3).float()
+        module, optimizer = fabric.setup(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
+        closure = lambda: F.cross_entropy(module(X.float()), Y)  # noqa: E731
+        backward(fabric, module, closure)
+        gradients = {name: p.grad.clone() for name, p in module.named_parameters()}
+        optimizer.step()
+        return gradients, {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    stock = trained(lambda fabric, module, closure: fabric.backward(closure()))
+    found = trained(lambda fabric, module, closure: ebm.Learner(module, algorithm).backward(closure))
+    for mine, theirs in zip(found, stock, strict=True):
+        assert ebm.metrics.alignment(mine, theirs)["relative_error"] < 0.01
+    assert max(float(g.abs().max()) for g in stock[0].values()) > 1  # it is scaled
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("algorithm", ["predictive-coding", "equilibrium-propagation"])
+def test_under_fabric_relaxations_run_as_code(precision, algorithm):
+    from lightning.fabric import Fabric
+    from lightning.fabric.plugins import MixedPrecision
+
+    half = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+    given = {"plugins": half} if precision == "16-mixed" else {"precision": precision}
+    fabric = Fabric(accelerator="cpu", devices=1, **given)
     plain = net(4, 8, 3).float()
     module, _ = fabric.setup(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
-    with pytest.raises(ebm.ConfigurationError, match="scale"):
-        ebm.Learner(module, "zero-divergence").backward(lambda: F.cross_entropy(module(X.float()), Y))
+    learner = ebm.Learner(module, algorithm)
+    for _ in range(3):
+        learner.backward(lambda: F.cross_entropy(module(X.float()), Y))
+    assert learner.report["kernels"].startswith("traced")

@@ -189,7 +189,7 @@ class GradientAlignment(Callback):
             rows.append((layer.replace("/", "."), mean, lowest, last))
         if rows:
             title = f"Cosine to the true gradient, {len(self.history)} comparisons, {self.cost:.1%} of the time"
-            console.show(trainer, title, ("layer", "mean", "lowest", "last"), rows)
+            console.show(trainer, title, ("layer", "mean cosine", "lowest", "last"), rows)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """What there is until here."""

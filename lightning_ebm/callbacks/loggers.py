@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from lightning_ebm.harmless import harmless
 
@@ -149,12 +149,17 @@ def has_wandb(trainer: Trainer) -> bool:
 
 
 def run_directory(trainer: Trainer) -> Path | None:
-    """Where files that belong to this run lie: W&B's files, or the log directory; None without any logger."""
+    """Where files that belong to this run lie: W&B's files, or the log directory; None without any logger.
+
+    Not `trainer.log_dir`, which is a collective: this is asked on the first rank alone.
+    """
     with observing(trainer, "Finding the directory of the run"):
         for run in _wandb_runs(trainer):
             return Path(run.dir)
-        if trainer.loggers and trainer.log_dir is not None:
-            return Path(trainer.log_dir)
+        for logger in trainer.loggers[:1]:
+            own = isinstance(logger, CSVLogger | TensorBoardLogger)
+            directory = logger.log_dir if own else logger.save_dir
+            return None if directory is None else Path(directory)
     return None
 
 

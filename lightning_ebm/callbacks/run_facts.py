@@ -14,10 +14,15 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 
-def facts(trainer: Trainer) -> dict[str, str]:
-    """In words, for the head of a report; what cannot be found is left out."""
+def facts(trainer: Trainer, directory: Path) -> dict[str, str]:
+    """In words, for the head of a report; what cannot be found is left out.
+
+    Args:
+        trainer: whose; asked on the first rank alone, so nothing here is a collective.
+        directory: of the run.
+    """
     found = {
-        "name": name(trainer),
+        "name": name(trainer, directory),
         "date": datetime.now().astimezone().isoformat(" ", "seconds"),
         "device": device(trainer),
         "precision": str(trainer.precision),
@@ -31,12 +36,12 @@ def facts(trainer: Trainer) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
-def name(trainer: Trainer) -> str:
+def name(trainer: Trainer, directory: Path) -> str:
     """That of the W&B run, or of the folder that the logger writes to."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             return str(logger.experiment.name or "")
-    above, own = ("", "", *Path(trainer.log_dir or "").parts)[-2:]
+    above, own = ("", "", *directory.parts)[-2:]
     return above if own.startswith("version_") and above not in ("", "lightning_logs") else f"{above}/{own}".strip("/")
 
 

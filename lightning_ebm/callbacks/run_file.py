@@ -34,9 +34,9 @@ class RunFile:
         self._said = set()
         self._started = time.monotonic()
         self._first = self.path is not None and _writers.setdefault(trainer, self) is self
-        if self._first:
+        if self._first and directory is not None:
             with observing(trainer, "Noting what run this is"):
-                self.add({"run": facts(trainer)})
+                self.add({"run": facts(trainer, directory)})
 
     def end(self, trainer: Trainer) -> None:
         """Writes how long it took, and with batches of which size."""

@@ -91,6 +91,10 @@ class Landscape(Protocol):
         """Relative rounding of the network's arithmetic, coarser than that of the states under mixed precision."""
 
     @property
+    def samples_interact(self) -> bool:
+        """Whether the force on a sample depends on states of others: BatchNorm in training, losses across a batch."""
+
+    @property
     def no_errors(self) -> Sequence[Tensor]:
         """e = 0, where descent on errors starts; the network knows these very tensors and runs no pass for them."""
 
@@ -158,6 +162,11 @@ class Around:
     def rounding(self) -> float:
         """See `Landscape.rounding`."""
         return self.inner.rounding
+
+    @property
+    def samples_interact(self) -> bool:
+        """See `Landscape.samples_interact`."""
+        return self.inner.samples_interact
 
     @property
     def no_errors(self) -> Sequence[Tensor]:

@@ -7,6 +7,7 @@ from lightning_ebm.nudges.holomorphic import Holomorphic
 from lightning_ebm.nudges.infinitesimal import Infinitesimal
 from lightning_ebm.nudges.one_sided import OneSided
 from lightning_ebm.nudges.random_sign import RandomSign
+from lightning_ebm.nudges.strongest import Strongest
 
 __all__ = [
     "Centered",
@@ -18,4 +19,5 @@ __all__ = [
     "OneSided",
     "Phase",
     "RandomSign",
+    "Strongest",
 ]

@@ -38,6 +38,7 @@ class Known:
         traced: its code.
         uses: how often it has been seen.
         covered: whether every parameter is known to be reached by the energy.
+        interacting: whether its samples see each other, see `Network.samples_interact`; None until that is asked.
     """
 
     outline: Outline
@@ -46,6 +47,7 @@ class Known:
     traced: TracedProgram
     uses: int = 1
     covered: bool = False
+    interacting: bool | None = None
 
 
 class Found(NamedTuple):

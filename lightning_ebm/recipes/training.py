@@ -34,7 +34,7 @@ from lightning_ebm.recipes.sources import DataNotFoundError
 def algorithm_of(
     algorithm: str | None = None,
     energy: ebm.Energy | None = None,
-    nudge: ebm.Nudge | None = None,
+    nudge: ebm.Nudge | Literal["auto"] | None = None,
     relaxer: ebm.Relaxer | Literal["auto"] | None = None,
     free_relaxer: ebm.Relaxer | None = None,
     update: str | ebm.Update | None = None,
@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> CLI:
         save_config_kwargs={"save_to_log_dir": False},
         auto_configure_optimizers=False,
         parser_class=Parser,
-        parser_kwargs={"description": __doc__},
+        parser_kwargs={"description": __doc__, "prog": "lightning-ebm"},
         args=arguments,
     )
 

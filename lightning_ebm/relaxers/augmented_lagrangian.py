@@ -58,7 +58,7 @@ class AugmentedLagrangian(Relaxer):
             steps += found.steps
             statuses.append(found.status)
             energies += found.energies
-        worst = next(s for s in ("max_steps", "fixed", "stalled", "converged") if s in statuses)
+        worst = next(s for s in ("max_steps", "fixed", "stalled", "kink", "converged") if s in statuses)
         return Relaxation(point, "errors", worst, steps, found.residual, energies, local_error=multipliers)
 
 

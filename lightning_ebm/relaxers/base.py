@@ -19,7 +19,7 @@ from lightning_ebm.nudges import Nudge
 if TYPE_CHECKING:
     from lightning_ebm.updates.base import Update
 
-Status = Literal["converged", "stalled", "max_steps", "fixed"]
+Status = Literal["converged", "kink", "stalled", "max_steps", "fixed"]
 
 
 @dataclass
@@ -29,9 +29,10 @@ class Relaxation:
     Attributes:
         point: states x_l, or errors e_l, one tensor a layer.
         coordinates: which of the two `point` holds.
-        status: "converged" (every sample within tolerance), "stalled" (the energy falls no further though forces
-            remain, as at the kinks of ReLU), "max_steps" (still moving when the count was up) or "fixed" (a number of
-            steps was asked for and taken).
+        status: "converged" (every sample within tolerance), "kink" (no energy is left to gain though forces
+            remain, as at the kinks of ReLU and maximum pooling), "stalled" (the energy falls no further though it is
+            smooth and forces remain), "max_steps" (still moving when the count was up) or "fixed" (a number of steps
+            was asked for and taken).
         steps: steps taken by the slowest sample.
         residual: |force| at the end over |force| at the start, per sample, ``(B,)``; 0 where nothing pulled.
         energies: total energy I + lambda L of the batch, scalars: at the start and after each step. Where

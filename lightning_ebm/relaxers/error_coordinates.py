@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.evaluations import Landscape
 from lightning_ebm.relaxers.base import Relaxation, Relaxer, checked_steps
-from lightning_ebm.relaxers.descent import descend
+from lightning_ebm.relaxers.descend import descend
 from lightning_ebm.relaxers.fixed_steps import fixed_steps
 
 
@@ -23,8 +23,9 @@ class ErrorCoordinates(Relaxer):
     to be plain about it: the *relaxation* sends dL/de through all layers, as backprop does; the update stays local.
 
     With ``tol > 0`` (the default) each sample chooses its step from the curvature it meets, starting at `lr`, and stops
-    by itself: at `tol` of the force it started with, or, where the minimum is a kink (ReLU) at which no force ever
-    vanishes, once no step lowers the energy any more. With ``tol=0`` exactly `max_steps` steps of `lr` are taken.
+    by itself, at `tol` of the force it started with; where the minimum is a kink (ReLU, max pooling), at which no force
+    ever vanishes, once the energy left to gain is below `tol` of what was gained. Samples that see each other relax as
+    one, by quasi-Newton steps. With ``tol=0`` exactly `max_steps` steps of `lr` are taken.
 
     Args:
         max_steps: how many passes at most, or exactly with ``tol=0``.

@@ -10,7 +10,7 @@ from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.evaluations import Landscape
 from lightning_ebm.evaluations.descent_step import moved
 from lightning_ebm.relaxers.base import Relaxation, Relaxer, Stepper, checked_steps
-from lightning_ebm.relaxers.descent import descend
+from lightning_ebm.relaxers.descend import descend
 from lightning_ebm.relaxers.fixed_steps import fixed_steps
 
 
@@ -20,7 +20,8 @@ class GradientDescent(Relaxer):
 
     With ``tol=0`` exactly `max_steps` steps of exactly `lr` are taken; a run that diverges raises. With ``tol > 0``
     every sample stops by itself once its force has fallen to `tol` of what it started with, and steps that overshoot
-    are shortened, never lengthened beyond `lr`.
+    are shortened, never lengthened beyond `lr`. Samples that see each other relax as one, by quasi-Newton steps of
+    which `lr` is the first.
 
     The trap: float32 keeps x = prediction + error with an error of 1e-7 / lambda in the update. Below lambda = 1e-3
     use `ErrorCoordinates`.

@@ -54,7 +54,7 @@ def table_of(phases: Sequence[Sequence[Trial]]) -> list[list[float]]:
 def _of_those_that_arrived(phase: Sequence[Trial]) -> list[float]:
     """Their costs, or that of the one that came nearest; infinity for the others."""
     ends = [end for _, end in phase]
-    arrived = [e for e in ends if isinstance(e, Relaxation) and e.status in ("converged", "stalled")]
+    arrived = [e for e in ends if isinstance(e, Relaxation) and e.status in ("converged", "kink", "stalled")]
     settled = [e for e in arrived if e.status == "converged"] or arrived
     falls = {id(e): float(e.energies[0] - e.energies[-1]) for e in settled if e.energies}
     # Energies are sums over the batch, and round at their own size.

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 from lightning_ebm.errors import ConfigurationError, EBMError, RelaxationDivergedError
+from lightning_ebm.nudges import Strongest
 from lightning_ebm.purity import shadowed
 from lightning_ebm.relaxers import Cheapest
 from lightning_ebm.strategies.base import EnergyStrategy
@@ -71,12 +72,12 @@ class JointStrategy(EnergyStrategy, ParallelStrategy):
         return found
 
     def _choose_together(self) -> None:
-        """Every rank comes here after a relaxation: what one of them found out about relaxers, all go by from now."""
+        """Every rank comes here after a relaxation: what one of them found out, all go by from now."""
         if not self._relaxes or self.world_size == 1:
             return
-        for relaxer in (self.algorithm.relaxer, self.algorithm.free_relaxer):
-            if isinstance(relaxer, Cheapest) and not self.reduce_boolean_decision(not relaxer.tried):
-                relaxer.agree(self.gather(relaxer.tried))
+        for part in self.algorithm.parts().values():
+            if isinstance(part, Cheapest | Strongest) and not self.reduce_boolean_decision(not part.tried):
+                part.agree(self.gather(part.tried))
 
     def _agree(self, error: Exception | None) -> None:
         """Every rank comes here once a backward call, with its error if it has one."""

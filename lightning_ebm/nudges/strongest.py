@@ -1,0 +1,110 @@
+"""A nudge as strong as the network can settle under."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.nudges.base import Nudge, Phase, table_of
+from lightning_ebm.nudges.one_sided import OneSided
+
+log = logging.getLogger(__name__)
+
+_WEAKEST = 2.0**-13
+"""Below, states in float32 lose what an update is read from: their error is about 1e-7 / lambda."""
+
+
+class Strongest(Nudge):
+    """`max {lambda = 1, 1/2, 1/4, ... : every phase settles within the relaxer's budget}`, in the table of a template.
+
+    On the first batch the strengths are tried from the strongest down, and the first under which the relaxation of each
+    phase ends as "converged", "kink" or "fixed" is kept. When training makes a batch not settle under it, the strength
+    is halved: at the first such batch, the second, the fourth, the eighth, so that a network on which nothing settles
+    is not left without a nudge. Each choice is logged; the one of now is part of `repr`, of the report and of
+    checkpoints. Under many devices all ranks go by the weakest that one of them needs.
+
+    Args:
+        template: which phases there are, a nudge with one real `strength` and without a draw: `OneSided`, `Centered`.
+
+    Raises:
+        ConfigurationError: a template of another kind.
+
+    Example:
+        >>> Strongest().phases()[0]
+        Phase(strength=1.0, weight=1.0, held=False)
+    """
+
+    def __init__(self, template: Nudge | None = None) -> None:
+        self.template = OneSided() if template is None else template
+        self.strength: float | None = None
+        """The choice; None before the first batch."""
+        self.tried: list[float] = []
+        """What was chosen since ranks last agreed, at most one."""
+        self._failures = 0
+        self._check()
+
+    def _check(self) -> None:
+        template: Any = self.template
+        fields = {f.name for f in dataclasses.fields(template)} if dataclasses.is_dataclass(template) else set()
+        fits = "strength" in fields and self.template.deterministic() is self.template
+        if not fits or self.template.complex_states or self.template.needs_output_state:
+            raise ConfigurationError(
+                f'nudge="auto" cannot choose the strength of {self.template!r}: expected phases at one real strength,'
+                " without a draw, as those of ebm.OneSided(...) and ebm.Centered(...). Give the nudge its own strength."
+            )
+
+    def __repr__(self) -> str:
+        return f"Strongest({self._at(1.0 if self.strength is None else self.strength)!r})"
+
+    def _at(self, strength: float) -> Nudge:
+        template: Any = self.template  # a dataclass with that field, which was checked
+        found: Nudge = dataclasses.replace(template, strength=strength)
+        return found
+
+    def phases(self) -> tuple[Phase, ...]:
+        return self._at(1.0 if self.strength is None else self.strength).phases()
+
+    def adapt(self, relax: Callable[[Phase], str]) -> None:
+        """See `Nudge.adapt`."""
+        if self.strength is not None:
+            return
+        strength = 1.0
+        while strength > _WEAKEST and not self._settles(strength, relax):
+            strength /= 2
+        self._choose(strength, "the largest under which the first batch settles")
+
+    def _settles(self, strength: float, relax: Callable[[Phase], str]) -> bool:
+        nudged = [phase for phase in table_of(self._at(strength)) if phase.is_nudged]
+        return all(relax(phase) in _SETTLED for phase in nudged)
+
+    def note(self, statuses: Sequence[str]) -> None:
+        """See `Nudge.note`."""
+        if self.strength is None or all(status in _SETTLED for status in statuses):
+            return
+        self._failures += 1
+        if self._failures & (self._failures - 1) == 0 and self.strength > _WEAKEST:  # a power of 2
+            self._choose(self.strength / 2, f"batches no longer settle at {self.strength:g}")
+
+    def _choose(self, strength: float, why: str) -> None:
+        self.strength, self.tried = strength, [strength]
+        log.info("Strength of the nudge: %g, as %s.", strength, why)
+
+    def agree(self, told: Sequence[Sequence[float]]) -> None:
+        """Takes the weakest that a process has chosen.
+
+        Args:
+            told: `tried` of each of them.
+        """
+        self.strength, self.tried = min(strength for one in told for strength in one), []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was chosen."""
+        return {"strength": self.strength, "failures": self._failures}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stays with it."""
+        self.strength, self._failures, self.tried = state["strength"], state["failures"], []
+
+
+_SETTLED = ("converged", "kink", "fixed")

@@ -1,0 +1,132 @@
+"""Descent that chooses its step sample by sample.
+
+A user's loss arrives as one number for the whole batch, so a sample's own energy is never known; its own force is.
+Steps are therefore chosen from forces: along a step d from force g to force g', the curvature is <g' - g, d> / |d|^2,
+and the energy changes by (<g, d> + <g', d>) / 2 up to third order (the trapezoid rule).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_ebm.evaluations import Landscape, Slope
+from lightning_ebm.evaluations.base import Coordinates
+from lightning_ebm.relaxers.base import Status, force_norm
+from lightning_ebm.relaxers.descent import Descent
+
+_MEMORY = 3
+"""Energies that a new one is compared with: steps across a kink may rise for once and lead lower."""
+
+
+class BarzilaiBorwein(Descent):
+    """Gradient descent with a step size for each sample, each step checked for overshoot and shortened where it did.
+
+    A step is kept for the samples whose force along it has not turned round, provided that the energy of the batch is
+    not above its last three; the others stay and try a shorter one. The next step of a sample is one over the curvature
+    it just met (Barzilai and Borwein 1988), at most `longest`. Samples must not see each other.
+
+    Args:
+        landscape: as in `Descent`, as are those not listed.
+        coordinates: see there.
+        start: see there.
+        strength: see there.
+        lr: see there.
+        tol: see there.
+        longest: the largest step size.
+    """
+
+    def __init__(
+        self,
+        landscape: Landscape,
+        coordinates: Coordinates,
+        start: Sequence[Tensor],
+        strength: float,
+        lr: float,
+        tol: float,
+        longest: float,
+    ) -> None:
+        super().__init__(landscape, coordinates, start, strength, lr, tol, window=3)
+        self.longest = longest
+        self.step_size = torch.full_like(self.norm, lr)
+        self.measured = True
+        """Whether the energy is that of the point, and not of two between which samples were chosen."""
+
+    @property
+    def active(self) -> Tensor:
+        """See `Descent.active`; without those that run away."""
+        return super().active & (self.norm <= 1e3 * self.first)
+
+    def status(self, max_steps: int) -> Status | None:
+        """See `Descent.status`."""
+        found = super().status(max_steps)
+        if found is not None and not self.measured:
+            _, self.energy = self.evaluate(self.point)
+            self.energies[-1], self.measured = self.energy, True
+        return found
+
+    def step(self) -> None:
+        """One trial: kept where it went well, and another step size for the next."""
+        active, point, gradients = self.active, self.point, self.gradients
+        self.steps += 1
+        reach = torch.where(active, self.step_size, 0)
+        trial = self._ahead(point, reach)
+        if self.coordinates == "errors" and point[0] is not self.start[0]:
+            self.point = point = []  # not held through the evaluation: back from the trial it is as far as there
+        forces, reached = self.evaluate(trial)
+
+        slope = -reach * self.norm.square()
+        slope_ahead = self._slope_ahead(forces.gradients, gradients, point, trial, reach)
+        curvature = (slope_ahead - slope) / (reach * self.norm).square()
+        overshot = active & ~(slope_ahead <= 0.9 * slope.abs())  # nan counts
+        rose = not bool(reached <= torch.stack(self.energies[-_MEMORY:]).amax() + self.noise(forces))
+        if rose and not bool(overshot.any()):
+            overshot = active  # over a hump the forces do not tell whose energy it was: all are more careful
+        kept = active & ~overshot
+        gained = -torch.where(kept, 0.5 * (slope + slope_ahead), 0).sum()
+        self._keep(trial, forces, reached, self.energy - gained, reach, kept)
+        del forces, trial, point, gradients  # as large as the states: not held through the next evaluation
+
+        self.energies.append(self.energy)
+        self.gained = self.gained + gained
+        newton = torch.where(curvature > 0, 1 / curvature, math.inf)
+        shorter = torch.where(curvature > 0, newton.clamp_max(0.5 * self.step_size), 0.1 * self.step_size)
+        longer = newton.minimum(4 * self.step_size).clamp_max(self.longest)
+        self.step_size = torch.where(overshot, shorter, torch.where(kept, longer, self.step_size))
+        squares = torch.where(self.active, self.norm, 0).square()
+        self.gain_left.note(0.5 * (self.step_size * squares).sum(), squares.sum())
+
+    def _ahead(self, point: list[Tensor], reach: Tensor) -> list[Tensor]:
+        reaches = self.landscape.spread(-reach, point)
+        trial = [torch.addcmul(x, s, g) for x, s, g in zip(point, reaches, self.gradients, strict=True)]
+        return self.landscape.feasible(trial) if self.coordinates == "states" else trial
+
+    def _slope_ahead(
+        self, ahead: list[Tensor], here: list[Tensor], point: list[Tensor], trial: list[Tensor], reach: Tensor
+    ) -> Tensor:
+        """<g', d> of each sample. One layer at a time: d, as large as all states, is not held."""
+        if self.coordinates == "states":
+            found = zip(ahead, point, trial, strict=True)
+            return self.landscape.per_sample(g * (y - x) for g, x, y in found)
+        return -reach * self.landscape.per_sample(map(torch.mul, ahead, here))
+
+    def _keep(
+        self, trial: list[Tensor], forces: Slope, reached: Tensor, expected: Tensor, reach: Tensor, kept: Tensor
+    ) -> None:
+        """Goes where the trial went, for the samples that keep it; the others go back by `reach` times their force."""
+        if not bool((reach > 0).logical_and(~kept).any()):
+            # These very tensors: the network still holds their pass.
+            self.point, self.gradients, self.energy, self.measured = trial, forces.gradients, reached, True
+        else:
+            back = self.landscape.spread(torch.where(kept, 0, reach), trial)
+            masks = self.landscape.spread(kept, trial)
+            if self.point:
+                pairs = zip(masks, trial, self.point, strict=True)
+                self.point = [torch.where(m, new, old) for m, new, old in pairs]
+            else:
+                self.point = [torch.addcmul(y, s, g) for y, s, g in zip(trial, back, self.gradients, strict=True)]
+            for k, m in enumerate(masks):
+                self.gradients[k] = torch.where(m, forces.gradients[k], self.gradients[k])
+            self.energy, self.measured = expected, False
+        self.norm = force_norm(self.landscape, self.gradients)

@@ -1,0 +1,219 @@
+"""How descent ends on the networks people have: samples that see each other, and kinks at which no force vanishes."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lightning_ebm as ebm
+
+
+def mlp(*widths: int, activation: type[nn.Module] = nn.Tanh, norm: bool = False) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for a, b in itertools.pairwise(widths):
+        layers += [nn.Linear(a, b), *([nn.BatchNorm1d(b)] if norm else []), activation()]
+    cut = 2 if norm else 1
+    return nn.Sequential(*layers[:-cut]).double()
+
+
+def contrast(out: Tensor) -> Tensor:
+    """Each of the first half against all of the second."""
+    a, b = F.normalize(out, dim=1).chunk(2)
+    return F.cross_entropy(a @ b.T / 0.2, torch.arange(len(a)))
+
+
+def equilibrium(net: nn.Sequential, x: Tensor, loss, lam: float) -> tuple[float, dict[str, Tensor]]:
+    """Energy and update by L-BFGS on explicit errors, autograd alone: 1e-6 of the force is left at most."""
+    with torch.no_grad():
+        shapes, h = [], x
+        for module in net:
+            h = module(h)
+            shapes += [h.shape] if isinstance(module, nn.Tanh) else []
+    errors = [torch.zeros(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+    def energy() -> Tensor:
+        h, left = x, iter(errors)
+        for module in net:
+            h = module(h)
+            h = h + next(left) if isinstance(module, nn.Tanh) else h
+        return 0.5 * sum(e.square().sum() for e in errors) + lam * len(x) * loss(h)
+
+    optimizer = torch.optim.LBFGS(
+        errors, max_iter=3000, tolerance_grad=1e-10, tolerance_change=0, history_size=20, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        found = energy()
+        found.backward()
+        return found
+
+    optimizer.step(closure)
+    left = torch.autograd.grad(energy(), errors)
+    assert sum(float(g.square().sum()) for g in left) ** 0.5 < 1e-6, "the oracle itself has not settled"
+    total, h, rest = torch.zeros((), dtype=torch.float64), x, iter(e.detach() for e in errors)
+    for module in net:
+        h = module(h)
+        if isinstance(module, nn.Tanh):
+            error = next(rest)
+            total, h = total - (error * h).sum(), h.detach() + error
+    total = (total + lam * len(x) * loss(h)) / (lam * len(x))
+    slopes = torch.autograd.grad(total, list(net.parameters()), allow_unused=True)
+    names = [name for name, _ in net.named_parameters()]
+    found = {n: s for n, s in zip(names, slopes, strict=True) if s is not None}
+    return float(energy().detach()), found
+
+
+def settled(lam: float, tol: float = 1e-3) -> ebm.Algorithm:
+    return ebm.algorithm(
+        "predictive-coding", nudge=ebm.OneSided(lam), relaxer=ebm.ErrorCoordinates(max_steps=2000, tol=tol)
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 4, 5, 6, 8])  # at 7 an output is 0, where it has no direction
+def test_under_a_loss_across_the_batch_the_update_is_that_of_a_second_solver(seed):
+    torch.manual_seed(seed)
+    net, u = mlp(4, 6, 6, 4), torch.randn(6, 4, dtype=torch.float64)
+    x = torch.cat([u, u + 0.3 * torch.randn(6, 4, dtype=torch.float64)])
+    learner = ebm.Learner(net, settled(0.3))
+    update = learner.gradients(lambda: contrast(net(x)))
+    energy, expected = equilibrium(net, x, contrast, 0.3)
+    assert learner.report["result"] == "converged"
+    assert learner.report["energy_nudged"] == pytest.approx(energy, rel=1e-4)
+    assert ebm.metrics.alignment(update, expected)["relative_error"] < 3e-3
+
+
+@pytest.mark.parametrize("lam", [0.3, 1.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_under_batchnorm_the_update_is_that_of_a_second_solver(seed, lam):
+    torch.manual_seed(seed)
+    net, x, y = mlp(4, 8, 8, 3, norm=True), torch.randn(8, 4, dtype=torch.float64), torch.randint(0, 3, (8,))
+
+    def loss(out: Tensor) -> Tensor:
+        return F.cross_entropy(out, y)
+
+    learner = ebm.Learner(net, settled(lam))
+    update = learner.gradients(lambda: loss(net(x)))
+    energy, expected = equilibrium(net, x, loss, lam)
+    assert learner.report["result"] == "converged"
+    assert learner.report["energy_nudged"] == pytest.approx(energy, rel=1e-5)
+    assert ebm.metrics.alignment(update, expected)["relative_error"] < 4e-3
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.act, self.out = nn.MultiheadAttention(4, 2, batch_first=True), nn.GELU(), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(1, (2, 4))
+        return self.out(self.act(self.attention(x, x, x, need_weights=False)[0])).mean(1)
+
+
+def hinge(out: Tensor) -> Tensor:
+    """Pairs of samples are pushed apart within a margin that none of them is in."""
+    return out.square().mean() + torch.relu(1e-9 - torch.cdist(out, out) - torch.eye(len(out))).sum()
+
+
+NETS = {
+    "linear layers": (lambda: mlp(8, 6, 6, 3), None, False),
+    "BatchNorm": (lambda: mlp(8, 6, 6, 3, norm=True), None, True),
+    "BatchNorm in evaluation": (lambda: mlp(8, 6, 6, 3, norm=True).eval(), None, False),
+    "LayerNorm": (
+        lambda: nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 3)).double(), None, False,
+    ),
+    "attention": (lambda: Attention().double(), None, False),
+    "contrastive loss": (lambda: mlp(8, 6, 6, 3), contrast, True),
+    "a hinge that is not active": (lambda: mlp(8, 6, 6, 3), hinge, True),
+    "max pooling": (
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.MaxPool1d(2), nn.Linear(4, 3)).double(), None, False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_samples_that_see_each_other_are_told_by_the_program_and_not_by_its_numbers(name):
+    make, loss, interact = NETS[name]
+    torch.manual_seed(0)
+    net, x = make(), torch.randn(6, 8, dtype=torch.float64)
+    seen = []
+
+    class Asks(ebm.ErrorCoordinates):
+        def relax(self, landscape, start, strength):
+            seen.append(landscape.samples_interact)
+            return super().relax(landscape, start, strength)
+
+    learner = ebm.Learner(net, ebm.algorithm("predictive-coding", relaxer=Asks(max_steps=3)))
+    for _ in range(3):  # plainly, and by code
+        learner.gradients(lambda: loss(net(x)) if loss else net(x).square().mean())
+    assert seen == [interact] * 3
+
+
+def lowest(net: nn.Module, x: Tensor, y: Tensor, layers: type[nn.Module]) -> float:
+    """The energy that momentum descent on the errors of these layers reaches in 2,000 steps, by hooks and autograd."""
+    errors: list[Tensor] = []
+
+    def displaced(module: nn.Module, args: object, out: Tensor) -> Tensor:
+        if len(errors) <= index[0]:
+            errors.append(torch.zeros_like(out, requires_grad=True))
+        index[0] += 1
+        return out + errors[index[0] - 1]
+
+    index = [0]
+    handles = [m.register_forward_hook(displaced) for m in net.modules() if isinstance(m, layers)]
+
+    def energy() -> Tensor:
+        index[0] = 0
+        loss = len(x) * F.cross_entropy(net(x), y)
+        return 0.5 * sum(e.square().sum() for e in errors) + loss
+
+    energy()
+    speeds, best = [torch.zeros_like(e) for e in errors], float("inf")
+    for _ in range(2000):
+        now = energy()
+        best = min(best, float(now.detach()))
+        with torch.no_grad():
+            for e, v, g in zip(errors, speeds, torch.autograd.grad(now, errors), strict=True):
+                e += v.mul_(0.95).sub_(g, alpha=0.02)
+    for handle in handles:
+        handle.remove()
+    return best
+
+
+def conv(activation: type[nn.Module]) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), activation(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1), activation(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32, 10),
+    ).double()  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["ReLU MLP", "ReLU and max pooling", "GELU and max pooling"])
+def test_at_kinks_it_ends_where_no_energy_is_left_to_gain_and_says_so(kind):
+    torch.manual_seed(0)
+    activation = nn.GELU if kind.startswith("GELU") else nn.ReLU
+    net = mlp(64, 48, 48, 10, activation=nn.ReLU) if kind == "ReLU MLP" else conv(activation)
+    x, y = torch.randn(16, 1, 8, 8, dtype=torch.float64), torch.randint(0, 10, (16,))
+    x = x.flatten(1) if kind == "ReLU MLP" else x
+    learner = ebm.Learner(net, ebm.algorithm("predictive-coding", relaxer=ebm.ErrorCoordinates(max_steps=64)))
+    learner.gradients(lambda: F.cross_entropy(net(x), y))
+    report = learner.report
+    start, end = (report["phases"][0]["energies"][k] for k in (0, -1))
+    best = lowest(net, x, y, activation)
+    assert report["result"] == "kink"
+    assert max(report["residual"]) > 1e-2, "forces did vanish: this net has no kinks where it ended"
+    assert end - best < 2e-3 * (start - best)
+    assert report["steps"] < 40
+
+
+def test_the_default_costs_no_more_than_its_budget_and_says_when_that_was_too_little():
+    torch.manual_seed(0)
+    net, x, y = conv(nn.ReLU), torch.randn(16, 1, 8, 8, dtype=torch.float64), torch.randint(0, 10, (16,))
+    learner = ebm.Learner(net, "predictive-coding")
+    learner.gradients(lambda: F.cross_entropy(net(x), y))
+    assert learner.report["steps"] <= 12
+    assert learner.report["result"] in ("kink", "max_steps")
+    start, end = (learner.report["phases"][0]["energies"][k] for k in (0, -1))
+    if learner.report["result"] == "kink":
+        assert end - lowest(net, x, y, nn.ReLU) < 2e-3 * (start - end)
