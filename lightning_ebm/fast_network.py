@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,12 +10,13 @@ from torch import Tensor
 
 from lightning_ebm.delivery import delivered
 from lightning_ebm.energies import Energy
+from lightning_ebm.energies.base import is_bounded
 from lightning_ebm.evaluations import Evaluation
 from lightning_ebm.evaluations.base import Result
 from lightning_ebm.network import Network
 from lightning_ebm.passes import Run, Start
 from lightning_ebm.program.code import Code, Key, TracedProgram
-from lightning_ebm.program.interpreter import Pass, Program, at_prediction
+from lightning_ebm.program.interpreter import Pass, Program
 from lightning_ebm.program.record import Value
 from lightning_ebm.program.wiring import Plan
 from lightning_ebm.relaxers import Relaxation
@@ -89,11 +91,18 @@ class FastNetwork(Network):
         self._given = [program.content(value) for value in values]
         self._before: dict[Key, list[Tensor]] = {}
 
+    def rest_at(self, states: Sequence[Tensor]) -> None:
+        """See `Passes.rest_at`."""
+        super().rest_at(states)
+        self.departs()
+
     def departs(self) -> None:
         """Nobody comes back to the forward pass: lets go of its states, each as large as a point."""
-        moving, held = self._traced.moving, self._held
+        results = {value for node in self._traced.program.order for value in node.results if value is not None}
+        fixed = results - self._traced.moving
+        held = {value: tensor for value in fixed if (tensor := self._held(value)) is not None}
         self.free = [zero.view_as(zero) for zero in self.no_errors]  # their kind is still asked for
-        self._held = lambda value: None if value in moving else held(value)
+        self._held = held.get
         self._before.clear()
         self._forward = None
 
@@ -114,36 +123,54 @@ class FastNetwork(Network):
             with torch.enable_grad(), self._arithmetic():
                 return program.run(state_of, values)
 
-        kind = Network if self._equilibrium is None else _Unrelaxed
-        twin = kind(self.energy, self._plan, Start.of(run(at_prediction())), run, self.batch_size, self.loss_scale)
-        twin._known_analytic = True
+        start = Start(self.first_loss, list(self.free), self.rounding, None)
+        twin = _Twin(self.energy, self._plan, start, run, self.batch_size, self.loss_scale)
+        twin.is_relaxed = self._equilibrium is not None
+        twin._known_analytic = twin._moved = True  # where it is asked about, it is asked as of any point
         return twin
 
-    def _run_code(self, kind: Key, evaluate: Evaluate, point: Sequence[Tensor]) -> list[Tensor] | None:
-        """The outputs of an evaluation; None where there is no code for it."""
+    def _run_code(
+        self, kind: Key, evaluate: Evaluate, point: Sequence[Tensor], takes: bool = False
+    ) -> list[Tensor] | None:
+        """The outputs of an evaluation; None where there is no code for it.
+
+        Args:
+            kind: which.
+            evaluate: what to trace, if there is none yet.
+            point: where.
+            takes: whether the point is a list to be emptied, so that its tensors can go when they have been read.
+        """
         key = self._key(kind, point)
-        code = self._code(key, kind, evaluate, point)
+        code = self._code(key, kind, evaluate, point, takes)
         if code is None:
             return None
         self.way = "compiled" if self._compile else "traced"
         before = self._before.get(key)
         if before is None:
-            before = self._before[key] = code.before(self._given, self._held)
-        return code.at(point, before)
+            before = code.before(self._given, self._held)
+            if point:  # else it is all there is, and as large as the states
+                self._before[key] = before
+        inputs = [*point, *before]
+        del before
+        if takes:
+            point.clear()  # type: ignore[attr-defined]
+        return code.at(inputs)
 
     def _key(self, kind: Key, point: Sequence[Tensor]) -> Key:
         """All that code depends on besides the program."""
         fixed = self._settings, self.batch_size, self.loss_scale
         return (*kind, *fixed, *((x.shape, x.stride(), x.dtype) for x in point))
 
-    def _code(self, key: Key, kind: Key, evaluate: Evaluate, point: Sequence[Tensor]) -> Code | None:
+    def _code(
+        self, key: Key, kind: Key, evaluate: Evaluate, point: Sequence[Tensor], takes: bool = False
+    ) -> Code | None:
         if self._settings is None:
             return None
         codes = self._traced.codes
         if key not in codes:
             if len(codes) >= _MOST:  # a nudge or a setting that is another one at every step
                 return None
-            codes[key] = self._trace(kind, evaluate, point)
+            codes[key] = self._trace(kind, evaluate, point, takes)
         code = codes[key]
         if isinstance(code, str) or (self._moved and code.recalled):
             return None
@@ -151,7 +178,7 @@ class FastNetwork(Network):
             return None  # somebody has written over what the user's pass had computed
         return code
 
-    def _trace(self, kind: Key, evaluate: Evaluate, point: Sequence[Tensor]) -> "Code | str":
+    def _trace(self, kind: Key, evaluate: Evaluate, point: Sequence[Tensor], takes: bool) -> "Code | str":
         if self._traced.refused is not None:
             return self._traced.refused
 
@@ -164,16 +191,16 @@ class FastNetwork(Network):
             return evaluate(self._twin(leaves), point, wanted)
 
         try:
-            return Code(function, point, self._given, self._traced.known, self._held, self._compile)
+            return Code(function, point, self._given, self._traced.known, self._held, self._compile, takes)
         except Exception as error:  # whatever goes wrong in tracing: the plain way stays right
-            log.debug("%s runs the plain way: %r", kind, error)
+            log.debug("%s runs the plain way: %r", kind, error, exc_info=True)
             return repr(error)
 
     # The point of view of a relaxer
 
     def evaluate(self, what: Evaluation[Result], point: Sequence[Tensor], strength: complex) -> Result:
         """See `Landscape.evaluate`. The formula of the question is traced as it stands."""
-        if not self.returns and what.composed and point[0] is not self.free[0] and point[0] is not self.no_errors[0]:
+        if not self.returns and all(point[0] is not start[0] for start in (self.free, self.no_errors)):
             self.returns = True
             self.departs()
         at_rest = what.coordinates == "errors" and point[0] is self.no_errors[0]
@@ -181,8 +208,16 @@ class FastNetwork(Network):
         def evaluate(twin: Network, here: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
             return what.flat(what.at(twin, twin.no_errors if at_rest else here, strength))
 
-        found = self._run_code((what, strength, at_rest), evaluate, [] if at_rest else point)
+        takes = what.takes_point and isinstance(point, list)
+        found = self._run_code((what, strength, at_rest), evaluate, [] if at_rest else point, takes)
         return super().evaluate(what, point, strength) if found is None else what.built(found, len(self.no_errors))
+
+    def feasible(self, states: list[Tensor]) -> list[Tensor]:
+        """See `Landscape.feasible`."""
+        if not is_bounded(self.energy):
+            return states
+        found = self._run_code(("feasible",), lambda twin, point, leaves: twin.feasible(point), states)
+        return super().feasible(states) if found is None else found
 
     # The point of view of an update
 
@@ -232,17 +267,40 @@ class FastNetwork(Network):
         return here, tensors
 
 
-class _Unrelaxed(Network):
-    """What code is traced from where a free phase has been relaxed: code that asked for its end would keep that one."""
+class _Twin(Network):
+    """A network that is traced: what it says of the forward pass comes of that pass, made once somebody asks."""
+
+    is_relaxed = False
+    """Whether a free phase has been relaxed: code that asked for its end would keep that one."""
+
+    @property
+    def free(self) -> Sequence[Tensor]:
+        """x_l at the forward pass."""
+        return self._free
+
+    @free.setter
+    def free(self, states: Sequence[Tensor]) -> None:
+        self._kinds = [(state.shape, state.dtype, state.device) for state in states]
+
+    @cached_property
+    def _free(self) -> list[Tensor]:
+        return [state.detach() for state in self.first.states]
+
+    @cached_property
+    def no_errors(self) -> Sequence[Tensor]:
+        """See `Landscape.no_errors`."""
+        return [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in self._kinds]
 
     @property
     def equilibrium(self) -> Sequence[Tensor]:
-        raise RuntimeError("The free equilibrium is no part of what code is given: hold it in an End.")
+        if self.is_relaxed:
+            raise RuntimeError("The free equilibrium is no part of what code is given: hold it in an End.")
+        return self.free
 
 
 def _rebuilt(twin: Network, found: Relaxation, kind: str, tensors: list[Tensor]) -> Relaxation:
     """The end of a phase in a traced evaluation; takes its tensors off the list."""
-    count = len(twin.free)
+    count = len(twin.names)
 
     def taken() -> list[Tensor]:
         front = tensors[:count]

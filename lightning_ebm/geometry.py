@@ -30,7 +30,7 @@ class Geometry:
         rows = list(map(by_sample, tensors, self.layouts, itertools.repeat(self.batch_size)))  # one tensor at a time
         return rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
 
-    def norms(self, tensors: Sequence[Tensor], layers: Sequence[int] | None = None) -> Tensor:
+    def norms(self, tensors: Iterable[Tensor], layers: Sequence[int] | None = None) -> Tensor:
         """See `Landscape.norms`. Reads each tensor once where its samples lie in rows, and makes none of its size.
 
         Args:

@@ -69,6 +69,7 @@ class Passes(Geometry):
         """The pass at the predictions; made again where it was let go of."""
         if self._forward is None:
             self._forward = self._run(at_prediction())
+            self._let_go(self._forward)
         return self._forward
 
     @cached_property
@@ -91,11 +92,9 @@ class Passes(Geometry):
     def begin_last_phase(self) -> None:
         """Told that nobody asks for states of the forward pass once the next relaxation has left them."""
 
-    def adopt(self, point: Sequence[Tensor], seen: Pass, run: Run) -> None:
-        """Takes a pass at these states as its own, and further passes from the same program."""
-        self._latest = (stamps(point), seen)
-        self._run = run
-        self.first_loss = seen.loss.detach()
+    def run_again(self, loss: Tensor, run: Run) -> None:
+        """Takes further passes from another pass of the same program, which returned this loss."""
+        self._latest, self._run, self.first_loss = None, run, loss
 
     def parameters_moved(self) -> None:
         """Passes made so far belong to parameters that are no more."""

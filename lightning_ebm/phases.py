@@ -120,6 +120,7 @@ class Phases:
         returns = rule.needs_forward_pass or any(phase.held for phase in table)
         departs = is_divergence(self._algorithm.energy) and not returns and self.landscape is self.network
         together = self._together(table)
+        last = next((phase for phase in reversed(table) if phase.is_nudged), None)
         self.ends = []
         for phase in table:
             if not phase.is_nudged:
@@ -127,7 +128,7 @@ class Phases:
                     self.ends.append(End(phase, self.free))
                 continue
             if phase not in together:
-                if departs and phase is table[-1]:
+                if departs and phase is last:
                     self.network.begin_last_phase()
                     departing()
                 self.landscape.begin([phase.strength], phase.held)

@@ -51,12 +51,18 @@ class Recorded(NamedTuple):
         """Whether the batch holds no sample."""
         return all(not mark.prediction.shape.numel() for mark in self.program.marks)
 
-    def thinned(self) -> "Recorded":
-        """With what code needs of the pass, and nothing of its graph: the rest is as large as a step of backprop."""
+    def thinned(self, coded: bool, states: bool = True) -> "Recorded":
+        """With what code needs of the pass, and nothing of its graph: the rest is as large as a step of backprop.
+
+        Args:
+            coded: whether code has been made in a step before; else all that the pass held is kept for it to choose.
+            states: whether the states of the pass are kept as well.
+        """
         needed, binding = self.known.traced.needed(), self.binding
         values = [value if binding is None else binding[value] for value in needed]
-        states = [mark.state for mark in self.program.marks]
-        return self._replace(held={v: self.held[v].detach() for v in (*values, *states) if v in self.held})
+        marked = [mark.state for mark in self.program.marks] if states else []
+        kept = (*values, *marked) if coded else self.held
+        return self._replace(held={v: self.held[v].detach() for v in kept if v in self.held})
 
     def runner(self, arithmetic: Arithmetic) -> Run:
         """Runs the program with states in place."""

@@ -51,10 +51,10 @@ def repeated(first: Recorded, recorder: Recorder, loss: Tensor) -> tuple[Recorde
 def _fix_the_same(first: Recorded, second: Recorded) -> bool:
     """Whether two passes of one known program were given the same numbers, which parameters are not compared for."""
     before, now, new = first.program, second.program, second.binding
-    assert new is not None
     examined = {mine: known for known, mine in first.binding.items()} if first.binding is not None else None
     for value in before.given():
-        other: Value | None = new.get(value if examined is None else examined[value])
+        known = value if examined is None else examined[value]
+        other: Value | None = known if new is None else new.get(known)
         if value in before.record.leaves or other is None:
             continue
         one, another = before.content(value), now.content(other)

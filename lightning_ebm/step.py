@@ -20,7 +20,6 @@ from lightning_ebm.network import Network
 from lightning_ebm.nudges import Phase
 from lightning_ebm.phases import Phases
 from lightning_ebm.program.calls import in_place
-from lightning_ebm.program.interpreter import at_states
 from lightning_ebm.program.programs import Found
 from lightning_ebm.program.recorder import Recorder, TakesCare
 from lightning_ebm.program.wiring import Plan, named_gradients
@@ -62,6 +61,8 @@ class Step:
         self._teaches = teaches
         self._recorder = recorder
         self._owns_recorder = recorder is None
+        self._coded = False
+        """Whether code had been made before this step."""
         self._arithmetic = Arithmetic(setup.algorithm.rule.second_derivatives)
         self._recorded: Recorded | None = None
         self._raw_loss: Tensor | None = None
@@ -251,10 +252,10 @@ class Step:
     def _begun(self) -> Phases:
         """The phases of this step, before any of them."""
         recorded, setup = self._pass(), self._setup
-        if recorded.is_fast(setup) and recorded.known.traced.codes:
-            recorded = self._recorded = recorded.thinned()
-            if self._recorder is not None and self._owns_recorder:
-                self._recorder.release()
+        self._coded = bool(recorded.known.traced.codes)
+        fast = recorded.is_fast(setup)
+        recorded = self._recorded = recorded.thinned(self._coded) if fast else recorded._replace(held={})
+        self._let_go_of_pass()
         if self._batch is None:
             self._batch = recorded.program.record.arguments
         network = recorded.network(setup, self._arithmetic, self._batch, self._leading_sizes)
@@ -264,12 +265,17 @@ class Step:
     def _at_equilibrium(self, network: Network, loss: Tensor) -> Network:
         """The network, given the user's pass with states in place."""
         assert self._recorder is not None
-        second, marks = repeated(self._pass(), self._recorder, loss)
-        self._recorded, run = second, second.runner(self._arithmetic)
-        states = network.equilibrium
-        network.adopt(states, run(at_states(dict(zip([mark.key for mark in marks], states, strict=True)))), run)
+        second, _ = repeated(self._pass(), self._recorder, loss)
+        self._recorded = second = second.thinned(self._coded, states=False)
+        self._let_go_of_pass()
+        network.run_again(loss.detach(), second.runner(self._arithmetic))
         network.rebind(second.program, second.binding, second.held)
         return network
+
+    def _let_go_of_pass(self) -> None:
+        """The user's pass is over, and what is needed of it has been taken."""
+        if self._recorder is not None and self._owns_recorder:
+            self._recorder.release()
 
     def unrelaxed(self, loss: Tensor, scale: float = 1.0) -> Tensor:
         """The loss in its own graph, for a step without relaxation: the control's, or one that is thrown away."""
@@ -321,8 +327,7 @@ class Step:
         """Frees the graphs and the states; `true_gradients` still works."""
         self._phases = self._raw_loss = self._graph = None
         self._free_pass()
-        if self._recorder is not None and self._owns_recorder:
-            self._recorder.release()
+        self._let_go_of_pass()
         self.held = ()
 
     def _free_pass(self) -> None:

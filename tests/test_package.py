@@ -47,7 +47,7 @@ ORDER = [
     {"algorithm", "closure", "plain_state", "purity"},
     # the rooms of lightning_ebm.program
     {"complex_ops", "operations", "record"},
-    {"aliasing", "random_draws", "seams"},
+    {"aliasing", "following", "numbers", "random_draws", "schedule", "seams", "torch_calls"},
     {"recorder"},
     {"calls", "interpreter", "seen_backward"},
     {"comparison", "wiring"},

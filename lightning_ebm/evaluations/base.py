@@ -33,6 +33,11 @@ class Evaluation(ABC, Generic[Result]):
     """Whether `at` only asks other questions, so that any `Landscape` can be asked."""
 
     @property
+    def takes_point(self) -> bool:
+        """Whether its result takes the place of the point, which need not be held while it is computed."""
+        return False
+
+    @property
     def looks(self) -> bool:
         """Whether this is where a watcher looks at the responses: at the beginning and the end of sweeps."""
         return False
@@ -121,7 +126,7 @@ class Landscape(Protocol):
     def over_root_precision(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """t_l / sqrt(Pi_l): white noise as errors of a quadratic energy have it."""
 
-    def norms(self, tensors: Sequence[Tensor]) -> Tensor:
+    def norms(self, tensors: Iterable[Tensor]) -> Tensor:
         """|t| of each sample, all layers together, ``(B,)``: the root of `per_sample` of |t|^2."""
 
     def products(self, left: Sequence[Tensor], right: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
@@ -205,7 +210,7 @@ class Around:
         """See `Landscape.over_root_precision`."""
         return self.inner.over_root_precision(tensors)
 
-    def norms(self, tensors: Sequence[Tensor]) -> Tensor:
+    def norms(self, tensors: Iterable[Tensor]) -> Tensor:
         """See `Landscape.norms`."""
         return self.inner.norms(tensors)
 

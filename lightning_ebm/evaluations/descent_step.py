@@ -55,6 +55,10 @@ class DescentStep(Evaluation[Left]):
     lr: float = 0.0
     measures: bool = True
 
+    @property
+    def takes_point(self) -> bool:
+        return bool(self.lr)
+
     def at(self, network: "Network", point: Sequence[Tensor], strength: complex) -> Left:
         slope = network.evaluate(forces_in(self.coordinates), point, strength)
         energy = slope.total(strength)

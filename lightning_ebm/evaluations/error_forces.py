@@ -38,7 +38,7 @@ class ErrorForces(SlopeEvaluation):
             pull = signals[k] if is_one(p) else signals[k] / p
             signals[k] = pull if at_rest else e + pull
         if at_rest:
-            return Slope(network.free[0].new_zeros(network.batch_size), loss.detach(), signals)
+            return Slope(network.no_errors[0].new_zeros(network.batch_size), loss.detach(), signals)
         internal = network.per_sample(0.5 * p * e.square() for p, e in zip(precisions, point, strict=True))
         return Slope(internal, loss.detach(), signals)
 

@@ -26,7 +26,7 @@ class Forces(SlopeEvaluation):
             if is_quadratic(network.energy) and not isinstance(strength, complex):
                 return _of_quadratic(network, seen, strength)
             internal, loss = network.internal(seen), network.loss(seen)
-            gradients = network.slopes(seen, internal, loss, strength, range(len(network.free)))
+            gradients = network.slopes(seen, internal, loss, strength, range(len(network.names)))
         if is_bounded(network.energy):
             found = zip(gradients, point, network.views(seen), strict=True)
             gradients = [network.energy.tangent(gradient, state, view) for gradient, state, view in found]
@@ -47,11 +47,12 @@ def _of_quadratic(network: "Network", seen: "Pass", strength: float) -> Slope:
     ]
     if strength:
         tops.append((seen.loss, network.loss_scale * ones_for(seen.loss)))
-    slopes = network.pulled_back(seen, [(top, seed) for top, seed in tops if top.requires_grad])
+    slopes = list(network.pulled_back(seen, [(top, seed) for top, seed in tops if top.requires_grad]))
     with torch.no_grad():
-        gradients = [
-            pull if s is None else pull + s if unit == 1 else torch.add(pull, s, alpha=unit)
-            for pull, s in zip(pulls, slopes, strict=True)
-        ]
         internal = 0.5 * network.products(pulls, errors, range(len(errors)))
-    return Slope(internal, network.loss(seen).detach(), gradients)
+        del tops, errors  # as large as the states, each
+        for k, (pull, s) in enumerate(zip(pulls, slopes, strict=True)):
+            pulls[k] = pull if s is None else pull + s if unit == 1 else torch.add(pull, s, alpha=unit)
+            slopes[k] = None
+            del pull, s
+    return Slope(internal, network.loss(seen).detach(), pulls)

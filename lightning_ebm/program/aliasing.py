@@ -21,9 +21,9 @@ class Aliasing:
         self._unsorted: list[weakref.ref[Tensor]] = []
         self._groups: dict[int, list[weakref.ref[Tensor]]] = {}
 
-    def seen(self, tensor: Tensor) -> None:
+    def seen(self, ref: "weakref.ref[Tensor]") -> None:
         """Notes a tensor."""
-        self._unsorted.append(weakref.ref(tensor))
+        self._unsorted.append(ref)
 
     def others(self, tensor: Tensor) -> list[Tensor]:
         """The other tensors, still there, that share memory with this one."""
@@ -112,6 +112,17 @@ def _memory(tensor: Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
     except RuntimeError:  # tangents that are zero, and what a transform of torch.func wraps
         return 0
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether it is what a transform of torch.func hands to modules: what they compute is part of what follows."""
+    if tensor.layout is not torch.strided:
+        return False
+    try:
+        tensor.untyped_storage()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _order(tensor: Tensor) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import dataclasses
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ebm.program.record import Mark, StateKey, Value
+from lightning_ebm.program.aliasing import is_wrapped
+from lightning_ebm.program.record import Mark, StateKey, Value, is_continuous
 from lightning_ebm.program.recorder import Recorder
 from lightning_ebm.tree import modules_of, parameters_of
 
@@ -28,30 +30,61 @@ def nothing_in_place(mark: Mark, output: Tensor) -> None:
     """Leaves what every call returned."""
 
 
+class Watch:
+    """Which modules are watched: found anew only when the modules, or which of them hold parameters, have changed.
+
+    Args:
+        root: the user's module.
+        chosen: the modules whose calls may carry states; those with parameters of their own are watched anyway.
+    """
+
+    def __init__(self, root: nn.Module, chosen: Callable[[], Collection[nn.Module]]) -> None:
+        self._root = root
+        self._find = chosen
+        self._of: list[Any] = []
+        self.chosen: Collection[nn.Module] = ()
+        self.names: dict[nn.Module, str] = {}
+        self.weighted: dict[nn.Module, bool] = {}
+        self.activations: list[nn.Module] = []
+        self.compiled = False
+
+    def renew(self) -> None:
+        """Looks at the modules of now."""
+        modules = modules_of(self._root)
+        now = [(m, *m._modules.items(), *((name, p is None) for name, p in m._parameters.items())) for m in modules]
+        if now == self._of:
+            return
+        self._of = now
+        self.chosen = self._find()
+        self.weighted = {module: bool(module._parameters) for module in modules}
+        named = [(module, name) for name, module in self._root.named_modules()]
+        self.names = {module: clean(name) for module, name in named if self.weighted[module] or module in self.chosen}
+        self.activations = [module for module in self.names if is_activation(module)]
+        # A compiled network would not see the hooks: for a pass it runs as it was written.
+        self.compiled = any("_orig_mod" in module._modules for module in modules)
+
+
 @contextmanager
-def watched(
-    root: nn.Module, recorder: Recorder, chosen: Callable[[nn.Module], bool], replace: Replace
-) -> Iterator[None]:
+def watched(root: nn.Module, recorder: Recorder, watch: Watch, replace: Replace) -> Iterator[None]:
     """Runs the body with calls of modules below `root` marked in a record.
 
     Args:
         root: the user's module, for the batch size.
         recorder: what records.
-        chosen: whether calls of a module may carry states; those with parameters of their own are marked anyway.
+        watch: which modules.
         replace: for energies whose free equilibrium is not the forward pass, the states to hand out.
     """
+    watch.renew()
+    names, weighted, chosen = watch.names, watch.weighted, watch.chosen
     counts: dict[nn.Module, int] = {}
     drives: dict[nn.Module, Value] = {}
-    names: dict[nn.Module, str] = {}
-    weighted: dict[nn.Module, bool] = {}
 
     def marks_now() -> bool:
-        # Inside of a transform of torch.func modules see wrapped tensors: what they compute is part of what follows.
-        return torch.is_grad_enabled() and not recorder.paused and torch._C._functorch.peek_interpreter_stack() is None
+        return torch.is_grad_enabled() and not recorder.paused
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         drive = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if module in names and drive is not None and marks_now():
+        if module in names and drive is not None and marks_now() and not is_wrapped(drive):
             drives[module] = recorder.value(drive)
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -63,11 +96,13 @@ def watched(
         if not marks_now():
             return output
         leaves, rebuild = flattened(output)
-        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and _is_continuous(leaf)]
+        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and is_continuous(leaf.dtype)]
         replaced = False
         for part, i in enumerate(tensors):
             tensor = leaves[i]
-            if not tensor.requires_grad and recorder.known(tensor) is None and not chosen(module):
+            if recorder.known(tensor) is None and (
+                is_wrapped(tensor) or (not tensor.requires_grad and module not in chosen)
+            ):
                 continue
             key = StateKey(names[module], number, part)
             mark = recorder.mark(key, module, drive, tensor, weighted[module])
@@ -97,18 +132,12 @@ def watched(
     hooks = _Hooks()
     with ExitStack() as stack:
         stack.callback(hooks.remove)
-        for name, module in root.named_modules():
-            holds = bool(module._parameters)
-            if not holds and not chosen(module):
-                continue
-            names[module], weighted[module] = clean(name), holds
-            found = [module.register_forward_hook(after, with_kwargs=True)]
-            if is_activation(module):
-                found.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            hooks.add(module, *found)
         hooks.add(root, root.register_forward_pre_hook(note_batch, with_kwargs=True))
-        if any("_orig_mod" in module._modules for module in modules_of(root)):
-            # A compiled network would not see the hooks: for this pass it runs as it was written.
+        for module in names:
+            hooks.add(module, module.register_forward_hook(after, with_kwargs=True))
+        for module in watch.activations:
+            hooks.add(module, module.register_forward_pre_hook(before, with_kwargs=True))
+        if watch.compiled:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
@@ -126,7 +155,7 @@ def in_place(root: nn.Module, states: Mapping[StateKey, Tensor]) -> Iterator[Non
         number = counts.get(module, 0)
         counts[module] = number + 1
         leaves, rebuild = flattened(output)
-        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and _is_continuous(leaf)]
+        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and is_continuous(leaf.dtype)]
         for part, i in enumerate(tensors):
             state = states.get(StateKey(names[module], number, part))
             leaves[i] = leaves[i] if state is None else state.detach().to(leaves[i].dtype)
@@ -190,10 +219,6 @@ def batch_size_among(candidates: list[int], shapes: list[torch.Size], reduced: C
     return max(found, key=lambda size: (carried[size], size in reduced, found.count(size), -found.index(size)))
 
 
-def _is_continuous(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
 
@@ -205,32 +230,35 @@ class _Hooks:
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
-        self._before: list[tuple[nn.Module, Any]] = []
+        self._before: dict[nn.Module, Any] = {}
+        self._ours: set[int] = set()
 
-    def add(self, module: nn.Module, *handles: RemovableHandle) -> None:
-        """Hooks that have just been put on a module."""
-        self._handles += handles
-        ours, attributes = {handle.id for handle in handles}, vars(module)
-        self._before.append((module, attributes.get("__getstate__")))
-        state_of = getattr(module, "__getstate__", None) or attributes.copy  # objects have one from 3.11 on
-
-        def state_without() -> Any:
-            state = state_of()
-            if isinstance(state, dict):
-                state = {name: value for name, value in state.items() if name != "__getstate__"}
-                for name in _HOOKS:
-                    if not ours.isdisjoint(state.get(name, ())):
-                        state[name] = type(state[name])((k, v) for k, v in state[name].items() if k not in ours)
-            return state
-
-        attributes["__getstate__"] = state_without
+    def add(self, module: nn.Module, handle: RemovableHandle) -> None:
+        """A hook that has just been put on a module."""
+        self._handles.append(handle)
+        self._ours.add(handle.id)
+        if module not in self._before:
+            attributes = vars(module)
+            self._before[module] = attributes.get("__getstate__")
+            state_of = getattr(module, "__getstate__", None) or attributes.copy  # objects have one from 3.11 on
+            attributes["__getstate__"] = partial(_state_without, state_of, self._ours)
 
     def remove(self) -> None:
         """The modules are as they were."""
         for handle in self._handles:
             handle.remove()
-        for module, before in reversed(self._before):
+        for module, before in self._before.items():
             if before is None:
                 vars(module).pop("__getstate__", None)
             else:
                 vars(module)["__getstate__"] = before
+
+
+def _state_without(state_of: Callable[[], Any], hooks: set[int]) -> Any:
+    state = state_of()
+    if isinstance(state, dict):
+        state = {name: value for name, value in state.items() if name != "__getstate__"}
+        for name in _HOOKS:
+            if not hooks.isdisjoint(state.get(name, ())):
+                state[name] = type(state[name])((k, v) for k, v in state[name].items() if k not in hooks)
+    return state

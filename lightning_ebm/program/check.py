@@ -119,6 +119,12 @@ def _foreign(func: Any) -> str:
     return str(getattr(owner if isinstance(owner, type) else func, "__qualname__", func))
 
 
+_ON_NODES = (
+    " The step reads grad_fn: a hook on a node of autograd's graph (grad_fn.register_hook) changes gradients where no"
+    " other state could have it. Use tensor.register_hook on the tensor instead."
+)
+
+
 def _refuse(parting: dict[str, str], program: Program, plan: Plan) -> NoReturn:
     # What comes in on the way down is wrong in every layer below: the last one from the input is where it starts.
     drives = [(str(row.key), row.parameters) for row in plan.rows] + [("the loss", plan.loss_parameters)]
@@ -129,6 +135,7 @@ def _refuse(parting: dict[str, str], program: Program, plan: Plan) -> NoReturn:
         f"The step cannot be repeated at other states: {parting[name]}{where}."
         + (f" What stands there besides torch's own operations: {', '.join(there)}." if there else "")
         + (f" Hooks on {len(program.record.hooks)} hidden tensors change gradients." if program.record.hooks else "")
+        + (_ON_NODES if program.record.reads_graph else "")
         + " A custom autograd function, a hook, a checkpoint or an operation with a state of its own can be the cause;"
         ' the update would be wrong, so nothing was learned. Use algorithm="backprop" for this module, or replace that'
         " part."

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.graph import CodeGen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.operations import functional_form, tensors_at, traits
 from lightning_ebm.program.record import Node, Value, depending, stands_for
+from lightning_ebm.program.schedule import code_of, note_size, sparing
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,12 @@ Evaluate = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 """From a point, and what the batch fixed, to some tensors."""
 
 _SCALING = frozenset({_aten.mul.Tensor, _aten.div.Tensor})
+_FILLED = frozenset({"ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full"})
+_MADE_UNIFORM = frozenset({_aten.full.default, _aten.ones.default, _aten.zeros.default, _aten.scalar_tensor.default})
+_SPREADING = frozenset(
+    {_aten.expand.default, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.select.int, _aten.view.default}
+    | {_aten.t.default, _aten.clone.default, _aten._unsafe_view.default, _aten.permute.default, _aten.transpose.int}
+)
 _SAME_VALUE = frozenset({_aten.detach.default, _aten.alias.default})
 
 
@@ -39,6 +47,7 @@ class Code:
         known: finds the operations that the user's own pass has made, and the values that they gave.
         held: what a value held in the user's pass, if that is still there.
         compile: send the code through Inductor.
+        takes: whether nobody else holds the point while it runs.
     """
 
     def __init__(
@@ -49,6 +58,7 @@ class Code:
         known: Callable[[fx.Graph, list[fx.Node]], dict[fx.Node, Value]],
         held: Callable[[Value], Tensor | None],
         compile: bool,
+        takes: bool = False,
     ) -> None:
         traced, expected = traced_graph(evaluate, point, given)
         inputs = [node for node in traced.graph.nodes if node.op == "placeholder"][len(point) :]
@@ -60,25 +70,35 @@ class Code:
                     node.replace_all_uses_with(traced.graph.placeholder(f"recalled_{len(self.recalled)}"))
                     self.recalled.append(value)
         traced.graph.eliminate_dead_code()
-        self._once, self._point = _stages(traced, len(point))
+        recalled = [node for node in traced.graph.nodes if node.name.startswith("recalled_")]
+        self.recalled = [value for value, node in zip(self.recalled, recalled, strict=True) if node.users]
+        for node in recalled:
+            if not node.users:
+                traced.graph.erase_node(node)
+        self._once, self._point = _stages(traced, len(point), takes)
         if compile:
             self._point = _compiled(self._point, [*point, *self.before(given, held)])
         room = (1e-2 if compile else 1e-5) * max(map(_size, expected), default=0.0)  # Inductor rounds in other places
-        for got, wanted in zip(self.at(point, self.before(given, held)), expected, strict=True):
+        for got, wanted in zip(self.at([*point, *self.before(given, held)]), expected, strict=True):
             if not torch.allclose(got, wanted, rtol=0.0, atol=room, equal_nan=True):
                 raise NotImplementedError("the code gives other values than what it was traced from")
 
     @torch.no_grad()
     def before(self, given: Sequence[Tensor], held: Callable[[Value], Tensor | None]) -> list[Tensor]:
         """What every point needs of a batch."""
-        return list(self._once(*given, *map(held, self.recalled)))
+        recalled = [tensor for value in self.recalled if (tensor := held(value)) is not None]
+        return list(self._once([*given, *recalled]))
 
-    def at(self, point: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
-        """The evaluation at a point."""
+    def at(self, inputs: list[Tensor]) -> list[Tensor]:
+        """The evaluation at a point.
+
+        Args:
+            inputs: the point, and what `before` gave. The list is emptied, so that what nobody else holds can go.
+        """
         if torch.is_grad_enabled():
             with torch.no_grad():
-                return list(self._point(*point, *before))
-        return list(self._point(*point, *before))
+                return list(self._point(inputs))
+        return list(self._point(inputs))
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -95,6 +115,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.constants: dict[str, Tensor] = {}
         self._nodes: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}
         self._made: dict[Any, fx.Node] = {}
+        self._uniform: dict[fx.Node, complex] = {}
+        """The number that all elements of a result are, where no input has a part in it."""
 
     def input(self, tensor: Tensor) -> None:
         """Makes a tensor an input of the graph."""
@@ -121,6 +143,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _bind(self, tensor: Tensor, node: fx.Node) -> None:
         self._nodes[id(tensor)] = weakref.ref(tensor), node
+        note_size(node, tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -136,20 +159,29 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._bind(result, self.node(args[0]))
             return result
         func = written
-        kind = traits(func)
         if func in _SCALING and type(args[1]) in (int, float) and args[1] == 1 and result.dtype == args[0].dtype:
             self._bind(result, self.node(args[0]))
             return result
         if func is _aten.t.default and (turned := self.node(args[0])).target is func:  # turned round twice
             self._bind(result, turned.args[0])  # type: ignore[arg-type]
             return result
+        if (
+            traits(func).name in _FILLED and isinstance(result, Tensor) and result.is_contiguous()
+        ):  # whatever it is like
+            filled = (
+                args[1:][int(func is _aten.new_full.default)]
+                if "full" in func.__name__
+                else int("ones" in func.__name__)
+            )
+            func, args = _aten.full.default, (tuple(result.shape), filled)
+            kwargs = {"dtype": result.dtype, "device": result.device}
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        single = isinstance(result, Tensor)
+        uniform = single and result.numel() > 0 and not kind.random and self._is_uniform(func, tensors)
+        if single and not uniform and torch.Tag.pointwise in func.tags:
+            args = tuple(self._as_number(arg, result, tensors) if isinstance(arg, Tensor) else arg for arg in args)
         args, kwargs = self._seen(args), {name: self._seen((arg,))[0] for name, arg in kwargs.items()}
-        key = None if kind.random or kind.name == "clone" else _key(func, (*args, *kwargs.items()))
-        node = None if key is None else self._made.get(key)
-        if node is None:
-            node = self.graph.call_function(func, args, kwargs)
-            if key is not None:
-                self._made[key] = node
+        node = self._written(func, args, kwargs)
         if isinstance(result, list | tuple):
             node.meta["several"] = True
             for index, tensor in enumerate(result):
@@ -157,9 +189,38 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._bind(tensor, self.graph.call_function(operator.getitem, (node, index)))
         elif isinstance(result, Tensor):
             self._bind(result, node)
+            if uniform:
+                self._uniform[node] = result[(0,) * result.ndim].item()
         elif any(isinstance(arg, fx.Node) for arg in (*args, *kwargs.values())):
             raise NotImplementedError(f"{func} gives a number that code could depend on")
         return result
+
+    def _is_uniform(self, func: Any, tensors: Sequence[Tensor]) -> bool:
+        """Whether all elements are one number, whatever the inputs: made as such, or computed from such."""
+        if not tensors:
+            return func in _MADE_UNIFORM
+        spreads = torch.Tag.pointwise in func.tags or func in _SPREADING
+        return spreads and all(self.node(tensor) in self._uniform for tensor in tensors)
+
+    def _as_number(self, tensor: Tensor, result: Tensor, among: Sequence[Tensor]) -> Tensor | fx.Node:
+        """A large tensor of one number as that number, where neither strides nor dtype of the result hang on it."""
+        node = self.node(tensor)
+        shaped = any(t is not tensor and t.shape == result.shape and t.stride() == result.stride() for t in among)
+        if node not in self._uniform or tensor.ndim == 0 or not shaped or any(t.dtype != result.dtype for t in among):
+            return tensor
+        options = {"dtype": tensor.dtype, "device": tensor.device}
+        return self._written(_aten.full.default, ((), self._uniform[node]), options)
+
+    def _written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        """An operation of the graph; the one that is there already, if it computes the same."""
+        kind = traits(func)
+        key = None if kind.random or kind.name == "clone" else _key(func, (*args, *kwargs.items()))
+        node = None if key is None else self._made.get(key)
+        if node is None:
+            node = self.graph.call_function(func, args, kwargs)
+            if key is not None:
+                self._made[key] = node
+        return node
 
     def _seen(self, args: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(
@@ -186,7 +247,10 @@ def traced_graph(
     return fx.GraphModule(tracer.constants, tracer.graph), [tensor.detach() for tensor in outputs]
 
 
-def _stages(traced: fx.GraphModule, point: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+Run = Callable[[list[Tensor]], Any]
+
+
+def _stages(traced: fx.GraphModule, point: int, takes: bool) -> tuple[Run, Run]:
     """What does not depend on the first inputs, as a function of the others; and the rest."""
     nodes = list(traced.graph.nodes)
     inputs = [node for node in nodes if node.op == "placeholder"]
@@ -205,27 +269,11 @@ def _stages(traced: fx.GraphModule, point: int) -> tuple[Callable[..., Any], Cal
     once.output(tuple(here[node] for node in boundary))
     once.eliminate_dead_code()
     there = {node: later.placeholder(node.name) for node in [*inputs[:point], *boundary]}
-    for node in _output_by_output(end, moving - set(inputs)):
+    own = [node for node in nodes if node in moving and node not in there]
+    for node in sparing(own, inputs[:point] if takes else (), end):
         there[node] = later.node_copy(node, there.__getitem__)
     later.output(fx.map_arg(end.args[0], there.__getitem__))
-    return fx.GraphModule(traced, once).forward, fx.GraphModule(traced, later).forward
-
-
-def _output_by_output(end: fx.Node, wanted: set[fx.Node]) -> list[fx.Node]:
-    """The operations, each right before the first output that needs it: layer by layer, so that little is held."""
-    found: dict[fx.Node, None] = {}
-    for output in end.all_input_nodes:
-        path = [output]
-        while path:
-            node = path[-1]
-            ahead = [source for source in node.all_input_nodes if source in wanted and source not in found]
-            if node in found or node not in wanted or not ahead:
-                path.pop()
-                if node in wanted:
-                    found[node] = None
-            else:
-                path.append(ahead[0])
-    return list(found)
+    return code_of(traced, once), code_of(traced, later)
 
 
 def _without_alpha(graph: fx.Graph) -> None:
@@ -237,12 +285,14 @@ def _without_alpha(graph: fx.Graph) -> None:
             node.args, node.kwargs = (node.args[0], scaled), {}
 
 
-def _compiled(forward: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any]:
+def _compiled(forward: Run, inputs: Sequence[Tensor]) -> Run:
     module: Any = forward.__self__  # type: ignore[attr-defined]
     _without_alpha(module.graph)
+    module.graph.set_codegen(CodeGen())
     module.recompile()
     try:
-        return torch._inductor.compile(module, list(inputs))  # type: ignore[no-any-return]
+        run = torch._inductor.compile(module, list(inputs))
+        return lambda inputs: run(*inputs)
     except Exception as error:  # no compiler, or an operation it does not have
         log.warning("Inductor could not compile a step, which runs as it was traced: %s", error)
         return forward

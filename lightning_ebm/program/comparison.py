@@ -1,12 +1,13 @@
 """Whether two records are of the same program."""
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from lightning_ebm.program.record import Mark, Record, Value
+from lightning_ebm.program.following import Trail, same_constant
+from lightning_ebm.program.numbers import OtherNumbers, Site, as_input, may_differ
+from lightning_ebm.program.record import Mark, Node, Record, Value
 
 
 class Outline:
@@ -20,20 +21,33 @@ class Outline:
 
     def __init__(self, record: Record, marks: Sequence[Mark], loss: Value) -> None:
         self.keys = [mark.key for mark in marks]
+        self.kinds = [type(mark.module) for mark in marks]
         self.roots = _roots(marks, loss)
         self.states = [mark.state for mark in marks]
         self.notes = list(record.notes)
         self.hooked = set(record.hooks)
-        self._leaves = {value: weakref.ref(tensor) for value, tensor in record.leaves.items()}
+        self.trail = Trail(record)
+        self._marks = list(marks)
+        self._loss = loss
+        self._leaves = self.trail.leaves
+        self._values = _reached(self.roots)
+        self._made = {value for value in record.leaves if value.node is not None} & self._values
 
-    def repeated_by(self, record: Record, loss: Value) -> "tuple[list[Mark], dict[Value, Value]] | str":
-        """The marks of another record that carry states, and its values in place of these; or what is not the same."""
+    def repeated_by(self, record: Record, loss: Value) -> "tuple[list[Mark], dict[Value, Value] | None] | str":
+        """The marks of another record that carry states, and its values in place of these; or what is not the same.
+
+        None in place of values says that they are these.
+        """
+        if loss is self._loss:  # all that it was computed from has been followed
+            return (self._marks, None) if self._also_same(record) else "what else than operations it is made of"
         marks = {mark.key: mark for mark in record.marks}
         if any(key not in marks for key in self.keys):
             return "which modules are called"
         if record.notes != self.notes:
             return "hooks on saved tensors"
         cut = [marks[key] for key in self.keys]
+        if [type(mark.module) for mark in cut] != self.kinds:  # which energies may look at
+            return "which kinds of modules are called"
         known = dict(zip(self.states, (mark.state for mark in cut), strict=True))
         found = self._same(_roots(cut, loss), known, record)
         if isinstance(found, str):
@@ -43,6 +57,18 @@ class Outline:
             return "gradient hooks on tensors"
         return cut, found
 
+    def _also_same(self, record: Record) -> bool:
+        """Of a record that has been followed to the loss, whatever else makes a program."""
+        here = set(record.marks)
+        made = {value for value in record.leaves if value.node is not None}
+        hooked = record.hooks.keys() & self._values
+        return (
+            all(mark in here for mark in self._marks)
+            and record.notes == self.notes
+            and hooked == self.hooked & self._values
+            and made & self._values == self._made
+        )
+
     def _same(self, roots: Sequence[Value], known: dict[Value, Value], record: Record) -> dict[Value, Value] | str:
         """Compares what two records did to arrive at some values: the same operations on the same constants.
 
@@ -50,6 +76,7 @@ class Outline:
         """
         here = dict(known)
         taken = set(known.values())
+        numbers: list[tuple[Any, Site]] = []
         queue = list(zip(self.roots, roots, strict=True))
 
         def same(old: Any, new: Any) -> bool:
@@ -62,7 +89,17 @@ class Outline:
                 return len(old) == len(new) and all(map(same, old, new))
             if isinstance(old, Tensor):
                 return old is new
-            return bool(old == new) or (old != old and new != new)
+            return same_constant(old, new)
+
+        def same_arguments(one: Node, other: Node) -> bool:
+            if len(one.args) != len(other.args):
+                return False
+            for position, (old, new) in enumerate(zip(one.args, other.args, strict=True)):
+                if not same(old, new):
+                    if not may_differ(other, position, old, new):
+                        return False
+                    numbers.append((old, Site(other, position)))
+            return same(tuple(one.kwargs.items()), tuple(other.kwargs.items()))
 
         while queue:
             old, new = queue.pop()
@@ -85,7 +122,7 @@ class Outline:
                 continue
             if one.func is not other.func and one.func != other.func:
                 return f"an operation, {one} before and {other} now"
-            if not (same(one.args, other.args) and same(tuple(one.kwargs.items()), tuple(other.kwargs.items()))):
+            if not same_arguments(one, other):
                 return f"a constant, {one} before and {other} now"
             if len(one.results) != len(other.results):
                 return f"the results of {one}"
@@ -94,6 +131,9 @@ class Outline:
                     if result.meta != again.meta or here.setdefault(result, again) is not again:
                         return f"which result of {one} it uses"
                     taken.add(again)
+        if any(type(old) is not Value for old, _ in numbers):
+            return OtherNumbers([site for _, site in numbers])
+        here.update({old: as_input(site, record) for old, site in numbers})
         return here
 
     def _same_leaf(self, old: Value, new: Tensor | None) -> bool:
@@ -105,3 +145,16 @@ class Outline:
 
 def _roots(marks: Sequence[Mark], loss: Value) -> list[Value]:
     return [*(value for mark in marks for value in (mark.prediction, mark.drive)), loss]
+
+
+def _reached(roots: Sequence[Value]) -> set[Value]:
+    """All that these were computed from, and they."""
+    found: set[Value] = set()
+    queue = list(roots)
+    while queue:
+        value = queue.pop()
+        if value not in found:
+            found.add(value)
+            if value.node is not None:
+                queue.extend(value.node.values())
+    return found

@@ -1,5 +1,6 @@
 """What kinds of operations do to tensors: what they write to, share, draw."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ class Traits(NamedTuple):
         by_shape: whether only the shape of its arguments matters.
         random: whether it draws from a generator.
         dynamic: whether the shape of its result depends on values.
+        plain: whether it is a function of its arguments and nothing else: it writes to none, draws nothing, and gives
+            tensors whose shapes follow from those of its arguments.
     """
 
     name: str
@@ -24,10 +27,14 @@ class Traits(NamedTuple):
     by_shape: bool
     random: bool
     dynamic: bool
+    plain: bool
 
 
 BATCH_NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm"})
 """They write to arguments 3 and 4, the running statistics, while argument 5 says training; not all schemas tell."""
+BY_MASK = frozenset({"index", "masked_select"})
+PUT_BY_MASK = frozenset({"index_put", "index_put_", "_index_put_impl_"})
+"""How many elements these read, or write, may depend on the values of masks."""
 _BY_SHAPE = frozenset(
     {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"}
     | {"new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"}
@@ -54,16 +61,21 @@ def _traits(func: Any) -> Traits:
         if argument.alias_info is not None and argument.alias_info.is_write
     )
     views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    random, dynamic = torch.Tag.nondeterministic_seeded in func.tags, torch.Tag.dynamic_output_shape in func.tags
+    gives = schema.returns and all("Tensor" in str(r.type) for r in schema.returns)
+    aside = random or dynamic or writes or name in BATCH_NORMS or name in BY_MASK or name in PUT_BY_MASK
     return Traits(
         name=name,
         writes=(3, 4) if name in BATCH_NORMS else writes,
         views=views,
         by_shape=name in _BY_SHAPE,
-        random=torch.Tag.nondeterministic_seeded in func.tags,
-        dynamic=torch.Tag.dynamic_output_shape in func.tags,
+        random=random,
+        dynamic=dynamic,
+        plain=bool(gives) and not aside and func.namespace == "aten" and name != "detach",
     )
 
 
+@cache
 def functional_form(func: Any, kind: Traits) -> Any:
     """The overload that returns what an in-place one writes to its first argument; None where there is none."""
     if kind.writes != (0,) or not kind.name.endswith("_") or not func._schema.name.startswith("aten::"):
@@ -110,3 +122,8 @@ def tensors_at(kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
         arg = kwargs.get(where) if isinstance(where, str) else args[where] if where < len(args) else None
         found.extend(t for t in (arg if isinstance(arg, list | tuple) else (arg,)) if isinstance(t, Tensor))
     return found
+
+
+def without_statistics(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a batch norm is given, but for the running statistics."""
+    return (*args[:3], None, None, *args[5:])

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_ebm.program.calls import Replace, nothing_in_place, watched
+from lightning_ebm.program.calls import Replace, Watch, nothing_in_place, watched
 from lightning_ebm.program.check import check_against_autograd
 from lightning_ebm.program.code import TracedProgram
 from lightning_ebm.program.comparison import Outline
 from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.layers import LayerFinder, Layers, Output
+from lightning_ebm.program.numbers import OtherNumbers, as_input
 from lightning_ebm.program.record import Node, Record, Value, depending, meta_of
 from lightning_ebm.program.recorder import Recorder
 from lightning_ebm.program.reduction import reduced_sizes
@@ -76,6 +77,7 @@ class Programs:
     def __init__(self, module: nn.Module, layers: Layers, output: Output, also: Collection[str] = ()) -> None:
         self._module = module
         self._finder = LayerFinder(module, layers, output, also)
+        self._watch = Watch(module, self._finder.watched)
         self._known: list[Known] = []
         self._said = False
 
@@ -95,8 +97,9 @@ class Programs:
     @contextmanager
     def recording(self, recorder: Recorder, replace: Replace = nothing_in_place) -> Iterator[None]:
         """Records what runs within."""
-        chosen = self._finder.watched()
-        with watched(self._module, recorder, chosen.__contains__, replace), recorder:
+        if self._known:
+            recorder.follow(self._known[0].outline.trail)
+        with watched(self._module, recorder, self._watch, replace), recorder:
             yield
 
     def of(self, recorder: Recorder, loss: Tensor, partial: bool = False) -> Found:
@@ -111,10 +114,18 @@ class Programs:
             LayerDiscoveryError: no call could carry a state.
             UnsupportedModuleError: the record is not of what autograd would differentiate.
         """
-        value, record = recorder.value(loss), recorder.settle()
-        for known in self._known:
+        value, record, before = recorder.value(loss), recorder.settle(), 0
+        for known in list(self._known):
             found = known.outline.repeated_by(record, value)
+            if isinstance(found, OtherNumbers):  # from now on they are inputs of the program, whose place it takes
+                for site in found.sites:
+                    as_input(site, record)
+                self._known.remove(known)
+                before = known.uses
+                break
             if not isinstance(found, str):
+                if record.reads_graph:
+                    self._check(recorder, Program(record, found[0], value), known.plan, loss)
                 self._known.remove(known)
                 self._known.insert(0, known)
                 known.uses += 1
@@ -122,9 +133,14 @@ class Programs:
         self._say_what_is_read(record)
         plan, marks = self._finder.find(record, value, partial)
         program = Program(record, marks, value)
+        self._check(recorder, program, plan, loss)
+        added = self._added(program, plan, value)
+        added.uses += before
+        return Found(program, added, None)
+
+    def _check(self, recorder: Recorder, program: Program, plan: Plan, loss: Tensor) -> None:
         with recorder.pausing(), torch.enable_grad():
             check_against_autograd(self._module, program, plan, loss)
-        return Found(program, self._added(program, plan, value), None)
 
     def _say_what_is_read(self, record: Record) -> None:
         """Once: a branch, or the shape of a mask, may hang on a number that Python read off a layer."""

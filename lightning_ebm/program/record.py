@@ -18,14 +18,16 @@ class Value:
         node: what computed it; None for what came from outside of the record.
         meta: shape, strides, dtype and device; of what came from outside also whether it requires a gradient.
         poison: why it cannot be used any more, if it cannot.
+        number: of a number that is an input, int or float; None of tensors.
     """
 
-    __slots__ = ("meta", "node", "poison")
+    __slots__ = ("meta", "node", "number", "poison")
 
     def __init__(self, node: "Node | None", meta: Meta) -> None:
         self.node = node
         self.meta = meta
         self.poison: str | None = None
+        self.number: type | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -36,8 +38,7 @@ class Value:
     @property
     def is_continuous(self) -> bool:
         """Whether it can carry a gradient: integers and truth values cannot."""
-        dtype: torch.dtype = self.meta[2]
-        return dtype.is_floating_point or dtype.is_complex
+        return is_continuous(self.meta[2])
 
 
 class Node:
@@ -145,6 +146,7 @@ class Record:
         notes: what else two passes must have in common: hooks on saved tensors.
         hooks: gradient hooks on values, see `Tensor.register_hook`.
         reads: operations that turned tensors into Python numbers, with the value that was read.
+        reads_graph: whether the pass looked at the graph that autograd made of it, where hooks can be put unseen.
         leading_sizes: first dimensions of what the module was called with, if it was.
         arguments: what it was called with first: the one positional argument, or all of them.
     """
@@ -156,8 +158,14 @@ class Record:
     notes: list[str] = field(default_factory=list)
     hooks: dict[Value, list[Any]] = field(default_factory=dict)
     reads: list[tuple[str, Value]] = field(default_factory=list)
+    reads_graph: bool = False
     leading_sizes: list[int] = field(default_factory=list)
     arguments: Any = None
+
+
+def is_continuous(dtype: torch.dtype) -> bool:
+    """Whether tensors of this kind can carry a gradient: integers and truth values cannot."""
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def depending(values: set[Value], order: Sequence[Node]) -> set[Value]:
@@ -174,4 +182,4 @@ def meta_of(tensor: Tensor) -> Meta:
 
 
 def outside_meta_of(tensor: Tensor) -> Meta:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad and tensor.is_leaf
+    return *meta_of(tensor), tensor.requires_grad and tensor.is_leaf

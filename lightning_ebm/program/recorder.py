@@ -7,22 +7,32 @@ of the program that ran.
 """
 
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.aliasing import Aliasing
-from lightning_ebm.program.operations import BATCH_NORMS, Traits, copied, functional_form, tensors_at, traits
+from lightning_ebm.program.following import Follower, Trail, same_results
+from lightning_ebm.program.numbers import hold
+from lightning_ebm.program.operations import (
+    BATCH_NORMS,
+    BY_MASK,
+    PUT_BY_MASK,
+    Traits,
+    copied,
+    functional_form,
+    overwritten,
+    tensors_at,
+    traits,
+    without_statistics,
+)
 from lightning_ebm.program.random_draws import draws, repeated_without_drawing
 from lightning_ebm.program.record import (
     Mark,
@@ -30,20 +40,19 @@ from lightning_ebm.program.record import (
     Record,
     StateKey,
     Value,
+    is_continuous,
     meta_of,
     outside_meta_of,
     stands_for,
 )
 from lightning_ebm.program.seams import seams
+from lightning_ebm.program.torch_calls import TorchCalls
 
 TakesCare = Callable[[Tensor, dict[str, Any]], bool]
 """Told of a `backward` call, by the tensor and its options; answers whether it has done what the call was to do."""
 
-_BACKWARD = ("gradient", "retain_graph", "create_graph", "inputs")
-_BY_MASK = frozenset({"index", "masked_select"})
-_SLOPED = _BY_MASK | {"_ctc_loss"}
+_SLOPED = BY_MASK | {"_ctc_loss"}
 """Operations that have a slope, though the shape of what they give depends on values."""
-_PUT_BY_MASK = frozenset({"index_put", "index_put_", "_index_put_impl_"})
 _COLLECTIVE = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})
 _DETACH = torch.ops.aten.detach.default
 
@@ -68,6 +77,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.held: dict[Value, Tensor] = {}
         """What values hold that the pass computed, as long as the record is not released."""
         self._marked: set[Value] = set()
+        self._follower: Follower | None = None
+        self._drawn: set[Value] = set()
+        """What was drawn while a known pass is followed, and nothing has read yet."""
         self._written_over: list[Tensor] = []
         self._aliasing = Aliasing()
         self._undo: list[tuple[Tensor, Tensor]] | None = [] if undoes else None
@@ -84,6 +96,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _DETACH and not self.asked:  # autograd's own, of a tensor that it saves: the same value
             return self._aliased(func(*args), args[0])
         kind = traits(func)
+        if kind.plain and self._follower is not None and torch.is_grad_enabled():
+            node = self._followed(func, args, kwargs)
+            if node is not None:
+                result = func(*args, **kwargs)
+                self._ended_again(node, kind, result)
+                return result
         written = tensors_at(kind, args, kwargs) if kind.writes else []
         repeated = None
         off = not torch.is_grad_enabled() or func is _DETACH or (kind.dynamic and kind.name not in _SLOPED)
@@ -103,16 +121,27 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if kind.random and isinstance(result, Tensor) and not written:
                 self._constant(result)
             return result
+        if self._follower is not None and (alike := self._alike(func, kind, args, written)) is not None:
+            again = self._followed(*alike, kwargs)
+            if again is not None:
+                self._about_to_write(written)
+                result = func(*args, **kwargs)
+                self._ended_again(again, kind, result, written)
+                return result
         named = self._seen_by_name(kwargs) if kwargs else kwargs
         node = Node(func, self._seen(args), named)
         if written:
             self._functional(node, kind)
-        if kind.name in _BY_MASK or kind.name in _PUT_BY_MASK:
+        if kind.name in BY_MASK or kind.name in PUT_BY_MASK:
             self._freeze_masks(node, kind)
         self._about_to_write(written)
         result = func(*args, **kwargs)
         if repeated is not None:
             by, given = repeated(args, kwargs, result)
+            again = None if kind.writes else self._followed(by, given, {})
+            if again is not None:
+                self._ended_again(again, kind, result)
+                return result
             node, written = Node(by, self._seen(given), {}), written[:1] if kind.name.endswith("_") else []
         self._ended(node, kind, written, result)
         if written and kind.name in BATCH_NORMS:
@@ -139,20 +168,95 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def mark(self, key: StateKey, module: nn.Module, drive: Value | None, output: Tensor, weighted: bool) -> Mark:
         """Notes that a call of a watched module returned a tensor: downstream of here it is read as a state."""
         prediction = self.value(output)
-        node = Node(stands_for, (prediction, key), {})
-        state = Value(node, prediction.meta)
-        node.results.append(state)
-        self.record.nodes.append(node)
+        rounding = _rounding(*prediction.meta[2:4])
+        mark = None
+        if self._follower is not None:
+            mark = self._follower.mark(key, module, drive, prediction, rounding, weighted)
+        if mark is None:
+            self._follower = None
+            node = Node(stands_for, (prediction, key), {})
+            state = Value(node, prediction.meta)
+            node.results.append(state)
+            mark = Mark(key, module, prediction if drive is None else drive, prediction, state, rounding, weighted)
+        state = mark.state
+        assert state.node is not None
+        self.record.nodes.append(state.node)
         self._bind(output, state)
         self.held[state] = output
         self._marked.add(state)
-        mark = Mark(key, module, prediction if drive is None else drive, prediction, state, _rounding(output), weighted)
         self.record.marks.append(mark)
         return mark
 
     def stands_for(self, tensor: Tensor, value: Value) -> None:
         """Notes that a tensor holds a value that another one held when it was recorded."""
         self._bind(tensor, value)
+
+    # Following a known record
+
+    def follow(self, trail: Trail) -> None:
+        """From its beginning on, the pass is compared with a known one, whose nodes and values it takes over."""
+
+        def take_number(value: Value, number: complex) -> None:
+            hold(value, number, self.record)
+
+        self._follower = Follower(trail, self._read, self._is, take_number)
+
+    def _read(self, tensor: Tensor) -> Value | None:
+        """What a tensor holds; None if this pass has not seen it."""
+        known = self._known.get(id(tensor))
+        if known is None or known[0]() is not tensor:
+            return None
+        value = known[1]
+        if value in self._drawn:
+            return None  # what it corresponds to shows when it is used
+        if value.node is None and value.meta[-1] is not (tensor.requires_grad and tensor.is_leaf):
+            return _ANOTHER  # it has been frozen, or set free, since
+        return value
+
+    def _is(self, tensor: Tensor, value: Value) -> None:
+        """A tensor from outside is what a known value was."""
+        now = self.known(tensor)
+        if now is None:
+            self._from_outside(tensor, value)
+            return
+        self._drawn.discard(now)
+        self.record.inputs[value] = self.record.inputs.pop(now)
+        self._bind(tensor, value)
+
+    def _followed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Node | None:
+        """The node of the known pass, if this one goes on as that did."""
+        node = None if self._follower is None else self._follower.operation(func, args, kwargs)
+        if node is None:
+            self._follower = None
+        return node
+
+    def _alike(self, func: Any, kind: Traits, args: Any, written: Sequence[Tensor]) -> tuple[Any, Any] | None:
+        """An operation that writes, as the record has it; None where more goes on than one operation could say."""
+        if kind.name in BATCH_NORMS:
+            return func, without_statistics(args) if written else args
+        functional = None if kind.random or not written else functional_form(func, kind)
+        if functional in (None, overwritten) or kind.name in PUT_BY_MASK or self._aliasing.others(written[0]):
+            return None
+        return functional, args
+
+    def _ended_again(self, node: Node, kind: Traits, result: Any, written: Sequence[Tensor] = ()) -> None:
+        """The same for an operation that is followed."""
+        results = result if isinstance(result, list | tuple) else (result,)
+        if kind.name in BATCH_NORMS:
+            for tensor in written:
+                self._constant_from_now(tensor)
+        elif written:
+            results = (*results, *written)
+        if not same_results(node, results):
+            self._follower = None
+            self._ended(Node(node.func, node.args, node.kwargs), kind, written, result)
+            return
+        self.record.nodes.append(node)
+        for value, tensor in zip(node.results, results, strict=True):
+            if value is not None:
+                self._bind(tensor, value)
+                if not (tensor._is_view() if written else kind.views):
+                    self.held[value] = tensor
 
     def _ended(self, node: Node, kind: Traits, written: Sequence[Tensor], result: Any) -> None:
         results = result if isinstance(result, list | tuple) else (result,)
@@ -172,6 +276,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if values is not None:
                 self.record.reads.append((str(node.func), values))
             return
+        self._follower = None
         self.record.nodes.append(node)
         for tensor in written if kind.name not in BATCH_NORMS else ():
             now = self.value(tensor)
@@ -187,7 +292,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _functional(self, node: Node, kind: Traits) -> None:
         """The same operation without writing to anything."""
         if kind.name in BATCH_NORMS:  # statistics of the batch; those that run are no part of what is differentiated
-            node.args = (*node.args[:3], None, None, *node.args[5:])
+            node.args = without_statistics(node.args)
         elif kind.name == "copy_" and node.args[0].meta[2].is_complex >= node.args[1].meta[2].is_complex:
             # Of what was there before only the kind of tensor matters.
             target, source = node.args[:2]
@@ -199,7 +304,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _freeze_masks(self, node: Node, kind: Traits) -> None:
         """How many elements a mask picks belongs to the recorded pass: masks by which others are cut are constants."""
-        if kind.name in _PUT_BY_MASK and node.args[2].shape.numel() == 1:
+        if kind.name in PUT_BY_MASK and node.args[2].shape.numel() == 1:
             return
 
         def frozen(arg: Any) -> Any:
@@ -230,6 +335,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 "torch.utils.checkpoint with use_reentrant=True runs the layers where nothing can be recorded, so that"
                 " they could not relax and their parameters would not learn. Use use_reentrant=False."
             )
+        self._follower = None
         node = Node(run, self._seen(args), self._seen_by_name(kwargs))
         before = {id(t) for t in _tensors((args, kwargs))}
         with self.pausing():
@@ -259,6 +365,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         after = result if isinstance(result, tuple) else (result,)
         pairs = [(old, new) for old, new in zip(before, after, strict=True) if isinstance(old, Tensor)]
         if any(new is not old for old, new in pairs):
+            self._follower = None
             node = Node(func, (call, *self._seen([old for old, _ in pairs])), {})
             for _, tensor in pairs:
                 value = Value(node, meta_of(tensor))
@@ -286,7 +393,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _seen_by_name(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return dict(zip(kwargs, self._seen(kwargs.values()), strict=True))
 
-    def _from_outside(self, tensor: Tensor) -> Value:
+    def _from_outside(self, tensor: Tensor, value: Value | None = None) -> Value:
+        """Notes what a tensor holds that nothing here computed: a new value, or that of a known pass."""
         if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or tensor.layout is not torch.strided:
             raise UnsupportedModuleError(
                 f"The step computes with a tensor of class {type(tensor).__name__} and layout {tensor.layout}; what is"
@@ -294,7 +402,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         if tensor.requires_grad and not tensor.is_leaf:
             _refuse_unrecorded(tensor)
-        value = Value(None, outside_meta_of(tensor))
+        value = value or Value(None, outside_meta_of(tensor))
         self._bind(tensor, value)
         self.record.inputs[value] = tensor
         if tensor.requires_grad:
@@ -305,8 +413,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return value
 
     def _bind(self, tensor: Tensor, value: Value) -> None:
-        self._known[id(tensor)] = weakref.ref(tensor), value
-        self._aliasing.seen(tensor)
+        ref = weakref.ref(tensor)
+        self._known[id(tensor)] = ref, value
+        self._aliasing.seen(ref)
 
     def _rebind(self, tensor: Tensor, value: Value | None) -> Value | None:
         """What a tensor holds; given a value, it holds that from now on."""
@@ -368,6 +477,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         value = Value(None, outside_meta_of(tensor))
         self._bind(tensor, value)
         self.record.inputs[value] = tensor
+        if self._follower is not None:
+            self._drawn.add(value)
 
     def _constant_from_now(self, tensor: Tensor) -> None:
         """Written to while gradients are off: what it holds from now on is a constant, or a leaf's new value."""
@@ -452,6 +563,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self.paused -= 1
 
+    def takes_care(self, loss: Tensor, gradient: Tensor | None, options: dict[str, Any]) -> bool:
+        """Whether somebody else does what a `backward` call was to do."""
+        if self.on_backward is None:
+            return False
+        return self.on_backward(loss, {**options, "gradient": gradient})
+
+    @contextmanager
+    def asking_nobody(self) -> Any:
+        """Within it `backward` calls are let pass."""
+        before, self.on_backward = self.on_backward, None
+        try:
+            yield
+        finally:
+            self.on_backward = before
+
     @contextmanager
     def handing_over(self) -> Any:
         """Within it nothing is recorded, and gradients of leaves change, which the pass may read before and after."""
@@ -465,7 +591,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._known.pop(id(alias), None)
 
     def __enter__(self) -> "Recorder":
-        calls = _Calls(self)
+        calls = TorchCalls(self)
         seams.enter(self)
         calls.__enter__()  # type: ignore[no-untyped-call]
         self._entered.append(calls)
@@ -476,70 +602,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._entered.pop().__exit__(*error)
         seams.leave(self)
+        if not self._entered:
+            self._follower = None  # the pass is over
 
 
-class _Calls(TorchFunctionMode):
-    """Sees calls of torch's functions that leave no trace, or another one, below autograd."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        recorder = self._recorder
-        if recorder.paused or func not in _SEEN:
-            return func(*args, **kwargs)
-        if func in _DETACHES:
-            before, recorder.asked = recorder.asked, True
-            try:
-                result = func(*args, **kwargs)
-            finally:
-                recorder.asked = before
-            if func in _IN_PLACE:
-                recorder.forget(args[0])
-            return result
-        if func == _SET_DATA:  # another object at every look
-            recorder.about_to_move(args[0])
-            recorder.moved_from(args[0])
-            with recorder.pausing():
-                func(*args, **kwargs)
-            return recorder.forget(args[0])
-        if func is _BACKWARD_OF:
-            listens = recorder.on_backward
-            if listens is not None and listens(args[0], {**dict(zip(_BACKWARD, args[1:], strict=False)), **kwargs}):
-                return None
-            return func(*args, **kwargs)
-        if func is F.gumbel_softmax:
-            return self._gumbel_softmax(*args, **kwargs)
-        if func in _NUMPY:
-            result = func(*args, **kwargs)
-            recorder.shared_with_numpy(args[0])
-            return result
-        if func is _HOOK:
-            tensor, hook = args[0], args[1] if len(args) > 1 else kwargs["hook"]
-            value, owner = recorder.known(tensor), _owner(hook)
-            if owner.startswith("lightning.fabric."):  # it only checks who calls backward, and here a learner does
-                return RemovableHandle(OrderedDict())
-            if owner.startswith("torch.distributed."):  # it tells FSDP when gradients are about to come
-                return func(*args, **kwargs)
-            if value is not None and value.node is not None and tensor.requires_grad:
-                recorder.record.hooks.setdefault(value, []).append(hook)
-            return func(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _gumbel_softmax(
-        self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
-    ) -> Tensor:
-        """The same, operation by operation: torch's own detaches where no mode sees it."""
-        soft = F.gumbel_softmax(logits, tau=tau, eps=eps, dim=dim)
-        if not hard:
-            return soft
-        index = soft.max(dim, keepdim=True)[1]
-        picked = torch.zeros_like(logits, memory_format=torch.legacy_contiguous_format).scatter_(dim, index, 1.0)
-        with self:
-            cut = soft.detach()
-        return picked - cut + soft
+_ANOTHER = Value(None, ())
 
 
 def _collective(name: str) -> UnsupportedModuleError:
@@ -552,18 +619,6 @@ def _collective(name: str) -> UnsupportedModuleError:
 
 def _tensors(held: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(held) if isinstance(leaf, Tensor)]
-
-
-def _owner(hook: Any) -> str:
-    """The module that a hook was written in."""
-    return str(getattr(getattr(hook, "func", hook), "__module__", ""))
-
-
-_SET_DATA, _BACKWARD_OF, _HOOK = Tensor.data.__set__, Tensor.backward, Tensor.register_hook  # type: ignore[attr-defined]
-_IN_PLACE = frozenset({Tensor.detach_, torch.detach_})
-_DETACHES = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__, *_IN_PLACE})  # type: ignore[attr-defined]
-_NUMPY: frozenset[Any] = frozenset((Tensor.numpy, Tensor.__array__))
-_SEEN = _DETACHES | _NUMPY | {F.gumbel_softmax, _SET_DATA, _HOOK, _BACKWARD_OF}
 
 
 def _refuse_unrecorded(tensor: Tensor) -> None:
@@ -581,9 +636,12 @@ def _refuse_unrecorded(tensor: Tensor) -> None:
     )
 
 
-def _rounding(tensor: Tensor) -> float:
-    if not tensor.is_floating_point() and not tensor.is_complex():
-        return 0.0
-    device = tensor.device.type
-    computed_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
-    return max(torch.finfo(tensor.dtype).eps, torch.finfo(computed_in).eps)
+def _rounding(dtype: torch.dtype, device: torch.device) -> float:
+    kind = device.type
+    computed_in = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+    return max(_eps(dtype), _eps(computed_in))
+
+
+@cache
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps if is_continuous(dtype) else 0.0

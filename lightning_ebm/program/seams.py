@@ -1,4 +1,5 @@
-"""Places of autograd that no mode of torch sees: custom functions, hooks on saved tensors, backward hooks of modules.
+"""Places of autograd that no mode of torch sees: custom functions, hooks on saved tensors, backward hooks of modules,
+and `torch.autograd.backward`.
 
 They are watched only while something records, and only for the thread that does.
 """
@@ -20,6 +21,7 @@ _FUNCTION_APPLY = torch.autograd.Function.__dict__["apply"]
 _ENTER_HOOKS = saved_tensors_hooks.__dict__["__enter__"]
 _SETUP_INPUT: Callable[..., Any] = BackwardHook.setup_input_hook
 _SETUP_OUTPUT: Callable[..., Any] = BackwardHook.setup_output_hook
+_BACKWARD = torch.autograd.backward
 
 
 class _Seams(threading.local):
@@ -37,10 +39,8 @@ class _Seams(threading.local):
         with _Seams._lock:
             _Seams._users += 1
             if _Seams._users == 1:
-                torch.autograd.Function.apply = classmethod(_apply)  # type: ignore[assignment,method-assign]
-                saved_tensors_hooks.__enter__ = _enter_hooks  # type: ignore[method-assign]
-                BackwardHook.setup_input_hook = _setup_input  # type: ignore[method-assign]
-                BackwardHook.setup_output_hook = _setup_output  # type: ignore[method-assign]
+                for owner, name, _, watched in _PLACES:
+                    setattr(owner, name, watched)
 
     def leave(self, recorder: "Recorder") -> None:
         """It is told no more; torch is as it was when no recorder is left."""
@@ -48,10 +48,8 @@ class _Seams(threading.local):
         with _Seams._lock:
             _Seams._users -= 1
             if _Seams._users == 0:
-                torch.autograd.Function.apply = _FUNCTION_APPLY  # type: ignore[method-assign]
-                saved_tensors_hooks.__enter__ = _ENTER_HOOKS  # type: ignore[method-assign]
-                BackwardHook.setup_input_hook = _SETUP_INPUT  # type: ignore[method-assign]
-                BackwardHook.setup_output_hook = _SETUP_OUTPUT  # type: ignore[method-assign]
+                for owner, name, plain, _ in _PLACES:
+                    setattr(owner, name, plain)
 
     @property
     def recorder(self) -> "Recorder | None":
@@ -125,3 +123,28 @@ def _setup_output(self: BackwardHook, args: Any) -> Any:
     if (recorder := seams.recorder) is None or (call := _calls.pop(id(self), None)) is None:
         return _SETUP_OUTPUT(self, args)
     return recorder.hooked(hooked_output, call, partial(_SETUP_OUTPUT, self), args)
+
+
+def _backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+    if (recorder := seams.recorder) is None:
+        return _BACKWARD(tensors, *args, **kwargs)
+    options = {**dict(zip(_OPTIONS, args, strict=False)), **kwargs}
+    several = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    gradients = options.pop("grad_tensors", None)
+    given = [gradients] * len(several) if gradients is None or isinstance(gradients, Tensor) else list(gradients)
+    left = [pair for pair in zip(several, given, strict=True) if not recorder.takes_care(*pair, options)]
+    if left:
+        losses, weights = zip(*left, strict=True)
+        _BACKWARD(losses, None if gradients is None else weights, **options)
+    return None
+
+
+_OPTIONS = ("grad_tensors", "retain_graph", "create_graph", "grad_variables", "inputs")
+_PLACES: tuple[tuple[Any, str, Any, Any], ...] = (
+    (torch.autograd.Function, "apply", _FUNCTION_APPLY, classmethod(_apply)),
+    (saved_tensors_hooks, "__enter__", _ENTER_HOOKS, _enter_hooks),
+    (BackwardHook, "setup_input_hook", _SETUP_INPUT, _setup_input),
+    (BackwardHook, "setup_output_hook", _SETUP_OUTPUT, _setup_output),
+    (torch.autograd, "backward", _BACKWARD, _backward),
+)
+"""Where something is put while anything records: the owner, the name, what is there, and what is put there."""

@@ -100,6 +100,7 @@ class AcceleratedFixedPoint(SweepingRelaxer):
             if len(halves) > 1 or steps > _ALONE:
                 point = search.onwards(step, ~(searching <= settled_at))
         settled = not failed and not moving  # of a mixture of two sweeps nobody has measured anything
+        del search, step, moved
         energies.append(landscape.evaluate(Energy(), point, strength))
         return ended(point, steps, norm, first, settled, self.tol, energies)
 

@@ -4,7 +4,7 @@ Letters: ``B`` samples; a list over layers holds one tensor a state, each ``(B, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -184,7 +184,7 @@ def checked_steps(owner: object, max_steps: int, tol: float) -> None:
         )
 
 
-def force_norm(landscape: Landscape, gradients: Sequence[Tensor]) -> Tensor:
+def force_norm(landscape: Landscape, gradients: Iterable[Tensor]) -> Tensor:
     """|dE/dx| of each sample, ``(B,)``."""
     return landscape.norms(gradients)
 

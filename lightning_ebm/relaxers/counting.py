@@ -36,7 +36,7 @@ class Counting(Around):
         self._spend(_REDUCTION)
         return self.inner.per_sample(tensors)
 
-    def norms(self, tensors: Sequence[Tensor]) -> Tensor:
+    def norms(self, tensors: Iterable[Tensor]) -> Tensor:
         self._spend(_REDUCTION)
         return self.inner.norms(tensors)
 

@@ -41,6 +41,7 @@ class Dyadic(Relaxer):
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
         mean = list(start)
+        del start  # nobody else may have to hold it
         energies: list[Tensor] = []
         steps = 0
         while True:
@@ -48,7 +49,7 @@ class Dyadic(Relaxer):
             if not steps:
                 energies.append(forces.total(strength))
             norm = force_norm(landscape, forces.gradients)
-            apart = force_norm(landscape, [p - q for p, q in zip(ahead, behind, strict=True)])
+            apart = force_norm(landscape, (p - q for p, q in zip(ahead, behind, strict=True)))
             settled = norm <= max(self.tol, 4 * landscape.rounding) * apart
             if steps == self.max_steps or (self.tol and bool(settled.all())):
                 break
@@ -57,8 +58,10 @@ class Dyadic(Relaxer):
                 masks = landscape.spread(settled, mean)
             else:
                 masks = landscape.spread(torch.zeros_like(settled), mean)
-            moved = [m - g for m, g in zip(mean, forces.gradients, strict=True)]
-            mean = [torch.where(k, m, x) for k, m, x in zip(masks, mean, moved, strict=True)]
+            del ahead, behind  # as large as the means, each: not held through the next round
+            for k, (mask, gradient) in enumerate(zip(masks, forces.gradients, strict=True)):
+                mean[k] = torch.where(mask, mean[k], mean[k] - gradient)
+            del forces, gradient, masks, mask
         if steps:
             energies.append(forces.total(strength))
         residual = norm / apart.clamp_min(torch.finfo(norm.dtype).tiny)

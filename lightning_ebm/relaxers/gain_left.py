@@ -58,6 +58,8 @@ class GainLeft:
         sizes = promised / squares
         shrunk = (sizes[-1] / sizes[0] < squares[-1] / squares[0]) & (sizes[-1] < _SHORTER * self._least)
         steadily = shrunk & (sizes[1:] < sizes[:-1]).all()
-        little, least = steadily & (left <= at_kinks * gained), left <= elsewhere * gained
+        # One short step, as a line search may end in, says nothing by itself.
+        least = (rate < 1) & (promised.amax() <= (1 - rate) * elsewhere * gained)
+        little = steadily & (left <= at_kinks * gained)
         kink, over = torch.stack([little | least & shrunk, least]).tolist()
         return "kink" if kink else "stalled" if over else None

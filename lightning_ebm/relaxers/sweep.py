@@ -29,7 +29,10 @@ class Sweep(Relaxer):
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
         forces = landscape.evaluate(ErrorForces(), landscape.no_errors, strength)
-        local_error = [-gradient for gradient in forces.gradients]
+        local_error = forces.gradients
+        for k, gradient in enumerate(local_error):  # one layer at a time: nothing is held twice
+            local_error[k] = -gradient
+            del gradient
         settled = torch.zeros_like(forces.internal)
         energies = [strength * forces.loss.detach()]
         no_errors = list(landscape.no_errors)

@@ -1,0 +1,213 @@
+"""The order in which code runs its operations, so that little is held at once; results stay the same to the bit."""
+
+import operator
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+from torch.fx.graph import CodeGen
+
+from lightning_ebm.program.operations import traits
+
+_BYTES = "bytes"
+"""What a node's `meta` calls the size of its result."""
+
+
+def note_size(node: fx.Node, result: Tensor) -> None:
+    """Notes how large what a node computes is."""
+    node.meta[_BYTES] = result.numel() * result.element_size()
+
+
+def size_of(node: fx.Node) -> int:
+    """Bytes of what a node computes, as far as anybody has noted it."""
+    size: int = node.meta.get(_BYTES, 0)
+    return size
+
+
+def _memory(node: fx.Node) -> fx.Node:
+    """The node whose result is the memory that this one's lies in."""
+    while node.op == "call_function":
+        shares = node.target is operator.getitem or traits(node.target).views
+        if not shares or (node.target is operator.getitem and not traits(node.args[0].target).views):  # type: ignore[union-attr]
+            break
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+class _Held:
+    """What is held while operations run one after the other.
+
+    Args:
+        nodes: all that are to run.
+        given: inputs that nobody else holds: they are let go of when they have been read for the last time.
+        end: what the code returns is held.
+    """
+
+    def __init__(self, nodes: Iterable[fx.Node], given: Collection[fx.Node], end: fx.Node) -> None:
+        self._left: dict[fx.Node, int] = {}
+        self._given = set(given)
+        self._read: dict[fx.Node, set[fx.Node]] = {}
+        for node in nodes:
+            self._read[node] = {_memory(source) for source in node.all_input_nodes}
+            for memory in self._read[node]:
+                self._left[memory] = self._left.get(memory, 0) + 1
+        for source in end.all_input_nodes:
+            memory = _memory(source)
+            self._left[memory] = self._left.get(memory, 0) + 1
+        self._own = set(self._read) | self._given
+
+    def taken(self, node: fx.Node) -> int:
+        """What running an operation adds."""
+        return size_of(node) if _memory(node) is node else 0
+
+    def freed(self, node: fx.Node) -> int:
+        """What nobody reads any more once it has run."""
+        last = (m for m in self._read[node] if self._left[m] == 1 and m in self._own)
+        unread = 0 if self._left.get(_memory(node), 0) else self.taken(node)
+        return sum(size_of(m) for m in last) + unread
+
+    def run(self, node: fx.Node) -> None:
+        """Notes that it has run."""
+        for memory in self._read[node]:
+            self._left[memory] -= 1
+
+
+def peak(order: Sequence[fx.Node], given: Collection[fx.Node], end: fx.Node) -> int:
+    """Bytes at the peak of running the operations in this order, beside what others hold."""
+    held = _Held(order, given, end)
+    now = most = sum(size_of(node) for node in given)
+    for node in order:
+        now += held.taken(node)
+        most = max(most, now)
+        now -= held.freed(node)
+        held.run(node)
+    return most
+
+
+def sparing(nodes: Sequence[fx.Node], given: Collection[fx.Node], end: fx.Node) -> list[fx.Node]:
+    """The order, of some that are tried, whose peak is lowest.
+
+    Args:
+        nodes: the operations, in an order in which they can run.
+        given: inputs that nobody else holds.
+        end: the node that returns.
+    """
+    outputs = list(dict.fromkeys(end.all_input_nodes))
+    large = sorted(outputs, key=lambda node: -size_of(node))
+    orders = [list(nodes), *(_output_by_output(ends, set(nodes)) for ends in (outputs, large, outputs[::-1]))]
+    orders += [_reduced_at_once(order) for order in orders]
+    orders += [_greedy(nodes, given, end)]
+    return min(orders, key=lambda order: peak(order, given, end))
+
+
+def _output_by_output(outputs: Sequence[fx.Node], wanted: set[fx.Node]) -> list[fx.Node]:
+    """The operations, each right before the first output that needs it."""
+    found: dict[fx.Node, None] = {}
+    for output in outputs:
+        path = [output]
+        while path:
+            node = path[-1]
+            ahead = next((s for s in node.all_input_nodes if s in wanted and s not in found), None)
+            if node in found or node not in wanted or ahead is None:
+                path.pop()
+                if node in wanted:
+                    found[node] = None
+            else:
+                path.append(ahead)
+    return list(found)
+
+
+def _groups(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """The operations by the last one of their group: what only leads to something small goes together with that.
+
+    A product that is summed at once, for example.
+    """
+    own, group = set(nodes), dict[fx.Node, fx.Node]()
+    for node in reversed(nodes):
+        user = next(iter(node.users)) if len(node.users) == 1 else None
+        group[node] = group[user] if user in own and _shrinks(user, [node]) else node
+    members: dict[fx.Node, list[fx.Node]] = {}
+    for node in nodes:
+        members.setdefault(group[node], []).append(node)
+    return members
+
+
+def _shrinks(node: fx.Node, sources: Iterable[fx.Node]) -> bool:
+    """Whether its result is small beside what it is computed from."""
+    return 4 * size_of(node) <= max((size_of(s) for s in sources), default=0)
+
+
+def _reduced_at_once(order: Sequence[fx.Node]) -> list[fx.Node]:
+    """The same order, but for groups that end in something small: they run as soon as they can."""
+    groups = _groups(order)
+    waiting = {
+        last: {s for node in together for s in node.all_input_nodes} - set(together)
+        for last, together in groups.items()
+        if any(_shrinks(node, node.all_input_nodes) for node in together)
+    }
+    users: dict[fx.Node, list[fx.Node]] = {}
+    own = set(order)
+    for last, ahead in waiting.items():
+        ahead &= own
+        for source in ahead:
+            users.setdefault(source, []).append(last)
+    found: dict[fx.Node, None] = {}
+    queue = [*reversed(order)]
+    while queue:
+        node = queue.pop()
+        if node in found:
+            continue
+        found[node] = None
+        for last in users.get(node, ()):
+            waiting[last].discard(node)
+            if not waiting[last]:
+                queue.extend(reversed(groups[last]))
+    return list(found)
+
+
+def _greedy(nodes: Sequence[fx.Node], given: Collection[fx.Node], end: fx.Node) -> list[fx.Node]:
+    """Of the groups that can run, always the one after which least is held; among equals that with fresher inputs."""
+    held, position, members = _Held(nodes, given, end), {node: k for k, node in enumerate(nodes)}, _groups(nodes)
+    group = {node: last for last, together in members.items() for node in together}
+    waiting = {
+        last: {group[s] for node in together for s in node.all_input_nodes if s in position} - {last}
+        for last, together in members.items()
+    }
+    following: dict[fx.Node, list[fx.Node]] = {}
+    for last, ahead in waiting.items():
+        for other in ahead:
+            following.setdefault(other, []).append(last)
+    ready, done = {last for last, ahead in waiting.items() if not ahead}, dict[fx.Node, int]()
+
+    def cost(last: fx.Node) -> tuple[int, int, int]:
+        added = sum(held.taken(node) - held.freed(node) for node in members[last])
+        fresh = max((done.get(s, 0) for node in members[last] for s in node.all_input_nodes), default=0)
+        return added, -fresh, position[last]
+
+    while ready:
+        last = min(ready, key=cost)
+        ready.remove(last)
+        for node in members[last]:
+            done[node] = len(done)
+            held.run(node)
+        for user in following.get(last, ()):
+            waiting[user].discard(last)
+            if not waiting[user]:
+                ready.add(user)
+    return list(done)
+
+
+class Emptied(CodeGen):
+    """Code that takes its inputs as one list, which it empties: it lets go of each when it has read it last."""
+
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
+        """The head of the function."""
+        head = f"def {self._func_name}(self, inputs){maybe_return_annotation}:"
+        taken = f"\n    [{', '.join(free_vars)}] = inputs" if free_vars else ""
+        return f"{head}{taken}\n    inputs.clear()"
+
+
+def code_of(root: fx.GraphModule, graph: fx.Graph) -> Callable[[list[Tensor]], Any]:
+    """A graph as a function of one list, see `Emptied`."""
+    graph.set_codegen(Emptied())
+    return fx.GraphModule(root, graph).forward

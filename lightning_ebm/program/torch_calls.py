@@ -1,0 +1,105 @@
+"""Calls of torch's functions that leave no trace, or another one, below autograd: seen while something records."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from lightning_ebm.errors import UnsupportedModuleError
+
+if TYPE_CHECKING:
+    from lightning_ebm.program.recorder import Recorder
+
+_BACKWARD = ("gradient", "retain_graph", "create_graph", "inputs")
+
+
+class TorchCalls(TorchFunctionMode):
+    """Tells a recorder of them."""
+
+    def __init__(self, recorder: "Recorder") -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        recorder = self._recorder
+        if recorder.paused or func not in _SEEN:
+            return func(*args, **kwargs)
+        if func in _DETACHES:
+            before, recorder.asked = recorder.asked, True
+            try:
+                result = func(*args, **kwargs)
+            finally:
+                recorder.asked = before
+            if func in _IN_PLACE:
+                recorder.forget(args[0])
+            return result
+        if func == _SET_DATA:  # another object at every look
+            recorder.about_to_move(args[0])
+            recorder.moved_from(args[0])
+            with recorder.pausing():
+                func(*args, **kwargs)
+            return recorder.forget(args[0])
+        if func is _BACKWARD_OF:
+            options = {**dict(zip(_BACKWARD, args[1:], strict=False)), **kwargs}
+            if recorder.takes_care(args[0], options.pop("gradient", None), options):
+                return None
+            with recorder.asking_nobody():
+                return func(*args, **kwargs)
+        if func is F.gumbel_softmax:
+            return self._gumbel_softmax(*args, **kwargs)
+        if func in _NUMPY:
+            result = func(*args, **kwargs)
+            recorder.shared_with_numpy(args[0])
+            return result
+        if func == _GRAPH:
+            recorder.record.reads_graph = True
+            return func(*args, **kwargs)
+        if func is _HOOK:
+            tensor, hook = args[0], args[1] if len(args) > 1 else kwargs["hook"]
+            value, owner = recorder.known(tensor), _owner(hook)
+            if owner == "torch.autograd.graph" and value is not None and value.node is not None:
+                raise UnsupportedModuleError(
+                    "The step puts torch.autograd.graph.register_multi_grad_hook on tensors that it computes: the hook"
+                    " waits for all of their gradients in one backward pass, and a relaxation has many, in each of"
+                    " which it would be told of errors. Use tensor.register_hook(...) on each, or put it on parameters."
+                )
+            if owner.startswith("lightning.fabric."):  # it only checks who calls backward, and here a learner does
+                return RemovableHandle(OrderedDict())
+            if owner.startswith("torch.distributed."):  # it tells FSDP when gradients are about to come
+                return func(*args, **kwargs)
+            if value is not None and value.node is not None and tensor.requires_grad:
+                recorder.record.hooks.setdefault(value, []).append(hook)
+            return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _gumbel_softmax(
+        self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
+    ) -> Tensor:
+        """The same, operation by operation: torch's own detaches where no mode sees it."""
+        soft = F.gumbel_softmax(logits, tau=tau, eps=eps, dim=dim)
+        if not hard:
+            return soft
+        index = soft.max(dim, keepdim=True)[1]
+        picked = torch.zeros_like(logits, memory_format=torch.legacy_contiguous_format).scatter_(dim, index, 1.0)
+        with self:
+            cut = soft.detach()
+        return picked - cut + soft
+
+
+def _owner(hook: Any) -> str:
+    """The module that a hook was written in."""
+    return str(getattr(getattr(hook, "func", hook), "__module__", ""))
+
+
+_SET_DATA, _BACKWARD_OF, _HOOK = Tensor.data.__set__, Tensor.backward, Tensor.register_hook  # type: ignore[attr-defined]
+_IN_PLACE = frozenset({Tensor.detach_, torch.detach_})
+_DETACHES = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__, *_IN_PLACE})  # type: ignore[attr-defined]
+_NUMPY: frozenset[Any] = frozenset((Tensor.numpy, Tensor.__array__))
+_GRAPH = Tensor.grad_fn.__get__  # type: ignore[union-attr]
+_SEEN = _DETACHES | _NUMPY | {F.gumbel_softmax, _SET_DATA, _HOOK, _BACKWARD_OF, _GRAPH}

@@ -1,0 +1,269 @@
+"""A pass is followed along a known one as long as it is the same, and not one operation further."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lightning_ebm as ebm
+from lightning_ebm.program import record as records
+
+LATE = 4
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.norm = nn.BatchNorm1d(6)
+        self.one, self.two = nn.Buffer(torch.full((6,), 0.5)), nn.Buffer(torch.full((6,), 1.5))
+        self.act, self.drop = nn.Tanh(), nn.Dropout(0.3)
+        self.other = nn.Parameter(torch.randn(6))
+        self.scale = nn.Parameter(torch.ones(6))
+        self.double()
+
+
+Change = Callable[[Net, Tensor, Tensor, int], Tensor]
+
+
+def another_constant(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return F.leaky_relu(h, 0.1 if index < LATE else 0.4)
+
+
+def a_sign(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return h.clamp(-0.1 if index < LATE else -0.3, 0.2)
+
+
+def another_operation(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return h.sin() if index < LATE else h.cos()
+
+
+def operands_the_other_way_round(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return h.tanh() - x if index < LATE else x - h.tanh()
+
+
+def another_input_of_the_same_kind(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    first, second = h.sin(), h.exp()
+    return first * (first if index < LATE else second)
+
+
+def the_same_tensor_twice(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    one = torch.full_like(x, 0.5)
+    other = torch.full_like(x, 1.5) if index < LATE else one
+    return h * one + h.square() * other
+
+
+def two_tensors_where_there_was_one(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return h * net.one + h.square() * (net.one if index < LATE else net.two)
+
+
+def another_parameter(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return h * (net.scale if index < LATE else net.other)
+
+
+def a_frozen_parameter(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return h * net.scale + (net.other if index < LATE else net.other.detach())
+
+
+def a_parameter_that_is_frozen(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    net.scale.requires_grad_(index < LATE)
+    return h * net.scale + net.other
+
+
+def a_parameter_of_another_shape(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    if index == LATE and net.scale.ndim == 1:
+        net.scale.data = net.scale.data.view(1, 6)
+    return h * net.scale
+
+
+def a_leaf_that_the_step_makes(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    made = x * 0.1
+    if index >= LATE:
+        made.requires_grad_()
+        (slope,) = torch.autograd.grad((made.square() * h.detach()).sum(), made)
+        return h + slope + made
+    return h + made
+
+
+def other_strides(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    weights = torch.arange(36.0, dtype=h.dtype).view(6, 6) / 36
+    return h @ (weights if index < LATE else weights.t())
+
+
+def a_call_that_is_missing(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return net.act(h) if index < LATE else torch.tanh(h)
+
+
+def a_detour(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    """What a logger computes now and then, in between."""
+    if index % 3 == 2:
+        (h.square().sum() * 2).detach()
+    return h.sin()
+
+
+def dropout(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return net.drop(h)
+
+
+def written_in_place(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    h = h * 1.0
+    h += x
+    return F.relu_(h * (1.0 + index))
+
+
+def written_through_a_view_late(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    h = h * 1.0
+    part = h[:, :3] if index >= LATE else h
+    part.mul_(0.5)
+    return h.sin()
+
+
+def batch_norm(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    net.train(index != LATE)
+    return net.norm(h)
+
+
+def noise(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return h + 0.1 * torch.randn_like(h) * torch.rand(6, dtype=h.dtype) + torch.bernoulli(h.sigmoid())
+
+
+def in_place_late(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    h = h * 1.0
+    return h.sin_() if index >= LATE else h.sin()
+
+
+def a_hook_that_begins(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    h = h * 1.0
+    if index >= LATE:
+        h.register_hook(lambda slope: 0.3 * slope)
+    return h.sin()
+
+
+def gradients_off(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    with torch.set_grad_enabled(index < LATE):
+        gate = h.sigmoid()
+    return h * gate
+
+
+def another_batch(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return h[: 5 if index < LATE else 3].repeat(5, 1)[:5] * 1.0
+
+
+def a_lookup(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return h[h > 0].sum() * h if index % 2 else h[:, [index % 3, 0, 1, 2, 3, 4]]
+
+
+CHANGES = [
+    another_constant, a_sign, another_operation, operands_the_other_way_round, another_input_of_the_same_kind,
+    the_same_tensor_twice, two_tensors_where_there_was_one, another_parameter, a_frozen_parameter,
+    a_parameter_that_is_frozen, a_parameter_of_another_shape, a_leaf_that_the_step_makes, other_strides,
+    a_call_that_is_missing, a_detour, dropout, written_in_place, written_through_a_view_late, batch_norm, noise,
+     in_place_late, a_hook_that_begins, gradients_off,
+    another_batch, a_lookup,
+]  # fmt: skip
+
+
+def step(net: Net, change: Change, index: int) -> Tensor:
+    generator = torch.Generator().manual_seed(index)
+    x = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    torch.manual_seed(index)
+    h = net.act(net.a(x))
+    return F.cross_entropy(net.c(net.act(net.b(change(net, h, x, index)))), torch.arange(5) % 3)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_what_changes_between_steps_is_never_missed(change: Change, capture: bool) -> None:
+    """The exact rule is autograd's gradient of that very step."""
+    net = Net()
+    learner = ebm.Learner(net, "zero-divergence", layers=["a", "b"] if change is a_call_that_is_missing else None,
+                          capture=capture)  # fmt: skip
+    for index in range(2 * LATE):
+        found = learner.gradients(lambda index=index: step(net, change, index))
+        named = {name: p for name, p in net.named_parameters() if name in found}
+        true = torch.autograd.grad(step(net, change, index), list(named.values()))
+        for name, wanted in zip(named, true, strict=True):
+            assert torch.allclose(found[name], wanted, rtol=0, atol=1e-12), (name, index)
+
+
+def norm(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return F.relu_(net.norm(h))
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_the_layers_are_those_of_the_parameters_that_are_used_now(capture: bool) -> None:
+    net, named = Net(), []
+    learner = ebm.Learner(net, "zero-divergence", capture=capture)
+    for index in range(2 * LATE):
+        learner.gradients(lambda index=index: step(net, another_parameter, index))
+        assert learner.plan is not None
+        named.append({name for row in learner.plan.rows for name in row.parameters} & {"scale", "other"})
+    assert named == [{"scale"}] * LATE + [{"other"}] * LATE
+
+
+class OwnTanh(nn.Tanh):
+    """Another module with the same operations."""
+
+
+def test_the_layers_are_those_of_the_modules_that_are_called_now() -> None:
+    net, named = Net(), []
+    learner = ebm.Learner(net, "zero-divergence")
+    for index in range(2 * LATE):
+        if index == LATE:
+            net.act = OwnTanh()
+        learner.gradients(lambda index=index: step(net, lambda net, h, x, index: h * 1.0, index))
+        assert learner.plan is not None
+        named.append({row.activation for row in learner.plan.rows})
+    assert named == [{"Tanh"}] * LATE + [{"OwnTanh"}] * LATE
+
+
+def test_a_leaf_that_the_step_makes_late_is_given_its_gradient() -> None:
+    """By the same operations as before."""
+    net = Net()
+    learner = ebm.Learner(net, "zero-divergence")
+    for index in range(2 * LATE):
+        made: list[Tensor] = []
+
+        def change(net: Net, h: Tensor, x: Tensor, index: int, made: list[Tensor] = made) -> Tensor:
+            made.append((x * 0.1).requires_grad_(index >= LATE))
+            return h + made[-1]
+
+        learner.backward(lambda index=index, change=change: step(net, change, index))
+        assert (made[0].grad is not None) == (index >= LATE)
+        if index >= LATE:
+            loss = step(net, change, index)
+            assert torch.allclose(made[0].grad, torch.autograd.grad(loss, made[1])[0], rtol=0, atol=1e-12)
+
+
+def built(net: Net, change: Change, monkeypatch: pytest.MonkeyPatch, algorithm: str = "zero-divergence") -> list[int]:
+    """How many operations were written down anew, step by step."""
+    learner, counts = ebm.Learner(net, algorithm), []
+    plain = records.Node.__init__
+
+    def counted(self, *args, **kwargs):
+        counts[-1] += 1
+        plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(records.Node, "__init__", counted)
+    for index in range(2 * LATE):
+        counts.append(0)
+        learner.gradients(lambda index=index: step(net, change, index))
+    return counts
+
+
+@pytest.mark.parametrize("change", [lambda net, h, x, index: h, dropout, noise, a_hook_that_begins, norm])
+def test_a_pass_that_comes_again_builds_nothing(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = built(Net(), change, monkeypatch)
+    assert counts[0] > 0
+    late = change is a_hook_that_begins
+    assert counts[1 : LATE if late else None] == [0] * (LATE - 1 if late else 2 * LATE - 1)
+
+
+def test_a_pass_that_changes_builds_what_comes_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = built(Net(), another_operation, monkeypatch)
+    assert counts[1:LATE] == [0] * (LATE - 1)
+    assert 0 < counts[LATE] < counts[0]
+    assert counts[LATE + 1 :] == [0] * (LATE - 1)
