@@ -9,19 +9,18 @@ from lightning_ebm.evaluations import Landscape, Slope
 from lightning_ebm.evaluations.base import Coordinates
 from lightning_ebm.relaxers.base import Status, force_norm
 from lightning_ebm.relaxers.descent import Descent
+from lightning_ebm.relaxers.inverse_hessian import InverseHessian
 
-_PAIRS = 3
+PAIRS = 3
 """Each is as large as two points, and costs two scalar products and two sums a step; six took a tenth less steps."""
 _SUFFICIENT = 1e-4
 """Of what the slope promises, how much a step must gain (Armijo)."""
 _TRIALS = 8
 """On one line; a hundredth of the way is enough to tell a kink from a slope."""
 
-Pair = tuple[list[Tensor], list[Tensor], Tensor]
-
 
 class JointDescent(Descent):
-    """x <- x - t H g with all states of the batch at once, H the inverse Hessian as far as the last three steps tell.
+    """x <- x - t H g with all states of the batch at once, H the inverse Hessian as far as the last steps tell.
 
     Limited-memory BFGS (Nocedal 1980), with a line search on the energy of the batch: the step 1 where it gains enough,
     else the least point of the cubic through both ends. Where the energy only differs by rounding, the slopes decide
@@ -34,6 +33,7 @@ class JointDescent(Descent):
         strength: see there.
         lr: see there.
         tol: see there.
+        memory: see `InverseHessian`.
     """
 
     def __init__(
@@ -44,13 +44,14 @@ class JointDescent(Descent):
         strength: float,
         lr: float,
         tol: float,
+        memory: int = PAIRS,
     ) -> None:
         super().__init__(landscape, coordinates, start, strength, lr, tol, window=6)
         self.first = self.first.square().mean().sqrt().expand_as(self.first)
         self.settled_at = self.tolerance(self.first)
         own = landscape.products(self.gradients, self.gradients, range(len(self.gradients)))
         self._weighted = coordinates == "errors" and not torch.allclose(landscape.metric(*[self.gradients] * 2), own)
-        self._pairs: list[Pair] = []
+        self._inverse = InverseHessian(memory, self._dot, _beside)
         self._nowhere: Status | None = None
 
     def status(self, max_steps: int) -> Status | None:
@@ -59,10 +60,10 @@ class JointDescent(Descent):
 
     def step(self) -> None:
         """A line search along the quasi-Newton direction; along the force itself where that leads nowhere."""
-        direction = self._direction()
+        direction = [-x for x in self._inverse.times(self.gradients, self.lr)]
         slope = self._dot(self.gradients, direction)
-        if self._pairs and not bool(slope < 0):
-            self._pairs = []
+        if self._inverse and not bool(slope < 0):
+            self._inverse.forget()
             return self.step()
         length, turned, squares = 1.0, 0, self.norm.square().sum()
         for _ in range(_TRIALS):
@@ -80,8 +81,8 @@ class JointDescent(Descent):
             turned += int(ahead > -0.5 * slope)
             length = _between(length, float(slope), float(ahead), float(rise))
         self.gain_left.note(-0.5 * length * slope, squares)
-        if self._pairs:
-            self._pairs = []
+        if self._inverse:
+            self._inverse.forget()
         else:  # however short, the steps led into a force that pushes back, as at a kink; or into none, as in rounding
             self._nowhere = "kink" if turned == _TRIALS else "stalled"
         return None
@@ -92,29 +93,18 @@ class JointDescent(Descent):
             return self.landscape.metric(a, b).sum()
         return torch.stack([torch.dot(x.flatten(), y.flatten()) for x, y in zip(a, b, strict=True)]).sum()
 
-    def _direction(self) -> list[Tensor]:
-        """-H g, by the two loops of Nocedal 1980."""
-        d = [-g for g in self.gradients]
-        shares = []
-        for move, turn, product in reversed(self._pairs):
-            shares.append(self._dot(move, d) / product)
-            d = [torch.addcmul(x, -shares[-1], y) for x, y in zip(d, turn, strict=True)]
-        scale = self._pairs[-1][2] / self._dot(self._pairs[-1][1], self._pairs[-1][1]) if self._pairs else self.lr
-        d = [x * scale for x in d]
-        for (move, turn, product), share in zip(self._pairs, reversed(shares), strict=True):
-            back = share - self._dot(turn, d) / product
-            d = [torch.addcmul(x, back, s) for x, s in zip(d, move, strict=True)]
-        return d
-
     def _keep(self, trial: list[Tensor], forces: Slope, reached: Tensor) -> None:
         move = [y - x for x, y in zip(self.point, trial, strict=True)]
         turn = [h - g for g, h in zip(self.gradients, forces.gradients, strict=True)]
-        product = self._dot(move, turn)
-        if bool(product > 1e-10 * self._dot(turn, turn)):  # else the energy is concave along the step
-            self._pairs = [*self._pairs, (move, turn, product)][-_PAIRS:]
+        self._inverse.add(move, turn)
         self.point, self.gradients, self.energy = trial, forces.gradients, reached
         self.norm = force_norm(self.landscape, self.gradients)
         self.energies.append(reached)
+
+
+def _beside(factor: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """One number of the batch multiplies every layer."""
+    return [factor] * len(tensors)
 
 
 def _between(length: float, slope: float, ahead: float, rise: float) -> float:

@@ -1,9 +1,8 @@
 """Descent along directions that remember the curvature met before: for equilibria, rather than a few steps."""
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,17 +10,11 @@ from torch import Tensor
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.evaluations import ErrorForces, Forces, Landscape
 from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_steps
+from lightning_ebm.relaxers.inverse_hessian import InverseHessian
+from lightning_ebm.relaxers.joint_descent import JointDescent
 
 _TRIES = 12
 """Shortenings of one step after which a sample is taken to sit at a kink."""
-
-
-class _Pair(NamedTuple):
-    """A step s, the change y of the force along it, and 1 / <s, y> of each sample; 0 is nothing to learn from."""
-
-    step: list[Tensor]
-    change: list[Tensor]
-    inverse: Tensor
 
 
 @dataclass(frozen=True)
@@ -30,8 +23,7 @@ class QuasiNewton(Relaxer):
 
     What plain descent needs thousands of steps for (inputs without a prior of their own, deep chains, large weights)
     takes some tens. The step length a starts at 1, and is shortened for the samples whose force along it has turned
-    round. Samples that see each other (BatchNorm in training, a loss across the batch) are found out at the end, by a
-    force that is not what it was, and go on as one.
+    round. Samples that see each other (BatchNorm in training, a loss across the batch) have one H, see `JointDescent`.
 
     Args:
         max_steps: how many evaluations at most.
@@ -61,6 +53,12 @@ class QuasiNewton(Relaxer):
             raise ConfigurationError(f'QuasiNewton(coordinates={self.coordinates!r}): expected "states" or "errors".')
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
+        if landscape.samples_interact:
+            point = start if self.coordinates == "states" else landscape.no_errors
+            joint = JointDescent(landscape, self.coordinates, point, strength, 1.0, self.tol, self.memory)
+            while (status := joint.status(self.max_steps)) is None:
+                joint.step()
+            return joint.ended(status)
         descent = _Descent(self, landscape, start, strength)
         while not descent.ended():
             descent.step()
@@ -73,14 +71,14 @@ class _Descent:
     def __init__(self, relaxer: QuasiNewton, landscape: Landscape, start: Sequence[Tensor], strength: float) -> None:
         self.relaxer, self.landscape, self.strength = relaxer, landscape, strength
         in_states = relaxer.coordinates == "states"
-        self.steps, self.as_one = 0, False
+        self.steps = 0
         self.point = list(start if in_states else landscape.no_errors)
         self.energies: list[Tensor] = []
         self.gradients = self._evaluate(self.point)
         self.first = self.norm = self._norm(self.gradients)
         size = landscape.norms(start)
         self.rounding = (4 * torch.finfo(size.dtype).eps * size) if in_states else torch.zeros_like(size)
-        self.pairs: deque[_Pair] = deque(maxlen=relaxer.memory)
+        self.inverse = InverseHessian(relaxer.memory, self._dot, lambda f, t: landscape.spread(f, list(t)))
         self.length = torch.ones_like(self.first)
         self.tries = torch.zeros_like(self.first)
         self.direction: list[Tensor] = []
@@ -95,10 +93,8 @@ class _Descent:
 
     def _dot(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         if self.relaxer.coordinates == "errors":  # forces are gradients in that metric
-            found = self.landscape.metric(left, right)
-        else:
-            found = self.landscape.products(left, right, range(len(left)))
-        return found.sum().expand_as(found) if self.as_one else found
+            return self.landscape.metric(left, right)
+        return self.landscape.products(left, right, range(len(left)))
 
     def _norm(self, gradients: Sequence[Tensor]) -> Tensor:
         return self._dot(gradients, gradients).clamp_min(0).sqrt()
@@ -113,27 +109,14 @@ class _Descent:
         return self.tries > _TRIES
 
     def ended(self) -> bool:
-        """Whether nothing is left to do; looks at the point as a whole before it says so."""
+        """Whether nothing is left to do; the energy is then that of the point as a whole."""
         if self.steps < self.relaxer.max_steps and not bool((self.settled | self.stalled).all()):
             return False
-        if self.measured:
-            return True
-        before = self.norm
-        self.gradients, self.measured = self._evaluate(self.point), True
-        self.energies.pop(-2)
-        self.norm = self._norm(self.gradients)
-        changed = (self.norm - before).abs() > 1e-3 * before + 1e-3 * self.first * self.relaxer.tol
-        if self.as_one or self.steps >= self.relaxer.max_steps or not bool((changed & ~self.settled).any()):
-            return True
-        self.as_one = True
-        self.first, self.norm = self._norm_of(self.first), self._norm(self.gradients)
-        self.pairs.clear()
-        self.direction, self.tries, self.length = [], torch.zeros_like(self.tries), torch.ones_like(self.length)
-        return bool(self.settled.all())
-
-    @staticmethod
-    def _norm_of(norms: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(norms).expand_as(norms)  # type: ignore[no-any-return]
+        if not self.measured:
+            self.gradients, self.measured = self._evaluate(self.point), True
+            self.energies.pop(-2)
+            self.norm = self._norm(self.gradients)
+        return True
 
     def step(self) -> None:
         """One evaluation: every sample that is still moving is tried a step further on."""
@@ -142,20 +125,17 @@ class _Descent:
         if not self.direction:
             self._aim()
         reach = torch.where(moving, self.length, 0)
-        ahead = self._added(self.point, reach, self.direction)
+        spread = landscape.spread(reach, self.point)
+        ahead = [torch.addcmul(x, f, d) for x, f, d in zip(self.point, spread, self.direction, strict=True)]
         if self.relaxer.coordinates == "states":
             ahead = landscape.feasible(ahead)
         gradients = self._evaluate(ahead)
         self.steps += 1
         slope = self._dot(gradients, self.direction)
         kept = moving & (slope <= 0.9 * self.slope.abs())  # nan is not
-        if self.as_one:
-            kept = kept.all().expand_as(kept)
         change = [torch.where(k, h - g, 0) for k, g, h in self._rows(kept, self.gradients, gradients)]
         step = [torch.where(k, y - x, 0) for k, x, y in self._rows(kept, self.point, ahead)]
-        curved = self._dot(step, change)
-        enough = curved > 1e-12 * (self._dot(step, step) * self._dot(change, change)).sqrt()
-        self.pairs.append(_Pair(step, change, torch.where(enough, 1 / curved.masked_fill(~enough, 1), 0)))
+        self.inverse.add(step, change)
         whole = bool(kept.all())
         self.point = ahead if whole else [x + s for x, s in zip(self.point, step, strict=True)]
         self.gradients = gradients if whole else [g + c for g, c in zip(self.gradients, change, strict=True)]
@@ -169,22 +149,7 @@ class _Descent:
 
     def _aim(self, kept: Tensor | None = None) -> None:
         """-H g, for the samples that have moved; -g where that leads uphill or nothing is known."""
-        new = [-g for g in self.gradients]
-        shares: list[Tensor] = []
-        for pair in reversed(self.pairs):
-            shares.append(pair.inverse * self._dot(pair.step, new))
-            new = self._added(new, -shares[-1], pair.change)
-        scale = torch.zeros_like(self.first)
-        for pair in self.pairs:  # <s, y> / <y, y> of the last that there is
-            size = self._dot(pair.change, pair.change)
-            now = (pair.inverse > 0) & (size > 0)
-            scale = torch.where(now, 1 / (pair.inverse * size).masked_fill(~now, 1), scale)
-        known = scale > 0
-        # The first step is as long as the force, and no longer than 1 a unit would be.
-        scale = torch.where(known, scale, 1.0)
-        new = [r * x for r, x in zip(self.landscape.spread(scale, new), new, strict=True)]
-        for pair, share in zip(self.pairs, reversed(shares), strict=True):
-            new = self._added(new, share - pair.inverse * self._dot(pair.change, new), pair.step)
+        new = [-x for x in self.inverse.times(self.gradients, 1.0)]
         slope = self._dot(self.gradients, new)
         down = slope < 0
         new = [torch.where(d, x, -g) for d, x, g in self._rows(down, new, self.gradients)]
@@ -194,10 +159,6 @@ class _Descent:
         else:  # a sample that was sent back tries the same way again
             self.direction = [torch.where(k, x, d) for k, x, d in self._rows(kept, new, self.direction)]
             self.slope = torch.where(kept, slope, self.slope)
-
-    def _added(self, point: Sequence[Tensor], factors: Tensor, direction: Sequence[Tensor]) -> list[Tensor]:
-        spread = self.landscape.spread(factors, list(point))
-        return [torch.addcmul(x, f, d) for x, f, d in zip(point, spread, direction, strict=True)]
 
     def _rows(self, which: Tensor, *lists: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         """A truth value a sample, beside each layer's tensors."""
