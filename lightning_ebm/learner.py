@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.clamp import Clamp, checked_clamp, refuse_unknown
 from lightning_ebm.closure import Closure
@@ -17,7 +18,7 @@ from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.nudges import Nudge
 from lightning_ebm.phases import Phases
 from lightning_ebm.presets import algorithm as preset
-from lightning_ebm.program.layers import Layers, Output
+from lightning_ebm.program.layers import Layers, Output, check_layers
 from lightning_ebm.program.programs import Programs
 from lightning_ebm.program.recorder import Recorder
 from lightning_ebm.program.seen_backward import refuse_backward
@@ -91,14 +92,14 @@ class Learner:
         batch_size: BatchSize = None,
         scale: Scale = None,
     ) -> None:
-        check_options(output, loss_reduction)
-        self.module = module
+        check_options(layers, output, loss_reduction, capture, compile)
+        self.module: nn.Module = checked.instance(self, "module", module, nn.Module, "a torch.nn.Module")
         self.algorithm = preset(algorithm)
         self.loss_reduction = loss_reduction
         self.capture = capture
         self.compile = compile
         self._code: Code = ("compiled" if compile else "traced") if capture else None
-        self._quiet = quiet
+        self._quiet = checked.function(self, "quiet", quiet, "what makes a context manager")
         self._samples = Samples(batch_size, scale)
         self._options: tuple[Layers, Output] = (layers, output_for(self.algorithm, output))
         self._programs = Programs(module, *self._options)
@@ -404,15 +405,17 @@ _UNSETTLED = {
 """What is said once of each status, with the steps taken and the largest residual."""
 
 
-def check_options(output: str, loss_reduction: str) -> None:
-    """Refuses words that mean nothing, where they were written."""
-    if output not in ("auto", "readout", "state"):
-        raise ConfigurationError(f'output={output!r}: expected "auto", "readout" or "state".')
-    if loss_reduction not in ("mean", "sum"):
-        raise ConfigurationError(
-            f'loss_reduction={loss_reduction!r}: expected "mean" or "sum", as your loss reduces over the batch; it'
-            " decides by how much the nudge is multiplied, and a wrong one is a factor of the batch size."
-        )
+def check_options(layers: Any, output: Any, loss_reduction: Any, capture: Any, compile: Any) -> None:
+    """Refuses settings that mean nothing, where they were written."""
+    check_layers(layers)
+    checked.choice("", "output", output, ("auto", "readout", "state"))
+    why = (
+        ", as your loss reduces over the batch; it decides by how much the nudge is multiplied, and a wrong one is a"
+        " factor of the batch size"
+    )
+    checked.choice("", "loss_reduction", loss_reduction, ("mean", "sum"), why)
+    checked.flag("", "capture", capture)
+    checked.flag("", "compile", compile)
 
 
 def output_for(algorithm: Algorithm, output: Output) -> Output:

@@ -38,6 +38,7 @@ def test_doctests():
 # Lower layers know nothing of higher ones; torch alone below the strategy.
 ORDER = [
     {"errors", "harmless", "notebook", "promises"},
+    {"checked"},
     {"energies", "nudges"},
     {"evaluations"},
     {"relaxers"},

@@ -25,7 +25,7 @@ from lightning_ebm.purity import shadowed
 from lightning_ebm.reference import Reference, exactly
 from lightning_ebm.regime import Regime, of_step as regime_of_step
 from lightning_ebm.relaxers import Relaxer
-from lightning_ebm.samples import BatchSize
+from lightning_ebm.samples import BatchSize, Samples
 from lightning_ebm.step import Step
 from lightning_ebm.strategies import other_backward
 from lightning_ebm.strategies.evaluation import EvaluatingStrategy
@@ -53,7 +53,8 @@ class EnergyStrategy(EvaluatingStrategy):
         batch_size: BatchSize = None,
     ) -> None:
         """Keeps the settings; `connect` makes the engine of them."""
-        check_options(output, loss_reduction)
+        check_options(layers, output, loss_reduction, capture, compile)
+        Samples(batch_size)
         self.algorithm = preset(algorithm)
         self.layers: Layers = layers
         self.output: Output = output

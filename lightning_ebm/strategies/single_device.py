@@ -10,6 +10,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 
+from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.presets import algorithms
@@ -59,8 +60,20 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
+        for name, part, kind in (
+            ("accelerator", accelerator, Accelerator),
+            ("checkpoint_io", checkpoint_io, CheckpointIO),
+            ("precision_plugin", precision_plugin, Precision),
+        ):
+            if part is not None:
+                checked.instance(self, name, part, kind, f"an instance of Lightning's {kind.__name__}, or None")
+        if device is not None:
+            try:
+                device = torch.device(checked.instance(self, "device", device, (str, torch.device), "a device"))
+            except RuntimeError:
+                checked.refuse(self, "device", device, 'a device that torch knows, such as "cpu" or "cuda:0", or None')
         super().__init__(
-            device=device or "cpu",
+            device="cpu" if device is None else device,
             accelerator=accelerator,
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
