@@ -102,6 +102,7 @@ class RelaxationMonitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Puts a recording in front of the network where one is due."""
         learner = _strategy(trainer).learner
+        self._recording = None  # of a batch that was skipped
         learner.observer = self._observe if _due(trainer, self.every_n_steps) else None
 
     def _observe(self, network: Landscape) -> Landscape:
