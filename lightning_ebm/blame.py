@@ -55,10 +55,10 @@ def blamed(
             " is nothing finite to relax towards. Look at the labels, and for log(0) or 0/0 in the loss; if it has"
             f" grown over the last steps, lower the learning rate of the parameters, or clip.{_SKIP}"
         )
-    elif backprop is not None and (overflown := _spoiled(backprop().items())):
+    elif backprop is not None and (overflown := _spoiled(_squares(backprop()))):
         text = (
-            f"The loss is finite, and its own gradient is not: it overflows in {_listed(overflown)}, so that no"
-            " relaxation could have found an update. The weights have grown too large: lower the learning rate of the"
+            f"The loss is finite, and the square of its own gradient is not: it overflows in {_listed(overflown)}, so"
+            " that no relaxation could tell how far it has come. The weights have grown too large: lower the learning rate of the"
             " parameters, clip gradients, and go on from a checkpoint of before."
         )
     else:
@@ -69,6 +69,11 @@ def blamed(
 def spoils(gradients: Mapping[str, Tensor]) -> bool:
     """Whether a gradient is not finite."""
     return bool(_spoiled(gradients.items()))
+
+
+def _squares(gradients: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """|g|^2 by name: what relaxers compare forces by."""
+    return ((name, gradient.abs().square().sum()) for name, gradient in gradients.items())
 
 
 def _spoiled_in(batch: Any) -> list[str]:

@@ -6,6 +6,7 @@ import math
 import lightning as L
 import pytest
 import torch
+from test_distributed import launch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -255,3 +256,23 @@ def test_the_trainer_falls_back_as_the_learner_does():
     L.Trainer(**QUIET).fit(alone)
     assert strategy.learner.policy.fallbacks == 1
     assert same(held(module), held(alone))
+
+
+@pytest.mark.timeout(450)
+@pytest.mark.filterwarnings("ignore")
+def test_two_ranks_do_the_same_with_a_batch_that_one_of_them_cannot_take(tmp_path):
+    left, told = launch(2, tmp_path, ["policies"])
+    first, second = left["policies"]
+    for case in ("diverges", "nan", "nan before a free phase", "falls back"):
+        for rank in (first, second):
+            policy, plain = rank[case]
+            assert policy["counts"] == {"skipped": int(case != "falls back"), "fallbacks": int(case == "falls back")}
+            for name, value in plain["weights"].items():
+                torch.testing.assert_close(policy["weights"][name], value, rtol=1e-5, atol=1e-7)
+            if case != "falls back":
+                assert same(policy["weights"], plain["weights"])
+        a, b = (rank[case][0]["weights"] for rank in (first, second))
+        assert all(torch.equal(a[name], b[name]) for name in a if "running" not in name)
+    assert "broken in the pass" in first["both"]
+    assert "no minimum" in second["both"]  # its own error, which it has not waited for the other to tell
+    assert "It did not relax on another rank" in told
