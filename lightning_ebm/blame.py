@@ -58,8 +58,8 @@ def blamed(
     elif backprop is not None and (overflown := _spoiled(_squares(backprop()))):
         text = (
             f"The loss is finite, and the square of its own gradient is not: it overflows in {_listed(overflown)}, so"
-            " that no relaxation could tell how far it has come. The weights have grown too large: lower the learning rate of the"
-            " parameters, clip gradients, and go on from a checkpoint of before."
+            " that no relaxation could tell how far it has come. The weights have grown too large: lower the"
+            " learning rate of the parameters, clip gradients, and go on from a checkpoint of before."
         )
     else:
         return error

@@ -17,7 +17,7 @@ from lightning_ebm.equilibrium import Equilibrium
 
 ABSTRACT = {"Energy", "Evaluation", "Nudge", "Relaxer", "Update", "Landscape"}
 """What users subclass; there is nothing to construct. Evaluations are questions of relaxers, made in code alone."""
-RESULTS = {"LayerView", "Phase", "Relaxation", "Summary"}
+RESULTS = {"LayerView", "Phase", "Relaxation", "Relaxed", "Spectrum", "Summary"}
 """What the library hands out, or a row of a user's table, which is checked when it is read."""
 
 
@@ -46,6 +46,8 @@ NEEDED: dict[str, dict[str, Any]] = {
     "StateOptimizer": {"optimizer": torch.optim.SGD, "max_steps": 5, "lr": 0.1},
     "Cheapest": {},
     "algorithm": {"name": "predictive-coding"},
+    "Gaussian": {"precision": {}},
+    "PerLayer": {"energies": {}},
 }
 """Arguments without a default, which the others need."""
 MORE = {
