@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from lightning_ebm import notebook
+from lightning_ebm import checked, notebook
 from lightning_ebm.automatic import automatic
 from lightning_ebm.energies import Energy, PredictiveCoding
 from lightning_ebm.energies.base import is_divergence
-from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.nudges import Nudge, OneSided, Strongest
 from lightning_ebm.relaxers import ErrorCoordinates, Relaxer
 from lightning_ebm.updates import Update, named
@@ -61,8 +60,8 @@ class Algorithm:
         initial_state: Literal["forward", "zeros", "last-visit"] = "forward",
     ) -> None:
         energy = PredictiveCoding() if energy is None else energy
-        nudge = OneSided() if nudge is None else Strongest() if nudge == "auto" else nudge
-        if relaxer == "auto" and isinstance(energy, Energy) and isinstance(nudge, Nudge):
+        nudge = OneSided() if nudge is None else Strongest() if checked.is_word(nudge, "auto") else nudge
+        if checked.is_word(relaxer, "auto") and isinstance(energy, Energy) and isinstance(nudge, Nudge):
             relaxer = automatic(energy, nudge)
         parts = {
             "energy": energy, "nudge": nudge, "relaxer": ErrorCoordinates() if relaxer is None else relaxer,
@@ -79,17 +78,11 @@ class Algorithm:
             ("relaxer", self.relaxer, Relaxer, ErrorCoordinates),
         )
         for part, value, kind, example in expected:
-            if not isinstance(value, kind):
-                raise ConfigurationError(
-                    f"Algorithm({part}={value!r}): expected an instance of ebm.{kind.__name__}, such as"
-                    f" ebm.{example.__name__}(...), not {type(value).__name__}."
-                )
-        if self.free_relaxer is not None and not isinstance(self.free_relaxer, Relaxer):
-            raise ConfigurationError(f"Algorithm(free_relaxer={self.free_relaxer!r}): expected an ebm.Relaxer or None.")
-        if self.initial_state not in ("forward", "zeros", "last-visit"):
-            raise ConfigurationError(
-                f'Algorithm(initial_state={self.initial_state!r}): expected "forward", "zeros" or "last-visit".'
-            )
+            wanted = f"an instance of ebm.{kind.__name__}, such as ebm.{example.__name__}(...)"
+            checked.instance(self, part, value, kind, wanted)
+        if self.free_relaxer is not None:
+            checked.instance(self, "free_relaxer", self.free_relaxer, Relaxer, "an ebm.Relaxer or None")
+        checked.choice(self, "initial_state", self.initial_state, ("forward", "zeros", "last-visit"))
         if not self.rule.relaxes:
             return
         self.relaxer.check(self.energy, self.nudge)
@@ -100,7 +93,7 @@ class Algorithm:
     @cached_property
     def rule(self) -> Update:
         """The update, with names and "auto" resolved."""
-        if self.update != "auto":
+        if not checked.is_word(self.update, "auto"):
             return named(self.update)
         return named("cross-derivative" if self.nudge.linear_response else self.relaxer.update)
 

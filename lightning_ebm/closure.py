@@ -17,8 +17,8 @@ def check_finite(loss: Tensor) -> None:
     if not cmath.isfinite(loss.item()):
         raise RelaxationDivergedError(
             f"The loss of the forward pass is {float(loss.detach())}: there is nothing finite to relax towards."
-            " The weights or the batch hold nan or inf already; look for it with Trainer(detect_anomaly=True) under"
-            " stock training, lower the learning rate of the parameters, or clip."
+            " Look for it with Trainer(detect_anomaly=True) under stock training, lower the learning rate of the"
+            " parameters, or clip."
         )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.clamp import Clamp, checked_clamp
 from lightning_ebm.energies.base import is_divergence
@@ -58,7 +59,8 @@ class Equilibrium(nn.Module):
         super().__init__()
         self.module = module
         self._clamp = clamp if clamp is None or callable(clamp) else checked_clamp(clamp)
-        self._free = tuple(free)
+        names = checked.instance(self, "free", free, (list, tuple), "a list of names of inputs")
+        self._free = tuple(checked.instance(self, "free", name, str, "a list of names of inputs") for name in names)
         self._settings: dict[str, Any] = {"algorithm": algorithm, "layers": layers, "output": output}
         self._learner: Learner | None = None
         self._learned().algorithm  # noqa: B018  # refuses settings that cannot work where they are written

@@ -1,6 +1,7 @@
 """The engine: from a closure that returns a loss to local updates in `.grad`."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -9,17 +10,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.clamp import Clamp, checked_clamp, refuse_unknown
-from lightning_ebm.closure import Closure
+from lightning_ebm.closure import Closure, is_number
+from lightning_ebm.divergence import OnDivergence, Policy
 from lightning_ebm.energies.base import is_divergence
-from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.nudges import Nudge
 from lightning_ebm.phases import Phases
 from lightning_ebm.presets import algorithm as preset
-from lightning_ebm.program.layers import Layers, Output
+from lightning_ebm.program.layers import Layers, Output, check_layers
 from lightning_ebm.program.programs import Programs
-from lightning_ebm.program.recorder import Recorder
+from lightning_ebm.program.recorder import Recorder, TakesCare
 from lightning_ebm.program.seen_backward import refuse_backward
 from lightning_ebm.program.wiring import Plan, named_gradients
 from lightning_ebm.purity import untouched
@@ -64,6 +67,9 @@ class Learner:
             compiler.
         batch_size: number of samples of a batch: a number, or a function of what the module is called with; None finds
             it: the size that most layers, and what the loss reduces, have in common.
+        on_divergence: what is done with a batch that cannot relax, or whose loss is not finite: "raise"; "skip", which
+            leaves no gradient and puts back what the pass wrote to; or a preset's name or an `Algorithm`, which takes
+            that batch. The report counts them.
         scale: the factor that the closure's loss already carries (a GradScaler's, 1/N of accumulation), a number or a
             function without arguments: the relaxation does not see it, the update carries it.
 
@@ -90,16 +96,18 @@ class Learner:
         compile: bool = False,
         batch_size: BatchSize = None,
         scale: Scale = None,
+        on_divergence: OnDivergence = "raise",
     ) -> None:
-        check_options(output, loss_reduction)
-        self.module = module
+        check_options(layers, output, loss_reduction, capture, compile)
+        self.module: nn.Module = checked.instance(self, "module", module, nn.Module, "a torch.nn.Module")
         self.algorithm = preset(algorithm)
         self.loss_reduction = loss_reduction
         self.capture = capture
         self.compile = compile
         self._code: Code = ("compiled" if compile else "traced") if capture else None
-        self._quiet = quiet
+        self._quiet = checked.function(self, "quiet", quiet, "what makes a context manager")
         self._samples = Samples(batch_size, scale)
+        self.policy = Policy(on_divergence, self.algorithm)
         self._options: tuple[Layers, Output] = (layers, output_for(self.algorithm, output))
         self._programs = Programs(module, *self._options)
         self._evaluated = Programs(module, *self._options)
@@ -115,7 +123,7 @@ class Learner:
         """What the last call did: a dict of plain numbers, ready for `json.dumps`. See `Report`."""
         if self._last is None:
             raise ConfigurationError("There is no report before the first backward() or gradients().")
-        return report_of(self.algorithm, *self._last)
+        return report_of(self.algorithm, *self._last, self.policy.counts)
 
     @property
     def plan(self) -> Plan | None:
@@ -137,13 +145,48 @@ class Learner:
             closure: runs the pass, and returns its loss.
             clamp: see `Clamp`.
         """
-        step = self.begin(closure, clamp=clamp)
-        with step.first_pass(refuse_backward):
-            losses = [closure()]
-        surrogate = step.surrogate(losses.pop())  # its graph is not held here
-        torch.autograd.backward(self._scaled(surrogate))
+        loss, surrogate, step = self._surrogate(closure, refuse_backward, clamp)
+        if surrogate is not None:
+            torch.autograd.backward(self._scaled(surrogate))
         step.release()
-        return surrogate.detach()
+        return loss
+
+    def _surrogate(
+        self, closure: Closure, on_backward: TakesCare | None = None, clamp: Clamp | None = None
+    ) -> tuple[Tensor, Tensor | None, Step]:
+        """The loss, a scalar whose gradient is the update, or None for a batch that is skipped, and the step."""
+        fallback = self.policy.fallback
+        if clamp and fallback is not None:
+            refuse_for_update(fallback)
+        step, loss = self.begin(closure, clamp=clamp), torch.full((), math.nan)
+        try:
+            with step.first_pass(on_backward):
+                losses = [closure()]
+            loss = losses[0].detach() if is_number(losses[0]) else loss
+            surrogate = step.surrogate(losses.pop())  # its graph is not held here
+            return surrogate.detach(), surrogate, step
+        except RelaxationDivergedError as error:
+            if fallback is None or not step.ran:
+                step.undo()
+            if self.policy.raises:
+                raise
+            self.gave_up(error, loss)
+            if fallback is None or step.ran:
+                return loss, None if fallback is None else step.instead(fallback, loss), step
+        step = self.begin(closure, clamp=clamp, algorithm=fallback)  # before the user's pass there was a free phase
+        with step.first_pass(on_backward):
+            losses = [closure()]
+        surrogate = step.surrogate(losses.pop())
+        return surrogate.detach(), surrogate, step
+
+    def gave_up(self, error: RelaxationDivergedError, loss: Tensor) -> None:
+        """Counts a batch that cannot relax, and says so the first time."""
+        self.policy.count()
+        self._last = ([], [], loss, "plain")
+        if "diverged" not in self._warned:
+            self._warned.add("diverged")
+            what = "is skipped" if self.policy.fallback is None else f"is taken by {self.policy.on_divergence!r}"
+            log.warning("A batch that cannot relax %s: %s (Said once; the report counts them.)", what, error)
 
     def gradients(self, closure: Closure, *, clamp: Clamp | None = None) -> dict[str, Tensor]:
         """The update of one batch as ``{parameter name: tensor}``, without those that the loss does not reach.
@@ -289,16 +332,30 @@ class Learner:
 
         For an incremental algorithm the optimizer steps once for each step of the relaxer; for all others once.
         """
-        step = self.begin(closure)
         optimizer.zero_grad()
+        if not self.algorithm.rule.incremental:
+            loss, surrogate, step = self._surrogate(closure)
+            optimizer.zero_grad()
+            if surrogate is not None:
+                torch.autograd.backward(self._scaled(surrogate))
+                optimizer.step()
+            return loss
+        step = self.begin(closure)
         with step.first_pass():
             loss = closure()
-        incremental = self.algorithm.rule.incremental
-        for surrogate in step.increments(loss) if incremental else [step.surrogate(loss)]:
+        increments = step.increments(loss)
+        while (surrogate := self._next(increments, step)) is not None:
             optimizer.zero_grad()
             torch.autograd.backward(self._scaled(surrogate))
             optimizer.step()
         return loss.detach()
+
+    def _next(self, increments: Iterator[Tensor], step: Step) -> Tensor | None:
+        try:
+            return next(increments, None)
+        except RelaxationDivergedError:
+            step.undo()
+            raise
 
     def free_phase(
         self, run: Callable[[], Any], *, clamp: Clamp | None = None, free: Sequence[str] = ()
@@ -332,12 +389,13 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """What parts of the algorithm carry from one step to the next, such as the stand of `RandomSign`."""
         parts = {name: part.state_dict() for name, part in self.algorithm.parts().items()}
-        return {**parts, "states": self._memory.state_dict()}
+        return {**parts, "states": self._memory.state_dict(), "diverged": self.policy.counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave."""
         state = dict(state)
         self._memory.load_state_dict(state.pop("states", {}))
+        self.policy.load_state_dict(state.pop("diverged", {}))
         parts = self.algorithm.parts()
         for name, held in state.items():
             if name in parts and held:
@@ -355,6 +413,7 @@ class Learner:
         teaches: bool = True,
         recorder: Recorder | None = None,
         clamp: Clamp | None = None,
+        algorithm: Algorithm | None = None,
     ) -> Step:
         """Opens a step by hand: run the first pass inside `Step.first_pass`, then call `Step.surrogate`.
 
@@ -365,10 +424,13 @@ class Learner:
             teaches: whether the step is taken, so that what learns beside the parameters may learn from it.
             recorder: of a pass that has begun already.
             clamp: as for `backward`.
+            algorithm: to take this step by another one.
         """
         setup = self._setup()
+        if algorithm is not None:
+            setup = replace(setup, algorithm=algorithm, remember=unheard, memory=None)
         if clamp:
-            refuse_for_update(self.algorithm)
+            refuse_for_update(setup.algorithm)
             setup = replace(setup, programs=self._programs_with(checked_clamp(clamp)), clamp=clamp)
         return Step(setup, closure, list(sizes), batch, teaches, recorder)
 
@@ -404,15 +466,17 @@ _UNSETTLED = {
 """What is said once of each status, with the steps taken and the largest residual."""
 
 
-def check_options(output: str, loss_reduction: str) -> None:
-    """Refuses words that mean nothing, where they were written."""
-    if output not in ("auto", "readout", "state"):
-        raise ConfigurationError(f'output={output!r}: expected "auto", "readout" or "state".')
-    if loss_reduction not in ("mean", "sum"):
-        raise ConfigurationError(
-            f'loss_reduction={loss_reduction!r}: expected "mean" or "sum", as your loss reduces over the batch; it'
-            " decides by how much the nudge is multiplied, and a wrong one is a factor of the batch size."
-        )
+def check_options(layers: Any, output: Any, loss_reduction: Any, capture: Any, compile: Any) -> None:
+    """Refuses settings that mean nothing, where they were written."""
+    check_layers(layers)
+    checked.choice("", "output", output, ("auto", "readout", "state"))
+    why = (
+        ", as your loss reduces over the batch; it decides by how much the nudge is multiplied, and a wrong one is a"
+        " factor of the batch size"
+    )
+    checked.choice("", "loss_reduction", loss_reduction, ("mean", "sum"), why)
+    checked.flag("", "capture", capture)
+    checked.flag("", "compile", compile)
 
 
 def output_for(algorithm: Algorithm, output: Output) -> Output:

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_ebm import checked
+from lightning_ebm.errors import ConfigurationError
+
 NAMES = ("cosine", "angle_deg", "norm_ratio", "relative_error", "sign_agreement")
 
 
@@ -109,11 +112,17 @@ class Alignment(Metric):
     total: Tensor
 
     def __init__(self, names: Sequence[str] | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        try:
+            super().__init__(**kwargs)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"Alignment(**{kwargs!r}): {error}") from error
         self.set_dtype(torch.float64)
         self.names: list[str] = []
         if names is not None:
-            self._expect(names)
+            wanted = "a list of the parameters' names, each once, or None"
+            if not isinstance(names, list | tuple) or len({*map(repr, names)}) < len(names):
+                checked.refuse(self, "names", names, wanted)
+            self._expect([checked.instance(self, "names", name, str, wanted) for name in names])
 
     def _expect(self, names: Iterable[str]) -> None:
         self.names = list(names)

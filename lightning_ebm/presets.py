@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
+from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.automatic import automatic
 from lightning_ebm.energies import Energy, FenchelYoung, Hopfield, PredictiveCoding
@@ -250,7 +251,8 @@ def algorithm(name: str | Algorithm, **parts: Any) -> Algorithm:
 
     Args:
         name: one of `algorithms()`, or an `Algorithm` to vary.
-        parts: fields of `Algorithm`, ``nudge=ebm.Centered(0.25)``. ``relaxer="auto"`` keeps the preset's tolerance.
+        parts: fields of `Algorithm`, ``nudge=ebm.Centered(0.25)``. ``relaxer="auto"`` keeps the preset's tolerance;
+            None is the preset's own part, and for `free_relaxer` none.
 
     Raises:
         ConfigurationError: no such preset, or no such part.
@@ -261,24 +263,25 @@ def algorithm(name: str | Algorithm, **parts: Any) -> Algorithm:
     """
     if isinstance(name, Algorithm):
         chosen = name
-    elif name in PRESETS:
+    elif isinstance(name, str) and name in PRESETS:
         chosen = PRESETS[name]()
     else:
         close = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.4)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ConfigurationError(
-            f"There is no algorithm {name!r}.{hint} There are: {', '.join(PRESETS)}; or compose one:"
+            f"There is no algorithm {checked.shown(name)}.{hint} There are: {', '.join(PRESETS)}; or compose one:"
             " ebm.Algorithm(energy=..., nudge=..., relaxer=...)."
         )
+    parts = {part: value for part, value in parts.items() if value is not None or part == "free_relaxer"}
     fields = [field.name for field in dataclasses.fields(Algorithm)]
     if unknown := sorted(set(parts) - set(fields)):
         close = difflib.get_close_matches(unknown[0], fields, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ConfigurationError(f"An algorithm has no part {unknown[0]!r}.{hint} It has: {', '.join(fields)}.")
-    if parts.get("nudge") == "auto":
+    if checked.is_word(parts.get("nudge"), "auto"):
         parts["nudge"] = Strongest(chosen.nudge)
     energy, nudge = parts.get("energy", chosen.energy), parts.get("nudge", chosen.nudge)
-    if parts.get("relaxer") == "auto" and isinstance(energy, Energy) and isinstance(nudge, Nudge):
+    if checked.is_word(parts.get("relaxer"), "auto") and isinstance(energy, Energy) and isinstance(nudge, Nudge):
         if not chosen.relaxer.ends_in_states:
             raise ConfigurationError(
                 f'relaxer="auto": {type(chosen.relaxer).__name__} is what makes {name!r} what it is, and leaves no'

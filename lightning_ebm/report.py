@@ -1,7 +1,7 @@
 """How the last step went, in plain numbers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, cast
 
@@ -37,6 +37,7 @@ class Report(TypedDict):
     steps: of all phases together. residual: force left over force at the start, the worst of the phases, per sample.
     energy_free, energy_nudged: I + lambda L of the batch at the forward pass or free equilibrium, and at the end of the
     first nudged phase; nan where the relaxer tells no energies. phases: each of them. layers: the names of the states.
+    skipped, fallbacks: how many batches so far could not relax, and were left out or taken by another algorithm.
     kernels: which way the relaxation ran, "plain", "traced" or "compiled", and by which instructions of the processor
     torch computes, such as "traced: AVX2".
     """
@@ -51,6 +52,8 @@ class Report(TypedDict):
     layers: list[str]
     algorithm: dict[str, str]
     kernels: str
+    skipped: int
+    fallbacks: int
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,12 @@ _WORST_FIRST = ("max_steps", "fixed", "stalled", "kink", "converged")
 
 
 def report_of(
-    algorithm: Algorithm, names: Sequence[str], phases: Sequence[PhaseReport], loss: Tensor, way: str
+    algorithm: Algorithm,
+    names: Sequence[str],
+    phases: Sequence[PhaseReport],
+    loss: Tensor,
+    way: str,
+    counts: Mapping[str, int],
 ) -> Report:
     """Reads the numbers off the device, once."""
     entries: list[PhaseEntry] = [
@@ -117,6 +125,8 @@ def report_of(
         "layers": list(names),
         "algorithm": algorithm.describe(),
         "kernels": f"{way}: {torch.backends.cpu.get_cpu_capability()}",
+        "skipped": counts["skipped"],
+        "fallbacks": counts["fallbacks"],
     }
     return cast(Report, Shown(report))
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ebm.errors import ConfigurationError
+from lightning_ebm import checked
 
 BatchSize = int | Callable[[Any], int] | None
 """Number of samples: a number, a function of the batch, or found."""
@@ -31,30 +31,30 @@ class Samples:
     loss_scale: Scale = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.batch_size, int):
-            _positive("batch_size", self.batch_size)
+        if self.batch_size is not None and not callable(self.batch_size):
+            checked.keep(self, batch_size=_size(self.batch_size))
         if self.loss_scale is not None and not callable(self.loss_scale):
-            _positive("scale", self.loss_scale)
+            checked.keep(self, loss_scale=_positive(self.loss_scale))
 
     def of(self, batch: Any) -> int | None:
         """The number of samples in a batch; None is to be found."""
-        size = self.batch_size(batch) if callable(self.batch_size) else self.batch_size
-        return None if size is None else int(size)
+        return _size(self.batch_size(batch)) if callable(self.batch_size) else self.batch_size
 
     def scale(self) -> float:
         """The factor of now."""
         if self.loss_scale is None:
             return 1.0
-        return float(_positive("scale", self.loss_scale() if callable(self.loss_scale) else self.loss_scale))
+        return _positive(self.loss_scale()) if callable(self.loss_scale) else self.loss_scale
 
 
-def _positive(name: str, value: float) -> float:
-    if not value > 0:
-        raise ConfigurationError(
-            f"{name}={value!r}: expected a positive number; the nudge is multiplied by the number of samples and"
-            " divided by the factor that the loss carries."
-        )
-    return value
+def _size(value: Any) -> int:
+    why = ", or a function of the batch that gives one; the nudge is multiplied by the number of samples"
+    return checked.count("", "batch_size", value, why=why)
+
+
+def _positive(value: Any) -> float:
+    wanted = "a positive number, or a function that gives one; the nudge is divided by the factor that the loss carries"
+    return checked.number("", "scale", value, wanted, above=0)
 
 
 FOUND = Samples()

@@ -10,16 +10,17 @@ from torch import Tensor
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.arithmetic import Arithmetic
+from lightning_ebm.blame import blamed, holds_nonfinite, spoils
 from lightning_ebm.closure import Closure, check_finite, checked_loss, is_number
 from lightning_ebm.coverage import check_coverage
-from lightning_ebm.delivery import average_of
+from lightning_ebm.delivery import average_of, delivered
 from lightning_ebm.energies.base import is_divergence
-from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.increments import increments
 from lightning_ebm.network import Network
 from lightning_ebm.nudges import Phase
 from lightning_ebm.phases import Phases
-from lightning_ebm.program.calls import in_place
+from lightning_ebm.program.calls import clean, in_place
 from lightning_ebm.program.programs import Found
 from lightning_ebm.program.recorder import Recorder, TakesCare
 from lightning_ebm.program.wiring import Plan, named_gradients
@@ -67,6 +68,8 @@ class Step:
         self._recorded: Recorded | None = None
         self._raw_loss: Tensor | None = None
         self._graph: tuple[Tensor, float] | None = None
+        self.ran = False
+        """Whether the user's own pass is over; else what failed was the free phase before it."""
         self._phases: Phases | None = None
         self.held: Sequence[End] = ()
         """What the update is read from."""
@@ -96,14 +99,16 @@ class Step:
         if not self._setup.algorithm.rule.relaxes:
             yield
             return
-        self._recorder = Recorder()
+        self._recorder = Recorder(undoes=True)
         self._recorder.on_backward = on_backward
         programs = self._setup.programs
         if not self._relaxes_before():
             with programs.recording(self._recorder), self._arithmetic.derivatives():
                 yield
             return
-        free = self._begun().relax_freely(self._teaches)
+        with self._blaming(None):
+            self._check_batch()
+            free = self._begun().relax_freely(self._teaches)
         replaced = in_place_of_layers(self._pass().program, free.point, self._recorder)
         with programs.recording(self._recorder, replaced), self._arithmetic.derivatives(), told_of_states_in_place():
             yield
@@ -162,12 +167,18 @@ class Step:
             scale: factor on the loss that is not the user's own, such as 1/N under gradient accumulation by N; the
                 relaxation does not see it, the update carries it.
         """
+        self.ran = True
         if self._setup.clamp is not None and not is_number(loss):
-            return self._without_loss(scale)
+            with self._blaming(None):
+                return self._without_loss(scale)
         loss = checked_loss(loss)
         if not self._setup.algorithm.rule.relaxes:
             self._setup.remember([], [], loss.detach() / scale, "plain")
             return self.unrelaxed(loss, scale)
+        with self._blaming(loss.detach()):
+            return self._surrogate(loss, scale)
+
+    def _surrogate(self, loss: Tensor, scale: float) -> Tensor:
         network = self._opened(loss)
         del loss
         if self._pass().is_empty:  # no sample, no state: what is left of the loss depends on parameters alone
@@ -217,7 +228,9 @@ class Step:
             loss: as for `surrogate`.
             scale: as for `surrogate`.
         """
-        network, setup = self._opened(checked_loss(loss)), self._setup
+        setup = self._setup
+        with self._blaming(checked_loss(loss).detach()):
+            network = self._opened(loss)
         assert self._phases is not None
         for end in increments(self._phases, setup.algorithm):
             update = network.update(setup.algorithm.rule, [end]) * (scale / network.loss_scale)
@@ -229,14 +242,68 @@ class Step:
 
     def _opened(self, loss: Tensor) -> Network:
         """The network of this step, relaxed to its free equilibrium."""
-        check_finite(loss)
         assert self._recorder is not None
         loss = loss if self._raw_loss is None else self._raw_loss
         if self._phases is not None:  # its states are in place in the user's pass
+            check_finite(loss)
             return self._at_equilibrium(self._phases.network, loss)
         found = self._setup.programs.of(self._recorder, loss, partial=not self._owns_recorder)
         self._recorded = Recorded.of(found, self._recorder, loss)
+        check_finite(loss)
+        self._check_batch()
         return self._settled()
+
+    def _check_batch(self) -> None:
+        """Refuses a batch with nan or inf in it that a gradient does not survive: others may be meant, as in masks."""
+        if holds_nonfinite(self._given()) and spoils(self.true_gradients()):
+            raise RelaxationDivergedError("The batch holds numbers that are not finite, and no gradient survives them.")
+
+    def _given(self) -> Any:
+        """What the module is trained on, as far as that is known."""
+        recorded = self._recorded
+        if self._batch is not None or recorded is None:
+            return self._batch
+        return recorded.program.record.arguments
+
+    @contextmanager
+    def _blaming(self, loss: Tensor | None) -> Iterator[None]:
+        """Within it, a divergence is traced to what caused it."""
+        try:
+            yield
+        except RelaxationDivergedError as error:
+            backprop = None if self._recorded is None else self.true_gradients
+            raise blamed(error, self._setup.module, self._given(), loss, backprop) from error
+
+    def instead(self, algorithm: Algorithm, loss: Tensor, scale: float = 1.0) -> Tensor:
+        """`surrogate` by another algorithm, of a pass that is over.
+
+        Args:
+            algorithm: which.
+            loss: as for `surrogate`.
+            scale: as for `surrogate`.
+
+        Raises:
+            RelaxationDivergedError: it finds no update either.
+        """
+        with self._blaming(loss.detach()):
+            if algorithm.rule.relaxes:
+                found, other = self.again(algorithm)
+                other.release()
+            else:
+                found = self.true_gradients()
+            if spoils(found):
+                raise RelaxationDivergedError("The update of the algorithm to fall back to is not finite either.")
+        held = {clean(name): p for name, p in self._setup.module.named_parameters()}
+
+        def update(factor: Tensor) -> tuple[Tensor, ...]:
+            return tuple(gradient * (scale * factor).to(gradient.dtype) for gradient in found.values())
+
+        return delivered(loss.detach(), update, [held[name] for name in found])
+
+    def undo(self) -> None:
+        """Puts back what the user's own pass wrote to (running statistics), as this step is refused."""
+        if self._recorder is not None and self._owns_recorder:
+            self._recorder.undo()
 
     def _settled(self) -> Network:
         recorded = self._pass()

@@ -6,6 +6,7 @@ Each rank leaves ``OUT/<case>.<rank>.pt`` with what the function of that name re
 as well, world = 1, for comparison.
 """
 
+import copy
 import itertools
 import os
 import sys
@@ -398,6 +399,67 @@ def errors(world, rank):
             found[name] = None
         except Exception as error:
             found[name] = (type(error).__name__, str(error))
+    return found
+
+
+class Fed(L.LightningModule):
+    """A quadratic loss, trained on given batches of each rank."""
+
+    def __init__(self, batches, breaks=-1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Hardtanh(), nn.Linear(6, 3))
+        self.batches, self.breaks = batches, breaks
+
+    def training_step(self, batch, batch_idx):
+        x, steepness = batch
+        if batch_idx == self.breaks:
+            raise KeyError("broken in the pass")
+        return 0.5 * (steepness[:, None] * (self.net(x) - 1).square()).sum(1).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 0.01)
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(*map(torch.cat, zip(*self.batches, strict=True))), 8)
+
+
+def policies(world, rank):
+    """One rank cannot take its second batch; what all do with it, and what they do without that batch."""
+    generator = torch.Generator().manual_seed(rank)
+    batches = [(torch.randn(8, 4, generator=generator), torch.full((8,), 0.1)) for _ in range(3)]
+    last = rank == world - 1
+
+    def spoiled(how):
+        x, steepness = (t.clone() for t in batches[1])
+        if last and how == "steep":
+            steepness.fill_(40.0)
+        elif last:
+            x[2, 1] = float("nan")
+        return [batches[0], (x, steepness), batches[2]]
+
+    def fit(strategy, given, breaks=-1, **flags):
+        module = Fed(given, breaks)
+        L.Trainer(strategy=strategy, devices=world, max_epochs=1, **flags, **QUIET).fit(module)
+        counts = getattr(getattr(strategy, "_learner", None), "policy", None)
+        return {"weights": copy.deepcopy(module.state_dict()), "counts": counts and counts.counts}
+
+    negative = ebm.Algorithm(nudge=ebm.OneSided(-0.5), relaxer=ebm.ErrorCoordinates(200, tol=1e-4))
+    hopfield = ebm.algorithm("equilibrium-propagation", relaxer=ebm.FixedPoint(60))
+    found = {}
+    for name, algorithm, how in (
+        ("diverges", negative, "steep"), ("nan", negative, "nan"), ("nan before a free phase", hopfield, "nan"),
+    ):  # fmt: skip
+        limit = {"timeout": timedelta(seconds=60)}
+        skips = ebm.EBMDDPStrategy(algorithm, on_divergence="skip", **limit)
+        found[name] = fit(skips, spoiled(how)), fit(ebm.EBMDDPStrategy(algorithm), [batches[0], batches[2]])
+    falls = ebm.EBMDDPStrategy(negative, on_divergence="backprop")
+    found["falls back"] = fit(falls, spoiled("steep")[1:2]), fit("ddp", spoiled("steep")[1:2])
+    try:  # one rank diverges, the other fails in another way
+        strategy = ebm.EBMDDPStrategy(negative, on_divergence="skip", timeout=timedelta(seconds=60))
+        fit(strategy, spoiled("steep"), breaks=-1 if last else 1)
+    except Exception as error:
+        found["both"] = str(error)
     return found
 
 

@@ -38,6 +38,7 @@ def test_doctests():
 # Lower layers know nothing of higher ones; torch alone below the strategy.
 ORDER = [
     {"errors", "harmless", "notebook", "promises"},
+    {"checked"},
     {"energies", "nudges"},
     {"evaluations"},
     {"relaxers"},
@@ -60,9 +61,10 @@ ORDER = [
     {"fast_network", "holding", "spectrum", "state_memory", "watching"},
     {"clamp"},
     {"presets", "report"},
+    {"divergence"},
     {"arithmetic", "setup"},
     {"phases", "recorded"},
-    {"coverage", "increments", "second_run"},
+    {"blame", "coverage", "increments", "second_run"},
     {"step"},
     {"depth", "relaxed"},
     {"learner", "equilibrium", "reference", "metrics", "summary", "testing"},

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_ebm import advice
+from lightning_ebm import advice, checked
 from lightning_ebm.callbacks import console, loggers
 from lightning_ebm.callbacks.run_file import RunFile
 from lightning_ebm.errors import ConfigurationError
@@ -77,24 +77,25 @@ class GradientAlignment(Callback):
         patience: int = 10,
         per_parameter: bool = False,
     ) -> None:
-        if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
-            raise ConfigurationError(f"GradientAlignment(every_n_steps={every_n_steps!r}): expected at least 1.")
-        references = (reference,) if isinstance(reference, str) else tuple(reference)
-        if not references or len(set(references)) < len(references) or set(references) - set(_PREFIXES):
-            raise ConfigurationError(
-                f'GradientAlignment(reference={reference!r}): expected "backprop", "equilibrium", or both in a list.'
-            )
+        references = (reference,) if isinstance(reference, str) else reference
+        if not _are_references(references):
+            checked.refuse(self, "reference", reference, '"backprop", "equilibrium", or both in a list')
+        if not isinstance(epochs, list | tuple | set | frozenset | range):
+            checked.refuse(self, "epochs", epochs, "a list of epochs, counted from 0")
+        self.epochs = frozenset(checked.count(self, "epochs", epoch, least=0) for epoch in epochs)
         if every_n_steps is None and not epochs:
             raise ConfigurationError("GradientAlignment(every_n_steps=None) compares only at epochs=[...]: name some.")
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = None if every_n_steps is None else checked.count(self, "every_n_steps", every_n_steps)
         self.reference = reference
-        self.epochs = frozenset(epochs)
+        cosine = "a cosine from -1 to 1, or None"
+        if warn_below is not None:
+            warn_below = checked.number(self, "warn_below", warn_below, cosine, least=-1, most=1)
         self.warn_below = warn_below
-        self.patience = patience
-        self.per_parameter = per_parameter
+        self.patience = checked.count(self, "patience", patience)
+        self.per_parameter = checked.flag(self, "per_parameter", per_parameter)
         self.history: list[tuple[int, dict[str, float | None]]] = []
         self.cost = 0.0
-        self._references: tuple[Reference, ...] = references
+        self._references: tuple[Reference, ...] = tuple(references)
         self._totals = [Alignment() for _ in references]
         self._steps = [Alignment() for _ in references]
         self._restored: list[dict[str, Any]] | None = None
@@ -345,3 +346,10 @@ def _finite(update: dict[str, Tensor], true: dict[str, Tensor]) -> tuple[dict[st
     """Nothing, where a gradient has overflowed: the scaler skips this step, and there is no direction to compare."""
     finite = all(bool(torch.isfinite(g).all()) for g in (*update.values(), *true.values()))
     return (update, true) if finite else ({}, {})
+
+
+def _are_references(references: Any) -> bool:
+    """Whether these are names of references, each once."""
+    if not isinstance(references, list | tuple) or not all(isinstance(name, str) for name in references):
+        return False
+    return bool(references) and len(set(references)) == len(references) and set(references) <= set(_PREFIXES)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_ebm import advice
+from lightning_ebm import advice, checked
 from lightning_ebm.callbacks import console, loggers
 from lightning_ebm.callbacks.run_file import RunFile
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
@@ -62,11 +62,12 @@ class RelaxationMonitor(Callback):
         regime_every_n_steps: int | None = 500,
         equilibrium: Relaxer | None = None,
     ) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("regime_every_n_steps", regime_every_n_steps)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ConfigurationError(f"RelaxationMonitor({name}={value!r}): expected at least 1.")
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = checked.count(self, "every_n_steps", every_n_steps)
+        if regime_every_n_steps is not None:
+            regime_every_n_steps = checked.count(self, "regime_every_n_steps", regime_every_n_steps)
         self.regime_every_n_steps = regime_every_n_steps
+        if equilibrium is not None:
+            checked.instance(self, "equilibrium", equilibrium, Relaxer, "an ebm.Relaxer or None")
         self.equilibrium = equilibrium
         self.regime: Regime | None = None
         self.statuses: Counter[str] = Counter()
@@ -101,6 +102,7 @@ class RelaxationMonitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Puts a recording in front of the network where one is due."""
         learner = _strategy(trainer).learner
+        self._recording = None  # of a batch that was skipped
         learner.observer = self._observe if _due(trainer, self.every_n_steps) else None
 
     def _observe(self, network: Landscape) -> Landscape:

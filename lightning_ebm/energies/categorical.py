@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_ebm import checked
 from lightning_ebm.energies.base import Energy, LayerView
 from lightning_ebm.errors import ConfigurationError
 
@@ -29,6 +30,9 @@ class Categorical(Energy):
     rests_at_prediction: ClassVar[bool] = True
 
     dim: int = 1
+
+    def __post_init__(self) -> None:
+        checked.keep(self, dim=checked.count(self, "dim", self.dim, least=-64, most=64))
 
     def layer_energy(self, state: Tensor, layer: LayerView) -> Tensor:
         return torch.xlogy(state, state) - state * self._log_prediction(layer) - state + layer.prediction

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_ebm import checked
 from lightning_ebm.energies.base import Energy, LayerView
 from lightning_ebm.errors import ConfigurationError
 
@@ -27,6 +28,11 @@ class Gaussian(Energy):
     reads_drive: ClassVar[bool] = False
 
     def __init__(self, precision: Mapping[str, Tensor]) -> None:
+        wanted = "a mapping from names of layers to matrices"
+        checked.instance(self, "precision", precision, Mapping, wanted)
+        for name, matrix in precision.items():
+            checked.instance(self, "precision", name, str, wanted)
+            checked.instance(self, "precision", matrix, Tensor, wanted)
         self.precision = {name: matrix.detach() for name, matrix in precision.items()}
         for name, matrix in self.precision.items():
             square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]

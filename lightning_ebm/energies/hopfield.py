@@ -1,14 +1,13 @@
 """The layered Hopfield energy of equilibrium propagation and contrastive Hebbian learning."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from lightning_ebm import checked
 from lightning_ebm.energies.base import Energy, LayerView
 from lightning_ebm.energies.conjugates import conjugate_of
-from lightning_ebm.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,11 @@ class Hopfield(Energy):
     feedback: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.feedback) and self.feedback > 0):
-            raise ConfigurationError(
-                f"Hopfield(feedback={self.feedback!r}): expected a positive finite gain; at 0 nothing would come back"
-                " from above, and layers below the last would learn nothing. Take 1.0, or 0.05 for weak feedback."
-            )
+        wanted = (
+            "a positive finite gain; at 0 nothing would come back from above, and layers below the last would learn"
+            " nothing. Take 1.0, or 0.05 for weak feedback"
+        )
+        checked.keep(self, feedback=checked.number(self, "feedback", self.feedback, wanted, above=0))
 
     def layer_energy(self, state: Tensor, layer: LayerView) -> Tensor:
         potential = conjugate_of(layer.activation, layer.name).potential(state)

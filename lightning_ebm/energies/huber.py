@@ -1,13 +1,12 @@
 """Errors that cost little more than their size once they are large."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from lightning_ebm import checked
 from lightning_ebm.energies.base import Energy, LayerView
-from lightning_ebm.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -33,15 +32,20 @@ class Huber(Energy):
     precision: float = 1.0
 
     def __post_init__(self) -> None:
-        if not all(math.isfinite(value) and value > 0 for value in (self.delta, self.precision)):
-            raise ConfigurationError(
-                f"Huber(delta={self.delta!r}, precision={self.precision!r}): expected positive finite numbers; at"
-                " delta = 0 every error is at a kink. Take ebm.Huber.laplace(scale, delta=1e-2)."
-            )
+        wanted = (
+            "a positive finite number; at delta = 0 every error is at a kink. Take ebm.Huber.laplace(scale, delta=1e-2)"
+        )
+        checked.keep(
+            self,
+            delta=checked.number(self, "delta", self.delta, wanted, above=0),
+            precision=checked.number(self, "precision", self.precision, wanted, above=0),
+        )
 
     @classmethod
     def laplace(cls, scale: float = 1.0, delta: float = 1e-2) -> "Huber":
         """|e| / scale, rounded off within delta of 0."""
+        scale = checked.number("Huber.laplace", "scale", scale, "a positive number", above=0)
+        delta = checked.number("Huber.laplace", "delta", delta, "a positive number", above=0)
         return cls(delta, 1 / (scale * delta))
 
     def layer_energy(self, state: Tensor, layer: LayerView) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_ebm.errors import ConfigurationError
+from lightning_ebm import checked
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,14 @@ class LearnedPrecision:
     _learned: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate <= 1 or not 0 < self.lowest <= 1 <= self.highest:
-            raise ConfigurationError(
-                f"{self!r}: expected a rate in (0, 1] and 0 < lowest <= 1 <= highest, as precisions start from 1."
-            )
-        if self.per not in ("layer", "unit"):
-            raise ConfigurationError(f'LearnedPrecision(per={self.per!r}): expected "layer" or "unit".')
+        low, high = (f"a bound {of_one}, as precisions start from 1" for of_one in ("in (0, 1]", "of at least 1"))
+        checked.keep(
+            self,
+            rate=checked.number(self, "rate", self.rate, "a rate in (0, 1], such as 0.01", above=0, most=1),
+            per=checked.choice(self, "per", self.per, ("layer", "unit")),
+            lowest=checked.number(self, "lowest", self.lowest, low, above=0, most=1),
+            highest=checked.number(self, "highest", self.highest, high, least=1),
+        )
 
     def of(self, name: str, like: Tensor) -> Tensor:
         """Pi of a layer, as it is now."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor
 
+from lightning_ebm import checked
 from lightning_ebm.energies.base import Energy, LayerView, best_response, is_divergence
 from lightning_ebm.energies.predictive_coding import PredictiveCoding
 from lightning_ebm.errors import ConfigurationError
@@ -25,12 +26,16 @@ class PerLayer(Energy):
     """
 
     def __init__(self, energies: Mapping[str, Energy], others: Energy | None = None) -> None:
+        checked.instance(self, "energies", energies, Mapping, "a mapping from names of layers to energies")
+        for name in energies:
+            checked.instance(self, "energies", name, str, "a mapping from names of layers to energies")
         self.energies = dict(energies)
         self.others = PredictiveCoding() if others is None else others
         for part in (*self.energies.values(), self.others):
             if not isinstance(part, Energy):
                 raise ConfigurationError(
-                    f"PerLayer: {part!r} is no energy; expected instances such as ebm.Bernoulli() or ebm.Huber(1.0)."
+                    f"PerLayer(energies, others): {checked.shown(part)} is no energy; expected instances such as"
+                    " ebm.Bernoulli() or ebm.Huber(1.0)."
                 )
 
     @property

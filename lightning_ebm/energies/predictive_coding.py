@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_ebm import checked
 from lightning_ebm.energies.base import LayerView, QuadraticEnergy
 from lightning_ebm.energies.learned_precision import LearnedPrecision
 from lightning_ebm.errors import ConfigurationError
@@ -38,13 +39,26 @@ class PredictiveCoding(QuadraticEnergy):
     precision: Precision | Mapping[str, Precision] | LearnedPrecision = 1.0
 
     def __post_init__(self) -> None:
-        for value in self._named.values() if self._learned is None else ():
-            tensor = torch.as_tensor(value)
-            if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
-                raise ConfigurationError(
-                    f"PredictiveCoding(precision={value!r}): a precision is an inverse variance and must be a"
-                    " positive finite number; with any other the energy has no minimum. Try precision=1.0."
-                )
+        given: Any = self.precision
+        if isinstance(given, Mapping):
+            for name in given:
+                checked.instance(self, "precision", name, str, "a mapping from names of layers")
+            given = {name: self._checked(value) for name, value in given.items()}
+        elif not isinstance(given, LearnedPrecision):
+            given = self._checked(given)
+        checked.keep(self, precision=given)
+
+    def _checked(self, value: Any) -> Precision:
+        wanted = (
+            "a number, or a tensor of them, or a mapping from names of layers to either. A precision is an inverse"
+            " variance and must be positive and finite; with any other the energy has no minimum. Try precision=1.0"
+        )
+        if isinstance(value, Tensor) and value.ndim:
+            real = value.is_floating_point() and value.numel() > 0 and not value.is_meta
+            if not real or not bool((torch.isfinite(value) & (value > 0)).all()):
+                checked.refuse(self, "precision", value, wanted)
+            return value
+        return checked.number(self, "precision", value, wanted, above=0)
 
     @property
     def _learned(self) -> LearnedPrecision | None:
@@ -65,7 +79,14 @@ class PredictiveCoding(QuadraticEnergy):
             return self._learned.of(layer.name, layer.prediction)
         named = self._named
         value = named[""] if "" in named else named.get(layer.name, 1.0)
-        return value.detach().to(layer.prediction) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        pairs = zip(reversed(value.shape), reversed(layer.prediction.shape), strict=False)
+        if value.ndim > layer.prediction.ndim or any(own not in (1, units) for own, units in pairs):
+            units = tuple(layer.prediction.shape)
+            wanted = f"a tensor that broadcasts to {units}, the state of layer {layer.name!r}; name others by a mapping"
+            checked.refuse(self, "precision", value, f"{wanted}, not one of shape {tuple(value.shape)}")
+        return value.detach().to(layer.prediction)
 
     def check_layers(self, names: Collection[str]) -> None:
         for name in self._named if self._learned is None else ():

@@ -1,13 +1,13 @@
 """A nudge is a table of phases."""
 
 import cmath
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lightning_ebm import checked
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.promises import is_kept
 
@@ -136,13 +136,13 @@ def _checked(nudge: Nudge, row: Any) -> Phase:
     return Phase(strength, weight)
 
 
-def checked_strength(owner: object, strength: float) -> float:
+def checked_strength(owner: object, strength: Any) -> float:
     """`strength`, if a phase can be divided by it."""
-    name = type(owner).__name__
-    if not math.isfinite(strength) or strength == 0:
-        raise ConfigurationError(
-            f"{name}({strength!r}): the update divides by the nudge, which must be a finite number other than 0;"
-            " at 0 nothing pulls the states and every update would be 0/0. Try 1e-3; for an exact gradient without"
-            " a small number take ebm.Infinitesimal()."
-        )
-    return float(strength)
+    wanted = (
+        "a finite number other than 0: the update divides by the nudge, and at 0 nothing pulls the states and every"
+        " update would be 0/0. Try 1.0e-3; for an exact gradient without a small number take ebm.Infinitesimal()"
+    )
+    found = checked.number(owner, "strength", strength, wanted)
+    if not found:
+        checked.refuse(owner, "strength", strength, wanted)
+    return found

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from lightning_ebm import checked
 from lightning_ebm.nudges.base import Nudge, Phase, checked_strength
 
 
@@ -25,7 +26,7 @@ class Centered(Nudge):
     strength: float = 0.01
 
     def __post_init__(self) -> None:
-        checked_strength(self, self.strength)
+        checked.keep(self, strength=checked_strength(self, self.strength))
 
     def phases(self) -> tuple[Phase, ...]:
         half = 1 / (2 * self.strength)

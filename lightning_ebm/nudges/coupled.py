@@ -1,13 +1,12 @@
 """Nudges that hold the output instead of pulling at it."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_ebm.errors import ConfigurationError
+from lightning_ebm import checked
 from lightning_ebm.nudges.base import Nudge, Phase
 
 Sides = Literal["both", "positive", "negative"]
@@ -39,13 +38,15 @@ class Coupled(Nudge):
     sides: Sides = "both"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.eta) and self.eta > 0):
-            raise ConfigurationError(
-                f"{type(self).__name__}(eta={self.eta!r}): expected a positive finite number, the fraction of the way"
-                ' to the target; directions are chosen by sides="positive" or "negative".'
-            )
-        if self.sides not in ("both", "positive", "negative"):
-            raise ConfigurationError(f'sides={self.sides!r}: expected "both", "positive" or "negative".')
+        wanted = (
+            "a positive finite number, the fraction of the way to the target; directions are chosen by"
+            ' sides="positive" or "negative"'
+        )
+        checked.keep(
+            self,
+            eta=checked.number(self, "eta", self.eta, wanted, above=0),
+            sides=checked.choice(self, "sides", self.sides, ("both", "positive", "negative")),
+        )
 
     def phases(self) -> tuple[Phase, ...]:
         free = 1 / self.eta
@@ -75,6 +76,10 @@ class Clamped(Nudge):
     """
 
     target: Callable[[Any], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.target is not None:
+            checked.function(self, "target", self.target, "a function from the batch to the output's value, or None")
 
     def phases(self) -> tuple[Phase, ...]:
         return Coupled(1.0, "positive").phases()

@@ -4,7 +4,7 @@ import cmath
 import math
 from dataclasses import dataclass
 
-from lightning_ebm.errors import ConfigurationError
+from lightning_ebm import checked
 from lightning_ebm.nudges.base import Nudge, Phase, checked_strength
 
 
@@ -34,12 +34,9 @@ class Holomorphic(Nudge):
     points: int = 4
 
     def __post_init__(self) -> None:
-        checked_strength(self, self.strength)
-        if isinstance(self.points, bool) or not isinstance(self.points, int) or self.points < 2:
-            raise ConfigurationError(
-                f"Holomorphic(points={self.points!r}): expected a whole number of at least 2, which is ebm.Centered;"
-                " one point alone gives no slope."
-            )
+        checked.keep(self, strength=checked_strength(self, self.strength))
+        why = "; 2 is ebm.Centered, one point alone gives no slope, and every two more cost a relaxation"
+        checked.keep(self, points=checked.count(self, "points", self.points, least=2, most=1024, why=why))
 
     def phases(self) -> tuple[Phase, ...]:
         real, others = [], []

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from lightning_ebm import checked
 from lightning_ebm.nudges.base import Nudge, Phase, checked_strength
 
 
@@ -21,7 +22,7 @@ class OneSided(Nudge):
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        checked_strength(self, self.strength)
+        checked.keep(self, strength=checked_strength(self, self.strength))
 
     def phases(self) -> tuple[Phase, ...]:
         return Phase(self.strength, 1 / self.strength), Phase(0.0, -1 / self.strength)

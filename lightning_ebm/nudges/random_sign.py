@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lightning_ebm import checked
 from lightning_ebm.nudges.base import Nudge, Phase, checked_strength
 from lightning_ebm.nudges.one_sided import OneSided
 
@@ -33,7 +34,7 @@ class RandomSign(Nudge):
     _seeded: list[bool] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        checked_strength(self, self.strength)
+        checked.keep(self, strength=checked_strength(self, self.strength))
 
     def phases(self) -> tuple[Phase, ...]:
         if not self._seeded:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lightning_ebm import checked
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.nudges.base import Nudge, Phase, table_of
 from lightning_ebm.nudges.one_sided import OneSided
@@ -36,7 +37,9 @@ class Strongest(Nudge):
     """
 
     def __init__(self, template: Nudge | None = None) -> None:
-        self.template = OneSided() if template is None else template
+        template = OneSided() if template is None else template
+        wanted = "a nudge with one real strength, such as ebm.OneSided() or ebm.Centered()"
+        self.template: Nudge = checked.instance(self, "template", template, Nudge, wanted)
         self.strength: float | None = None
         """The choice; None before the first batch."""
         self.tried: list[float] = []

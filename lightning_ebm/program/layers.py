@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import nn
 
+from lightning_ebm import checked
 from lightning_ebm.errors import ConfigurationError, LayerDiscoveryError, UnsupportedModuleError
 from lightning_ebm.program.calls import clean
 from lightning_ebm.program.record import Mark, Record, StateKey, Value
@@ -33,6 +34,20 @@ ACTIVATIONS: tuple[type[nn.Module], ...] = (
 _WEIGHTED: tuple[type[nn.Module], ...] = (
     nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention,
 )  # fmt: skip
+
+
+def check_layers(layers: Any) -> None:
+    """Refuses what names no layers of any module; what names none of a certain module is refused at its first step.
+
+    Raises:
+        ConfigurationError: it is no list of names, type, tuple of types, or predicate.
+    """
+    if layers is None or callable(layers):
+        return
+    inside, kinds = (layers, (str, type)) if isinstance(layers, list | tuple | set | frozenset) else ((layers,), str)
+    if not all(isinstance(part, kinds) for part in inside):
+        wanted = "a list of names of modules, a type of modules or a tuple of them, a function of a module, or None"
+        checked.refuse("", "layers", layers, wanted)
 
 
 class LayerFinder:

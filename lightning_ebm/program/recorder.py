@@ -527,8 +527,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def undo(self) -> None:
         """Puts back what was written to tensors that had been there before; the record keeps what it read of them."""
-        assert self._undo is not None
-        undo, self._undo = self._undo, None
+        undo, self._undo = self._undo or [], None
         for tensor, memory in reversed(self._moved):
             tensor.data = memory
         with self.pausing(), torch.no_grad():

@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_ebm import checked
 from lightning_ebm.evaluations import Energy, Landscape
-from lightning_ebm.relaxers.base import checked_steps, force_norm
+from lightning_ebm.relaxers.base import checked_tol, force_norm
 from lightning_ebm.relaxers.fixed_point import ended, looked_at, ran_away, rounding_of
 from lightning_ebm.relaxers.sweeping import SweepingRelaxer, Sweeps
 
@@ -67,7 +68,11 @@ class AcceleratedFixedPoint(SweepingRelaxer):
     tol: float = 1e-3
 
     def __post_init__(self) -> None:
-        checked_steps(self, self.max_steps, self.tol)
+        checked.keep(
+            self,
+            max_steps=checked.count(self, "max_steps", self.max_steps),
+            tol=checked_tol(self, self.tol),
+        )
 
     def sweeps(self, landscape: Landscape, point: list[Tensor], strength: complex) -> Sweeps:
         halves = self.groups(landscape)

@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
+from lightning_ebm import checked
+from lightning_ebm.errors import RelaxationDivergedError
 from lightning_ebm.evaluations import ErrorForces, Landscape, ResponseForces
-from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_steps, force_norm
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_tol, force_norm
 from lightning_ebm.relaxers.fixed_point import rounding_of
 
 
@@ -45,11 +46,13 @@ class Anderson(Relaxer):
         return self.coordinates == "errors"
 
     def __post_init__(self) -> None:
-        checked_steps(self, self.max_steps, self.tol)
-        if isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 1:
-            raise ConfigurationError(f"Anderson(memory={self.memory!r}): expected a whole number of at least 1.")
-        if self.coordinates not in ("states", "errors"):
-            raise ConfigurationError(f'Anderson(coordinates={self.coordinates!r}): expected "states" or "errors".')
+        checked.keep(
+            self,
+            max_steps=checked.count(self, "max_steps", self.max_steps),
+            tol=checked_tol(self, self.tol),
+            memory=checked.count(self, "memory", self.memory),
+            coordinates=checked.choice(self, "coordinates", self.coordinates, ("states", "errors")),
+        )
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
         in_states = self.coordinates == "states"

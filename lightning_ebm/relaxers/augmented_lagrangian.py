@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_ebm.errors import ConfigurationError
+from lightning_ebm import checked
 from lightning_ebm.evaluations import Around, Evaluation, Landscape, Slope
 from lightning_ebm.evaluations.base import Result
-from lightning_ebm.relaxers.base import Relaxation, Relaxer, checked_steps
+from lightning_ebm.relaxers.base import Relaxation, Relaxer
 from lightning_ebm.relaxers.error_coordinates import ErrorCoordinates
 
 
@@ -41,9 +41,8 @@ class AugmentedLagrangian(Relaxer):
     inner: ErrorCoordinates = field(default_factory=lambda: ErrorCoordinates(max_steps=64, tol=1e-3))
 
     def __post_init__(self) -> None:
-        checked_steps(self, self.outer_steps, 0.0)
-        if not isinstance(self.inner, ErrorCoordinates):
-            raise ConfigurationError(f"AugmentedLagrangian(inner={self.inner!r}): expected ebm.ErrorCoordinates(...).")
+        checked.keep(self, outer_steps=checked.count(self, "outer_steps", self.outer_steps))
+        checked.instance(self, "inner", self.inner, ErrorCoordinates, "ebm.ErrorCoordinates(...)")
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
         multipliers = [torch.zeros_like(error) for error in landscape.no_errors]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
+from lightning_ebm import checked
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import QuadraticEnergy, is_quadratic
 from lightning_ebm.errors import ConfigurationError
@@ -172,16 +173,15 @@ Stepper = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 """The next states from those of now and the gradient there."""
 
 
-def checked_steps(owner: object, max_steps: int, tol: float) -> None:
-    """Refuses counts and tolerances that cannot be meant."""
-    name = type(owner).__name__
-    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
-        raise ConfigurationError(f"{name}(max_steps={max_steps!r}): expected a whole number of at least 1.")
-    if not 0 <= tol < 1:
-        raise ConfigurationError(
-            f"{name}(tol={tol!r}): the tolerance is a fraction of the force that started the relaxation; expected"
-            " 0 <= tol < 1, where 0 means exactly max_steps steps."
-        )
+def checked_tol(owner: object, tol: Any) -> float:
+    """`tol`, if it can be one."""
+    wanted = "a fraction of the force that started the relaxation, 0 <= tol < 1, where 0 means exactly max_steps steps"
+    return checked.number(owner, "tol", tol, wanted, least=0, below=1)
+
+
+def checked_lr(owner: object, lr: Any, example: float) -> float:
+    """`lr`, if it can be a step size."""
+    return checked.number(owner, "lr", lr, f"a positive step size, such as {example}", above=0)
 
 
 def force_norm(landscape: Landscape, gradients: Iterable[Tensor]) -> Tensor:

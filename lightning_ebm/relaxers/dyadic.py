@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_ebm import checked
 from lightning_ebm.evaluations import DyadicStates, Landscape
-from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_steps, force_norm
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_tol, force_norm
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,11 @@ class Dyadic(Relaxer):
     tol: float = 1e-6
 
     def __post_init__(self) -> None:
-        checked_steps(self, self.max_steps, self.tol)
+        checked.keep(
+            self,
+            max_steps=checked.count(self, "max_steps", self.max_steps),
+            tol=checked_tol(self, self.tol),
+        )
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
         mean = list(start)

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_ebm.errors import ConfigurationError
+from lightning_ebm import checked
 from lightning_ebm.evaluations import Landscape
-from lightning_ebm.relaxers.base import Relaxation, Relaxer, checked_steps
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, checked_lr, checked_tol
 from lightning_ebm.relaxers.descend import descend
 from lightning_ebm.relaxers.fixed_steps import fixed_steps
 
@@ -47,9 +47,12 @@ class ErrorCoordinates(Relaxer):
     tol: float = 1e-3
 
     def __post_init__(self) -> None:
-        checked_steps(self, self.max_steps, self.tol)
-        if not self.lr > 0:
-            raise ConfigurationError(f"ErrorCoordinates(lr={self.lr!r}): expected a positive step size, such as 1.0.")
+        checked.keep(
+            self,
+            max_steps=checked.count(self, "max_steps", self.max_steps),
+            tol=checked_tol(self, self.tol),
+            lr=checked_lr(self, self.lr, 1.0),
+        )
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
         del start  # nobody else may have to hold it

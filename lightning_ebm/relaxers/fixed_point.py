@@ -7,9 +7,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
+from lightning_ebm import checked
+from lightning_ebm.errors import RelaxationDivergedError
 from lightning_ebm.evaluations import Energy, Landscape
-from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_steps, force_norm
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_tol, force_norm
 from lightning_ebm.relaxers.sweeping import SweepingRelaxer, Sweeps, halves_of
 
 _LOOK_AT = 10
@@ -52,13 +53,14 @@ class FixedPoint(SweepingRelaxer):
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        checked_steps(self, self.max_steps, self.tol)
-        if self.order not in ("odd-even", "synchronous"):
-            raise ConfigurationError(f'FixedPoint(order={self.order!r}): expected "odd-even" or "synchronous".')
-        if not 0 <= self.damping < 1:
-            raise ConfigurationError(
-                f"FixedPoint(damping={self.damping!r}): expected 0 <= damping < 1; at 1 no state would ever move."
-            )
+        share = "a number from 0 to below 1; at 1 no state would ever move"
+        checked.keep(
+            self,
+            max_steps=checked.count(self, "max_steps", self.max_steps),
+            tol=checked_tol(self, self.tol),
+            order=checked.choice(self, "order", self.order, ("odd-even", "synchronous")),
+            damping=checked.number(self, "damping", self.damping, share, least=0, below=1),
+        )
 
     def groups(self, landscape: Landscape) -> list[list[int]]:
         return halves_of(landscape.depths) if self.order == "odd-even" else [list(range(len(landscape.depths)))]

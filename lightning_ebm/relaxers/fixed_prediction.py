@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_ebm.errors import ConfigurationError
+from lightning_ebm import checked
 from lightning_ebm.evaluations import FrozenForces, Landscape
 from lightning_ebm.evaluations.descent_step import moved
-from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_steps, force_norm
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_tol, force_norm
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,13 @@ class FixedPrediction(Relaxer):
     tol: float = 1e-6
 
     def __post_init__(self) -> None:
-        checked_steps(self, self.max_steps, self.tol)
-        if not 0 < self.lr < 2:
-            raise ConfigurationError(
-                f"FixedPrediction(lr={self.lr!r}): expected a step size between 0 and 2; the map has curvature 1, and"
-                " from 2 on it diverges."
-            )
+        between = "a step size between 0 and 2; the map has curvature 1, and from 2 on it diverges"
+        checked.keep(
+            self,
+            max_steps=checked.count(self, "max_steps", self.max_steps),
+            tol=checked_tol(self, self.tol),
+            lr=checked.number(self, "lr", self.lr, between, above=0, below=2),
+        )
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
         errors = [error.clone() for error in landscape.no_errors]

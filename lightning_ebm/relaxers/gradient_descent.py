@@ -6,10 +6,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_ebm.errors import ConfigurationError
+from lightning_ebm import checked
 from lightning_ebm.evaluations import Landscape
 from lightning_ebm.evaluations.descent_step import moved
-from lightning_ebm.relaxers.base import Relaxation, Relaxer, Stepper, checked_steps
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, Stepper, checked_lr, checked_tol
 from lightning_ebm.relaxers.descend import descend
 from lightning_ebm.relaxers.fixed_steps import fixed_steps
 
@@ -45,9 +45,12 @@ class GradientDescent(Relaxer):
     tol: float = 0.0
 
     def __post_init__(self) -> None:
-        checked_steps(self, self.max_steps, self.tol)
-        if not self.lr > 0:
-            raise ConfigurationError(f"GradientDescent(lr={self.lr!r}): expected a positive step size, such as 0.1.")
+        checked.keep(
+            self,
+            max_steps=checked.count(self, "max_steps", self.max_steps),
+            tol=checked_tol(self, self.tol),
+            lr=checked_lr(self, self.lr, 0.1),
+        )
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
         if self.tol and not isinstance(strength, complex):

@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_ebm.errors import ConfigurationError
+from lightning_ebm import checked
 from lightning_ebm.evaluations import ErrorForces, Forces, Landscape
 from lightning_ebm.evaluations.descent_step import moved
-from lightning_ebm.relaxers.base import Relaxation, Relaxer, force_norm
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, checked_lr, force_norm
 from lightning_ebm.relaxers.fixed_steps import diverged
 
 
@@ -67,22 +67,18 @@ class Langevin(Relaxer):
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        whole = {"max_steps": (self.max_steps, 1), "burn_in": (self.burn_in, 0), "every": (self.every, 1)}
-        for name, (value, least) in whole.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigurationError(f"Langevin({name}={value!r}): expected a whole number of at least {least}.")
-        if self.every > self.max_steps:
-            raise ConfigurationError(
-                f"Langevin(max_steps={self.max_steps}, every={self.every}): there would be no sample to average."
-            )
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigurationError(
-                f"Langevin(temperature={self.temperature!r}): expected a finite number of at least 0."
-            )
-        if not self.lr > 0:
-            raise ConfigurationError(f"Langevin(lr={self.lr!r}): expected a positive step size, such as 0.1.")
-        if self.coordinates not in ("states", "errors"):
-            raise ConfigurationError(f'Langevin(coordinates={self.coordinates!r}): expected "states" or "errors".')
+        steps = checked.count(self, "max_steps", self.max_steps)
+        why = " (max_steps): with fewer steps there would be no sample to average"
+        checked.keep(
+            self,
+            temperature=checked.number(self, "temperature", self.temperature, "a number of at least 0", least=0),
+            lr=checked_lr(self, self.lr, 0.1),
+            max_steps=steps,
+            burn_in=checked.count(self, "burn_in", self.burn_in, least=0),
+            every=checked.count(self, "every", self.every, most=steps, why=why),
+            coordinates=checked.choice(self, "coordinates", self.coordinates, ("states", "errors")),
+            seed=None if self.seed is None else checked.count(self, "seed", self.seed, least=0),
+        )
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
         in_states = self.coordinates == "states"

@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
+from lightning_ebm import checked
+from lightning_ebm.errors import RelaxationDivergedError
 from lightning_ebm.evaluations import ErrorForces, Forces, Landscape
-from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_steps
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_tol
 from lightning_ebm.relaxers.inverse_hessian import InverseHessian
 from lightning_ebm.relaxers.joint_descent import JointDescent
 
@@ -46,11 +47,13 @@ class QuasiNewton(Relaxer):
         return self.coordinates == "errors"
 
     def __post_init__(self) -> None:
-        checked_steps(self, self.max_steps, self.tol)
-        if isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 1:
-            raise ConfigurationError(f"QuasiNewton(memory={self.memory!r}): expected a whole number of at least 1.")
-        if self.coordinates not in ("states", "errors"):
-            raise ConfigurationError(f'QuasiNewton(coordinates={self.coordinates!r}): expected "states" or "errors".')
+        checked.keep(
+            self,
+            max_steps=checked.count(self, "max_steps", self.max_steps),
+            memory=checked.count(self, "memory", self.memory),
+            tol=checked_tol(self, self.tol),
+            coordinates=checked.choice(self, "coordinates", self.coordinates, ("states", "errors")),
+        )
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
         if landscape.samples_interact:

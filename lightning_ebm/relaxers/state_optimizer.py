@@ -1,14 +1,16 @@
 """Any torch optimizer, on states instead of parameters."""
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_ebm import checked
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.evaluations import Landscape
-from lightning_ebm.relaxers.base import Relaxation, Relaxer, Stepper, checked_steps
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, Stepper
 from lightning_ebm.relaxers.fixed_steps import fixed_steps
 
 
@@ -29,19 +31,25 @@ class StateOptimizer(Relaxer):
     """
 
     def __init__(self, optimizer: Callable[..., torch.optim.Optimizer], max_steps: int, **options: Any) -> None:
-        checked_steps(self, max_steps, 0.0)
-        self.optimizer = optimizer
-        self.max_steps = max_steps
-        self.options = options
+        self.optimizer: Callable[..., torch.optim.Optimizer] = checked.function(
+            self, "optimizer", optimizer, "an optimizer's class, such as torch.optim.SGD"
+        )
+        self.max_steps = checked.count(self, "max_steps", max_steps)
+        self.options = {name: _option(self, name, value) for name, value in options.items()}
         if optimizer is torch.optim.LBFGS:
             raise ConfigurationError(
                 "StateOptimizer(LBFGS): it re-evaluates a closure within a step, which would hide relaxation steps from"
                 " the count. Take torch.optim.SGD with momentum, torch.optim.Adam, or ebm.ErrorCoordinates."
             )
         try:
-            self._made([torch.zeros(1, requires_grad=True)])
-        except (TypeError, ValueError) as error:
-            raise ConfigurationError(f"StateOptimizer({self._name}, **{options!r}): {error}") from error
+            variable = torch.ones(1, requires_grad=True)
+            made = self._made([variable])
+            for _ in range(2 * isinstance(made, torch.optim.Optimizer)):  # some options mean nothing to a first step
+                variable.grad = torch.ones(1)
+                made.step()
+        except Exception as error:
+            raise ConfigurationError(f"StateOptimizer(optimizer={self._name}, **{options!r}): {error}") from error
+        checked.instance(self, "optimizer", made, torch.optim.Optimizer, "what makes a torch.optim.Optimizer")
 
     @property
     def _name(self) -> str:
@@ -75,3 +83,12 @@ class StateOptimizer(Relaxer):
             return [variable.detach().clone() for variable in variables]
 
         return step
+
+
+def _option(owner: object, name: str, value: Any) -> Any:
+    """An option of the optimizer's own; of these, torch lets nan and inf pass, and True for a step size."""
+    if name == "lr" and not isinstance(value, Tensor):
+        return checked.number(owner, name, value, "a step size of at least 0, such as 0.1", least=0)
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return checked.number(owner, name, value, "a finite number")
+    return value

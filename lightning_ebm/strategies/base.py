@@ -1,5 +1,6 @@
 """What the strategies share: the adapter between the engine and Lightning's training loop."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -13,8 +14,10 @@ from torch.optim import Optimizer
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import NoLossError
+from lightning_ebm.divergence import OnDivergence, Policy
 from lightning_ebm.energies.base import is_divergence
-from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
+from lightning_ebm.harmless import harmless
 from lightning_ebm.learner import Learner, check_options
 from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.program.calls import leading_sizes
@@ -25,7 +28,7 @@ from lightning_ebm.purity import shadowed
 from lightning_ebm.reference import Reference, exactly
 from lightning_ebm.regime import Regime, of_step as regime_of_step
 from lightning_ebm.relaxers import Relaxer
-from lightning_ebm.samples import BatchSize
+from lightning_ebm.samples import BatchSize, Samples
 from lightning_ebm.step import Step
 from lightning_ebm.strategies import other_backward
 from lightning_ebm.strategies.evaluation import EvaluatingStrategy
@@ -33,6 +36,9 @@ from lightning_ebm.strategies.manual import ManualOptimization
 from lightning_ebm.strategies.once_more import Arguments, loss_of, run_again
 from lightning_ebm.strategies.quiet import callbacks_of, print_layers, unlogged
 from lightning_ebm.strategies.resume import ExactResume
+
+_DIVERGED, _FAILED = 1, 2
+"""What may come of a batch on a rank: no relaxation, or another error."""
 
 
 class EnergyStrategy(EvaluatingStrategy):
@@ -51,9 +57,11 @@ class EnergyStrategy(EvaluatingStrategy):
         capture: bool,
         compile: bool,
         batch_size: BatchSize = None,
+        on_divergence: OnDivergence = "raise",
     ) -> None:
         """Keeps the settings; `connect` makes the engine of them."""
-        check_options(output, loss_reduction)
+        check_options(layers, output, loss_reduction, capture, compile)
+        Samples(batch_size)
         self.algorithm = preset(algorithm)
         self.layers: Layers = layers
         self.output: Output = output
@@ -61,6 +69,8 @@ class EnergyStrategy(EvaluatingStrategy):
         self.capture = capture
         self.compile = compile
         self.batch_size = batch_size
+        self.on_divergence = Policy(on_divergence, self.algorithm).on_divergence
+        self._diverged: RelaxationDivergedError | None = None
         self._learner: Learner | None = None
         self._step: Step | None = None
         self._increments: Iterator[Tensor] | None = None
@@ -87,6 +97,7 @@ class EnergyStrategy(EvaluatingStrategy):
             "loss_reduction": self.loss_reduction,
             "capture": str(self.capture),
             "compile": str(self.compile),
+            "on_divergence": str(self.on_divergence),
         }
 
     def connect(self, model: LightningModule) -> None:
@@ -108,6 +119,7 @@ class EnergyStrategy(EvaluatingStrategy):
             capture=self.capture,
             compile=self.compile,
             batch_size=self.batch_size,
+            on_divergence=self.on_divergence,
         )
 
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -120,8 +132,13 @@ class EnergyStrategy(EvaluatingStrategy):
                 " twice, quietly and at the free equilibrium: it would draw another batch. Let training_step take the"
                 ' batch, or take a divergence energy such as "predictive-coding".'
             )
+        if not self.learner.policy.raises and not module.automatic_optimization:
+            raise ConfigurationError(
+                f"on_divergence={str(self.on_divergence)!r} leaves out or replaces the update of a batch, and under"
+                ' manual optimization the steps are training_step\'s own. Take on_divergence="raise" there.'
+            )
         self._arguments = args, kwargs
-        self._step = None
+        self._step = self._diverged = None
         # Begun inside super(): a wrapper may change buffers first, and a quiet pass starts from where this one does.
         with shadowed(module, {"training_step": partial(self._first_pass, module.training_step)}):
             return super().training_step(*args, **kwargs)
@@ -140,21 +157,58 @@ class EnergyStrategy(EvaluatingStrategy):
                     stack.enter_context(step.first_pass(self._other_backward))
                 except NoLossError:  # a step that Lightning skips
                     return training_step(*args, **kwargs)
+                except RelaxationDivergedError as error:  # before the user's pass there was a free phase
+                    otherwise = self._begun_otherwise(step, error)
+                    if otherwise is None:
+                        return None
+                    step = otherwise
+                    stack.enter_context(step.first_pass(self._other_backward))
                 output = training_step(*args, **kwargs)
             step.returned(loss_of(output))
             self._step = step
             return output
 
-    def _begun(self, recorder: Recorder | None = None) -> Step:
+    def _begun_otherwise(self, step: Step, error: RelaxationDivergedError) -> Step | None:
+        """The step by the algorithm to fall back to; None where Lightning is to skip it."""
+        step.undo()
+        self._diverged = error
+        policy = self.learner.policy
+        if policy.raises or (policy.fallback is None and self._worst(_DIVERGED) == _FAILED):
+            raise error
+        if policy.fallback is None:
+            self._gave_up(error, torch.full((), math.nan))
+            return None
+        return self._begun(algorithm=policy.fallback)
+
+    def _worst(self, status: int) -> int:
+        """The worst that has come of this batch, 0 where all is well, on all ranks alike."""
+        return status
+
+    def _gave_up(self, error: RelaxationDivergedError | None, loss: Tensor) -> None:
+        """Counts the batch, and logs the count."""
+        elsewhere = RelaxationDivergedError("It did not relax on another rank.")
+        self.learner.gave_up(error or elsewhere, loss)
+        trainer = self._module.trainer
+        counts = {f"ebm/{name}": float(count) for name, count in self.learner.policy.counts.items() if count}
+        with harmless("Logging how many batches could not relax", set()):
+            for logger in trainer.loggers:
+                logger.log_metrics(counts, step=trainer.global_step)
+
+    def _begun(self, recorder: Recorder | None = None, algorithm: Algorithm | None = None) -> Step:
         args = self._arguments[0]
         batch = args[0] if args else None
-        return self.learner.begin(self._loss_again, leading_sizes(self._arguments), batch, recorder=recorder)
+        sizes = leading_sizes(self._arguments)
+        return self.learner.begin(self._loss_again, sizes, batch, recorder=recorder, algorithm=algorithm)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Relaxes, and lets Lightning run its backward on the scalar whose gradient is the update."""
         recorder = self._manual.recorder
         with nullcontext() if recorder is None else recorder.handing_over():
             surrogate = self._surrogate(closure_loss)
+            if surrogate is None:  # as stock does with a step that returned no loss: gradients stay as they are
+                assert self._step is not None
+                self._step.release()
+                return closure_loss.detach()
             with SeenBackward(partial(self._second_backward, surrogate)):
                 loss = super().backward(surrogate, optimizer, *args, **kwargs)
             if recorder is not None and self._relaxes:
@@ -164,7 +218,33 @@ class EnergyStrategy(EvaluatingStrategy):
             self._step.release()
         return loss
 
-    def _surrogate(self, closure_loss: Tensor) -> Tensor:
+    def _surrogate(self, closure_loss: Tensor) -> Tensor | None:
+        """A scalar whose gradient is the update; None for a batch that is skipped."""
+        if self.learner.policy.raises:
+            return self._found(closure_loss)
+        surrogate, error = None, self._diverged
+        try:
+            surrogate = self._found(closure_loss)
+        except RelaxationDivergedError as caught:
+            error = caught
+        if (worst := self._worst(_DIVERGED if error is not None else 0)) == 0 or worst == _FAILED:
+            if surrogate is None:
+                assert error is not None
+                raise error
+            return surrogate
+        step, fallback = self._step, self.learner.policy.fallback
+        assert step is not None
+        if fallback is None:
+            step.undo()
+        elif self._diverged is None:
+            surrogate = step.instead(fallback, closure_loss, 1 / self._accumulated())
+        elif surrogate is None:  # the other algorithm has been tried
+            assert error is not None
+            raise error
+        self._gave_up(error, closure_loss.detach() * self._accumulated())
+        return None if fallback is None else surrogate
+
+    def _found(self, closure_loss: Tensor) -> Tensor:
         if not self._module.automatic_optimization:
             self._step = self._begun(self._manual.recorder)
         if self._step is None:
@@ -172,12 +252,17 @@ class EnergyStrategy(EvaluatingStrategy):
         if self._scaler() is not None and not bool(torch.isfinite(closure_loss)):
             # The scaler skips this step, as in stock.
             return self._step.unrelaxed(closure_loss, 1 / self._accumulated())
-        if self.algorithm.rule.incremental:
-            self._refuse_increments()
-            self._increments = self._step.increments(closure_loss)
-            surrogate = next(self._increments)
-        else:
-            surrogate = self._step.surrogate(closure_loss, 1 / self._accumulated())
+        try:
+            if self.algorithm.rule.incremental:
+                self._refuse_increments()
+                self._increments = self._step.increments(closure_loss)
+                surrogate = next(self._increments)
+            else:
+                surrogate = self._step.surrogate(closure_loss, 1 / self._accumulated())
+        except RelaxationDivergedError:
+            if self.learner.policy.raises:
+                self._step.undo()
+            raise
         self._print_layers()
         return surrogate
 

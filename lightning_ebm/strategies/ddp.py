@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.divergence import OnDivergence
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.program.layers import Layers, Output
 from lightning_ebm.samples import BatchSize
@@ -35,6 +36,7 @@ class EBMDDPStrategy(JointStrategy, DDPStrategy):
         capture: as in `EBMStrategy`.
         compile: as in `EBMStrategy`.
         batch_size: as in `EBMStrategy`.
+        on_divergence: as in `EBMStrategy`; if it comes to that on one rank, all do the same with the batch.
         ddp_options: those of `lightning.pytorch.strategies.DDPStrategy` (`timeout`, `ddp_comm_hook`, `start_method`,
             ...) and, through it, of torch's DDP (`find_unused_parameters`, `gradient_as_bucket_view`, ...).
 
@@ -53,6 +55,7 @@ class EBMDDPStrategy(JointStrategy, DDPStrategy):
         capture: bool = True,
         compile: bool = False,
         batch_size: BatchSize = None,
+        on_divergence: OnDivergence = "raise",
         **ddp_options: Any,
     ) -> None:
         if ddp_options.get("static_graph"):
@@ -62,7 +65,7 @@ class EBMDDPStrategy(JointStrategy, DDPStrategy):
                 " ranks drift apart in silence. Leave it out; find_unused_parameters=True is supported."
             )
         super().__init__(**ddp_options)
-        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile, batch_size)
+        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile, batch_size, on_divergence)
 
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Lightning's own; the reducer is not told of this pass's graph, as another one will be differentiated."""

@@ -102,6 +102,7 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
     def _surrogate(self, closure_loss: Tensor) -> Tensor:
         """The user's own loss, whose backward pass tells FSDP when to reduce; updates replace its gradients."""
         surrogate = super()._surrogate(closure_loss)
+        assert surrogate is not None  # no batch is skipped here
         if not self._relaxes or surrogate is closure_loss:
             return surrogate
         leaves = graph_of([surrogate])[0]

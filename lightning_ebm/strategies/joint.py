@@ -16,7 +16,7 @@ from lightning_ebm.errors import ConfigurationError, EBMError, RelaxationDiverge
 from lightning_ebm.nudges import Strongest
 from lightning_ebm.purity import shadowed
 from lightning_ebm.relaxers import Cheapest
-from lightning_ebm.strategies.base import EnergyStrategy
+from lightning_ebm.strategies.base import _FAILED, EnergyStrategy
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ class JointStrategy(EnergyStrategy, ParallelStrategy):
     """
 
     _failed = False
+    _voted = False
 
     def setup(self, trainer: Trainer) -> None:
         """Lightning's own, after refusing what would make a collective of every pass."""
@@ -51,22 +52,26 @@ class JointStrategy(EnergyStrategy, ParallelStrategy):
 
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """The user's own step; if it fails, the other ranks learn of it in their `backward`."""
+        self._voted = False
         try:
             output = super().training_step(*args, **kwargs)
             loss = output.get("loss") if isinstance(output, Mapping) else output
-            if loss is None and self._module.automatic_optimization:  # refused by Lightning, on this rank
+            skipped = self._diverged is not None  # by all ranks
+            if loss is None and not skipped and self._module.automatic_optimization:  # refused by Lightning
                 self._agree(ConfigurationError("training_step returned None, which many devices cannot skip together."))
         except Exception as error:
             self._agree(error)
             raise
         return output
 
-    def _surrogate(self, closure_loss: Tensor) -> Tensor:
+    def _surrogate(self, closure_loss: Tensor) -> Tensor | None:
         try:
             found = super()._surrogate(closure_loss)
         except Exception as error:
             self._agree(error)
             raise
+        if found is None:  # on all ranks, of which some may have no backward call
+            return None
         self._agree(None)
         self._choose_together()
         return found
@@ -79,6 +84,14 @@ class JointStrategy(EnergyStrategy, ParallelStrategy):
             if isinstance(part, Cheapest | Strongest) and not self.reduce_boolean_decision(not part.tried):
                 part.agree(self.gather(part.tried))
 
+    def _worst(self, status: int) -> int:
+        """See `EnergyStrategy._worst`; a collective."""
+        self._voted = True
+        if self.world_size == 1:
+            return status
+        worst = self.reduce(torch.tensor(status, device=self.root_device), reduce_op="max")
+        return int(worst)
+
     def _agree(self, error: Exception | None) -> None:
         """Every rank comes here once a backward call, with its error if it has one."""
         if not self._relaxes or self._failed or self.world_size == 1:
@@ -88,6 +101,8 @@ class JointStrategy(EnergyStrategy, ParallelStrategy):
             # At once: what follows waits for the others.
             log.error("Rank %d of %d failed: %s: %s", self.global_rank, self.world_size, type(error).__name__, error)
         with suppress(Exception) if error is not None else nullcontext():  # if they are gone, its own error counts
+            if error is not None and not self.learner.policy.raises and not self._voted:
+                self._worst(_FAILED)  # what the others ask first
             if self.reduce_boolean_decision(error is None):
                 return
             text = f"{type(error).__name__}: {error}"

@@ -10,7 +10,9 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 
+from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.divergence import OnDivergence
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.presets import algorithms
 from lightning_ebm.program.layers import Layers, Output
@@ -32,6 +34,9 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
         capture: run programs that come again as code traced from them, see `Learner`.
         compile: and that through Inductor, see `Learner`.
         batch_size: number of samples of a batch, a number or a function of the batch; None finds it, see `Learner`.
+        on_divergence: what is done with a batch that cannot relax: "raise"; "skip", which leaves out its update, as
+            stock does where training_step returns None, and puts back what its pass wrote to; or a preset's name or an
+            `Algorithm`, which takes that batch. Counted in the report, logged as ``ebm/skipped``, ``ebm/fallbacks``.
         device: where to train; None is the device that the Trainer chose.
         accelerator: Lightning's own.
         checkpoint_io: Lightning's own.
@@ -54,13 +59,26 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
         capture: bool = True,
         compile: bool = False,
         batch_size: BatchSize = None,
+        on_divergence: OnDivergence = "raise",
         device: str | torch.device | None = None,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
+        for name, part, kind in (
+            ("accelerator", accelerator, Accelerator),
+            ("checkpoint_io", checkpoint_io, CheckpointIO),
+            ("precision_plugin", precision_plugin, Precision),
+        ):
+            if part is not None:
+                checked.instance(self, name, part, kind, f"an instance of Lightning's {kind.__name__}, or None")
+        if device is not None:
+            try:
+                device = torch.device(checked.instance(self, "device", device, (str, torch.device), "a device"))
+            except RuntimeError:
+                checked.refuse(self, "device", device, 'a device that torch knows, such as "cpu" or "cuda:0", or None')
         super().__init__(
-            device=device or "cpu",
+            device="cpu" if device is None else device,
             accelerator=accelerator,
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
@@ -68,7 +86,7 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
         # Lightning fills these on any strategy that has them, and otherwise leaves one for a single device on the CPU.
         self.num_nodes = 1
         self.parallel_devices: list[torch.device] | None = [self._root_device] if device is not None else None
-        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile, batch_size)
+        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile, batch_size, on_divergence)
 
     def teardown(self) -> None:
         """Lightning's own; another Trainer may choose another device, and refuses a strategy that has one."""

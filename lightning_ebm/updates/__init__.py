@@ -48,7 +48,7 @@ def named(which: str | Update) -> Update:
     if isinstance(which, Update):
         return which
     for kind in _SHIPPED:
-        if kind.name == which:
+        if isinstance(which, str) and kind.name == which:
             return kind()
     raise ConfigurationError(
         f'Algorithm(update={which!r}): expected "auto", an instance of ebm.Update, or one of {", ".join(updates())}.'

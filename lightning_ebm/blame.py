@@ -1,0 +1,111 @@
+"""Whose fault it is that a batch cannot be trained on: weights, batch, buffers, loss, overflow, or the relaxation."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ebm.errors import RelaxationDivergedError
+from lightning_ebm.program.calls import clean
+
+_SKIP = ' on_divergence="skip" leaves out such batches, and counts them.'
+
+
+def holds_nonfinite(batch: Any) -> bool:
+    """Whether a number of a batch is nan or infinite. That may be meant, as in masks."""
+    return any(not bool(torch.isfinite(tensor).all()) for _, tensor in _tensors(batch, ""))
+
+
+def blamed(
+    error: RelaxationDivergedError,
+    module: nn.Module,
+    batch: Any,
+    loss: Tensor | None,
+    backprop: Callable[[], Mapping[str, Tensor]] | None,
+) -> RelaxationDivergedError:
+    """The error with its cause: the first of those that are known to spoil all that comes after.
+
+    Args:
+        error: what the relaxation, or the loss, ended with.
+        module: the user's.
+        batch: what it is trained on, as far as that is known.
+        loss: of the forward pass; None where there is none yet.
+        backprop: gives the gradient of the feed-forward network; None where there is no pass to ask.
+    """
+    loss_is_finite = loss is None or bool(torch.isfinite(loss.detach()).all())
+    if weights := _spoiled(module.named_parameters()):
+        text = (
+            f"The weights hold nan or inf already: {_listed(weights)}. An update before this one was too large: lower"
+            " the learning rate of the parameters, clip gradients, and go on from a checkpoint of before."
+        )
+    elif (spoiled := _spoiled_in(batch)) and not (loss_is_finite and backprop is not None and not spoils(backprop())):
+        text = (
+            f"The batch holds numbers that are not finite ({'; '.join(spoiled)}), and the weights are finite: one such"
+            f" number spoils every update. Clean the data, or drop the samples before training_step;{_SKIP}"
+        )
+    elif buffers := _spoiled(module.named_buffers()):
+        text = (
+            f"Buffers hold nan or inf: {_listed(buffers)}. Running statistics stay so once a batch with nan has been"
+            " through them. Go on from a checkpoint of before, or set them anew (reset_running_stats)."
+        )
+    elif loss is not None and not loss_is_finite:
+        text = (
+            f"The loss of the forward pass is {float(loss.detach().real)}, while weights and inputs are finite: there"
+            " is nothing finite to relax towards. Look at the labels, and for log(0) or 0/0 in the loss; if it has"
+            f" grown over the last steps, lower the learning rate of the parameters, or clip.{_SKIP}"
+        )
+    elif backprop is not None and (overflown := _spoiled(_squares(backprop()))):
+        text = (
+            f"The loss is finite, and the square of its own gradient is not: it overflows in {_listed(overflown)}, so"
+            " that no relaxation could tell how far it has come. The weights have grown too large: lower the"
+            " learning rate of the parameters, clip gradients, and go on from a checkpoint of before."
+        )
+    else:
+        return error
+    return RelaxationDivergedError(text)
+
+
+def spoils(gradients: Mapping[str, Tensor]) -> bool:
+    """Whether a gradient is not finite."""
+    return bool(_spoiled(gradients.items()))
+
+
+def _squares(gradients: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """|g|^2 by name: what relaxers compare forces by."""
+    return ((name, gradient.abs().square().sum()) for name, gradient in gradients.items())
+
+
+def _spoiled_in(batch: Any) -> list[str]:
+    return [f"{where}: {_told(tensor)}" for where, tensor in _tensors(batch, "batch") if _is_spoiled(tensor)]
+
+
+def _tensors(batch: Any, where: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a batch that can hold nan, and how to get at them."""
+    if isinstance(batch, Tensor):
+        if (batch.is_floating_point() or batch.is_complex()) and not batch.is_meta and not batch.is_sparse:
+            yield where, batch.detach()
+    elif isinstance(batch, Mapping):
+        for name, value in batch.items():
+            yield from _tensors(value, f"{where}[{name!r}]")
+    elif isinstance(batch, list | tuple):
+        for index, value in enumerate(batch):
+            yield from _tensors(value, f"{where}[{index}]")
+
+
+def _is_spoiled(tensor: Tensor) -> bool:
+    return not bool(torch.isfinite(tensor).all())
+
+
+def _told(tensor: Tensor) -> str:
+    counts = {"nan": int(torch.isnan(tensor).sum()), "inf": int(torch.isinf(tensor).sum())}
+    return " and ".join(f"{count} times {what}" for what, count in counts.items() if count)
+
+
+def _spoiled(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    floating = ((name, t.detach()) for name, t in named if t.is_floating_point() or t.is_complex())
+    return [clean(name) for name, t in floating if _is_spoiled(t)]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
