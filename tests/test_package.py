@@ -50,7 +50,9 @@ ORDER = [
     {"aliasing", "random_draws", "seams"},
     {"recorder"},
     {"calls", "interpreter", "seen_backward"},
+    {"candidates", "locality"},
     {"comparison", "wiring"},
+    {"nonlocal_weights"},
     {"check", "code", "layers", "reduction"},
     {"programs"},
     # and on

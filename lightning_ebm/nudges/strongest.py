@@ -37,6 +37,7 @@ class Strongest(Nudge):
 
     def __init__(self, template: Nudge | None = None) -> None:
         self.template = OneSided() if template is None else template
+        self.per = self.template.per
         self.strength: float | None = None
         """The choice; None before the first batch."""
         self.tried: list[float] = []
