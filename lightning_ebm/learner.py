@@ -20,7 +20,8 @@ from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.nudges import Nudge
 from lightning_ebm.phases import Phases
 from lightning_ebm.presets import algorithm as preset
-from lightning_ebm.program.layers import Layers, Output, check_layers
+from lightning_ebm.program.candidates import Layers
+from lightning_ebm.program.layers import Output, check_layers
 from lightning_ebm.program.programs import Programs
 from lightning_ebm.program.recorder import Recorder, TakesCare
 from lightning_ebm.program.seen_backward import refuse_backward
@@ -55,8 +56,9 @@ class Learner:
     Args:
         module: any module; nothing of it is changed but `.grad`.
         algorithm: a preset's name or an `Algorithm`.
-        layers: which calls carry states: None (calls of activation modules; if there are none, repeated blocks; if
-            there are none, the outputs of modules with weights), or module names, module types, or a predicate.
+        layers: which calls carry states: None (those of activation modules, of repeated blocks, or of modules with
+            weights, by how local they make the updates, see `LayerFinder`), or module names, module types, or a
+            predicate.
         output: "readout" (the last drive enters the loss directly), "state" (the output is a free state, nudged by the
             loss), "auto" (a state if the network ends in an activation, else a read-out).
         loss_reduction: how the closure's loss reduces over the batch, "mean" or "sum".
@@ -110,7 +112,7 @@ class Learner:
         self.policy = Policy(on_divergence, self.algorithm)
         self._options: tuple[Layers, Output] = (layers, output_for(self.algorithm, output))
         self._programs = Programs(module, *self._options)
-        self._evaluated = Programs(module, *self._options)
+        self._evaluated = Programs(module, *self._options, like=self._programs)
         self._clamped: dict[frozenset[str], Programs] = {}
         self._memory = StateMemory()
         self._last: tuple[list[str], list[PhaseReport], Tensor, str] | None = None
@@ -324,7 +326,7 @@ class Learner:
         """The programs in which the inputs and outputs that are named carry states."""
         names = frozenset(clamp) | frozenset(free)
         if names not in self._clamped:
-            self._clamped[names] = Programs(self.module, *self._options, also=names)
+            self._clamped[names] = Programs(self.module, *self._options, also=names, like=self._programs)
         return self._clamped[names]
 
     def step(self, closure: Closure, optimizer: torch.optim.Optimizer) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.arithmetic import Arithmetic
+from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.fast_network import FastNetwork
 from lightning_ebm.network import Network
 from lightning_ebm.passes import Run, Start
@@ -89,6 +90,8 @@ class Recorded(NamedTuple):
             shapes = [state.shape for state in start.free]
             size = batch_size_among(leading_sizes or record.leading_sizes, shapes, self.known.reduced)
         loss_scale = (size if setup.loss_reduction == "mean" else 1) / setup.samples.scale()
+        if setup.algorithm.nudge.per == "element":
+            loss_scale *= self.elements_per_sample(setup, size)
         parts = setup.algorithm.energy, self.plan, start, run, size, loss_scale
         if fast:
             network: Network = FastNetwork(
@@ -104,6 +107,21 @@ class Recorded(NamedTuple):
             network = Network(*parts)
         network.known = self.known
         return network
+
+    def elements_per_sample(self, setup: Setup, size: int) -> float:
+        """How many elements of a sample the loss is a mean over.
+
+        Raises:
+            ConfigurationError: the record does not tell.
+        """
+        if self.known.elements is None:
+            raise ConfigurationError(
+                f"{setup.algorithm.nudge!r}: how many elements of a sample the loss is a mean over cannot be told from"
+                " its operations: it divides a sum by hand, adds means over different numbers, or reduces otherwise."
+                ' Multiply the strength by that number yourself and leave out per="element", such as'
+                " ebm.OneSided(784.0), or write the loss as one .mean()."
+            )
+        return self.known.elements / (size if setup.loss_reduction == "mean" else 1)
 
     def is_fast(self, setup: Setup) -> bool:
         """Whether evaluations run as code."""

@@ -15,7 +15,8 @@ from lightning_ebm.evaluations import Landscape, ResponseForces
 from lightning_ebm.learner import Learner, output_for
 from lightning_ebm.nudges import Infinitesimal
 from lightning_ebm.presets import algorithm as preset
-from lightning_ebm.program.layers import Layers, Output
+from lightning_ebm.program.candidates import Layers
+from lightning_ebm.program.layers import Output
 from lightning_ebm.program.wiring import named_gradients
 from lightning_ebm.purity import untouched
 from lightning_ebm.relaxers import Anderson, FixedPoint, GradientDescent, Relaxation, Relaxer

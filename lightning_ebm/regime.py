@@ -23,7 +23,8 @@ from lightning_ebm.evaluations import Landscape
 from lightning_ebm.learner import Learner
 from lightning_ebm.metrics import moments, read
 from lightning_ebm.nudges.base import without_draw
-from lightning_ebm.program.layers import Layers, Output
+from lightning_ebm.program.candidates import Layers
+from lightning_ebm.program.layers import Output
 from lightning_ebm.purity import untouched
 from lightning_ebm.reference import Settled
 from lightning_ebm.relaxers import Relaxation, Relaxer

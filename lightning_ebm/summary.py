@@ -11,7 +11,9 @@ from lightning_ebm import notebook
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.learner import Learner
 from lightning_ebm.program.calls import clean
-from lightning_ebm.program.layers import Layers, Output
+from lightning_ebm.program.candidates import Layers
+from lightning_ebm.program.layers import Output
+from lightning_ebm.program.locality import Judged
 from lightning_ebm.program.wiring import Plan
 
 
@@ -46,11 +48,21 @@ class Summary:
     Attributes:
         layers: one `LayerSummary` a state, in the order of the forward pass.
         readout: names of the parameters between the last states and the loss.
+        local_share: share of the weights, by elements of matrices and kernels, whose update is propagated through no
+            other weight, and not around the states.
+        locality: the mean over the weights of one over how many weights an update goes through, 0 where it goes around
+            the states or through itself: what layers are chosen by, see `lightning_ebm.program.layers.LayerFinder`.
+        chosen: in words, the set of modules that has the states; "asked for" if it was.
+        compared: the sets that it was chosen from, each with its number of states and both shares.
     """
 
     module: str
     layers: list[LayerSummary]
     readout: tuple[str, ...]
+    local_share: float
+    locality: float
+    chosen: str
+    compared: tuple[Judged, ...]
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows = [
@@ -73,19 +85,32 @@ class Summary:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
         ]
         rule = "  ".join("-" * width for width in widths)
-        return "\n".join([self._title, lines[0], rule, *lines[1:]])
+        return "\n".join([self._title, lines[0], rule, *lines[1:], *self._why])
 
     def _repr_html_(self) -> str:
-        return notebook.table(self._title, _HEADER, self._rows())
+        return notebook.table(self._title, _HEADER, self._rows()) + "".join(f"<p>{line}</p>" for line in self._why)
 
     def __rich__(self) -> Any:
         """The same as a table of `rich`, for its consoles."""
         from rich.table import Table
 
-        table = Table(*_HEADER, title=self._title, title_justify="left")
+        why = " ".join(self._why)
+        table = Table(*_HEADER, title=self._title, title_justify="left", caption=why, caption_justify="left")
         for row in self._rows():
             table.add_row(*row)
         return table
+
+    @property
+    def _why(self) -> list[str]:
+        """How much learns locally, and what the layers were chosen from."""
+        lines = [
+            f"{self.local_share:.0%} of the weights learn locally, through no other weight and not around the states;"
+            f" the mean of 1 / (weights an update goes through) is {self.locality:.2f}."
+        ]
+        others = [f"{j.what} {j.mean:.2f} ({j.states} states)" for j in self.compared if j.what != self.chosen]
+        if self.compared:
+            lines.append(f"States at: {self.chosen}" + (f"; it would be {', '.join(others)}." if others else "."))
+        return lines
 
     @property
     def _title(self) -> str:
@@ -141,4 +166,6 @@ def of_plan(module: nn.Module, plan: Plan) -> Summary:
         )
         for row in plan.rows
     ]
-    return Summary(type(module).__name__, layers, plan.loss_parameters)
+    local = plan.locality
+    name = type(module).__name__
+    return Summary(name, layers, plan.loss_parameters, local.share, local.mean, plan.chosen, plan.compared)

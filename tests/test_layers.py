@@ -349,7 +349,7 @@ def test_gradient_penalties_are_exact_and_scripted_networks_are_refused_by_name(
 
 
 def test_what_goes_around_the_states_is_said(caplog):
-    """A residual stream passes by the activations of its blocks: most of the network would be trained by the loss."""
+    """A residual stream passes by the activations of its blocks, which is why the blocks get the states."""
 
     class Block(nn.Module):
         def __init__(self):
@@ -362,14 +362,14 @@ def test_what_goes_around_the_states_is_said(caplog):
 
     torch.manual_seed(0)
     net = nn.Sequential(Block(), Block(), Block(), nn.Linear(6, 2)).double()
-    both(net)
+    both(net, layers=nn.GELU)
     assert "5 weighted modules" in caplog.text
     caplog.clear()
-    layers, readout = table(net, layers=Block)
+    layers, readout = table(net)
     assert layers == [("0", ("input",)), ("1", ("0",)), ("2", ("1",))]
     assert readout == ("3.weight", "3.bias")
     assert not caplog.records
-    both(net, layers=Block)
+    both(net)
 
 
 def test_outputs_in_dataclasses_carry_states():
@@ -568,27 +568,51 @@ def test_evaluation_may_have_fewer_layers_than_training_and_other_ones():
         assert net(X).shape == (5, 2)
 
 
+class Dense(nn.Module):
+    """A weighted module of one's own, which discovery has no reason to take for a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6) / 3)
+
+    def forward(self, x):
+        return x @ self.weight
+
+
 class Pooled(nn.Module):
     """A body of functions, and one activation module at its end."""
 
-    def __init__(self, depth, body=nn.Linear):
+    def __init__(self, depth, body, listed):
         super().__init__()
         torch.manual_seed(0)
-        self.body = nn.ModuleList(body(6, 6) for _ in range(depth))
+        layers = [body() for _ in range(depth)]
+        self.body = nn.ModuleList(layers) if listed else nn.Module()
+        for index, layer in enumerate(layers):
+            self.body.add_module(str(index), layer)
         self.pooler, self.act, self.head = nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1)
         self.double()
 
     def forward(self, x):
-        for layer in self.body:
+        for layer in self.body.children():
             x = F.relu(layer(x))
         return self.head(self.act(self.pooler(x)))
 
 
-@pytest.mark.parametrize(("depth", "options", "said"), [(5, {}, True), (1, {}, False), (5, {"layers": ["act"]}, False)])
-def test_an_activation_that_takes_all_the_states_is_said(depth, options, said, caplog):
+@pytest.mark.parametrize(
+    ("depth", "listed", "options", "states", "said"),
+    [
+        (5, True, {}, [f"body.{i}" for i in range(5)], False),
+        (5, False, {}, ["act"], True),
+        (1, False, {}, ["act"], False),
+        (5, True, {"layers": ["act"]}, ["act"], False),
+    ],
+)
+def test_an_activation_that_takes_all_the_states_is_said(depth, listed, options, states, said, caplog):
     """Of 7 weighted modules 6 are trained through each other; who names the layer has chosen it."""
-    assert table(Pooled(depth), **options)[0] == [("act", ("input",))]
-    assert ("in the drive of one layer, act (Tanh)" in caplog.text) == said
+    net = Pooled(depth, Dense, listed)
+    assert [name for name, _ in table(net, **options)[0]] == states
+    assert ("lie in the drive of one layer" in caplog.text) == said
+    both(net, **options)
 
 
 def test_stalled_states_are_said_once_with_their_residual(caplog):

@@ -51,7 +51,9 @@ ORDER = [
     {"aliasing", "following", "numbers", "random_draws", "schedule", "seams", "torch_calls"},
     {"recorder"},
     {"calls", "interpreter", "seen_backward"},
+    {"candidates", "locality"},
     {"comparison", "wiring"},
+    {"nonlocal_weights"},
     {"check", "code", "layers", "reduction"},
     {"programs"},
     # and on

@@ -3,7 +3,7 @@
 import cmath
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -44,7 +44,13 @@ class Nudge(ABC):
 
     A subclass writes ``phases``. What the table needs of the network and of the relaxer is read off it, by the
     properties below; a subclass may override them where it knows better.
+
+    Attributes:
+        per: what the strengths are per: "sample", the loss of a sample being what the user's code makes it, or
+            "element", the loss being the sum of what its mean over the elements of a sample runs over.
     """
+
+    per: Literal["sample", "element"] = "sample"
 
     @abstractmethod
     def phases(self) -> tuple[Phase, ...]:

@@ -40,6 +40,7 @@ class Strongest(Nudge):
         template = OneSided() if template is None else template
         wanted = "a nudge with one real strength, such as ebm.OneSided() or ebm.Centered()"
         self.template: Nudge = checked.instance(self, "template", template, Nudge, wanted)
+        self.per = self.template.per
         self.strength: float | None = None
         """The choice; None before the first batch."""
         self.tried: list[float] = []

@@ -4,36 +4,59 @@ The wiring is read from the record of the user's own pass, not from the module t
 drive is computed from, which parameters stand in between, and what enters the loss.
 """
 
-import difflib
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, Literal, NoReturn
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import nn
 
 from lightning_ebm import checked
-from lightning_ebm.errors import ConfigurationError, LayerDiscoveryError, UnsupportedModuleError
+from lightning_ebm.errors import LayerDiscoveryError, UnsupportedModuleError
 from lightning_ebm.program.calls import clean
+from lightning_ebm.program.candidates import ACTIVATIONS, Layers, chosen_by, found_in
+from lightning_ebm.program.locality import Judged, Locality, Products, self_gates
+from lightning_ebm.program.nonlocal_weights import say_what_goes_around, say_what_is_left_in_one_drive
 from lightning_ebm.program.record import Mark, Record, StateKey, Value
 from lightning_ebm.program.wiring import Plan, Wiring
 from lightning_ebm.tree import modules_of, parameters_of
 
 log = logging.getLogger(__name__)
 
-ChosenLayers = list[str] | type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[nn.Module], bool]
-Layers = ChosenLayers | None
 Output = Literal["auto", "readout", "state"]
 
-# Softmax and LogSoftmax are links of a read-out to its loss, not nonlinearities of neurons: name them to give them one.
-ACTIVATIONS: tuple[type[nn.Module], ...] = (
-    nn.CELU, nn.ELU, nn.GELU, nn.GLU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU,
-    nn.LogSigmoid, nn.Mish, nn.PReLU, nn.RReLU, nn.ReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink,
-    nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold,
-)  # fmt: skip
-_WEIGHTED: tuple[type[nn.Module], ...] = (
-    nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention,
-)  # fmt: skip
+_USUAL = ("activations", "blocks", "inner blocks")
+_ENOUGH = 0.4
+"""Of m, see `LayerFinder`: an update goes through two and a half weights, as in the blocks of a Transformer at most."""
+
+
+class _Option(NamedTuple):
+    """One choice of layers.
+
+    Attributes:
+        what: in words.
+        candidates: modules, and their names.
+        calls: how many calls of them there were.
+        cut: those that carry states.
+        why_not: why modules that were asked for carry none.
+        locality: of the weights' updates.
+    """
+
+    what: str
+    candidates: Mapping[nn.Module, str]
+    calls: int
+    cut: list[Mark]
+    why_not: Mapping[str, str]
+    locality: Locality
+
+    def told(self) -> str:
+        return "".join(f"; {name!r}: {why}" for name, why in list(self.why_not.items())[:3])
+
+
+def _most_local(options: Sequence[_Option]) -> _Option | None:
+    """The one whose updates are the most local; of equal ones that with the fewest states, then the first."""
+    return max(options, key=lambda option: (round(option.locality.mean, 6), -len(option.cut)), default=None)
 
 
 def check_layers(layers: Any) -> None:
@@ -53,30 +76,53 @@ def check_layers(layers: Any) -> None:
 class LayerFinder:
     """Chooses the layers of a module among the calls that one record has marked.
 
+    What was asked for; else by how local the updates of the network's weights are with states there,
+
+        m = sum_w |w| l(w) / sum_w |w|,    l(w) = 1 / chain(w), 0 for w around the states or through itself,
+
+    over the matrices and kernels w, with |w| elements each. chain(w) is the number of weighted operations, its own
+    included, on the longest way from w to a state or the loss that crosses no state: 1 in a multilayer perceptron
+    or a ResNet with states at its activations, 1/4 for the queries of a Transformer with states at its
+    blocks. A weight is trained *around* the states if it reaches a state and the loss past all of them, as a residual
+    stream does that passes by the activations within its blocks; *through itself* if it reaches another use of w
+    without a state between, as recurrent weights do through time: so that the length of a sequence decides nothing.
+
+    Of activations, blocks (the outermost repeated modules), and inner blocks (the innermost) the largest m is taken.
+    If that is below 0.4, so that a typical update goes through more than two and a half weights, any set may be: also
+    activations and blocks, activations with those weighted modules that are left behind others, and all weighted
+    modules. Ties go to fewer states. An activation that only multiplies what it was computed from, x * g(x) as in
+    squeeze-and-excite, is a gate and no layer.
+
     Args:
         module: the user's module.
         layers: as in `Learner`.
         output: as in `Learner`.
         also: names, as of states, of inputs and outputs that carry states besides.
+        like: a finder for the same module, whose latest choice is kept where it can be.
     """
 
-    def __init__(self, module: nn.Module, layers: Layers, output: Output, also: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Layers,
+        output: Output,
+        also: Collection[str] = (),
+        like: "LayerFinder | None" = None,
+    ) -> None:
         self._module = module
         self._also = frozenset(also)
         self._layers = layers
         self._output: Output = output
+        self._like = like
         self._carried: set[str] = set()
-
-    def candidates(self) -> list[dict[nn.Module, str]]:
-        """The modules whose calls may carry states, and their names: sets of them, the first that does being taken."""
-        return [_chosen(self._module, self._layers)] if self._layers is not None else list(_found(self._module)) or [{}]
+        self._latest: str | None = None
 
     def watched(self) -> set[nn.Module]:
         """The modules whose calls may carry states; those with parameters of their own are watched anyway."""
         named = {m for name, m in self._module.named_modules() if clean(name) in {_module_of(k) for k in self._also}}
         if self._layers is not None:
-            return named | set(_chosen(self._module, self._layers))
-        return named | {m for m in self._module.modules() if isinstance(m, ACTIVATIONS)}.union(*_repeated(self._module))
+            return named | set(chosen_by(self._module, self._layers))
+        return named.union(*found_in(self._module).values())
 
     def find(self, record: Record, loss: Value, partial: bool | None = False) -> tuple[Plan, list[Mark]]:
         """The calls that carry states, and the wiring between them.
@@ -91,28 +137,86 @@ class LayerFinder:
             ConfigurationError: `layers` or `output` name nothing.
             LayerDiscoveryError: no call could carry a state, or one that was asked for carries none.
         """
-        tried, called = [], False
-        for candidates in self.candidates():
-            marks = [mark for mark in record.marks if mark.module in candidates or str(mark.key) in self._also]
-            wiring = Wiring(self._module, record, marks, loss)
-            states = _carrying(wiring, self._output) | self._named(wiring)
-            states -= {m.key for m in marks if m.module not in candidates and m.key not in self._named(wiring)}
-            why_not = wiring.why_not(candidates.values() if self._layers is not None else (), states)
-            if states:
-                cut = [mark for mark in record.marks if mark.key in states]
-                plan = Wiring(self._module, record, cut, loss).plan()
-                _say_what_goes_around(plan, self._module)
-                if self._layers is None:
-                    _say_what_is_left_in_one_drive(plan, self._module)
-                self._carried |= {key.name for key in plan.states}
-                absent = _absent(candidates, self._layers, plan, why_not)
-                if partial is not None:
-                    self._complain({n: why for n, why in absent.items() if n not in self._carried}, partial)
-                return plan, cut
-            called = called or bool(marks)
-            told = "".join(f"; {name!r}: {why}" for name, why in list(why_not.items())[:3])
-            tried.append(f"{len(candidates)} modules called {len(marks)} times{told}")
-        _refuse(self._module, tried, called)
+        products = Products(self._module, record)
+        if self._layers is not None:
+            option = self._option("asked for", chosen_by(self._module, self._layers), record, loss, products)
+            compared = [option]
+        else:
+            compared = self._compared(record, loss, products)
+            option = self._best(compared)
+        if not option.cut:
+            told = [f"{o.what}: {len(o.candidates)}, called {o.calls} times{o.told()}" for o in compared]
+            _refuse(self._module, told, any(o.calls for o in compared))
+        plan = Wiring(self._module, record, option.cut, loss).plan()
+        judged = [(o.what, len(o.cut), *o.locality) for o in compared if o.cut and self._layers is None]
+        plan = replace(plan, locality=option.locality, compared=tuple(Judged(*j) for j in judged), chosen=option.what)
+        say_what_goes_around(plan, self._module)
+        if self._layers is None:
+            say_what_is_left_in_one_drive(plan, self._module)
+        self._carried |= {key.name for key in plan.states}
+        absent = _absent(option.candidates, self._layers, plan, option.why_not)
+        self._latest = option.what
+        if partial is not None:
+            self._complain({n: why for n, why in absent.items() if n not in self._carried}, partial)
+        return plan, option.cut
+
+    def _option(
+        self, what: str, candidates: Mapping[nn.Module, str], record: Record, loss: Value, products: Products
+    ) -> "_Option":
+        """What states at some modules' calls come to."""
+        calls = {mark for mark in record.marks if mark.module in candidates}
+        if self._layers is None:
+            calls -= self_gates(record, [mark for mark in calls if isinstance(mark.module, ACTIVATIONS)])
+        marks = [mark for mark in record.marks if mark in calls or str(mark.key) in self._also]
+        wiring = Wiring(self._module, record, marks, loss)
+        named = self._named(wiring)
+        states = named | (_carrying(wiring, self._output) - {mark.key for mark in marks if mark not in calls})
+        why_not = wiring.why_not(candidates.values() if self._layers is not None else (), states)
+        cut = [mark for mark in record.marks if mark.key in states]
+        return _Option(what, candidates, len(calls), cut, why_not, products.locality(cut, loss))
+
+    def _compared(self, record: Record, loss: Value, products: Products) -> list["_Option"]:
+        """The sets of modules that may be chosen, in order of preference; the first alone if it leaves nothing."""
+        found = found_in(self._module)
+        options: list[_Option] = []
+
+        def add(what: str, candidates: Mapping[nn.Module, str]) -> "_Option":
+            options.append(self._option(what, candidates, record, loss, products))
+            return options[-1]
+
+        activations = found.pop("activations", {})
+        if activations:
+            option = add("activations", activations)
+            if option.cut and option.locality.share == 1 and self._trained() in (None, option.what):
+                return options
+        weighted = found.pop("weighted modules", {})
+        for what, candidates in found.items():
+            add(what, candidates)
+        blocks = found.get("inner blocks") or found.get("blocks")
+        if activations and blocks:
+            add("activations and blocks", {**activations, **blocks})
+        if activations and weighted:
+            behind = products.behind(options[0].cut, loss)
+            some = {m: name for m, name in weighted.items() if any(id(p) in behind for p in m.parameters())}
+            if some and len(some) < len(weighted):
+                add("activations, and weighted modules behind others", {**activations, **some})
+        if weighted:
+            add("weighted modules", weighted)
+        return options
+
+    def _trained(self) -> str | None:
+        """What had the states when the module was trained, for passes that only look at it."""
+        return None if self._like is None else self._like._latest
+
+    def _best(self, options: list["_Option"]) -> "_Option":
+        carrying = [option for option in options if option.cut]
+        carrying = [option for option in carrying if option.what == self._trained()] or carrying
+        usual = [option for option in carrying if option.what in _USUAL]
+        best = _most_local(usual)
+        if best is None or best.locality.mean < _ENOUGH:
+            best = _most_local(carrying)
+        nothing = _Option("nothing", {}, 0, [], {}, Locality(0.0, 0.0))
+        return best or (options[0] if options else nothing)
 
     def _named(self, wiring: Wiring) -> set[StateKey]:
         """Inputs that were named, which nothing predicts but what is given, and outputs that are to be held."""
@@ -191,60 +295,6 @@ def _shown(layers: Layers) -> str:
     return repr(layers)
 
 
-def _chosen(module: nn.Module, layers: ChosenLayers) -> dict[nn.Module, str]:
-    named = {clean(name): m for name, m in module.named_modules() if name}
-    if isinstance(layers, str):
-        raise ConfigurationError(f"layers={layers!r}: expected a list of names; write layers=[{layers!r}].")
-    chosen: dict[nn.Module, str]
-    if isinstance(layers, tuple) and all(isinstance(name, str) for name in layers):
-        layers = [str(name) for name in layers]
-    if isinstance(layers, type | tuple):
-        kinds: Any = layers
-        chosen = {m: name for name, m in named.items() if isinstance(m, kinds)}
-    elif callable(layers):
-        chosen = {m: name for name, m in named.items() if layers(m)}
-    else:
-        unknown = [name for name in layers if name not in named]
-        if unknown:
-            close = difflib.get_close_matches(str(unknown[0]), named, n=3) or list(named)[:5]
-            raise ConfigurationError(
-                f"layers={list(layers)!r}: {type(module).__name__} has no module {unknown[0]!r}. Nearest: {close}."
-            )
-        return {named[name]: name for name in layers}
-    if not chosen:
-        raise ConfigurationError(
-            f"layers={layers!r} matches none of the {len(named)} modules of {type(module).__name__}."
-            f" It has: {sorted({type(m).__name__ for m in named.values()})}."
-        )
-    return chosen
-
-
-def _found(module: nn.Module) -> Iterator[dict[nn.Module, str]]:
-    named = {clean(name): m for name, m in module.named_modules() if name}
-    activations = {m: name for name, m in named.items() if isinstance(m, ACTIVATIONS)}
-    if activations:
-        yield activations
-    names = {m: name for name, m in named.items()}
-    blocks = {child: names[child] for children in _repeated(module) for child in children}
-    if blocks:
-        yield blocks
-    weighted = {m: name for name, m in named.items() if isinstance(m, _WEIGHTED)}
-    if weighted:
-        yield weighted
-
-
-def _repeated(module: nn.Module) -> Iterator[list[nn.Module]]:
-    """Blocks of one kind, one after the other: the outermost rows of them."""
-    outer: list[str] = []
-    for name, container in module.named_modules():
-        if not isinstance(container, nn.ModuleList | nn.Sequential) or any(name.startswith(o) for o in outer):
-            continue
-        children = [child for child in container.children() if any(True for _ in child.parameters())]
-        if len(children) > 1 and len({type(child) for child in children}) == 1:
-            outer += [f"{clean(name)}.{part}." if name else f"{part}." for part, _ in container.named_children()]
-            yield children
-
-
 def _carrying(wiring: Wiring, output: Output) -> set[StateKey]:
     """The calls that are to carry a state."""
     states = wiring.useful()
@@ -255,33 +305,3 @@ def _carrying(wiring: Wiring, output: Output) -> set[StateKey]:
     else:
         states |= {head.key for head in wiring.heads()}
     return states
-
-
-def _say_what_goes_around(plan: Plan, module: nn.Module) -> None:
-    """One line where much of the network is trained past the states, as a residual stream past its activations."""
-    if len(plan.around) > 2:  # one or two are tied weights, or a single skip
-        log.warning(
-            "%d weighted modules of %s reach the loss around the states as well (%s, ...): that part of their update is"
-            " the loss's own gradient, through each other. States at whole blocks make it local: layers=BlockType or"
-            " layers=[...]. ebm.summary shows the layers.",
-            len(plan.around),
-            type(module).__name__,
-            ", ".join(plan.around[:3]),
-        )
-
-
-def _say_what_is_left_in_one_drive(plan: Plan, module: nn.Module) -> None:
-    """One line where a stray activation takes the states and most weights stay between two of them."""
-    weighted = {clean(name) for name, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))}
-    largest = max(plan.rows, key=lambda row: row.modules_between)
-    if largest.activation is not None and 4 <= largest.modules_between > len(weighted) / 2:
-        log.warning(
-            "%d of %d weighted modules of %s lie in the drive of one layer, %s (%s): they learn by backprop through"
-            " each other, as activations that are no modules (F.relu) carry no state. Put states into the body:"
-            " layers=BlockType, layers=nn.Linear or layers=[...]. ebm.summary shows the layers.",
-            largest.modules_between,
-            len(weighted),
-            type(module).__name__,
-            largest.key,
-            largest.activation,
-        )

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ebm.program.calls import Replace, Watch, nothing_in_place, watched
+from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.check import check_against_autograd
 from lightning_ebm.program.code import TracedProgram
 from lightning_ebm.program.comparison import Outline
 from lightning_ebm.program.interpreter import Program
-from lightning_ebm.program.layers import LayerFinder, Layers, Output
+from lightning_ebm.program.layers import LayerFinder, Output
 from lightning_ebm.program.numbers import OtherNumbers, as_input
 from lightning_ebm.program.record import Node, Record, Value, depending, meta_of
 from lightning_ebm.program.recorder import Recorder
-from lightning_ebm.program.reduction import reduced_sizes
+from lightning_ebm.program.reduction import averaged_elements, reduced_sizes
 from lightning_ebm.program.wiring import Plan, Region
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class Known:
         outline: what it is recognized by.
         plan: its wiring.
         reduced: first dimensions of what its loss reduces to one number.
+        elements: how many elements its loss is a mean over; None where that cannot be told.
         traced: its code.
         uses: how often it has been seen.
         covered: whether every parameter is known to be reached by the energy.
@@ -44,6 +46,7 @@ class Known:
     outline: Outline
     plan: Plan
     reduced: frozenset[int]
+    elements: int | None
     traced: TracedProgram
     uses: int = 1
     covered: bool = False
@@ -72,14 +75,25 @@ class Programs:
         layers: as in `Learner`.
         output: as in `Learner`.
         also: names of inputs and outputs that carry states besides.
+        like: programs of the same module, whose choice of layers is kept where it can be.
     """
 
-    def __init__(self, module: nn.Module, layers: Layers, output: Output, also: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Layers,
+        output: Output,
+        also: Collection[str] = (),
+        like: "Programs | None" = None,
+    ) -> None:
         self._module = module
-        self._finder = LayerFinder(module, layers, output, also)
+        followed: LayerFinder | None = None if like is None else like._finder
+        self._finder: LayerFinder = LayerFinder(module, layers, output, also, followed)
         self._watch = Watch(module, self._finder.watched)
         self._known: list[Known] = []
         self._said = False
+        self.told: set[str] = set()
+        """What is said once of a module, whatever its programs."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what can be found again."""
@@ -165,7 +179,7 @@ class Programs:
 
     def _added(self, program: Program, plan: Plan, loss: Value) -> Known:
         outline = Outline(program.record, program.marks, loss)
-        known = Known(outline, plan, reduced_sizes(program), TracedProgram(program))
+        known = Known(outline, plan, reduced_sizes(program), averaged_elements(program), TracedProgram(program))
         self._known = [known, *self._known[: _KEPT - 1]]
         return known
 

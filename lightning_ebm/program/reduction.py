@@ -1,5 +1,6 @@
 """How a loss reduces over the batch, read from the record of the pass that computed it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,8 +8,8 @@ import torch
 from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.record import Node, Value, depending
 
-_SUM = 2
-"""torch's number for reduction="sum"."""
+_MEAN, _SUM = 1, 2
+"""torch's numbers for reduction="mean" and "sum"."""
 _TRANSPARENT = {
     "add",
     "sub",
@@ -60,6 +61,61 @@ def reduced_sizes(program: Program) -> frozenset[int]:
     return frozenset(found)
 
 
+def averaged_elements(program: Program) -> int | None:
+    """Number of elements that the loss is a mean over: 784 B for a mean over images of 784 pixels, B for a mean of B.
+
+    Means over parts of the dimensions multiply; sums count once; factors before the mean are left alone, and targets
+    that a cross-entropy ignores are counted. None where that cannot be told: a sum that something divides, terms that
+    are means over different numbers, other reductions.
+    """
+    moving = depending({mark.state for mark in program.marks}, program.order)
+    counts: set[int | None] = set()
+    queue: list[tuple[Value | None, int | None, bool]] = [(program.loss, None, False)]
+    while queue:
+        value, count, divided = queue.pop()
+        node = None if value is None else value.node
+        if value not in moving or node is None:
+            continue
+        behind = [read for read in node.values() if read in moving]
+        name, reduced = _name(node), _averaged_by(node, behind)
+        if name in ("mul", "div") and len(behind) == 1:
+            queue.append((behind[0], count, divided or name == "div"))
+        elif reduced is not None or name in _TRANSPARENT:
+            if divided and (name == "sum" or _reduction(node) == _SUM):
+                return None
+            so_far = count if reduced is None else (count or 1) * reduced
+            ends = reduced is not None and name not in ("mean", "sum")
+            counts |= {so_far} if ends else set()
+            queue.extend([] if ends else [(read, so_far, divided) for read in behind])
+        else:
+            counts.add(count)
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _averaged_by(node: Node, behind: Sequence[Value]) -> int | None:
+    """How many elements each of its results is a mean over, 1 for sums; None where it does not reduce."""
+    name, reduction, result = _name(node), _reduction(node), node.results[0] if node.results else None
+    if reduction in (_MEAN, _SUM) and behind:
+        # A likelihood of classes has one element a target.
+        targets = [value for value in node.values() if not value.is_continuous] if name.startswith("nll_loss") else []
+        return 1 if reduction == _SUM else (targets or behind)[0].shape.numel()
+    if name in ("mean", "sum") and behind and result is not None:
+        return 1 if name == "sum" else behind[0].shape.numel() // max(1, result.shape.numel())
+    return None
+
+
+def _reduction(node: Node) -> int | None:
+    """Its argument of that name, if it has one."""
+    if not isinstance(node.func, torch._ops.OpOverload):
+        return None
+    for position, argument in enumerate(node.func._schema.arguments):
+        if argument.name == "reduction":
+            given = node.args[position] if position < len(node.args) else argument.default_value
+            found: Any = node.kwargs.get("reduction", given)
+            return None if found is None else int(found)
+    return None
+
+
 def _name(node: Node) -> str:
     func = node.func
     return func.overloadpacket.__name__ if isinstance(func, torch._ops.OpOverload) else getattr(func, "__name__", "")
@@ -68,9 +124,7 @@ def _name(node: Node) -> str:
 def _is_sum(node: Node, batch_size: int) -> bool:
     if not isinstance(node.func, torch._ops.OpOverload):
         return False
-    given = {argument.name: arg for argument, arg in zip(node.func._schema.arguments, node.args, strict=False)}
-    if "reduction" in given or "reduction" in node.kwargs:
-        reduction: Any = given.get("reduction", node.kwargs.get("reduction"))
+    if (reduction := _reduction(node)) is not None:
         return reduction == _SUM and any(batch_size in value.shape for value in node.values())
     first = next(node.values(), None)
     result = node.results[0]

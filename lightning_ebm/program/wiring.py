@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.program.calls import clean, is_activation
+from lightning_ebm.program.locality import Judged, Locality
 from lightning_ebm.program.operations import traits
 from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value
 from lightning_ebm.tree import modules_of, parameters_of
@@ -45,6 +46,9 @@ class Plan:
         loss_parameters: names of the parameters between those states and the loss, or in the loss itself.
         around: weighted modules that reach a state and also, around it, the loss.
         reached: names of all parameters that backprop would reach.
+        locality: of the updates of the weights.
+        compared: the sets of modules among which the layers were chosen; empty where they were asked for.
+        chosen: which of them.
     """
 
     states: tuple[StateKey, ...]
@@ -53,6 +57,9 @@ class Plan:
     loss_parameters: tuple[str, ...]
     around: tuple[str, ...]
     reached: frozenset[str]
+    locality: Locality = Locality(1.0, 1.0)
+    compared: tuple[Judged, ...] = ()
+    chosen: str = "asked for"
 
     def depths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of each state, how many lie on the longest way to it from the input (itself included), and above it."""

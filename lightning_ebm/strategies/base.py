@@ -21,7 +21,8 @@ from lightning_ebm.harmless import harmless
 from lightning_ebm.learner import Learner, check_options
 from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.program.calls import leading_sizes
-from lightning_ebm.program.layers import Layers, Output
+from lightning_ebm.program.candidates import Layers
+from lightning_ebm.program.layers import Output
 from lightning_ebm.program.recorder import Recorder
 from lightning_ebm.program.seen_backward import SeenBackward
 from lightning_ebm.purity import shadowed

@@ -12,7 +12,8 @@ from lightning_ebm.closure import Closure
 from lightning_ebm.learner import Learner, output_for
 from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.program.calls import clean
-from lightning_ebm.program.layers import Layers, Output
+from lightning_ebm.program.candidates import Layers
+from lightning_ebm.program.layers import Output
 from lightning_ebm.program.wiring import named_gradients
 from lightning_ebm.reference import backprop
 

@@ -1,0 +1,107 @@
+"""Which modules may carry states: those that were asked for, or sets of them that are commonly chosen."""
+
+import difflib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.program.calls import clean
+
+ChosenLayers = list[str] | type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[nn.Module], bool]
+Layers = ChosenLayers | None
+# Softmax and LogSoftmax are links of a read-out to its loss, not nonlinearities of neurons: name them to give them one.
+ACTIVATIONS: tuple[type[nn.Module], ...] = (
+    nn.CELU, nn.ELU, nn.GELU, nn.GLU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU,
+    nn.LogSigmoid, nn.Mish, nn.PReLU, nn.RReLU, nn.ReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink,
+    nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold,
+)  # fmt: skip
+_WEIGHTED: tuple[type[nn.Module], ...] = (
+    nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention,
+)  # fmt: skip
+
+
+def chosen_by(module: nn.Module, layers: ChosenLayers) -> dict[nn.Module, str]:
+    """The modules that `layers=` asks for, and their names.
+
+    Raises:
+        ConfigurationError: it names nothing.
+    """
+    named = {clean(name): m for name, m in module.named_modules() if name}
+    if isinstance(layers, str):
+        raise ConfigurationError(f"layers={layers!r}: expected a list of names; write layers=[{layers!r}].")
+    chosen: dict[nn.Module, str]
+    if isinstance(layers, tuple) and all(isinstance(name, str) for name in layers):
+        layers = [str(name) for name in layers]
+    if isinstance(layers, type | tuple):
+        kinds: Any = layers
+        chosen = {m: name for name, m in named.items() if isinstance(m, kinds)}
+    elif callable(layers):
+        chosen = {m: name for name, m in named.items() if layers(m)}
+    else:
+        unknown = [name for name in layers if name not in named]
+        if unknown:
+            close = difflib.get_close_matches(str(unknown[0]), named, n=3) or list(named)[:5]
+            raise ConfigurationError(
+                f"layers={list(layers)!r}: {type(module).__name__} has no module {unknown[0]!r}. Nearest: {close}."
+            )
+        return {named[name]: name for name in layers}
+    if not chosen:
+        raise ConfigurationError(
+            f"layers={layers!r} matches none of the {len(named)} modules of {type(module).__name__}."
+            f" It has: {sorted({type(m).__name__ for m in named.values()})}."
+        )
+    return chosen
+
+
+def found_in(module: nn.Module) -> dict[str, dict[nn.Module, str]]:
+    """The sets of modules at which states commonly sit, in order of preference: of each module its name.
+
+    "activations"; "blocks", repeated modules, the outermost rows of them, of those with parts of their own if there are
+    any; "inner blocks", the innermost rows of modules
+    with parts of their own, where these are others; "weighted modules".
+    """
+    named = {m: clean(name) for name, m in module.named_modules() if name}
+    rows = list(_repeated(module))
+    composite = [row for row in rows if any(True for _ in row[0].children())]
+    outer = {child for row in composite or rows for child in row}
+    inner = {child for children in _innermost(module) for child in children}
+    found = {
+        "activations": {m for m in named if isinstance(m, ACTIVATIONS)},
+        "blocks": outer,
+        "inner blocks": inner if inner != outer else set(),
+        "weighted modules": {m for m in named if isinstance(m, _WEIGHTED)},
+    }
+    return {what: {m: name for m, name in named.items() if m in chosen} for what, chosen in found.items() if chosen}
+
+
+def _repeated(module: nn.Module) -> Iterator[list[nn.Module]]:
+    """Blocks of one kind, one after the other: the outermost rows of them."""
+    outer: list[str] = []
+    for name, container in module.named_modules():
+        if not any(name.startswith(o) for o in outer) and (children := _row(container)):
+            parts = [part for part, child in container.named_children() if child in children]
+            outer += [f"{name}.{part}." if name else f"{part}." for part in parts]
+            yield children
+
+
+def _innermost(module: nn.Module) -> Iterator[list[nn.Module]]:
+    """Rows of blocks with parts of their own, none of which holds another such row."""
+    rows = {m: row for m in module.modules() if (row := _row(m)) and any(True for _ in row[0].children())}
+    for container, row in rows.items():
+        if not any(m in rows for m in container.modules() if m is not container):
+            yield row
+
+
+def _row(container: nn.Module) -> list[nn.Module]:
+    """Several children of one kind with parameters: all that have some, or the most frequent with parts of its own."""
+    if not isinstance(container, nn.ModuleList | nn.Sequential):
+        return []
+    children = [child for child in container.children() if any(True for _ in child.parameters())]
+    kinds = [type(child) for child in children]
+    blocks = [type(child) for child in children if any(True for _ in child.children())]
+    if len(set(kinds)) > 1:
+        kind = max(blocks, key=blocks.count, default=None)
+        children = [child for child in children if type(child) is kind]
+    return children if len(children) > 1 else []
