@@ -84,7 +84,11 @@ def _tensors(batch: Any, where: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a batch that can hold nan, and how to get at them."""
     if isinstance(batch, Tensor):
         if (batch.is_floating_point() or batch.is_complex()) and not batch.is_meta and not batch.is_sparse:
-            yield where, batch.detach()
+            try:
+                found = batch.detach()
+            except RuntimeError:  # what a call within torch.func was handed cannot be looked at outside of it
+                return
+            yield where, found
     elif isinstance(batch, Mapping):
         for name, value in batch.items():
             yield from _tensors(value, f"{where}[{name!r}]")

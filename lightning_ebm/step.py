@@ -1,6 +1,6 @@
 """One batch: its first pass, its relaxations, and the scalar whose gradient is the update."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -99,7 +99,7 @@ class Step:
         if not self._setup.algorithm.rule.relaxes:
             yield
             return
-        self._recorder = Recorder(undoes=True)
+        self._recorder = Recorder(undoes=self._setup.module.buffers())
         self._recorder.on_backward = on_backward
         programs = self._setup.programs
         if not self._relaxes_before():
@@ -271,7 +271,7 @@ class Step:
         try:
             yield
         except RelaxationDivergedError as error:
-            backprop = None if self._recorded is None else self.true_gradients
+            backprop = None if self._recorded is None else self._backprop
             raise blamed(error, self._setup.module, self._given(), loss, backprop) from error
 
     def instead(self, algorithm: Algorithm, loss: Tensor, scale: float = 1.0) -> Tensor:
@@ -299,6 +299,13 @@ class Step:
             return tuple(gradient * (scale * factor).to(gradient.dtype) for gradient in found.values())
 
         return delivered(loss.detach(), update, [held[name] for name in found])
+
+    def _backprop(self) -> Mapping[str, Tensor]:
+        """`true_gradients`, or none where the failed step has let go of what they are computed from."""
+        try:
+            return self.true_gradients()
+        except RuntimeError:
+            return {}
 
     def undo(self) -> None:
         """Puts back what the user's own pass wrote to (running statistics), as this step is refused."""

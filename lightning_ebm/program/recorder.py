@@ -62,10 +62,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         undoes: note what tensors that were there before hold before they are written to, so that `undo` can put it
-            back.
+            back; or of which tensors alone.
     """
 
-    def __init__(self, undoes: bool = False) -> None:
+    def __init__(self, undoes: bool | Iterable[Tensor] = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.record = Record()
         self.paused = 0
@@ -82,7 +82,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What was drawn while a known pass is followed, and nothing has read yet."""
         self._written_over: list[Tensor] = []
         self._aliasing = Aliasing()
-        self._undo: list[tuple[Tensor, Tensor]] | None = [] if undoes else None
+        self._undo: list[tuple[Tensor, Tensor]] | None = None if undoes is False else []
+        self._undoes_only = None if isinstance(undoes, bool) else {id(tensor) for tensor in undoes}
         self._moved: list[tuple[Tensor, Tensor]] = []
         """Tensors that were given other memory, and what they lay in before."""
         self._entered: list[Any] = []
@@ -460,7 +461,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     value = value.node.args[0]
                     if self.held.pop(value, None) is not None:
                         self.held[value] = content
-            if self._undo is not None and (self.known(tensor) is None or self.known(tensor).node is None):  # type: ignore[union-attr]
+            if self._undoes(tensor) and (self.known(tensor) is None or self.known(tensor).node is None):  # type: ignore[union-attr]
+                assert self._undo is not None
                 self._undo.append((tensor, tensor.detach().clone()))
 
     def _unseen_by_autograd(self, written: Sequence[Tensor]) -> bool:
@@ -509,7 +511,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def moved_from(self, tensor: Tensor) -> None:
         """Notes, for `undo`, which memory a tensor lies in that is about to be given another."""
-        if self._undo is not None:
+        if self._undoes(tensor):
             with self.pausing():
                 self._moved.append((tensor, tensor.data))
 
@@ -524,6 +526,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def forget(self, tensor: Tensor) -> None:
         """The tensor has been given other memory: what it holds is read anew."""
         self._known.pop(id(tensor), None)
+
+    def _undoes(self, tensor: Tensor) -> bool:
+        return self._undo is not None and (self._undoes_only is None or id(tensor) in self._undoes_only)
 
     def undo(self) -> None:
         """Puts back what was written to tensors that had been there before; the record keeps what it read of them."""
