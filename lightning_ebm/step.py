@@ -176,11 +176,11 @@ class Step:
             self._setup.remember([], [], loss.detach() / scale, "plain")
             return self.unrelaxed(loss, scale)
         with self._blaming(loss.detach()):
-            return self._surrogate(loss, scale)
+            network = self._opened(loss)
+            del loss  # its graph is as large as a step of backprop
+            return self._surrogate(network, scale)
 
-    def _surrogate(self, loss: Tensor, scale: float) -> Tensor:
-        network = self._opened(loss)
-        del loss
+    def _surrogate(self, network: Network, scale: float) -> Tensor:
         if self._pass().is_empty:  # no sample, no state: what is left of the loss depends on parameters alone
             self._setup.remember(list(network.names), [], network.first_loss, "plain")
             return self._pass().program.uncut() * scale

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 
 import pytest
 import torch
@@ -28,6 +29,8 @@ def not_distributed():
         torch.distributed.destroy_process_group()
     os.environ.clear()
     os.environ.update(before)
+    if (wandb := sys.modules.get("wandb")) is not None:
+        wandb.run = None  # torn down by one test, it would be taken for one in progress by the next
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from lightning_ebm.evaluations import (
     ResponseForces,
     Swept,
 )
-from lightning_ebm.holding import Holding
+from lightning_ebm.holding import Hold, Holding
 from lightning_ebm.relaxers.counting import Counting
 
 X = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -71,14 +71,14 @@ def net():
 class Asking(ebm.Relaxer):
     """Asks one question at a point off the start, and leaves the states there."""
 
-    def __init__(self, what, around=lambda landscape: landscape):
+    def __init__(self, what, around=lambda landscape, point: landscape):
         self.what, self.around, self.found = what, around, None
 
     def relax(self, landscape, start, strength):
         generator = torch.Generator().manual_seed(3)
         off = [0.1 * torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in start]
         point = [x + o for x, o in zip(start, off, strict=True)] if self.what.coordinates == "states" else off
-        self.point, self.landscape = point, self.around(landscape)
+        self.point, self.landscape = point, self.around(landscape, point)
         self.found = self.what.flat(self.landscape.evaluate(self.what, point, strength))
         return ebm.Relaxation(list(start), "states", "fixed", 1, torch.zeros(len(X)).double())
 
@@ -134,14 +134,14 @@ def test_whoever_hands_on_changes_nothing_and_sees_what_is_no_composition(name):
             return super().answer(what, point, strength)
 
     kind = KINDS[name]
-    assert same(asked(kind)[0].found, asked(kind, around=Watching)[0].found)
+    assert same(asked(kind)[0].found, asked(kind, around=lambda landscape, point: Watching(landscape))[0].found)
     parts = {DescentStep: {Forces, ErrorForces}, Swept: {BestResponses}}.get(type(kind), {type(kind)})
     assert seen
     assert set(seen) <= parts
 
 
 def test_held_states_feel_nothing_and_answer_with_themselves():
-    hold = lambda landscape: Holding(landscape, (1,))  # noqa: E731
+    hold = lambda landscape, point: Holding(landscape, {1: Hold(point[1])})  # noqa: E731
     free, held = (asked(Forces(), **options)[0].found for options in ({}, {"around": hold}))
     assert torch.equal(free[2], held[2])
     assert bool(free[3].any())
@@ -162,5 +162,5 @@ def test_held_states_feel_nothing_and_answer_with_themselves():
     }.items(),
 )  # fmt: skip
 def test_what_is_asked_costs_passes(name, cost):
-    relaxer, _ = asked(KINDS[name], around=lambda landscape: Counting(landscape, float("inf")), steps=1)
+    relaxer, _ = asked(KINDS[name], around=lambda landscape, point: Counting(landscape, float("inf")), steps=1)
     assert relaxer.landscape.cost == cost

@@ -253,7 +253,7 @@ def test_an_overflowed_gradient_is_not_compared(tmp_path):
 
 
 def test_low_alignment_is_said_once_with_a_remedy(tmp_path, caplog):
-    alignment = ebm.GradientAlignment(every_n_steps=1, warn_below=1.1, patience=3)
+    alignment = ebm.GradientAlignment(every_n_steps=1, warn_below=1.0, patience=3)
     fit(tmp_path, Template(), [alignment])
     said = [record.getMessage() for record in caplog.records if "has been low" in record.getMessage()]
     assert len(said) == 1

@@ -202,6 +202,8 @@ class LayerFinder:
                 add("activations, and weighted modules behind others", {**activations, **some})
         if weighted:
             add("weighted modules", weighted)
+        if not options:  # a single weighted module: its output may still be a state
+            add("the output", {})
         return options
 
     def _trained(self) -> str | None:
