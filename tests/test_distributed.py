@@ -76,8 +76,10 @@ def check_fit(case, left):
     for other in others:  # weights of sharded modules are put together on rank 0
         assert sharded or difference(first["weights"], other["weights"]) == 0
         assert other["loss"] == first["loss"]
-    assert difference(first["weights"], one["weights"]) < 1e-5
-    assert first["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    # Samples stop within their tolerance, where in it depends a little on the others of their batch.
+    near = 5e-5 if case == UNEVEN else 1e-5
+    assert difference(first["weights"], one["weights"]) < near
+    assert first["loss"] == pytest.approx(one["loss"], abs=near)
     assert first["steps"] == one["steps"]
     assert sharded or first["gradients"] == one["gradients"]
 
