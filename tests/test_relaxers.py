@@ -260,7 +260,7 @@ class Shifted(Quadratic):
 def test_a_sample_that_slept_is_woken_by_another():
     problem = Shifted(2, 8.0, 3)
     problem.hessian[0] = torch.eye(D)
-    found = ebm.ErrorCoordinates(max_steps=4000, lr=0.05, tol=1e-5).relax(problem, problem.no_errors, 1.0)
+    found = ebm.ErrorCoordinates(max_steps=4000, lr=0.05, tol=1e-6).relax(problem, problem.no_errors, 1.0)
     forces = torch.cat(problem.forces(found.point, 1.0).gradients, 1).norm(dim=1)
     assert found.status == "converged"
     start = torch.cat(problem.forces(problem.no_errors, 1.0).gradients, 1).norm(dim=1)

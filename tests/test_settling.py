@@ -72,7 +72,9 @@ def settled(lam: float, tol: float = 1e-3) -> ebm.Algorithm:
     )
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 3, 4, 5, 6, 8])  # at 7 an output is 0, where it has no direction
+@pytest.mark.parametrize(
+    "seed", [0, 1, 2, 4, 5, 6, 8, 9]
+)  # at 3 there are two minima, at 7 an output without direction
 def test_under_a_loss_across_the_batch_the_update_is_that_of_a_second_solver(seed):
     torch.manual_seed(seed)
     net, u = mlp(4, 6, 6, 4), torch.randn(6, 4, dtype=torch.float64)

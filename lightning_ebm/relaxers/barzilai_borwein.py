@@ -37,6 +37,8 @@ class BarzilaiBorwein(Descent):
         longest: the largest step size.
     """
 
+    most_force = 1e3
+
     def __init__(
         self,
         landscape: Landscape,

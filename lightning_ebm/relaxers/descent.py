@@ -1,7 +1,9 @@
 """Descent on the energy until forces, or the energy that is left to gain, say that it is over."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -58,6 +60,9 @@ class Descent(ABC):
         self.gained = torch.zeros_like(self.energy)
         """By the trapezoid rule: under a weak nudge the energy's own differences are lost in rounding."""
 
+    most_force: ClassVar[float] = math.inf
+    """Over the first force, what is taken for a runaway at a positive nudge, where the energy is bounded below."""
+
     @abstractmethod
     def step(self) -> None:
         """Moves on; every evaluation counts as a step."""
@@ -98,7 +103,7 @@ class Descent(ABC):
         """
         residual = self.norm / self.first.clamp_min(torch.finfo(self.first.dtype).tiny)
         # At a positive nudge the energy is bounded below, and a kink may push harder than the start did.
-        limit = 10.0 if self.strength < 0 else 1e3
+        limit = 10.0 if self.strength < 0 else self.most_force
         ran_away = ~(residual <= limit) & ((self.norm > self.settled_at) | ~self.norm.isfinite())
         if bool(ran_away.any()):
             raise self._ran_away(residual, int(ran_away.sum()))

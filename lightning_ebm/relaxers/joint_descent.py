@@ -15,6 +15,10 @@ PAIRS = 3
 """Each is as large as two points, and costs two scalar products and two sums a step; six took a tenth less steps."""
 _SUFFICIENT = 1e-4
 """Of what the slope promises, how much a step must gain (Armijo)."""
+_TURNED = 0.5
+"""Of the slope, how much may push back at the end of a step: beyond lies another valley."""
+_FAR = 0.3
+"""Of the first force: above, curvatures of some steps ago are those of another place, and only the last is kept."""
 _TRIALS = 8
 """On one line; a hundredth of the way is enough to tell a kink from a slope."""
 
@@ -73,7 +77,8 @@ class JointDescent(Descent):
             forces, reached = self.evaluate(trial)
             ahead, rise = self._dot(forces.gradients, direction), reached - self.energy
             level = (rise.abs() <= self.noise(forces)) & (ahead <= -0.9 * slope)
-            if bool((rise <= _SUFFICIENT * length * slope) | level):
+            gains = (rise <= _SUFFICIENT * length * slope) & (ahead <= -_TURNED * slope)
+            if bool(gains | level):
                 self.gained = self.gained - 0.5 * length * (slope + ahead)
                 self.gain_left.note(-0.5 * length * slope, squares)
                 return self._keep(trial, forces, reached)
@@ -96,6 +101,8 @@ class JointDescent(Descent):
     def _keep(self, trial: list[Tensor], forces: Slope, reached: Tensor) -> None:
         move = [y - x for x, y in zip(self.point, trial, strict=True)]
         turn = [h - g for g, h in zip(self.gradients, forces.gradients, strict=True)]
+        if bool(self.norm.square().mean() > _FAR**2 * self.first[0].square()):
+            self._inverse.forget()
         self._inverse.add(move, turn)
         self.point, self.gradients, self.energy = trial, forces.gradients, reached
         self.norm = force_norm(self.landscape, self.gradients)
