@@ -6,15 +6,13 @@ and the energy changes by (<g, d> + <g', d>) / 2 up to third order (the trapezoi
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_ebm.evaluations import Landscape, Slope
-from lightning_ebm.evaluations.base import Coordinates
+from lightning_ebm.evaluations import Slope
 from lightning_ebm.relaxers.base import Status, force_norm
-from lightning_ebm.relaxers.descent import Descent
+from lightning_ebm.relaxers.descent import Descent, Task
 
 _MEMORY = 3
 """Energies that a new one is compared with: steps across a kink may rise for once and lead lower."""
@@ -28,37 +26,24 @@ class BarzilaiBorwein(Descent):
     it just met (Barzilai and Borwein 1988), at most `longest`. Samples must not see each other.
 
     Args:
-        landscape: as in `Descent`, as are those not listed.
-        coordinates: see there.
-        start: see there.
-        strength: see there.
-        lr: see there.
-        tol: see there.
+        task: what it is about.
         longest: the largest step size.
     """
 
+    window = 3
     most_force = 1e3
 
-    def __init__(
-        self,
-        landscape: Landscape,
-        coordinates: Coordinates,
-        start: Sequence[Tensor],
-        strength: float,
-        lr: float,
-        tol: float,
-        longest: float,
-    ) -> None:
-        super().__init__(landscape, coordinates, start, strength, lr, tol, window=3)
+    def __init__(self, task: Task, longest: float) -> None:
+        super().__init__(task)
         self.longest = longest
-        self.step_size = torch.full_like(self.norm, lr)
+        self.step_size = torch.full_like(self.norm, self.lr)
         self.measured = True
         """Whether the energy is that of the point, and not of two between which samples were chosen."""
 
     @property
     def active(self) -> Tensor:
         """See `Descent.active`; without those that run away."""
-        return super().active & (self.norm <= 1e3 * self.first)
+        return super().active & (self.norm <= self.most_force * self.first)
 
     def status(self, max_steps: int) -> Status | None:
         """See `Descent.status`."""

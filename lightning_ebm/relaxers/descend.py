@@ -8,7 +8,7 @@ from lightning_ebm.evaluations import Landscape
 from lightning_ebm.evaluations.base import Coordinates
 from lightning_ebm.relaxers.barzilai_borwein import BarzilaiBorwein
 from lightning_ebm.relaxers.base import Relaxation
-from lightning_ebm.relaxers.descent import Descent
+from lightning_ebm.relaxers.descent import Task
 from lightning_ebm.relaxers.joint_descent import JointDescent
 
 
@@ -25,7 +25,7 @@ def descend(
     """argmin of the energy from `start`: each sample by itself, or the batch as one where samples see each other.
 
     Args:
-        landscape: as in `Descent`, as are those not listed.
+        landscape: as in `Task`, as are those not listed.
         coordinates: see there.
         start: see there.
         strength: see there.
@@ -34,12 +34,8 @@ def descend(
         tol: see there.
         longest: the largest step size of a sample by itself.
     """
-    descent: Descent
-    if landscape.samples_interact:
-        descent = JointDescent(landscape, coordinates, start, strength, lr, tol)
-    else:
-        descent = BarzilaiBorwein(landscape, coordinates, start, strength, lr, tol, longest)
+    task = Task(landscape, coordinates, start, strength, lr, tol)
     del start  # descent on errors lets go of it
-    while (status := descent.status(max_steps)) is None:
-        descent.step()
-    return descent.ended(status)
+    if landscape.samples_interact:
+        return JointDescent(task).run(max_steps)
+    return BarzilaiBorwein(task, longest).run(max_steps)

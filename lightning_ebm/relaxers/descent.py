@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,26 @@ from lightning_ebm.relaxers.base import Relaxation, Status, force_norm
 from lightning_ebm.relaxers.gain_left import GainLeft
 
 
+class Task(NamedTuple):
+    """What a descent is about.
+
+    Attributes:
+        landscape: the network.
+        coordinates: what moves.
+        start: where it begins.
+        strength: lambda.
+        lr: first step size.
+        tol: relative force at which a sample has settled.
+    """
+
+    landscape: Landscape
+    coordinates: Coordinates
+    start: Sequence[Tensor]
+    strength: float
+    lr: float
+    tol: float
+
+
 class Descent(ABC):
     """A relaxation under way; `step` is what its kinds differ in.
 
@@ -25,52 +45,43 @@ class Descent(ABC):
     are left it goes on; "stalled" is when less than (tol/10)^2 of what was gained seems to be left all the same.
 
     Args:
-        landscape: the network.
-        coordinates: what moves.
-        start: where it begins.
-        strength: lambda.
-        lr: first step size.
-        tol: relative force at which a sample has settled.
-        window: see `GainLeft`.
+        task: what it is about.
     """
 
-    def __init__(
-        self,
-        landscape: Landscape,
-        coordinates: Coordinates,
-        start: Sequence[Tensor],
-        strength: float,
-        lr: float,
-        tol: float,
-        window: int,
-    ) -> None:
-        self.landscape = landscape
-        self.coordinates: Coordinates = coordinates
-        self.strength = strength
-        self.lr = lr
-        self.tol = max(tol, 4 * landscape.rounding)
-        self.start, self.point = start, list(start)
-        forces, self.energy = self.evaluate(self.point)
-        self.gradients = forces.gradients
-        self.norm = self.first = force_norm(landscape, self.gradients)
-        self.settled_at = self.tolerance(self.first)
-        self.energies = [self.energy]
-        self.steps = 0
-        self.gain_left = GainLeft(window)
-        self.gained = torch.zeros_like(self.energy)
-        """By the trapezoid rule: under a weak nudge the energy's own differences are lost in rounding."""
+    window: ClassVar[int]
+    """See `GainLeft`."""
 
     most_force: ClassVar[float] = math.inf
     """Over the first force, what is taken for a runaway at a positive nudge, where the energy is bounded below."""
+
+    def __init__(self, task: Task) -> None:
+        self.landscape, self.coordinates, self.start, self.strength, self.lr, tol = task
+        self.tol = max(tol, 4 * self.landscape.rounding)
+        self.point = list(self.start)
+        forces, self.energy = self.evaluate(self.point)
+        self.gradients = forces.gradients
+        self.norm = self.first = force_norm(self.landscape, self.gradients)
+        self.settled_at = self.tolerance(self.first)
+        self.energies = [self.energy]
+        self.steps = 0
+        self.gain_left = GainLeft(self.window)
+        self.gained = torch.zeros_like(self.energy)
+        """By the trapezoid rule: under a weak nudge the energy's own differences are lost in rounding."""
 
     @abstractmethod
     def step(self) -> None:
         """Moves on; every evaluation counts as a step."""
 
+    def run(self, max_steps: int) -> Relaxation:
+        """Steps until it is over."""
+        while (status := self.status(max_steps)) is None:
+            self.step()
+        return self.ended(status)
+
     def evaluate(self, point: list[Tensor]) -> tuple[Slope, Tensor]:
         """Forces at a point, and the energy of the batch there."""
         forces = self.landscape.evaluate(forces_in(self.coordinates), point, self.strength)
-        return forces, (forces.internal.sum() + self.strength * forces.loss).detach()
+        return forces, forces.total(self.strength)
 
     def noise(self, forces: Slope) -> Tensor:
         """By how much an energy may be off because numbers are rounded."""

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_ebm.evaluations import Landscape, Slope
-from lightning_ebm.evaluations.base import Coordinates
+from lightning_ebm.evaluations import Slope
 from lightning_ebm.relaxers.base import Status, force_norm
-from lightning_ebm.relaxers.descent import Descent
+from lightning_ebm.relaxers.descent import Descent, Task
 from lightning_ebm.relaxers.inverse_hessian import InverseHessian
 
 PAIRS = 3
@@ -31,30 +30,20 @@ class JointDescent(Descent):
     (Hager and Zhang 2005). Tolerance and residual are those of the mean square of the first forces of the batch.
 
     Args:
-        landscape: as in `Descent`, as are all others.
-        coordinates: see there.
-        start: see there.
-        strength: see there.
-        lr: see there.
-        tol: see there.
+        task: what it is about.
         memory: see `InverseHessian`.
     """
 
-    def __init__(
-        self,
-        landscape: Landscape,
-        coordinates: Coordinates,
-        start: Sequence[Tensor],
-        strength: float,
-        lr: float,
-        tol: float,
-        memory: int = PAIRS,
-    ) -> None:
-        super().__init__(landscape, coordinates, start, strength, lr, tol, window=6)
+    window = 6
+
+    def __init__(self, task: Task, memory: int = PAIRS) -> None:
+        super().__init__(task)
         self.first = self.first.square().mean().sqrt().expand_as(self.first)
         self.settled_at = self.tolerance(self.first)
-        own = landscape.products(self.gradients, self.gradients, range(len(self.gradients)))
-        self._weighted = coordinates == "errors" and not torch.allclose(landscape.metric(*[self.gradients] * 2), own)
+        own = self.landscape.products(self.gradients, self.gradients, range(len(self.gradients)))
+        self._weighted = self.coordinates == "errors" and not torch.allclose(
+            self.landscape.metric(*[self.gradients] * 2), own
+        )
         self._inverse = InverseHessian(memory, self._dot, _beside)
         self._nowhere: Status | None = None
 

@@ -11,6 +11,7 @@ from lightning_ebm import checked
 from lightning_ebm.errors import RelaxationDivergedError
 from lightning_ebm.evaluations import ErrorForces, Forces, Landscape
 from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_tol
+from lightning_ebm.relaxers.descent import Task
 from lightning_ebm.relaxers.inverse_hessian import InverseHessian
 from lightning_ebm.relaxers.joint_descent import JointDescent
 
@@ -58,10 +59,8 @@ class QuasiNewton(Relaxer):
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
         if landscape.samples_interact:
             point = start if self.coordinates == "states" else landscape.no_errors
-            joint = JointDescent(landscape, self.coordinates, point, strength, 1.0, self.tol, self.memory)
-            while (status := joint.status(self.max_steps)) is None:
-                joint.step()
-            return joint.ended(status)
+            task = Task(landscape, self.coordinates, point, strength, 1.0, self.tol)
+            return JointDescent(task, self.memory).run(self.max_steps)
         descent = _Descent(self, landscape, start, strength)
         while not descent.ended():
             descent.step()
