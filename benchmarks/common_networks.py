@@ -248,6 +248,6 @@ def trained(case: Case, steps: int) -> nn.Module:
     for _ in range(steps):
         x, y = case.batch(case.size)
         optimizer.zero_grad()
-        case.loss(net(x), y).backward()  # type: ignore[no-untyped-call]
+        case.loss(net(x), y).backward()
         optimizer.step()
     return net

@@ -30,7 +30,8 @@ def delivered(
     value: Tensor, update: Callable[[Tensor], tuple[Tensor | None, ...]], targets: Sequence[Tensor]
 ) -> Tensor:
     """`value`, whose gradients with respect to the targets `update` computes from the factor on it when asked."""
-    found: Tensor = Delivered.apply(value, update, *targets)  # type: ignore[no-untyped-call]
+    apply: Any = Delivered.apply
+    found: Tensor = apply(value, update, *targets)
     return found
 
 

@@ -152,8 +152,8 @@ class FastNetwork(Network):
                 self._before[key] = before
         inputs = [*point, *before]
         del before
-        if takes:
-            point.clear()  # type: ignore[attr-defined]
+        if takes and isinstance(point, list):
+            point.clear()
         return code.at(inputs)
 
     def _key(self, kind: Key, point: Sequence[Tensor]) -> Key:

@@ -1,7 +1,7 @@
 """A network some of whose units are held: the one wrapper that every relaxer of it meets."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -70,8 +70,8 @@ class Holding(Around):
                     f"{type(what).__name__} is asked at errors from the forward pass, and units are held elsewhere."
                     " Take ebm.ErrorCoordinates(...), ebm.QuasiNewton(...) or a relaxer of states."
                 )
-            asked: Any = HeldErrorForces(self._which)
-            return self._still(self.inner.evaluate(asked, self._at(point), strength))  # type: ignore[return-value]
+            slope = self.inner.evaluate(HeldErrorForces(self._which), self._at(point), strength)
+            return cast(Result, self._still(slope))
         found = self.inner.evaluate(what, point, strength)
         found = what.with_states(found, lambda k, state: self._held[k].put(state) if k in self._held else state)
         return what.with_slope(found, self._still)

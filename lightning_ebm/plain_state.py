@@ -30,7 +30,7 @@ class RandomState:
     """The global generators: torch on the CPU and on the module's devices, Python's, NumPy's if it is loaded."""
 
     def __init__(self, module: nn.Module) -> None:
-        held = parameters_of(modules_of(module)) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+        held = parameters_of(modules_of(module)) if torch.cuda.is_initialized() else []
         self._devices = sorted({p.device.index or 0 for p in held if p.device.type == "cuda"})
         self._read()
 
@@ -83,7 +83,8 @@ class PlainState:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._undo: list[Callable[[], None]] = []
+        self._numpy = sys.modules.get("numpy")  # which nobody uses who has not imported it
+        self._undo: list[Callable[[], object]] = []
         seen: set[int] = set()
         for owner in modules_of(module):
             if isinstance(owner._modules, dict):  # those of scripted modules are none, and cannot change
@@ -119,12 +120,12 @@ class PlainState:
         elif isinstance(value, tuple):
             items = list(value)
         elif isinstance(value, torch.Generator):
-            self._undo.append(partial(value.set_state, value.get_state()))  # type: ignore[arg-type]
+            self._undo.append(partial(value.set_state, value.get_state()))
         elif isinstance(value, random.Random):
             self._undo.append(partial(value.setstate, value.getstate()))
-        elif hasattr(value, "__array_interface__") and hasattr(value, "copy"):  # numpy.ndarray, without importing NumPy
+        elif self._numpy is not None and isinstance(value, self._numpy.ndarray):
             self._undo.append(partial(_put_back, value, value.copy()))
-        elif hasattr(value, "bit_generator"):  # numpy.random.Generator, without importing NumPy
+        elif self._numpy is not None and isinstance(value, self._numpy.random.Generator):
             self._undo.append(partial(setattr, value.bit_generator, "state", copy.deepcopy(value.bit_generator.state)))
         elif hasattr(value, "__dict__") and type(value).__module__.split(".")[0] not in _LIBRARIES:
             attributes = dict(vars(value))

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -118,13 +118,15 @@ def strength_of(nudge: float | Nudge | None) -> float:
                 f"relax(nudge={nudge!r}): it pulls with no number to relax at. Give one, nudge=0.1, or hold the output"
                 " yourself, clamp={name: value}."
             )
-        nudge = table[0].strength  # type: ignore[assignment]
-    if isinstance(nudge, complex) or not isinstance(nudge, int | float):
+        strength: Any = table[0].strength
+    else:
+        strength = nudge
+    if not isinstance(strength, int | float):
         raise ConfigurationError(
             f"relax(nudge={nudge!r}): expected a real number, the weight of the loss in the energy, or a nudge with"
             " real strengths; None leaves the loss out."
         )
-    return float(nudge)
+    return float(strength)
 
 
 def for_equilibrium(

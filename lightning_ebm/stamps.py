@@ -15,8 +15,6 @@ class Stamp:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Stamp) and self._tensor is other._tensor and self._version == other._version
 
-    __hash__ = None  # type: ignore[assignment]
-
 
 Stamps = list[Stamp]
 

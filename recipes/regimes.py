@@ -55,7 +55,7 @@ def measure(setting: Setting, data: Data, updates: int, seed: int) -> dict[str, 
     size = min(setting.batch_size, len(images) // 2)
     batches: list[Any] = []
     while len(batches) <= updates:
-        new = torch.randperm(len(images)).split(size)  # type: ignore[no-untyped-call]
+        new = torch.randperm(len(images)).split(size)
         batches += new[: len(images) // size]
     learner = ebm.Learner(network, setting.algorithm, layers=setting.layers, loss_reduction="sum")
     optimizer = setting.optimizer(network.parameters())

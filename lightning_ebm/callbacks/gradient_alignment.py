@@ -18,7 +18,7 @@ from lightning_ebm.metrics import NAMES, Alignment, dead, read
 from lightning_ebm.program.calls import clean
 from lightning_ebm.program.wiring import named_gradients
 from lightning_ebm.reference import Reference
-from lightning_ebm.strategies import EnergyStrategy
+from lightning_ebm.strategies import EnergyStrategy, strategy_of
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class GradientAlignment(Callback):
         names = [clean(name) for name, _ in pl_module.named_parameters()]
         device = pl_module.device
         self._totals, self._steps = ([Alignment(names).to(device) for _ in self._references] for _ in range(2))
-        self._gather = _strategy(trainer).gather
+        self._gather = strategy_of(trainer).gather
         for metric, held in zip(self._totals, self._restored or [], strict=self._restored is not None):
             # A rank's own; all of them on the first, if they were not as many.
             ranks, same = held["ranks"], len(held["ranks"]) == trainer.world_size
@@ -139,7 +139,7 @@ class GradientAlignment(Callback):
         self._seen_step = -1
         self._started, self._spent = time.perf_counter(), 0.0
         self._file.begin(trainer)
-        self._file.tell(trainer, _strategy(trainer).describe())
+        self._file.tell(trainer, strategy_of(trainer).describe())
         self._table, self._defined = [], set()
         parameters = [f"{figure}{suffix}" for figure in NAMES for suffix in _suffixes(names)]
         for prefix in self._prefixes:
@@ -152,7 +152,7 @@ class GradientAlignment(Callback):
         if not self._due(trainer):
             return
         start = time.perf_counter()
-        self._file.tell(trainer, _strategy(trainer).describe())
+        self._file.tell(trainer, strategy_of(trainer).describe())
         again = trainer.global_step == self._seen_step
         if not again:
             for metric in self._steps:
@@ -161,7 +161,7 @@ class GradientAlignment(Callback):
         update = named_gradients(pl_module, loss, retain_graph=True)
         values: dict[str, float] = {}
         for index, reference in enumerate(self._references):
-            true = _strategy(trainer).true_gradients(reference)
+            true = strategy_of(trainer).true_gradients(reference)
             pair = _finite(update, true)
             self._totals[index].update(*pair)
             self._steps[index].update(*pair)
@@ -308,18 +308,13 @@ _MOST_ROWS = 20_000
 _CHARTED = NAMES[:2]  # of each layer
 
 
-def _strategy(trainer: Trainer) -> EnergyStrategy:
-    strategy: Any = trainer.strategy  # any of this library's, see setup
-    return strategy  # type: ignore[no-any-return]
-
-
 def _suffixes(names: list[str]) -> list[str]:
     return [f"/{name.replace('.', '/')}" for name in names]
 
 
 def _layers(trainer: Trainer, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """The parameters of each layer; under the control, which has none, those of each module."""
-    plan = _strategy(trainer).learner.plan
+    plan = strategy_of(trainer).learner.plan
     if plan is not None:
         layers = {str(row.key): row.parameters for row in plan.rows} | {"readout": plan.loss_parameters}
         return {name: parameters for name, parameters in layers.items() if parameters}

@@ -15,7 +15,7 @@ from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.evaluations import Landscape
 from lightning_ebm.regime import Regime
 from lightning_ebm.relaxers import Relaxer
-from lightning_ebm.strategies import EnergyStrategy
+from lightning_ebm.strategies import EnergyStrategy, strategy_of
 from lightning_ebm.watching import Recording
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class RelaxationMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a strategy under which nothing relaxes."""
-        if stage == "fit" and not hasattr(trainer.strategy, "learner"):
+        if stage == "fit" and not isinstance(trainer.strategy, EnergyStrategy):
             raise ConfigurationError(
                 f"RelaxationMonitor watches states relax, and under {type(trainer.strategy).__name__} none do. Use"
                 " Trainer(strategy=ebm.EBMStrategy(...))."
@@ -87,7 +87,7 @@ class RelaxationMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tells loggers of the algorithm, and everybody what the settings alone give away."""
-        strategy = _strategy(trainer)
+        strategy = strategy_of(trainer)
         self._recording = None
         self._file.begin(trainer)
         self._file.tell(trainer, strategy.describe())
@@ -101,7 +101,7 @@ class RelaxationMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Puts a recording in front of the network where one is due."""
-        learner = _strategy(trainer).learner
+        learner = strategy_of(trainer).learner
         self._recording = None  # of a batch that was skipped
         learner.observer = self._observe if _due(trainer, self.every_n_steps) else None
 
@@ -114,7 +114,7 @@ class RelaxationMonitor(Callback):
         recording, self._recording = self._recording, None
         if recording is None:
             return
-        strategy = _strategy(trainer)
+        strategy = strategy_of(trainer)
         self._file.tell(trainer, strategy.describe())
         report = strategy.learner.report
         self.statuses[report["result"]] += 1
@@ -238,8 +238,8 @@ class RelaxationMonitor(Callback):
     def _finish(self, trainer: Trainer) -> None:
         self._recording = None
         self._file.end(trainer)
-        if hasattr(trainer.strategy, "learner"):
-            _strategy(trainer).learner.observer = None
+        if isinstance(trainer.strategy, EnergyStrategy):
+            trainer.strategy.learner.observer = None
         loggers.log_figure(trainer, "ebm/energy_curves", self._energy_curves)
         made = partial(loggers.table, ["global step", "phase", "relaxation step", "energy"], self._curves)
         loggers.log_wandb(trainer, {"ebm/curves": made})
@@ -256,11 +256,6 @@ _CHARTED = ("ebm/energy_free", "ebm/energy_nudged", "ebm/residual", "ebm/steps",
 _WITHOUT_CHART = ("ebm/residual_max", "ebm/step_size", "ebm/curvature")
 _MOST_CURVES = 200
 _MOST_ROWS = 20_000
-
-
-def _strategy(trainer: Trainer) -> EnergyStrategy:
-    strategy: Any = trainer.strategy  # any of this library's, see setup
-    return strategy  # type: ignore[no-any-return]
 
 
 def _due(trainer: Trainer, every: int) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.calls import clean
 from lightning_ebm.program.interpreter import Pass, Program, at_prediction
+from lightning_ebm.program.named import named
 from lightning_ebm.program.seams import hooked_input, hooked_output
 from lightning_ebm.program.wiring import Plan, graph_of
 
@@ -113,10 +114,8 @@ def _foreign(func: Any) -> str:
     """The name of a function that is neither torch's operation nor this library's."""
     if func in (hooked_input, hooked_output):
         return "backward hooks of modules"
-    if isinstance(func, torch._ops.OpOverload) or getattr(func, "__module__", "").startswith("lightning_ebm."):
-        return ""
-    owner = getattr(func, "__self__", None)
-    return str(getattr(owner if isinstance(owner, type) else func, "__qualname__", func))
+    by = named(func)
+    return "" if isinstance(func, torch._ops.OpOverload) or by.module.startswith("lightning_ebm.") else by.name
 
 
 _ON_NODES = (

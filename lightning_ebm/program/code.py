@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.graph import CodeGen
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_ebm.program.dispatch import DispatchMode
 from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.operations import functional_form, tensors_at, traits
 from lightning_ebm.program.record import Node, Value, depending, stands_for
@@ -101,7 +101,7 @@ class Code:
         return list(self._point(inputs))
 
 
-class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Tracer(DispatchMode):
     """Writes down the operations made while it is active, below autograd.
 
     It does what torch's `make_fx` does, in a hundredth of its time.
@@ -110,7 +110,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}
         self._nodes: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}
@@ -163,7 +163,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._bind(result, self.node(args[0]))
             return result
         if func is _aten.t.default and (turned := self.node(args[0])).target is func:  # turned round twice
-            self._bind(result, turned.args[0])  # type: ignore[arg-type]
+            self._bind(result, turned.all_input_nodes[0])
             return result
         if (
             traits(func).name in _FILLED and isinstance(result, Tensor) and result.is_contiguous()
@@ -337,7 +337,8 @@ class TracedProgram:
                 arg = arg.node.args[0]
             return arg
 
-        return of(node.args) + ((of(tuple(node.kwargs.items())),) if node.kwargs else ())  # type: ignore[no-any-return]
+        given: tuple[Any, ...] = of(node.args)
+        return (*given, of(tuple(node.kwargs.items()))) if node.kwargs else given
 
     def known(self, graph: fx.Graph, inputs: list[fx.Node]) -> dict[fx.Node, Value]:
         """The operations of a traced graph that the user's own pass has made, and the values that they gave."""

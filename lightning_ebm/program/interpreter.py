@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_ebm.energies import LayerView
 from lightning_ebm.errors import UnsupportedModuleError
+from lightning_ebm.program.named import named
 from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value
 from lightning_ebm.program.seams import hooked_input, hooked_output
 
@@ -170,9 +171,9 @@ class Program:
             return "backward hooks of modules"
         library = __name__.partition(".")[0]
         for func in own:
-            by = getattr(func, "__self__", func)  # the class of a custom function, of which its `apply` is recorded
-            if getattr(by, "__module__", "").partition(".")[0] != library:
-                return f"custom functions: {getattr(by, '__name__', by)}"
+            by = named(func)
+            if by.module.partition(".")[0] != library:
+                return f"custom functions: {by.name.rpartition('.')[2]}"
         return None
 
     def outline(self) -> "Program":
@@ -214,7 +215,7 @@ class Held:
         if hooks and state.requires_grad:
             state = state.view_as(state)
             for hook in hooks:
-                state.register_hook(hook)  # type: ignore[no-untyped-call]
+                state.register_hook(hook)
         self._tensors[value] = state
 
     def free(self, value: Value) -> None:
@@ -272,7 +273,8 @@ class AtValue(torch.autograd.Function):
 
 def at_value(leaf: Tensor, content: Tensor) -> Tensor:
     """See `AtValue`."""
-    found: Tensor = AtValue.apply(leaf, content)  # type: ignore[no-untyped-call]
+    apply: Any = AtValue.apply
+    found: Tensor = apply(leaf, content)
     return found
 
 

@@ -222,8 +222,8 @@ class LayerFinder:
 
     def _named(self, wiring: Wiring) -> set[StateKey]:
         """Inputs that were named, which nothing predicts but what is given, and outputs that are to be held."""
-        listed = isinstance(self._layers, list | tuple) and all(isinstance(name, str) for name in self._layers)
-        names = set(self._layers) if listed else set()  # type: ignore[arg-type]
+        listed = self._layers if isinstance(self._layers, list | tuple) else ()
+        names = {name for name in listed if isinstance(name, str)}
         inputs = {key for key in wiring.inputs() if key.name in names or str(key) in self._also}
         ends = wiring.ends() | {head.key for head in wiring.heads()}
         return inputs | {key for key in ends if str(key) in self._also}
@@ -292,9 +292,8 @@ def _absent(
 
 def _shown(layers: Layers) -> str:
     kinds = layers if isinstance(layers, tuple) else (layers,)
-    if all(isinstance(kind, type) for kind in kinds):
-        return ", ".join(kind.__name__ for kind in kinds)  # type: ignore[union-attr]
-    return repr(layers)
+    names = [kind.__name__ for kind in kinds if isinstance(kind, type)]
+    return ", ".join(names) if len(names) == len(kinds) else repr(layers)
 
 
 def _carrying(wiring: Wiring, output: Output) -> set[StateKey]:

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.aliasing import Aliasing
+from lightning_ebm.program.dispatch import DispatchMode
 from lightning_ebm.program.following import Follower, Trail, same_results
 from lightning_ebm.program.numbers import hold
 from lightning_ebm.program.operations import (
@@ -57,7 +57,7 @@ _COLLECTIVE = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_f
 _DETACH = torch.ops.aten.detach.default
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Recorder(DispatchMode):
     """Records while it is active as a context manager; it may be entered several times.
 
     Args:
@@ -66,7 +66,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, undoes: bool | Iterable[Tensor] = False) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.record = Record()
         self.paused = 0
         self.asked = False
@@ -461,7 +461,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     value = value.node.args[0]
                     if self.held.pop(value, None) is not None:
                         self.held[value] = content
-            if self._undoes(tensor) and (self.known(tensor) is None or self.known(tensor).node is None):  # type: ignore[union-attr]
+            now = self.known(tensor)
+            if self._undoes(tensor) and (now is None or now.node is None):
                 assert self._undo is not None
                 self._undo.append((tensor, tensor.detach().clone()))
 
@@ -595,15 +596,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._known.pop(id(alias), None)
 
     def __enter__(self) -> "Recorder":
-        calls = TorchCalls(self)
+        calls: Any = TorchCalls(self)
         seams.enter(self)
-        calls.__enter__()  # type: ignore[no-untyped-call]
+        calls.__enter__()
         self._entered.append(calls)
-        super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)
         self._entered.pop().__exit__(*error)
         seams.leave(self)
         if not self._entered:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lightning_ebm.program.interpreter import Program
+from lightning_ebm.program.named import named
 from lightning_ebm.program.record import Node, Value, depending
 
 _MEAN, _SUM = 1, 2
@@ -118,7 +119,7 @@ def _reduction(node: Node) -> int | None:
 
 def _name(node: Node) -> str:
     func = node.func
-    return func.overloadpacket.__name__ if isinstance(func, torch._ops.OpOverload) else getattr(func, "__name__", "")
+    return func.overloadpacket.__name__ if isinstance(func, torch._ops.OpOverload) else named(func).name
 
 
 def _is_sum(node: Node, batch_size: int) -> bool:
@@ -128,5 +129,6 @@ def _is_sum(node: Node, batch_size: int) -> bool:
         return reduction == _SUM and any(batch_size in value.shape for value in node.values())
     first = next(node.values(), None)
     result = node.results[0]
-    summed = _name(node) == "sum" and first is not None and result is not None
-    return summed and batch_size in first.shape and batch_size not in result.shape  # type: ignore[union-attr]
+    if first is None or result is None or _name(node) != "sum":
+        return False
+    return batch_size in first.shape and batch_size not in result.shape

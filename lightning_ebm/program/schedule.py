@@ -27,10 +27,10 @@ def size_of(node: fx.Node) -> int:
 def _memory(node: fx.Node) -> fx.Node:
     """The node whose result is the memory that this one's lies in."""
     while node.op == "call_function":
-        shares = node.target is operator.getitem or traits(node.target).views
-        if not shares or (node.target is operator.getitem and not traits(node.args[0].target).views):  # type: ignore[union-attr]
+        operation = node.all_input_nodes[0] if node.target is operator.getitem else node
+        if not traits(operation.target).views:
             break
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.all_input_nodes[0]
     return node
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import BackwardHook
 
+from lightning_ebm.program.named import named
+
 if TYPE_CHECKING:
     from lightning_ebm.program.recorder import Recorder
 
@@ -74,7 +76,7 @@ def _enter_hooks(self: saved_tensors_hooks) -> None:
     recorder = seams.recorder
     if recorder is not None:
         pack = self.pack_hook
-        recorder.record.notes.append(f"{getattr(pack, '__module__', '')}.{getattr(pack, '__qualname__', repr(pack))}")
+        recorder.record.notes.append(".".join(named(pack)))
     _ENTER_HOOKS(self)
 
 
@@ -89,8 +91,6 @@ class HookedCall:
         return isinstance(other, HookedCall) and all(
             one is another or one == another for one, another in zip(self._parts, other._parts, strict=True)
         )
-
-    __hash__ = None  # type: ignore[assignment]
 
     def renew(self) -> None:
         """The next run is another backward pass."""

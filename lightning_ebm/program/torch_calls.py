@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ebm.errors import UnsupportedModuleError
+from lightning_ebm.program.named import named
 
 if TYPE_CHECKING:
     from lightning_ebm.program.recorder import Recorder
@@ -62,7 +63,7 @@ class TorchCalls(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is _HOOK:
             tensor, hook = args[0], args[1] if len(args) > 1 else kwargs["hook"]
-            value, owner = recorder.known(tensor), _owner(hook)
+            value, owner = recorder.known(tensor), named(hook).module
             if owner == "torch.autograd.graph" and value is not None and value.node is not None:
                 raise UnsupportedModuleError(
                     "The step puts torch.autograd.graph.register_multi_grad_hook on tensors that it computes: the hook"
@@ -92,14 +93,10 @@ class TorchCalls(TorchFunctionMode):
         return picked - cut + soft
 
 
-def _owner(hook: Any) -> str:
-    """The module that a hook was written in."""
-    return str(getattr(getattr(hook, "func", hook), "__module__", ""))
-
-
-_SET_DATA, _BACKWARD_OF, _HOOK = Tensor.data.__set__, Tensor.backward, Tensor.register_hook  # type: ignore[attr-defined]
+_TENSOR: Any = Tensor  # of which `data` and `grad_fn` are descriptors, where types say what they give
+_SET_DATA, _BACKWARD_OF, _HOOK = _TENSOR.data.__set__, Tensor.backward, Tensor.register_hook
 _IN_PLACE = frozenset({Tensor.detach_, torch.detach_})
-_DETACHES = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__, *_IN_PLACE})  # type: ignore[attr-defined]
+_DETACHES = frozenset({Tensor.detach, torch.detach, _TENSOR.data.__get__, *_IN_PLACE})
 _NUMPY: frozenset[Any] = frozenset((Tensor.numpy, Tensor.__array__))
-_GRAPH = Tensor.grad_fn.__get__  # type: ignore[union-attr]
+_GRAPH = _TENSOR.grad_fn.__get__
 _SEEN = _DETACHES | _NUMPY | {F.gumbel_softmax, _SET_DATA, _HOOK, _BACKWARD_OF, _GRAPH}

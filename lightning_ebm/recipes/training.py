@@ -146,8 +146,7 @@ class Record(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the file, and says where it is."""
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        watching = [callback for callback in callbacks if isinstance(callback, ebm.GradientAlignment)]
+        watching = [callback for callback in _callbacks(trainer) if isinstance(callback, ebm.GradientAlignment)]
         cosines = [float(callback.run.compute()["cosine"]) for callback in watching if callback.history]
         self._file.end(trainer)
         if not self.values or not trainer.is_global_zero:
@@ -251,8 +250,14 @@ class CLI(LightningCLI):
                 )
             )
         made: L.Trainer = super().instantiate_trainer(**settings, **kwargs)
-        made.callbacks.append(Record(chosen.monitor))  # type: ignore[attr-defined]
+        _callbacks(made).append(Record(chosen.monitor))
         return made
+
+
+def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
+    made: Any = trainer  # whose attributes Lightning does not all declare
+    held: list[L.Callback] = made.callbacks
+    return held
 
 
 def main(arguments: list[str] | None = None) -> CLI:

@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
@@ -397,3 +397,8 @@ class EnergyStrategy(EvaluatingStrategy):
         """Further passes are not heard."""
         with unlogged(self._module):
             yield
+
+
+def strategy_of(trainer: Trainer) -> EnergyStrategy:
+    """The strategy of a Trainer that is known to have one of these."""
+    return cast(EnergyStrategy, trainer.strategy)

@@ -110,7 +110,7 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
         updates = torch.autograd.grad(surrogate, leaves, allow_unused=True)
         for leaf, update in zip(leaves, updates, strict=True):
             if update is not None:
-                self._handles.append(leaf.register_hook(partial(self._instead, update)))  # type: ignore[no-untyped-call]
+                self._handles.append(leaf.register_hook(partial(self._instead, update)))
         return closure_loss
 
     def _instead(self, update: Tensor, gradient: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch.distributed.checkpoint.stateful import Stateful
 
 from lightning_ebm.learner import Learner
 from lightning_ebm.plain_state import RandomState
@@ -74,7 +75,7 @@ class ExactResume(Callback):
             self._epoch_start = self._resume["epoch_start" if batches else "now"]
             random.load_state_dict(self._epoch_start)
             random.restore()
-            if batches and not hasattr(dataloader, "state_dict"):
+            if batches and not isinstance(dataloader, Stateful):
                 log.info("The first %d batches of the epoch are read again, and skipped.", batches)
                 dataloader = _ahead(dataloader, batches, random)
         self._iterator_is_new = True
@@ -128,13 +129,12 @@ def _ahead(loader: Any, batches: int, random: RandomState) -> Any:
     """
     kind = type(loader)
 
-    class Ahead(kind):  # type: ignore[misc, valid-type]
-        def __iter__(self) -> Iterator[Any]:
-            self.__class__ = kind
-            return _skipping(iter(self), batches, random.of_now())
+    def ahead(self: Any) -> Iterator[Any]:
+        self.__class__ = kind
+        return _skipping(iter(self), batches, random.of_now())
 
     try:
-        loader.__class__ = Ahead
+        loader.__class__ = type(kind.__name__, (kind,), {"__iter__": ahead})
     except TypeError:
         return _Plain(loader, batches, random)
     return loader
