@@ -40,7 +40,7 @@ class Recorded(NamedTuple):
     @classmethod
     def of(cls, found: Found, recorder: Recorder, loss: Any) -> "Recorded":
         """What a recorder has seen."""
-        return cls(*found, recorder.held, loss.detach() if isinstance(loss, Tensor) else None)
+        return cls(*found, recorder.contents.held, loss.detach() if isinstance(loss, Tensor) else None)
 
     @property
     def plan(self) -> Plan:

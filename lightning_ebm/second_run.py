@@ -33,10 +33,12 @@ def repeated(first: Recorded, recorder: Recorder, loss: Tensor) -> tuple[Recorde
     Raises:
         UnsupportedModuleError: it is another one.
     """
-    value, record = recorder.value(loss), recorder.settle()
+    value, record = recorder.contents.value(loss), recorder.settled()
     found = first.known.outline.repeated_by(record, value)
     if not isinstance(found, str):
-        second = Recorded(Program(record, found[0], value), first.known, found[1], recorder.held, loss.detach())
+        second = Recorded(
+            Program(record, found[0], value), first.known, found[1], recorder.contents.held, loss.detach()
+        )
         if _fix_the_same(first, second):
             return second, list(found[0])
         found = "what they were given"

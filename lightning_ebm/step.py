@@ -134,7 +134,7 @@ class Step:
                 # While its graph can be differentiated: what that saved has not been written to.
                 self._recorded = Recorded.of(find(recorder, returned), recorder, returned)
         finally:
-            recorder.undo()
+            recorder.contents.undo()
 
     def examine(self) -> Plan:
         """Finds the layers by a pass without side effects, which `true_gradients` and `again` then are about."""
@@ -310,7 +310,7 @@ class Step:
     def undo(self) -> None:
         """Puts back what the user's own pass wrote to (running statistics), as this step is refused."""
         if self._recorder is not None and self._owns_recorder:
-            self._recorder.undo()
+            self._recorder.contents.undo()
 
     def _settled(self) -> Network:
         recorded = self._pass()
@@ -349,7 +349,7 @@ class Step:
     def _let_go_of_pass(self) -> None:
         """The user's pass is over, and what is needed of it has been taken."""
         if self._recorder is not None and self._owns_recorder:
-            self._recorder.release()
+            self._recorder.contents.release()
 
     def unrelaxed(self, loss: Tensor, scale: float = 1.0) -> Tensor:
         """The loss in its own graph, for a step without relaxation: the control's, or one that is thrown away."""

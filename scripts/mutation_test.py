@@ -333,7 +333,7 @@ MUTATIONS = [
     Mutation(
         "states in place are not known",
         "program/calls.py",
-        "recorder.stands_for(state, mark.state)",
+        "recorder.contents.bind(state, mark.state)",
         "pass",
         "equilibrium_propagation",
     ),

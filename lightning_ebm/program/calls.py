@@ -85,7 +85,7 @@ def watched(root: nn.Module, recorder: Recorder, watch: Watch, replace: Replace)
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         drive = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
         if module in names and drive is not None and marks_now() and not is_wrapped(drive):
-            drives[module] = recorder.value(drive)
+            drives[module] = recorder.contents.value(drive)
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if module not in names:  # a copy of a watched module took the hook along
@@ -100,7 +100,7 @@ def watched(root: nn.Module, recorder: Recorder, watch: Watch, replace: Replace)
         replaced = False
         for part, i in enumerate(tensors):
             tensor = leaves[i]
-            if recorder.known(tensor) is None and (
+            if recorder.contents.known(tensor) is None and (
                 is_wrapped(tensor) or (not tensor.requires_grad and module not in chosen)
             ):
                 continue
@@ -115,9 +115,9 @@ def watched(root: nn.Module, recorder: Recorder, watch: Watch, replace: Replace)
                 # An input that is handed on: what the caller computes with his own has nothing to do with the state.
                 with recorder.pausing():
                     state = tensor.clone()
-                recorder.stands_for(tensor, mark.prediction)
+                recorder.contents.bind(tensor, mark.prediction)
             if state is not None:
-                recorder.stands_for(state, mark.state)
+                recorder.contents.bind(state, mark.state)
                 leaves[i], replaced = state, True
         return rebuild(leaves) if replaced else output
 

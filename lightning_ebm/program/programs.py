@@ -128,7 +128,7 @@ class Programs:
             LayerDiscoveryError: no call could carry a state.
             UnsupportedModuleError: the record is not of what autograd would differentiate.
         """
-        value, record, before = recorder.value(loss), recorder.settle(), 0
+        value, record, before = recorder.contents.value(loss), recorder.settled(), 0
         for known in list(self._known):
             found = known.outline.repeated_by(record, value)
             if isinstance(found, OtherNumbers):  # from now on they are inputs of the program, whose place it takes
@@ -171,7 +171,7 @@ class Programs:
 
     def without_loss(self, recorder: Recorder) -> Found:
         """The program of a pass that returns no loss: it ends in whatever nothing else consumes."""
-        record = recorder.settle()
+        record = recorder.settled()
         value = _sum_of_ends(record)
         plan, marks = self._finder.find(record, value, partial=None)
         program = Program(record, marks, value)

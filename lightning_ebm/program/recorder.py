@@ -6,7 +6,6 @@ detaches, is a constant of the record, as are random draws and the numbers that 
 of the program that ran.
 """
 
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_ebm.errors import UnsupportedModuleError
-from lightning_ebm.program.aliasing import Aliasing
+from lightning_ebm.program.before import Before
+from lightning_ebm.program.contents import Contents
 from lightning_ebm.program.dispatch import DispatchMode
 from lightning_ebm.program.following import Follower, Trail, same_results
 from lightning_ebm.program.numbers import hold
@@ -73,19 +73,10 @@ class Recorder(DispatchMode):
         """Whether the user asked for the detached tensor that is about to be made; else autograd did, to save it."""
         self.on_backward: TakesCare | None = None
         """Told of every `Tensor.backward` that is called while this records."""
-        self._known: dict[int, tuple[Callable[[], Tensor | None], Value]] = {}
-        self.held: dict[Value, Tensor] = {}
-        """What values hold that the pass computed, as long as the record is not released."""
-        self._marked: set[Value] = set()
+        self.contents = Contents(self.record, Before(undoes), self.pausing)
         self._follower: Follower | None = None
         self._drawn: set[Value] = set()
         """What was drawn while a known pass is followed, and nothing has read yet."""
-        self._written_over: list[Tensor] = []
-        self._aliasing = Aliasing()
-        self._undo: list[tuple[Tensor, Tensor]] | None = None if undoes is False else []
-        self._undoes_only = None if isinstance(undoes, bool) else {id(tensor) for tensor in undoes}
-        self._moved: list[tuple[Tensor, Tensor]] = []
-        """Tensors that were given other memory, and what they lay in before."""
         self._entered: list[Any] = []
 
     # What is recorded
@@ -95,7 +86,7 @@ class Recorder(DispatchMode):
         if self.paused:
             return func(*args, **kwargs)
         if func is _DETACH and not self.asked:  # autograd's own, of a tensor that it saves: the same value
-            return self._aliased(func(*args), args[0])
+            return self.contents.aliased(func(*args), args[0])
         kind = traits(func)
         if kind.plain and self._follower is not None and torch.is_grad_enabled():
             node = self._followed(func, args, kwargs)
@@ -106,7 +97,7 @@ class Recorder(DispatchMode):
         written = tensors_at(kind, args, kwargs) if kind.writes else []
         repeated = None
         off = not torch.is_grad_enabled() or func is _DETACH or (kind.dynamic and kind.name not in _SLOPED)
-        off = off or self._unseen_by_autograd(written)
+        off = off or self.contents.unseen_by_autograd(written)
         if kind.random and not off and draws(func, args, kwargs):
             repeated = repeated_without_drawing(kind, args)
             off = repeated is None
@@ -115,17 +106,17 @@ class Recorder(DispatchMode):
                 raise _collective(str(func))
             off = True
         if off:
-            self._about_to_write(written)
+            self.contents.about_to_write(written)
             result = func(*args, **kwargs)
             for tensor in written:
-                self._constant_from_now(tensor)
+                self.contents.constant_from_now(tensor)
             if kind.random and isinstance(result, Tensor) and not written:
-                self._constant(result)
+                self._drawn_anew(result)
             return result
         if self._follower is not None and (alike := self._alike(func, kind, args, written)) is not None:
             again = self._followed(*alike, kwargs)
             if again is not None:
-                self._about_to_write(written)
+                self.contents.about_to_write(written)
                 result = func(*args, **kwargs)
                 self._ended_again(again, kind, result, written)
                 return result
@@ -135,7 +126,7 @@ class Recorder(DispatchMode):
             self._functional(node, kind)
         if kind.name in BY_MASK or kind.name in PUT_BY_MASK:
             self._freeze_masks(node, kind)
-        self._about_to_write(written)
+        self.contents.about_to_write(written)
         result = func(*args, **kwargs)
         if repeated is not None:
             by, given = repeated(args, kwargs, result)
@@ -147,28 +138,12 @@ class Recorder(DispatchMode):
         self._ended(node, kind, written, result)
         if written and kind.name in BATCH_NORMS:
             for tensor in written:
-                self._constant_from_now(tensor)
+                self.contents.constant_from_now(tensor)
         return result
-
-    def value(self, tensor: Tensor) -> Value:
-        """What a tensor holds now."""
-        known = self._known.get(id(tensor))
-        if known is not None and known[0]() is tensor:
-            value = known[1]
-            if value.poison is not None:
-                raise UnsupportedModuleError(value.poison)
-            if value.node is not None or value.meta[-1] is (tensor.requires_grad and tensor.is_leaf):
-                return value  # else it has been frozen, or set free, since
-        return self._from_outside(tensor)
-
-    def known(self, tensor: Tensor) -> Value | None:
-        """What a tensor holds now, if the record knows."""
-        known = self._known.get(id(tensor))
-        return known[1] if known is not None and known[0]() is tensor else None
 
     def mark(self, key: StateKey, module: nn.Module, drive: Value | None, output: Tensor, weighted: bool) -> Mark:
         """Notes that a call of a watched module returned a tensor: downstream of here it is read as a state."""
-        prediction = self.value(output)
+        prediction = self.contents.value(output)
         rounding = _rounding(*prediction.meta[2:4])
         mark = None
         if self._follower is not None:
@@ -182,15 +157,9 @@ class Recorder(DispatchMode):
         state = mark.state
         assert state.node is not None
         self.record.nodes.append(state.node)
-        self._bind(output, state)
-        self.held[state] = output
-        self._marked.add(state)
+        self.contents.mark(output, state)
         self.record.marks.append(mark)
         return mark
-
-    def stands_for(self, tensor: Tensor, value: Value) -> None:
-        """Notes that a tensor holds a value that another one held when it was recorded."""
-        self._bind(tensor, value)
 
     # Following a known record
 
@@ -202,27 +171,29 @@ class Recorder(DispatchMode):
 
         self._follower = Follower(trail, self._read, self._is, take_number)
 
+    def _drawn_anew(self, tensor: Tensor) -> None:
+        value = self.contents.constant(tensor)
+        if self._follower is not None:
+            self._drawn.add(value)
+
     def _read(self, tensor: Tensor) -> Value | None:
         """What a tensor holds; None if this pass has not seen it."""
-        known = self._known.get(id(tensor))
-        if known is None or known[0]() is not tensor:
-            return None
-        value = known[1]
-        if value in self._drawn:
-            return None  # what it corresponds to shows when it is used
+        value = self.contents.known(tensor)
+        if value is None or value in self._drawn:
+            return None  # if it was drawn, what it corresponds to shows when it is used
         if value.node is None and value.meta[-1] is not (tensor.requires_grad and tensor.is_leaf):
             return _ANOTHER  # it has been frozen, or set free, since
         return value
 
     def _is(self, tensor: Tensor, value: Value) -> None:
         """A tensor from outside is what a known value was."""
-        now = self.known(tensor)
+        now = self.contents.known(tensor)
         if now is None:
-            self._from_outside(tensor, value)
+            self.contents.from_outside(tensor, value)
             return
         self._drawn.discard(now)
         self.record.inputs[value] = self.record.inputs.pop(now)
-        self._bind(tensor, value)
+        self.contents.bind(tensor, value)
 
     def _followed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Node | None:
         """The node of the known pass, if this one goes on as that did."""
@@ -236,7 +207,7 @@ class Recorder(DispatchMode):
         if kind.name in BATCH_NORMS:
             return func, without_statistics(args) if written else args
         functional = None if kind.random or not written else functional_form(func, kind)
-        if functional in (None, overwritten) or kind.name in PUT_BY_MASK or self._aliasing.others(written[0]):
+        if functional in (None, overwritten) or kind.name in PUT_BY_MASK or self.contents.others(written[0]):
             return None
         return functional, args
 
@@ -245,7 +216,7 @@ class Recorder(DispatchMode):
         results = result if isinstance(result, list | tuple) else (result,)
         if kind.name in BATCH_NORMS:
             for tensor in written:
-                self._constant_from_now(tensor)
+                self.contents.constant_from_now(tensor)
         elif written:
             results = (*results, *written)
         if not same_results(node, results):
@@ -255,9 +226,7 @@ class Recorder(DispatchMode):
         self.record.nodes.append(node)
         for value, tensor in zip(node.results, results, strict=True):
             if value is not None:
-                self._bind(tensor, value)
-                if not (tensor._is_view() if written else kind.views):
-                    self.held[value] = tensor
+                self.contents.bind(tensor, value, keeps=not (tensor._is_view() if written else kind.views))
 
     def _ended(self, node: Node, kind: Traits, written: Sequence[Tensor], result: Any) -> None:
         results = result if isinstance(result, list | tuple) else (result,)
@@ -269,9 +238,7 @@ class Recorder(DispatchMode):
             tensors += 1
             value = Value(node, meta_of(tensor))
             node.results.append(value)
-            self._bind(tensor, value)
-            if not kind.views:  # views must not be held: autograd would then hand out another tensor, unknown here
-                self.held[value] = tensor
+            self.contents.bind(tensor, value, keeps=not kind.views)
         if not tensors and not written:
             values = next(iter(node.values()), None)
             if values is not None:
@@ -280,15 +247,11 @@ class Recorder(DispatchMode):
         self._follower = None
         self.record.nodes.append(node)
         for tensor in written if kind.name not in BATCH_NORMS else ():
-            now = self.value(tensor)
+            now = self.contents.value(tensor)
             if now.node is not node:  # else it was returned as well: the returned one is what was written
                 now = Value(node, meta_of(tensor))
             node.results.append(now)
-            self.held.pop(now, None)
-            self.record.nodes.extend(self._aliasing.written(tensor, now, self._rebind, self._poison))
-            self._bind(tensor, now)
-            if not tensor._is_view():
-                self.held[now] = tensor
+            self.record.nodes.extend(self.contents.written(tensor, now))
 
     def _functional(self, node: Node, kind: Traits) -> None:
         """The same operation without writing to anything."""
@@ -313,7 +276,7 @@ class Recorder(DispatchMode):
                 return tuple([frozen(a) for a in arg])
             if type(arg) is not Value or arg.node is None or arg.meta[2] not in (torch.bool, torch.uint8):
                 return arg
-            tensor = next(held for ref, value in self._known.values() if value is arg and (held := ref()) is not None)
+            tensor = self.contents.tensor_of(arg)
             constant = Value(None, outside_meta_of(tensor))
             self.record.inputs[constant] = tensor.detach().clone()
             return constant
@@ -329,7 +292,7 @@ class Recorder(DispatchMode):
                 result = run(*args, **kwargs)
             pairs = zip(_tensors((args, kwargs)), _tensors(result), strict=False)
             for old, new in pairs:
-                self._bind(new, self.value(old))
+                self.contents.bind(new, self.contents.value(old))
             return result
         if function.__module__ == "torch.utils.checkpoint":
             raise UnsupportedModuleError(
@@ -353,8 +316,7 @@ class Recorder(DispatchMode):
                 )
             value = Value(node, meta_of(tensor))
             node.results.append(value)
-            self._bind(tensor, value)
-            self.held[value] = tensor
+            self.contents.bind(tensor, value, keeps=True)
         self.record.nodes.append(node)
         return result
 
@@ -371,7 +333,7 @@ class Recorder(DispatchMode):
             for _, tensor in pairs:
                 value = Value(node, meta_of(tensor))
                 node.results.append(value)
-                self._bind(tensor, value)
+                self.contents.bind(tensor, value)
             self.record.nodes.append(node)
         return result
 
@@ -382,7 +344,7 @@ class Recorder(DispatchMode):
         seen: list[Any] = []
         for arg in args:
             if isinstance(arg, Tensor):
-                seen.append(self.value(arg))
+                seen.append(self.contents.value(arg))
             elif isinstance(arg, list | tuple):
                 seen.append(self._seen(arg))
             elif isinstance(arg, torch.Generator):
@@ -394,168 +356,10 @@ class Recorder(DispatchMode):
     def _seen_by_name(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return dict(zip(kwargs, self._seen(kwargs.values()), strict=True))
 
-    def _from_outside(self, tensor: Tensor, value: Value | None = None) -> Value:
-        """Notes what a tensor holds that nothing here computed: a new value, or that of a known pass."""
-        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or tensor.layout is not torch.strided:
-            raise UnsupportedModuleError(
-                f"The step computes with a tensor of class {type(tensor).__name__} and layout {tensor.layout}; what is"
-                " computed with it cannot be repeated at other states. Use ordinary dense tensors in training_step."
-            )
-        if tensor.requires_grad and not tensor.is_leaf:
-            _refuse_unrecorded(tensor)
-        value = value or Value(None, outside_meta_of(tensor))
-        self._bind(tensor, value)
-        self.record.inputs[value] = tensor
-        if tensor.requires_grad:
-            self.record.leaves[value] = tensor
-        elif not tensor.untyped_storage().resizable():  # NumPy's memory, or other processes'
-            with self.pausing():
-                self.record.inputs[value] = tensor.detach().clone(memory_format=torch.preserve_format)
-        return value
-
-    def _bind(self, tensor: Tensor, value: Value) -> None:
-        ref = weakref.ref(tensor)
-        self._known[id(tensor)] = ref, value
-        self._aliasing.seen(ref)
-
-    def _rebind(self, tensor: Tensor, value: Value | None) -> Value | None:
-        """What a tensor holds; given a value, it holds that from now on."""
-        if value is not None:
-            self._known[id(tensor)] = weakref.ref(tensor), value
-        return self.known(tensor)
-
-    def _poison(self, tensor: Tensor, why: str) -> None:
-        value = Value(None, meta_of(tensor))
-        value.poison = why
-        self._known[id(tensor)] = weakref.ref(tensor), value
-
-    def _aliased(self, result: Tensor, tensor: Tensor) -> Tensor:
-        known = self.known(tensor)
-        if known is None and tensor.requires_grad:
-            known = self.value(tensor)
-        if known is not None:
-            self._bind(result, known)
-        return result
-
-    # Writing
-
-    def _about_to_write(self, written: Sequence[Tensor]) -> None:
-        """What the record holds of this memory is copied before it changes."""
-        for tensor in written:
-            for alias in [tensor, *self._aliasing.others(tensor)]:
-                value = self.known(alias)
-                if value is None:
-                    continue
-                if self.record.inputs.get(value) is alias:
-                    self.record.inputs[value] = alias.detach().clone()
-                held = self.held.pop(value, None)
-                if held is not None:
-                    self._written_over.append(held)  # still there: what shares its memory is read from it
-                content = None
-                while value in self._marked:  # what the call returned, under each name that it was marked by
-                    if content is None:
-                        assert held is not None
-                        content = held.detach().clone()
-                    self.held[value] = content
-                    assert value.node is not None
-                    value = value.node.args[0]
-                    if self.held.pop(value, None) is not None:
-                        self.held[value] = content
-            now = self.known(tensor)
-            if self._undoes(tensor) and (now is None or now.node is None):
-                assert self._undo is not None
-                self._undo.append((tensor, tensor.detach().clone()))
-
-    def _unseen_by_autograd(self, written: Sequence[Tensor]) -> bool:
-        """Whether a detached alias is written to: the graph of what shares its memory stays as it is."""
-        return any(
-            not tensor.requires_grad
-            and tensor.grad_fn is None
-            and any(alias.requires_grad for alias in self._aliasing.others(tensor))
-            for tensor in written
-        )
-
-    def _constant(self, tensor: Tensor) -> None:
-        """What was drawn has no slope, whatever autograd makes of it later."""
-        value = Value(None, outside_meta_of(tensor))
-        self._bind(tensor, value)
-        self.record.inputs[value] = tensor
-        if self._follower is not None:
-            self._drawn.add(value)
-
-    def _constant_from_now(self, tensor: Tensor) -> None:
-        """Written to while gradients are off: what it holds from now on is a constant, or a leaf's new value."""
-        for alias in [tensor, *self._aliasing.others(tensor)]:
-            value = self.known(alias)
-            if value is None:
-                continue
-            if alias.requires_grad and value.node is not None and value.node.func is not None:
-                self._poison(
-                    alias,
-                    "The step writes, while gradients are off (under no_grad, or through .data or detach()), to a"
-                    " tensor that was computed from parameters or states: autograd does not see the write, and the"
-                    " update would be that of another loss. Write out of place: x = x.clamp(0, 1).",
-                )
-            else:
-                del self._known[id(alias)]
-
-    def about_to_move(self, tensor: Tensor) -> None:
-        """The tensor is about to be given other memory: the record goes on with that which it has."""
-        value = self.known(tensor)
-        if value is None:
-            return
-        with self.pausing():
-            if self.record.inputs.get(value, self.record.leaves.get(value)) is tensor:
-                self.record.inputs[value] = tensor.detach()
-            if self.held.get(value) is tensor:
-                self.held[value] = tensor.detach()
-
-    def moved_from(self, tensor: Tensor) -> None:
-        """Notes, for `undo`, which memory a tensor lies in that is about to be given another."""
-        if self._undoes(tensor):
-            with self.pausing():
-                self._moved.append((tensor, tensor.data))
-
-    def shared_with_numpy(self, tensor: Tensor) -> None:
-        """NumPy may write to the tensor's memory from now on, and nobody would see it: the record takes copies."""
-        with self.pausing():
-            self._about_to_write([tensor])
-        for alias in [tensor, *self._aliasing.others(tensor)]:
-            if not alias.requires_grad:
-                self._known.pop(id(alias), None)
-
-    def forget(self, tensor: Tensor) -> None:
-        """The tensor has been given other memory: what it holds is read anew."""
-        self._known.pop(id(tensor), None)
-
-    def _undoes(self, tensor: Tensor) -> bool:
-        return self._undo is not None and (self._undoes_only is None or id(tensor) in self._undoes_only)
-
-    def undo(self) -> None:
-        """Puts back what was written to tensors that had been there before; the record keeps what it read of them."""
-        undo, self._undo = self._undo or [], None
-        for tensor, memory in reversed(self._moved):
-            tensor.data = memory
-        with self.pausing(), torch.no_grad():
-            for tensor, content in reversed(undo):
-                self._about_to_write([tensor])  # what the pass read of it afterwards
-                tensor.copy_(content)
-
-    def settle(self) -> Record:
-        """The record, when the pass is over: leaves that the pass itself made are among them."""
-        # What a factory returned is handed on as a copy if it is held here: torch.zeros(3) is another than this one.
-        seen = [*self.held.items(), *((value, ref()) for ref, value in self._known.values() if value.node is not None)]
-        for value, tensor in seen:
-            if tensor is not None and tensor.requires_grad and tensor.is_leaf and value not in self.record.leaves:
-                self.record.leaves[value] = tensor
+    def settled(self) -> Record:
+        """The record, when the pass is over."""
+        self.contents.settle()
         return self.record
-
-    def release(self) -> None:
-        """Lets go of all tensors but those that the record needs."""
-        self.held.clear()
-        self._written_over.clear()
-        self._known.clear()
-        self._aliasing = Aliasing()
 
     # Being active
 
@@ -588,12 +392,12 @@ class Recorder(DispatchMode):
         """Within it nothing is recorded, and gradients of leaves change, which the pass may read before and after."""
         before = [leaf.grad for leaf in self.record.leaves.values() if leaf.grad is not None]
         with self.pausing():
-            self._about_to_write(before)
+            self.contents.about_to_write(before)
             yield
         for leaf in self.record.leaves.values():
             if leaf.grad is not None:
-                for alias in [leaf.grad, *self._aliasing.others(leaf.grad)]:
-                    self._known.pop(id(alias), None)
+                for alias in [leaf.grad, *self.contents.others(leaf.grad)]:
+                    self.contents.forget(alias)
 
     def __enter__(self) -> "Recorder":
         calls: Any = TorchCalls(self)
@@ -624,21 +428,6 @@ def _collective(name: str) -> UnsupportedModuleError:
 
 def _tensors(held: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(held) if isinstance(leaf, Tensor)]
-
-
-def _refuse_unrecorded(tensor: Tensor) -> None:
-    name = type(tensor.grad_fn).__name__
-    if isinstance(tensor.grad_fn, torch.autograd.function.BackwardCFunction):
-        raise UnsupportedModuleError(
-            f"The step uses a custom autograd function ({name}) through a reference to its `apply` that was taken"
-            " before training (such as `f = MyFunction.apply` at the head of a file), where it cannot be seen: what"
-            " it computes could not be repeated at other states. Call MyFunction.apply(...) where it is used."
-        )
-    raise UnsupportedModuleError(
-        f"The step uses a tensor that was computed before it began, together with its graph ({name}): what lies behind"
-        " it cannot be repeated at other states, and parameters there would learn by other rules. Compute it inside the"
-        " step, or detach it."
-    )
 
 
 def _rounding(dtype: torch.dtype, device: torch.device) -> float:

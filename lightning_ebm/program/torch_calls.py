@@ -38,14 +38,13 @@ class TorchCalls(TorchFunctionMode):
             finally:
                 recorder.asked = before
             if func in _IN_PLACE:
-                recorder.forget(args[0])
+                recorder.contents.forget(args[0])
             return result
         if func == _SET_DATA:  # another object at every look
-            recorder.about_to_move(args[0])
-            recorder.moved_from(args[0])
+            recorder.contents.about_to_move(args[0])
             with recorder.pausing():
                 func(*args, **kwargs)
-            return recorder.forget(args[0])
+            return recorder.contents.forget(args[0])
         if func is _BACKWARD_OF:
             options = {**dict(zip(_BACKWARD, args[1:], strict=False)), **kwargs}
             if recorder.takes_care(args[0], options.pop("gradient", None), options):
@@ -56,14 +55,14 @@ class TorchCalls(TorchFunctionMode):
             return self._gumbel_softmax(*args, **kwargs)
         if func in _NUMPY:
             result = func(*args, **kwargs)
-            recorder.shared_with_numpy(args[0])
+            recorder.contents.shared_with_numpy(args[0])
             return result
         if func == _GRAPH:
             recorder.record.reads_graph = True
             return func(*args, **kwargs)
         if func is _HOOK:
             tensor, hook = args[0], args[1] if len(args) > 1 else kwargs["hook"]
-            value, owner = recorder.known(tensor), named(hook).module
+            value, owner = recorder.contents.known(tensor), named(hook).module
             if owner == "torch.autograd.graph" and value is not None and value.node is not None:
                 raise UnsupportedModuleError(
                     "The step puts torch.autograd.graph.register_multi_grad_hook on tensors that it computes: the hook"

@@ -36,13 +36,13 @@ class ManualOptimization:
             self.recorder.on_backward = on_backward
             yield self.recorder
         finally:
-            self.recorder.release()
+            self.recorder.contents.release()
             self.recorder = None
 
     def is_ours(self, loss: Tensor, options: dict[str, Any]) -> bool:
         """Whether `loss.backward(...)` differentiates what is being recorded, for all of its parameters."""
         recorder = self.recorder
-        return recorder is not None and options.get("inputs") is None and recorder.known(loss) is not None
+        return recorder is not None and options.get("inputs") is None and recorder.contents.known(loss) is not None
 
     def tell(self, module: LightningModule) -> None:
         """Says once that `loss.backward()` is not what Lightning sees."""

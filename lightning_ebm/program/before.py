@@ -1,0 +1,50 @@
+"""What tensors held, and which memory they lay in, before a pass wrote to them."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+class Before:
+    """What is to be put back.
+
+    Args:
+        of: True notes whatever is written to, False nothing; or the tensors that are noted.
+    """
+
+    def __init__(self, of: bool | Iterable[Tensor]) -> None:
+        self._notes = of is not False
+        self._only = None if isinstance(of, bool) else {id(tensor) for tensor in of}
+        self._contents: list[tuple[Tensor, Tensor]] = []
+        self._memory: list[tuple[Tensor, Tensor]] = []
+        """Tensors that were given other memory, and what they lay in."""
+
+    def _is_noted(self, tensor: Tensor) -> bool:
+        return self._notes and (self._only is None or id(tensor) in self._only)
+
+    def written(self, tensor: Tensor) -> None:
+        """The tensor is about to be written to."""
+        if self._is_noted(tensor):
+            self._contents.append((tensor, tensor.detach().clone()))
+
+    def moved(self, tensor: Tensor) -> None:
+        """The tensor is about to be given other memory."""
+        if self._is_noted(tensor):
+            self._memory.append((tensor, tensor.data))
+
+    def restore(self, about_to_write: Callable[[Tensor], None]) -> None:
+        """Puts everything back, once.
+
+        Args:
+            about_to_write: told of each tensor before it is written to.
+        """
+        self._notes = False
+        for tensor, memory in reversed(self._memory):
+            tensor.data = memory
+        with torch.no_grad():
+            for tensor, content in reversed(self._contents):
+                about_to_write(tensor)
+                tensor.copy_(content)
+        self._contents.clear()
+        self._memory.clear()

@@ -1,0 +1,251 @@
+"""What the tensors of a pass hold, as values of its record, while they are written to, moved and let go."""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from lightning_ebm.errors import UnsupportedModuleError
+from lightning_ebm.program.aliasing import Aliasing
+from lightning_ebm.program.before import Before
+from lightning_ebm.program.record import Node, Record, Value, meta_of, outside_meta_of
+
+
+class Contents:
+    """The value that each tensor holds now.
+
+    Args:
+        record: of the pass.
+        before: notes what tensors held that were there before the pass.
+        pausing: within it nothing is recorded.
+
+    Attributes:
+        held: what values hold that the pass computed, as long as the record is not released.
+    """
+
+    def __init__(self, record: Record, before: Before, pausing: Callable[[], AbstractContextManager[None]]) -> None:
+        self.held: dict[Value, Tensor] = {}
+        self.before = before
+        self._record = record
+        self._pausing = pausing
+        self._known: dict[int, tuple[Callable[[], Tensor | None], Value]] = {}
+        self._marked: set[Value] = set()
+        self._written_over: list[Tensor] = []
+        self._aliasing = Aliasing()
+
+    # Reading
+
+    def value(self, tensor: Tensor) -> Value:
+        """What a tensor holds now."""
+        known = self._known.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            value = known[1]
+            if value.poison is not None:
+                raise UnsupportedModuleError(value.poison)
+            if value.node is not None or value.meta[-1] is (tensor.requires_grad and tensor.is_leaf):
+                return value  # else it has been frozen, or set free, since
+        return self.from_outside(tensor)
+
+    def known(self, tensor: Tensor) -> Value | None:
+        """What a tensor holds now, if the record knows."""
+        known = self._known.get(id(tensor))
+        return known[1] if known is not None and known[0]() is tensor else None
+
+    def tensor_of(self, value: Value) -> Tensor:
+        """A tensor that holds a value, one of those that are still there."""
+        return next(held for ref, known in self._known.values() if known is value and (held := ref()) is not None)
+
+    def others(self, tensor: Tensor) -> list[Tensor]:
+        """The other tensors that share memory with this one."""
+        return self._aliasing.others(tensor)
+
+    # Binding
+
+    def from_outside(self, tensor: Tensor, value: Value | None = None) -> Value:
+        """Notes what a tensor holds that nothing here computed: a new value, or that of a known pass."""
+        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or tensor.layout is not torch.strided:
+            raise UnsupportedModuleError(
+                f"The step computes with a tensor of class {type(tensor).__name__} and layout {tensor.layout}; what is"
+                " computed with it cannot be repeated at other states. Use ordinary dense tensors in training_step."
+            )
+        if tensor.requires_grad and not tensor.is_leaf:
+            _refuse_unrecorded(tensor)
+        value = value or Value(None, outside_meta_of(tensor))
+        self.bind(tensor, value)
+        self._record.inputs[value] = tensor
+        if tensor.requires_grad:
+            self._record.leaves[value] = tensor
+        elif not tensor.untyped_storage().resizable():  # NumPy's memory, or other processes'
+            with self._pausing():
+                self._record.inputs[value] = tensor.detach().clone(memory_format=torch.preserve_format)
+        return value
+
+    def bind(self, tensor: Tensor, value: Value, keeps: bool = False) -> None:
+        """A tensor holds a value, also one that another tensor held when it was recorded.
+
+        Args:
+            tensor: which.
+            value: what it holds.
+            keeps: whether it is kept, for what is recalled of the pass. Views must not be: autograd would hand out
+                another tensor in their place, which nobody here knows.
+        """
+        if keeps:
+            self.held[value] = tensor
+        ref = weakref.ref(tensor)
+        self._known[id(tensor)] = ref, value
+        self._aliasing.seen(ref)
+
+    def rebind(self, tensor: Tensor, value: Value | None) -> Value | None:
+        """What a tensor holds; given a value, it holds that from now on."""
+        if value is not None:
+            self._known[id(tensor)] = weakref.ref(tensor), value
+        return self.known(tensor)
+
+    def poison(self, tensor: Tensor, why: str) -> None:
+        """Whoever reads the tensor is refused."""
+        value = Value(None, meta_of(tensor))
+        value.poison = why
+        self._known[id(tensor)] = weakref.ref(tensor), value
+
+    def aliased(self, result: Tensor, tensor: Tensor) -> Tensor:
+        """A result that holds what the tensor holds."""
+        known = self.known(tensor)
+        if known is None and tensor.requires_grad:
+            known = self.value(tensor)
+        if known is not None:
+            self.bind(result, known)
+        return result
+
+    def mark(self, output: Tensor, state: Value) -> None:
+        """A call returned the tensor: from here on it holds a state."""
+        self.bind(output, state, keeps=True)
+        self._marked.add(state)
+
+    def written(self, tensor: Tensor, now: Value) -> Iterator[Node]:
+        """A write is over: the operations that give what shares its memory what that holds now."""
+        self.held.pop(now, None)
+        yield from self._aliasing.written(tensor, now, self.rebind, self.poison)
+        self.bind(tensor, now, keeps=not tensor._is_view())
+
+    # Writing
+
+    def about_to_write(self, written: Sequence[Tensor]) -> None:
+        """What the record holds of this memory is copied before it changes."""
+        for tensor in written:
+            for alias in [tensor, *self.others(tensor)]:
+                value = self.known(alias)
+                if value is None:
+                    continue
+                if self._record.inputs.get(value) is alias:
+                    self._record.inputs[value] = alias.detach().clone()
+                held = self.held.pop(value, None)
+                if held is not None:
+                    self._written_over.append(held)  # still there: what shares its memory is read from it
+                content = None
+                while value in self._marked:  # what the call returned, under each name that it was marked by
+                    if content is None:
+                        assert held is not None
+                        content = held.detach().clone()
+                    self.held[value] = content
+                    assert value.node is not None
+                    value = value.node.args[0]
+                    if self.held.pop(value, None) is not None:
+                        self.held[value] = content
+            now = self.known(tensor)
+            if now is None or now.node is None:
+                self.before.written(tensor)
+
+    def unseen_by_autograd(self, written: Sequence[Tensor]) -> bool:
+        """Whether a detached alias is written to: the graph of what shares its memory stays as it is."""
+        return any(
+            not tensor.requires_grad
+            and tensor.grad_fn is None
+            and any(alias.requires_grad for alias in self._aliasing.others(tensor))
+            for tensor in written
+        )
+
+    def constant(self, tensor: Tensor) -> Value:
+        """What was drawn has no slope, whatever autograd makes of it later."""
+        value = Value(None, outside_meta_of(tensor))
+        self.bind(tensor, value)
+        self._record.inputs[value] = tensor
+        return value
+
+    def constant_from_now(self, tensor: Tensor) -> None:
+        """Written to while gradients are off: what it holds from now on is a constant, or a leaf's new value."""
+        for alias in [tensor, *self.others(tensor)]:
+            value = self.known(alias)
+            if value is None:
+                continue
+            if alias.requires_grad and value.node is not None and value.node.func is not None:
+                self.poison(
+                    alias,
+                    "The step writes, while gradients are off (under no_grad, or through .data or detach()), to a"
+                    " tensor that was computed from parameters or states: autograd does not see the write, and the"
+                    " update would be that of another loss. Write out of place: x = x.clamp(0, 1).",
+                )
+            else:
+                self.forget(alias)
+
+    def about_to_move(self, tensor: Tensor) -> None:
+        """The tensor is about to be given other memory: the record goes on with that which it has."""
+        value = self.known(tensor)
+        with self._pausing():
+            self.before.moved(tensor)
+            if value is None:
+                return
+            if self._record.inputs.get(value, self._record.leaves.get(value)) is tensor:
+                self._record.inputs[value] = tensor.detach()
+            if self.held.get(value) is tensor:
+                self.held[value] = tensor.detach()
+
+    def shared_with_numpy(self, tensor: Tensor) -> None:
+        """NumPy may write to the tensor's memory from now on, and nobody would see it: the record takes copies."""
+        with self._pausing():
+            self.about_to_write([tensor])
+        for alias in [tensor, *self.others(tensor)]:
+            if not alias.requires_grad:
+                self.forget(alias)
+
+    def forget(self, tensor: Tensor) -> None:
+        """What the tensor holds is read anew."""
+        self._known.pop(id(tensor), None)
+
+    # The end
+
+    def undo(self) -> None:
+        """Puts back what was written to tensors that had been there before; the record keeps what it read of them."""
+        with self._pausing():
+            self.before.restore(lambda tensor: self.about_to_write([tensor]))
+
+    def settle(self) -> None:
+        """The pass is over: leaves that it made itself are among those of the record."""
+        # What a factory returned is handed on as a copy if it is held here: torch.zeros(3) is another than this one.
+        seen = [*self.held.items(), *((value, ref()) for ref, value in self._known.values() if value.node is not None)]
+        for value, tensor in seen:
+            if tensor is not None and tensor.requires_grad and tensor.is_leaf and value not in self._record.leaves:
+                self._record.leaves[value] = tensor
+
+    def release(self) -> None:
+        """Lets go of all tensors but those that the record needs."""
+        self.held.clear()
+        self._written_over.clear()
+        self._known.clear()
+        self._aliasing = Aliasing()
+
+
+def _refuse_unrecorded(tensor: Tensor) -> None:
+    name = type(tensor.grad_fn).__name__
+    if isinstance(tensor.grad_fn, torch.autograd.function.BackwardCFunction):
+        raise UnsupportedModuleError(
+            f"The step uses a custom autograd function ({name}) through a reference to its `apply` that was taken"
+            " before training (such as `f = MyFunction.apply` at the head of a file), where it cannot be seen: what"
+            " it computes could not be repeated at other states. Call MyFunction.apply(...) where it is used."
+        )
+    raise UnsupportedModuleError(
+        f"The step uses a tensor that was computed before it began, together with its graph ({name}): what lies behind"
+        " it cannot be repeated at other states, and parameters there would learn by other rules. Compute it inside the"
+        " step, or detach it."
+    )
