@@ -18,6 +18,7 @@ import yaml
 from lightning_modules import Template
 
 import lightning_ebm as ebm
+from lightning_ebm.energies import CONJUGATES
 
 ROOT = Path(__file__).parents[1]
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
@@ -32,6 +33,9 @@ def blocks(page, language):
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
 def test_every_python_block_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    registered = dict(CONJUGATES)  # a page adds one, which other tests must not see
+    monkeypatch.setattr("lightning_ebm.energies.conjugates.CONJUGATES", registered)
+    monkeypatch.setattr("lightning_ebm.energies.CONJUGATES", registered)
     space: dict[str, object] = {"__name__": "docs"}
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), space)

@@ -146,7 +146,7 @@ class LayerFinder:
             option = self._best(compared)
         if not option.cut:
             told = [f"{o.what}: {len(o.candidates)}, called {o.calls} times{o.told()}" for o in compared]
-            _refuse(self._module, told, any(o.calls for o in compared))
+            _refuse(self._module, told, any(o.calls for o in compared), record)
         plan = Wiring(self._module, record, option.cut, loss).plan()
         judged = [(o.what, len(o.cut), *o.locality) for o in compared if o.cut and self._layers is None]
         plan = replace(plan, locality=option.locality, compared=tuple(Judged(*j) for j in judged), chosen=option.what)
@@ -249,12 +249,18 @@ def _module_of(state: str) -> str:
     return state.partition("#")[0].partition("[")[0]
 
 
-def _refuse(module: nn.Module, tried: list[str], called: bool) -> NoReturn:
+def _refuse(module: nn.Module, tried: list[str], called: bool, record: Record) -> NoReturn:
     scripted = [name for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
     if scripted:
         raise UnsupportedModuleError(
             f"No layer of {type(module).__name__} can carry a state, as {clean(scripted[0]) or 'it'!r} is compiled by"
             " torch.jit.script: calls inside of it cannot be seen. Train the module as it was before scripting."
+        )
+    if any(mark.prediction.is_complex for mark in record.marks):
+        raise UnsupportedModuleError(
+            f"No layer of {type(module).__name__} can carry a state: its layers return complex numbers, and an energy is"
+            " a function of real states. Write the complex layers as real ones on pairs (torch.view_as_real), or give"
+            " states to layers that return real numbers: layers=[...]."
         )
     if not called and any(True for _ in module.children()):
         raise LayerDiscoveryError(

@@ -36,6 +36,12 @@ class Value:
         return shape
 
     @property
+    def is_complex(self) -> bool:
+        """Whether the tensor holds complex numbers."""
+        dtype: torch.dtype = self.meta[2]
+        return dtype.is_complex
+
+    @property
     def is_continuous(self) -> bool:
         """Whether it can carry a gradient: integers and truth values cannot."""
         return is_continuous(self.meta[2])

@@ -122,12 +122,15 @@ class Wiring:
         return live
 
     def useful(self) -> set[StateKey]:
-        """Calls the loss depends on and trainable parameters feed; the others are constants or inputs, not layers."""
+        """Calls the loss depends on and trainable parameters feed; the others are constants or inputs, not layers.
+
+        What a call returns as complex numbers is no state either: an energy is a function of real ones.
+        """
         fed: set[int] = set()
         for k, region in enumerate(self._above):  # in the order of the calls, so parents come first
             if self._parameters(region) or fed & set(self._parents(region)):
                 fed.add(k)
-        return {self.marks[k].key for k in self._live() & fed}
+        return {self.marks[k].key for k in self._live() & fed if not self.marks[k].prediction.is_complex}
 
     def inputs(self) -> set[StateKey]:
         """Calls the loss depends on and no parameter feeds, trainable or frozen: what passes through them is data."""
@@ -138,7 +141,7 @@ class Wiring:
             )
             if given and not self._parameters(region) and found.issuperset(self._parents(region)):
                 found.add(k)
-        return {self.marks[k].key for k in self._live() & found}
+        return {self.marks[k].key for k in self._live() & found if not self.marks[k].prediction.is_complex}
 
     def why_not(self, names: Iterable[str], states: Set[StateKey]) -> dict[str, str]:
         """Why each of these modules carries no state in any of its calls; without those that carry one."""
@@ -146,11 +149,14 @@ class Wiring:
         useful = {key.name for key in self.useful()}
         live = {self.marks[k].key.name for k in self._live()}
         called = {mark.key.name for mark in self.marks}
+        complex_ = {mark.key.name for mark in self.marks if mark.prediction.is_complex}
         return {
             name: "it was not called in this pass, or returned no floating-point tensor"
             if name not in called
             else "the loss does not depend on what it returns"
             if name not in live
+            else "it returns complex numbers, and energies are functions of real states"
+            if name in complex_
             else "no trainable parameter feeds it, so that its output is an input of the network and nothing to predict"
             if name not in useful
             else 'it is the read-out, which enters the loss directly unless output="state"'
@@ -174,7 +180,7 @@ class Wiring:
         """Calls of weighted modules whose outputs enter the loss with no weighted module after them."""
         trainable = [m for m in self._weighted if any(p.requires_grad for p in m.module.parameters(recurse=False))]
         hit = self._region([self._loss], {mark.state for mark in trainable} - self._index.keys()).stopped
-        return [mark for mark in trainable if mark.state in hit]
+        return [mark for mark in trainable if mark.state in hit and not mark.prediction.is_complex]
 
     def plan(self) -> Plan:
         """The plan with a state at every mark."""
