@@ -50,3 +50,13 @@ def checked_loss(loss: Any) -> Tensor:
             " from it; return the loss tensor itself."
         )
     return loss
+
+
+def refuse_backward(loss: Tensor, options: dict[str, Any]) -> bool:
+    """`Tensor.backward` on all leaves, in a closure, would add backprop's gradients to the updates."""
+    if options.get("inputs") is not None:
+        return False
+    raise ConfigurationError(
+        "The closure calls backward() itself: that adds a gradient of plain backpropagation to the update. Use"
+        " torch.autograd.grad for gradients inside the closure, and call learner.backward once for each loss."
+    )

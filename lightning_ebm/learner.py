@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.clamp import Clamp, checked_clamp, refuse_unknown
-from lightning_ebm.closure import Closure, is_number
+from lightning_ebm.closure import Closure, is_number, refuse_backward
 from lightning_ebm.divergence import OnDivergence, Policy
 from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
@@ -24,7 +24,6 @@ from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output, check_layers
 from lightning_ebm.program.programs import Programs
 from lightning_ebm.program.recorder import Recorder, TakesCare
-from lightning_ebm.program.seen_backward import refuse_backward
 from lightning_ebm.program.wiring import Plan, named_gradients
 from lightning_ebm.purity import untouched
 from lightning_ebm.relaxed import (

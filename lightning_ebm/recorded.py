@@ -49,7 +49,7 @@ class Recorded(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        """Whether the batch holds no sample."""
+        """Whether the batch holds no sample, or no state lies between the parameters and the loss."""
         return all(not mark.prediction.shape.numel() for mark in self.program.marks)
 
     def thinned(self, coded: bool, states: bool = True) -> "Recorded":
@@ -82,7 +82,7 @@ class Recorded(NamedTuple):
         run, marks, record = self.runner(arithmetic), self.program.marks, self.program.record
         if fast and self.loss is not None and all(mark.state in self.held for mark in marks):
             free = [at_least_float32(self.held[mark.state].detach()) for mark in marks]
-            start = Start(self.loss, free, max(mark.rounding for mark in marks), None)
+            start = Start(self.loss, free, max((mark.rounding for mark in marks), default=0.0), None)
         else:
             start = Start.of(run(at_prediction()))
         size = setup.samples.of(batch)

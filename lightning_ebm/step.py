@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from lightning_ebm.closure import Closure, check_finite, checked_loss, is_number
 from lightning_ebm.coverage import check_coverage
 from lightning_ebm.delivery import average_of, delivered
 from lightning_ebm.energies.base import is_divergence
-from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
+from lightning_ebm.errors import ConfigurationError, LayerDiscoveryError, RelaxationDivergedError
 from lightning_ebm.increments import increments
 from lightning_ebm.network import Network
 from lightning_ebm.nudges import Phase
@@ -28,6 +29,7 @@ from lightning_ebm.purity import untouched
 from lightning_ebm.recorded import Recorded
 from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.report import PhaseReport
+from lightning_ebm.retained import Retained
 from lightning_ebm.second_run import in_place_of_layers, repeated, told_of_states_in_place
 from lightning_ebm.setup import Observer, Setup, unheard
 from lightning_ebm.updates import End
@@ -176,14 +178,28 @@ class Step:
             self._setup.remember([], [], loss.detach() / scale, "plain")
             return self.unrelaxed(loss, scale)
         with self._blaming(loss.detach()):
-            network = self._opened(loss)
-            del loss  # its graph is as large as a step of backprop
-            return self._surrogate(network, scale)
+            assert self._recorder is not None
+            retained = Retained(loss, self._recorder.contents.retained)
+            self._note(loss)
+            retained.restore()
+            if self._pass().is_empty:
+                surrogate = self._directly(scale)
+            else:
+                network = self._opened(loss)
+                del loss  # its graph is as large as a step of backprop
+                surrogate = self._surrogate(network, scale)
+        if surrogate.requires_grad:
+            surrogate.register_hook(partial(_handed_over, retained))
+        return surrogate
+
+    def _directly(self, scale: float) -> Tensor:
+        """Nothing can relax: the loss depends on parameters directly, or on no sample."""
+        recorded = self._pass()
+        assert recorded.loss is not None
+        self._setup.remember([str(key) for key in recorded.plan.states], [], recorded.loss, "plain")
+        return recorded.program.uncut() * scale
 
     def _surrogate(self, network: Network, scale: float) -> Tensor:
-        if self._pass().is_empty:  # no sample, no state: what is left of the loss depends on parameters alone
-            self._setup.remember(list(network.names), [], network.first_loss, "plain")
-            return self._pass().program.uncut() * scale
         update = self._relaxed(network) * (scale / network.loss_scale)
         check_coverage(self._setup, self._pass(), update, network.batch_size)
         # The value is the loss, for hooks and loggers that look at it; the gradient is the update's.
@@ -216,6 +232,11 @@ class Step:
             return self._setup.programs.of(recorder, checked_loss(returned))
 
         self._quietly(find)
+        if not self._pass().plan.states:
+            raise LayerDiscoveryError(
+                "No layer carries a state here, as no trainable weight lies behind another: there is no equilibrium to"
+                " find. Let the layers of interest be trained, or name them: layers=[...]."
+            )
         loss = self._pass().loss
         phases = self._begun()
         yield phases, phases.equilibrium(strength), loss is not None and is_number(loss)
@@ -230,6 +251,10 @@ class Step:
         """
         setup = self._setup
         with self._blaming(checked_loss(loss).detach()):
+            self._note(loss)
+            if self._pass().is_empty:
+                yield self._directly(scale)
+                return
             network = self._opened(loss)
         assert self._phases is not None
         for end in increments(self._phases, setup.algorithm):
@@ -240,18 +265,23 @@ class Step:
             check_coverage(setup, self._pass(), update, network.batch_size)
             yield loss.detach() + (update - update.detach())
 
-    def _opened(self, loss: Tensor) -> Network:
-        """The network of this step, relaxed to its free equilibrium."""
+    def _note(self, loss: Tensor) -> None:
+        """The user's pass is over: what it was, unless a quiet one has told."""
         assert self._recorder is not None
         loss = loss if self._raw_loss is None else self._raw_loss
-        if self._phases is not None:  # its states are in place in the user's pass
-            check_finite(loss)
-            return self._at_equilibrium(self._phases.network, loss)
-        found = self._setup.programs.of(self._recorder, loss, partial=not self._owns_recorder)
-        self._recorded = Recorded.of(found, self._recorder, loss)
+        if self._phases is None:
+            found = self._setup.programs.of(self._recorder, loss, partial=not self._owns_recorder)
+            self._recorded = Recorded.of(found, self._recorder, loss)
         check_finite(loss)
-        self._check_batch()
-        return self._settled()
+        if self._phases is None:
+            self._check_batch()
+
+    def _opened(self, loss: Tensor) -> Network:
+        """The network of this step, relaxed to its free equilibrium."""
+        if self._phases is None:
+            return self._settled()
+        # Its states are in place in the user's pass.
+        return self._at_equilibrium(self._phases.network, loss if self._raw_loss is None else self._raw_loss)
 
     def _check_batch(self) -> None:
         """Refuses a batch with nan or inf in it that a gradient does not survive: others may be meant, as in masks."""
@@ -381,6 +411,8 @@ class Step:
         setup = replace(self._setup, algorithm=algorithm, remember=unheard, code=None, memory=None, observer=observer)
         other = Step(setup, self._closure, self._leading_sizes, self._batch, teaches=False)
         other._recorded = self._recorded
+        if self._recorded.is_empty:
+            return self.true_gradients(), other
         network = other._settled()
         return named_gradients(setup.module, other._relaxed(network) / network.loss_scale), other
 
@@ -429,3 +461,14 @@ class Step:
         if self._teaches and taken is not None and taken.dyadic_states is None:
             algorithm.energy.observe(lambda: dict(zip(network.names, network.errors_at(taken), strict=True)))
         return update
+
+
+def _handed_over(retained: Retained, factor: Tensor) -> None:
+    """Autograd asks the surrogate for the update, times a factor."""
+    if torch.is_grad_enabled():
+        raise ConfigurationError(
+            "backward(create_graph=True) asks for gradients with a graph of their own, and an update has none: it is read"
+            " off states that stay as they are. Take penalties on gradients inside of the step, by torch.autograd.grad(...,"
+            " create_graph=True) of the loss, and an optimizer without second derivatives; or the algorithm \"backprop\"."
+        )
+    retained.give(factor)

@@ -556,13 +556,13 @@ MUTATIONS = [
     Mutation(
         "another loss learns by backprop",
         "strategies/other_backward.py",
-        "if graph_of([loss], {surrogate.grad_fn})[0]:",
+        "if reached(losses, inputs, module.parameters(), but=surrogate):",
         "if False:",
-        "same_step recorder",
+        "other_gradients",
     ),
     Mutation(
         "backward in a closure is let pass",
-        "program/seen_backward.py",
+        "closure.py",
         'if options.get("inputs") is not None:\n        return False\n    raise',
         "if True:\n        return False\n    raise",
         "programs",

@@ -23,10 +23,12 @@ class Contents:
 
     Attributes:
         held: what values hold that the pass computed, as long as the record is not released.
+        retained: whose gradients the user wants to see, see `Tensor.retain_grad`.
     """
 
     def __init__(self, record: Record, before: Before, pausing: Callable[[], AbstractContextManager[None]]) -> None:
         self.held: dict[Value, Tensor] = {}
+        self.retained: list[Tensor] = []
         self.before = before
         self._record = record
         self._pausing = pausing
@@ -231,6 +233,7 @@ class Contents:
     def release(self) -> None:
         """Lets go of all tensors but those that the record needs."""
         self.held.clear()
+        self.retained.clear()
         self._written_over.clear()
         self._known.clear()
         self._aliasing = Aliasing()

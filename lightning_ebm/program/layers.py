@@ -19,7 +19,7 @@ from lightning_ebm.program.candidates import ACTIVATIONS, Layers, chosen_by, fou
 from lightning_ebm.program.locality import Judged, Locality, Products, self_gates
 from lightning_ebm.program.nonlocal_weights import say_what_goes_around, say_what_is_left_in_one_drive
 from lightning_ebm.program.record import Mark, Record, StateKey, Value
-from lightning_ebm.program.wiring import Plan, Wiring
+from lightning_ebm.program.wiring import Plan, Region, Wiring
 from lightning_ebm.tree import modules_of, parameters_of
 
 log = logging.getLogger(__name__)
@@ -116,6 +116,7 @@ class LayerFinder:
         self._like = like
         self._carried: set[str] = set()
         self._latest: str | None = None
+        self._said = False
 
     def watched(self) -> set[nn.Module]:
         """The modules whose calls may carry states; those with parameters of their own are watched anyway."""
@@ -144,6 +145,8 @@ class LayerFinder:
         else:
             compared = self._compared(record, loss, products)
             option = self._best(compared)
+        if not option.cut and self._is_local_already(record, loss, products, partial):
+            return replace(Wiring(self._module, record, [], loss).plan(), chosen="nothing"), []
         if not option.cut:
             told = [f"{o.what}: {len(o.candidates)}, called {o.calls} times{o.told()}" for o in compared]
             _refuse(self._module, told, any(o.calls for o in compared), record)
@@ -159,6 +162,26 @@ class LayerFinder:
         if partial is not None:
             self._complain({n: why for n, why in absent.items() if n not in self._carried}, partial)
         return plan, option.cut
+
+    def _is_local_already(self, record: Record, loss: Value, products: Products, partial: bool | None) -> bool:
+        """Whether nothing need carry a state here: no weight is behind another, and `dL/dtheta` is the update.
+
+        So it is of the read-out while all below it is frozen, and of those losses of a step that reach a multiplier or a
+        temperature alone. A network that never has another weight is refused: nothing of it would ever relax.
+        """
+        reached = {id(leaf) for leaf in Region([loss], {}, record.leaves).leaves}
+        held = parameters_of(modules_of(self._module))
+        elsewhere = bool(partial or self._carried) or any(not p.requires_grad and p.ndim > 1 for p in held)
+        ours = any(p.requires_grad and id(p) in reached for p in held)
+        local = elsewhere and ours and products.locality([], loss).share == 1
+        if local and not self._said:
+            self._said = True
+            log.info(
+                "This pass of %s reaches no weight through another one: nothing relaxes, and the update is the loss's own"
+                " gradient, which every rule would give. (Said once.)",
+                type(self._module).__name__,
+            )
+        return local
 
     def _option(
         self, what: str, candidates: Mapping[nn.Module, str], record: Record, loss: Value, products: Products

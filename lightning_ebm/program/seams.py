@@ -1,7 +1,7 @@
 """Places of autograd that no mode of torch sees: custom functions, hooks on saved tensors, backward hooks of modules,
 and `torch.autograd.backward`.
 
-They are watched only while something records, and only for the thread that does.
+They are watched only while something records or a strategy trains, and only for the thread that does.
 """
 
 import threading
@@ -26,27 +26,49 @@ _SETUP_OUTPUT: Callable[..., Any] = BackwardHook.setup_output_hook
 _BACKWARD = torch.autograd.backward
 
 
+Sees = Callable[[list[Tensor], Any], None]
+"""Told of a `backward` call: the tensors that it begins at, and the inputs that it is limited to, None being all."""
+
+
 class _Seams(threading.local):
-    """The recorders of one thread, the innermost last."""
+    """The recorders of one thread, the innermost last, and who is told of `backward` where none records."""
 
     _lock = threading.Lock()
     _users = 0
 
     def __init__(self) -> None:
         self._active: list[Recorder] = []
+        self.watching: list[Sees] = []
 
     def enter(self, recorder: "Recorder") -> None:
         """The recorder is told of custom functions and of hooks on saved tensors from now on."""
         self._active.append(recorder)
+        self._use()
+
+    def leave(self, recorder: "Recorder") -> None:
+        """It is told no more; torch is as it was when no recorder is left."""
+        self._active.remove(recorder)
+        self._disuse()
+
+    def watch(self, sees: Sees) -> None:
+        """From now on it is told of every `backward` of this thread that is not recorded."""
+        self.watching.append(sees)
+        self._use()
+
+    def unwatch(self, sees: Sees) -> None:
+        """It is told no more, if it was."""
+        if sees in self.watching:
+            self.watching.remove(sees)
+            self._disuse()
+
+    def _use(self) -> None:
         with _Seams._lock:
             _Seams._users += 1
             if _Seams._users == 1:
                 for owner, name, _, watched in _PLACES:
                     setattr(owner, name, watched)
 
-    def leave(self, recorder: "Recorder") -> None:
-        """It is told no more; torch is as it was when no recorder is left."""
-        self._active.remove(recorder)
+    def _disuse(self) -> None:
         with _Seams._lock:
             _Seams._users -= 1
             if _Seams._users == 0:
@@ -126,10 +148,15 @@ def _setup_output(self: BackwardHook, args: Any) -> Any:
 
 
 def _backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
-    if (recorder := seams.recorder) is None:
+    recorder, watching = seams.recorder, seams.watching
+    if recorder is None and not watching:
         return _BACKWARD(tensors, *args, **kwargs)
     options = {**dict(zip(_OPTIONS, args, strict=False)), **kwargs}
     several = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    if recorder is None:
+        for sees in watching:
+            sees(several, options.get("inputs"))
+        return _BACKWARD(tensors, *args, **kwargs)
     gradients = options.pop("grad_tensors", None)
     given = [gradients] * len(several) if gradients is None or isinstance(gradients, Tensor) else list(gradients)
     left = [pair for pair in zip(several, given, strict=True) if not recorder.takes_care(*pair, options)]

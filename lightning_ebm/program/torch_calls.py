@@ -60,6 +60,10 @@ class TorchCalls(TorchFunctionMode):
         if func == _GRAPH:
             recorder.record.reads_graph = True
             return func(*args, **kwargs)
+        if func is _RETAIN:
+            func(*args, **kwargs)
+            recorder.contents.retained.append(args[0])
+            return None
         if func is _HOOK:
             tensor, hook = args[0], args[1] if len(args) > 1 else kwargs["hook"]
             value, owner = recorder.contents.known(tensor), named(hook).module
@@ -98,4 +102,5 @@ _IN_PLACE = frozenset({Tensor.detach_, torch.detach_})
 _DETACHES = frozenset({Tensor.detach, torch.detach, _TENSOR.data.__get__, *_IN_PLACE})
 _NUMPY: frozenset[Any] = frozenset((Tensor.numpy, Tensor.__array__))
 _GRAPH = _TENSOR.grad_fn.__get__
-_SEEN = _DETACHES | _NUMPY | {F.gumbel_softmax, _SET_DATA, _HOOK, _BACKWARD_OF, _GRAPH}
+_RETAIN = Tensor.retain_grad
+_SEEN = _DETACHES | _NUMPY | {F.gumbel_softmax, _SET_DATA, _HOOK, _RETAIN, _BACKWARD_OF, _GRAPH}

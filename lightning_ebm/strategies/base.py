@@ -1,7 +1,7 @@
 """What the strategies share: the adapter between the engine and Lightning's training loop."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, cast
@@ -24,7 +24,8 @@ from lightning_ebm.program.calls import leading_sizes
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
 from lightning_ebm.program.recorder import Recorder
-from lightning_ebm.program.seen_backward import SeenBackward
+from lightning_ebm.program.seams import seams
+from lightning_ebm.program.seen_grad import SeenGrad
 from lightning_ebm.purity import shadowed
 from lightning_ebm.reference import Reference, exactly
 from lightning_ebm.regime import Regime, of_step as regime_of_step
@@ -75,6 +76,10 @@ class EnergyStrategy(EvaluatingStrategy):
         self._learner: Learner | None = None
         self._step: Step | None = None
         self._increments: Iterator[Tensor] | None = None
+        self._handed: Tensor | None = None
+        """The scalar whose gradient is being asked for."""
+        self._strange: list[Tensor] = []
+        """What optimizers move and somebody else has given gradients to."""
         self._manual = ManualOptimization()
         self._printed = False
         self._arguments: Arguments = ((), {})
@@ -210,7 +215,7 @@ class EnergyStrategy(EvaluatingStrategy):
                 assert self._step is not None
                 self._step.release()
                 return closure_loss.detach()
-            with SeenBackward(partial(self._second_backward, surrogate)):
+            with self._handing_over(surrogate), SeenGrad(self._sees):
                 loss = super().backward(surrogate, optimizer, *args, **kwargs)
             if recorder is not None and self._relaxes:
                 self._manual.gives(surrogate)
@@ -270,7 +275,7 @@ class EnergyStrategy(EvaluatingStrategy):
     def _plain_backward(self, loss: Tensor, options: dict[str, Any]) -> bool:
         """`loss.backward()` in a manual training step, in place of `manual_backward(loss)`: relaxes as well."""
         manual = self._manual
-        if manual.recorder is None or not manual.is_ours(loss, options):
+        if manual.recorder is None or not manual.is_ours(self._module, loss, options):
             return False
         manual.tell(self._module)
         with manual.recorder.handing_over():
@@ -278,15 +283,39 @@ class EnergyStrategy(EvaluatingStrategy):
             surrogate = step.surrogate(loss)
             self._print_layers()
             manual.gives(surrogate)
-            torch.autograd.backward(surrogate, options.get("gradient"))
+            with self._handing_over(surrogate):
+                options["grad_tensors"] = options.pop("gradient", None)
+                torch.autograd.backward(surrogate, **options)
             step.release()
         return True
 
     def _other_backward(self, loss: Tensor, options: dict[str, Any]) -> bool:
         return other_backward.within_step(self._accumulated(), loss, options)
 
-    def _second_backward(self, surrogate: Tensor, loss: Tensor, options: dict[str, Any]) -> bool:
-        return self._relaxes and other_backward.beside(self._module, surrogate, loss, options)
+    @contextmanager
+    def _handing_over(self, surrogate: Tensor) -> Iterator[None]:
+        """Within it `backward` is this strategy's own."""
+        if all(p.grad is None or not p.grad.any() for p in self._strange):  # they have been wiped
+            self._strange.clear()
+        self._handed = surrogate
+        try:
+            yield
+        finally:
+            self._handed = None
+
+    def _sees(self, losses: Sequence[Tensor], inputs: Sequence[Tensor] | None) -> None:
+        """Gradients are taken outside of a record: of the update, or of something else that must not be stepped on."""
+        if not self._relaxes:
+            return
+        if self._handed is not None:
+            other_backward.beside(self._module, self._handed, losses, inputs)
+        else:
+            moved = other_backward.parameters_of_optimizers(self.optimizers)
+            self._strange += other_backward.reached(losses, inputs, moved)
+
+    def _refuse_strange(self) -> None:
+        if any(p.grad is not None for p in self._strange):
+            raise other_backward.elsewhere()
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Lightning's own; under manual optimization every gradient must have come from a relaxation.
@@ -294,7 +323,14 @@ class EnergyStrategy(EvaluatingStrategy):
         An incremental update takes its further steps here, each through clipping and hooks and counted by the Trainer.
         """
         is_manual = self._manual.recorder is not None
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+
+        def checked() -> Any:
+            output = closure()
+            self._refuse_strange()
+            return output
+
+        output = super().optimizer_step(optimizer, checked, model, **kwargs)
+        self._refuse_strange()  # an optimizer may not call its closure
         if is_manual:
             self._manual.check_step(optimizer)
         if (increments := self._increments) is not None and self._step is not None:
@@ -329,7 +365,13 @@ class EnergyStrategy(EvaluatingStrategy):
     def on_train_start(self) -> None:
         """Lightning's own; a resumed run goes on with the random numbers that were next."""
         super().on_train_start()
+        seams.watch(self._sees)
         self._resume.begin(self._module.trainer)
+
+    def on_train_end(self) -> None:
+        """Lightning's own."""
+        seams.unwatch(self._sees)
+        super().on_train_end()
 
     def gather(self, value: Any) -> list[Any]:
         """What every rank has, in the order of the ranks; on all of them."""
@@ -367,7 +409,9 @@ class EnergyStrategy(EvaluatingStrategy):
 
     def teardown(self) -> None:
         """Lightning's own; drops the last batch and its graph."""
+        seams.unwatch(self._sees)  # an error ends no training
         self._step = None
+        self._strange.clear()
         self._manual.forget()
         self._arguments = ((), {})
         super().teardown()

@@ -39,10 +39,25 @@ class ManualOptimization:
             self.recorder.contents.release()
             self.recorder = None
 
-    def is_ours(self, loss: Tensor, options: dict[str, Any]) -> bool:
-        """Whether `loss.backward(...)` differentiates what is being recorded, for all of its parameters."""
-        recorder = self.recorder
-        return recorder is not None and options.get("inputs") is None and recorder.contents.known(loss) is not None
+    def is_ours(self, module: LightningModule, loss: Tensor, options: dict[str, Any]) -> bool:
+        """Whether `loss.backward(...)` differentiates what is being recorded, for parameters.
+
+        Raises:
+            ConfigurationError: for parameters and for other tensors at once.
+        """
+        recorder, inputs = self.recorder, options.get("inputs")
+        if recorder is None or recorder.contents.known(loss) is None:
+            return False
+        if inputs is None:
+            return True
+        trained = {id(p) for p in module.parameters()}
+        ours = [id(tensor) in trained for tensor in ([inputs] if isinstance(inputs, Tensor) else inputs)]
+        if any(ours) and not all(ours):
+            raise ConfigurationError(
+                "backward(inputs=...) names parameters and other tensors: an update is of parameters alone, and the"
+                " others would be left without a gradient. Take theirs by torch.autograd.grad."
+            )
+        return any(ours)
 
     def tell(self, module: LightningModule) -> None:
         """Says once that `loss.backward()` is not what Lightning sees."""

@@ -1,9 +1,11 @@
-"""`backward` calls of the user's own beside the one that the Trainer makes: allowed where harmless, else refused."""
+"""Gradients of the user's own beside those that the Trainer asks for: allowed where harmless, else refused."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.program.wiring import graph_of
@@ -20,14 +22,56 @@ def within_step(accumulated: int, loss: Tensor, options: dict[str, Any]) -> bool
     return False
 
 
-def beside(module: LightningModule, surrogate: Tensor, loss: Tensor, options: dict[str, Any]) -> bool:
-    """`backward()` of another loss, in a LightningModule.backward of the user's own."""
-    if loss is surrogate or options.get("inputs") is not None:
-        return False
-    if graph_of([loss], {surrogate.grad_fn})[0]:
+def beside(
+    module: LightningModule, surrogate: Tensor, losses: Sequence[Tensor], inputs: Sequence[Tensor] | None
+) -> None:
+    """A gradient, by `backward` or `torch.autograd.grad`, in a LightningModule.backward of the user's own.
+
+    Raises:
+        ConfigurationError: it is of another loss than the one that this was given, with respect to parameters.
+    """
+    if reached(losses, inputs, module.parameters(), but=surrogate):
         raise ConfigurationError(
             f"{type(module).__name__}.backward differentiates another loss beside the one it was given: that"
             " one would learn by plain backpropagation, in silence. Add it to the loss that training_step returns,"
             " or take manual optimization and call manual_backward for each."
         )
-    return False
+
+
+def elsewhere() -> ConfigurationError:
+    """For a step on gradients that come of a `backward` outside of training_step and LightningModule.backward."""
+    return ConfigurationError(
+        "backward() was called on another loss before an optimizer took its step, outside of training_step (in"
+        " optimizer_step, a hook or a callback): that is plain backpropagation, and the step would take it for the"
+        " update. For the update at other weights, call the closure that optimizer_step is given once more, or take"
+        " manual optimization and call self.manual_backward for each loss; a penalty belongs into the loss that"
+        " training_step returns."
+    )
+
+
+def parameters_of_optimizers(optimizers: Iterable[Optimizer]) -> list[Tensor]:
+    """All that some optimizer moves."""
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+def reached(
+    losses: Sequence[Tensor],
+    inputs: Sequence[Tensor] | None,
+    parameters: Iterable[Tensor],
+    but: Tensor | None = None,
+) -> list[Tensor]:
+    """The parameters that a backward pass gives gradients to.
+
+    Args:
+        losses: what it begins at.
+        inputs: to which it is limited; None is all leaves.
+        parameters: which count.
+        but: a tensor through which it may reach them.
+    """
+    stops = set() if but is None or but.grad_fn is None else {but.grad_fn}
+    leaves = graph_of([loss for loss in losses if loss is not but], stops)[0]
+    if inputs is not None:
+        limit = {id(tensor) for tensor in inputs}
+        leaves = [leaf for leaf in leaves if id(leaf) in limit]
+    counted = {id(p) for p in parameters} if leaves else set()
+    return [leaf for leaf in leaves if id(leaf) in counted]

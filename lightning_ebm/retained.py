@@ -1,0 +1,36 @@
+"""Gradients of activations that the user wants to see: `Tensor.retain_grad` in a step whose graph nobody differentiates."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Retained:
+    """The loss's own gradients with respect to tensors that its pass computed, for their `.grad`.
+
+    They are autograd's, of the user's uncut pass, under every algorithm: an update is local, and has no others.
+
+    Args:
+        loss: in its own graph, which is kept.
+        tensors: those that `retain_grad` was called on.
+    """
+
+    def __init__(self, loss: Tensor, tensors: Sequence[Tensor]) -> None:
+        self._tensors = [t for t in tensors if t.grad_fn is not None] if loss.requires_grad else []
+        self._before = [tensor.grad for tensor in self._tensors]
+        self._found: Sequence[Tensor | None] = ()
+        if self._tensors:
+            self._found = torch.autograd.grad(loss, self._tensors, retain_graph=True, allow_unused=True)
+
+    def restore(self) -> None:
+        """Takes back what gradients on their way through these tensors have left there since."""
+        for tensor, before in zip(self._tensors, self._before, strict=True):
+            tensor.grad = before
+
+    def give(self, factor: Tensor) -> None:
+        """Adds them, times a factor, to what is there."""
+        for tensor, found in zip(self._tensors, self._found, strict=True):
+            if found is not None:
+                gradient = found * factor.to(found.dtype)
+                tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient

@@ -1,0 +1,434 @@
+"""Gradients that a module takes beside the Trainer's: none of them trains by backprop in silence.
+
+The oracle of what is right is a stock Trainer; of what would be silent, that lambda = 1 ends where stock ends.
+"""
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_ebm as ebm
+
+torch.manual_seed(0)
+X = torch.randn(24, 4, dtype=torch.double)
+Y = torch.randint(3, (24,))
+
+
+class Net(L.LightningModule):
+    """Two hidden layers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+    def loss(self, batch):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def training_step(self, batch, index):
+        return self.loss(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit(make, strategy="auto", epochs=2, **options):
+    module = make()
+    trainer = L.Trainer(
+        strategy=strategy,
+        max_epochs=epochs,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(module, DataLoader(TensorDataset(X, Y), 8))
+    return module
+
+
+def farthest(one, other):
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+EXACT, FINITE = "zero-divergence", "predictive-coding"
+
+
+# ------------------------------------------------------------------------------------------- refused, outside the step
+
+
+class SecondGradientInOptimizerStep(Net):
+    """SAM by hand."""
+
+    def training_step(self, batch, index):
+        self.batch = batch
+        return self.loss(batch)
+
+    def optimizer_step(self, epoch, index, optimizer, closure):
+        closure()
+        optimizer.zero_grad()
+        self.again(closure)
+        optimizer.step()
+
+    def again(self, closure):
+        self.loss(self.batch).backward()
+
+
+class ByFunction(SecondGradientInOptimizerStep):
+    def again(self, closure):
+        torch.autograd.backward([self.loss(self.batch)])
+
+
+class ByInputs(SecondGradientInOptimizerStep):
+    def again(self, closure):
+        self.loss(self.batch).backward(inputs=list(self.parameters()))
+
+
+class AfterBackward(Net):
+    def training_step(self, batch, index):
+        self.batch = batch
+        return self.loss(batch)
+
+    def on_after_backward(self):
+        (0.5 * self.loss(self.batch)).backward()
+
+
+class BeforeStep(AfterBackward):
+    def on_after_backward(self):
+        pass
+
+    def on_before_optimizer_step(self, optimizer):
+        self.loss(self.batch).backward()
+
+
+OUTSIDE = [SecondGradientInOptimizerStep, ByFunction, ByInputs, AfterBackward, BeforeStep]
+
+
+@pytest.mark.parametrize("make", OUTSIDE)
+@pytest.mark.parametrize("preset", [EXACT, FINITE])
+def test_backward_outside_of_the_step_is_refused_before_an_optimizer_steps_on_it(make, preset):
+    began = make()
+    module = make()
+    with pytest.raises(ebm.ConfigurationError, match="plain backpropagation"):
+        fit(lambda: module, ebm.EBMStrategy(preset))
+    if make is not BeforeStep:
+        assert farthest(began, module) == 0.0
+
+
+@pytest.mark.parametrize("make", OUTSIDE)
+def test_the_control_lets_it_pass(make):
+    assert farthest(fit(make), fit(make, ebm.EBMStrategy("backprop"))) == 0.0
+
+
+class ClosureTwice(SecondGradientInOptimizerStep):
+    def again(self, closure):
+        closure()
+
+
+@pytest.mark.parametrize("preset", [EXACT, FINITE])
+def test_the_closure_called_again_relaxes(preset):
+    stock, ours = fit(ClosureTwice), fit(ClosureTwice, ebm.EBMStrategy(preset))
+    assert farthest(stock, ours) < 1e-12 if preset == EXACT else farthest(stock, ours) > 1e-3
+
+
+class Attack(Net):
+    """FGSM when validating: gradients of everything, which the next zero_grad wipes."""
+
+    def validation_step(self, batch, index):
+        with torch.enable_grad():
+            x = batch[0].clone().requires_grad_()
+            F.cross_entropy(self.net(x), batch[1]).backward()
+        self.log("attacked", F.cross_entropy(self.net(x + 0.1 * x.grad.sign()), batch[1]))
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_backward_while_validating_is_no_matter_where_it_is_wiped(accumulated):
+    def run(strategy):
+        module = Attack()
+        trainer = L.Trainer(
+            strategy=strategy, max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=accumulated,
+            inference_mode=False, num_sanity_val_steps=0,
+        )  # fmt: skip
+        loader = DataLoader(TensorDataset(X, Y), 8)
+        trainer.fit(module, loader, loader)
+        return module
+
+    assert farthest(run("auto"), run(ebm.EBMStrategy(EXACT))) < 1e-12
+
+
+class Probe(Net):
+    """A network beside, with an optimizer of its own that Lightning does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.beside = [nn.Linear(6, 3).double()]
+        self.optimizer = torch.optim.SGD(self.beside[0].parameters(), 0.1)
+
+    def training_step(self, batch, index):
+        self.hidden, self.labels = self.net[:2](batch[0]), batch[1]
+        return F.cross_entropy(self.net[2:](self.hidden), batch[1])
+
+    def on_train_batch_end(self, *args):
+        F.cross_entropy(self.beside[0](self.hidden.detach()), self.labels).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def test_what_no_optimizer_of_the_trainer_moves_may_learn_by_backprop():
+    stock, ours = fit(Probe), fit(Probe, ebm.EBMStrategy(EXACT))
+    assert farthest(stock, ours) < 1e-12
+    assert farthest(stock.beside[0], ours.beside[0]) < 1e-12
+
+
+# ----------------------------------------------------------------------------------------- LightningModule.backward
+
+
+class Surgery(Net):
+    """PCGrad's beginnings: gradients of two losses by torch.autograd.grad, in place of the one that was given."""
+
+    def training_step(self, batch, index):
+        output = self.net(batch[0])
+        self.losses = [F.cross_entropy(output, batch[1]), output.square().mean()]
+        return sum(self.losses)
+
+    def backward(self, loss):
+        parameters = list(self.parameters())
+        found = [torch.autograd.grad(one, parameters, retain_graph=True) for one in self.losses]
+        for parameter, one, other in zip(parameters, *found, strict=True):
+            parameter.grad = one + other
+
+
+class OneBesides(Surgery):
+    def backward(self, loss):
+        loss.backward()
+        for parameter, gradient in zip(self.parameters(), self.grads(), strict=True):
+            parameter.grad += gradient
+
+    def grads(self):
+        return torch.autograd.grad(outputs=self.losses[1], inputs=list(self.parameters()))
+
+
+@pytest.mark.parametrize("make", [Surgery, OneBesides])
+@pytest.mark.parametrize("preset", [EXACT, FINITE])
+def test_gradients_of_other_losses_in_backward_are_refused(make, preset):
+    with pytest.raises(ebm.ConfigurationError, match="differentiates another loss"):
+        fit(make, ebm.EBMStrategy(preset))
+
+
+class OfGiven(Net):
+    """The gradient of the given loss, not by `backward`."""
+
+    def backward(self, loss):
+        parameters = list(self.parameters())
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = gradient
+
+
+class NotAlways(Net):
+    """Leaves out batches."""
+
+    def backward(self, loss):
+        if self.trainer.global_step != 1:
+            loss.backward()
+
+
+class OfInput(Net):
+    """The slope of another loss in the input, for a log."""
+
+    def training_step(self, batch, index):
+        self.x = batch[0].clone().requires_grad_()
+        return F.cross_entropy(self.net(self.x), batch[1])
+
+    def backward(self, loss):
+        loss.backward()
+        with torch.enable_grad():
+            torch.autograd.grad(self.net(self.x).sum(), self.x)
+
+
+@pytest.mark.parametrize("make", [OfGiven, NotAlways, OfInput])
+def test_other_ways_to_the_given_loss_are_right(make):
+    assert farthest(fit(make), fit(make, ebm.EBMStrategy(EXACT))) < 1e-12
+
+
+# ------------------------------------------------------------------------------------------------ manual optimization
+
+
+class Manual(Net):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.back(self.loss(batch))
+        optimizer.step()
+
+    def back(self, loss):
+        self.manual_backward(loss)
+
+
+class Limited(Manual):
+    def back(self, loss):
+        loss.backward(inputs=list(self.net[2:].parameters()))
+
+
+class LimitedAfterAnother(Manual):
+    """Any relaxed gradient before, of any size, was once enough for the step to pass."""
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = self.loss(batch)
+        self.manual_backward(0 * loss, retain_graph=True)
+        loss.backward(inputs=list(self.parameters()))
+        optimizer.step()
+
+
+class LimitedByLightning(Limited):
+    def back(self, loss):
+        self.manual_backward(loss, inputs=list(self.net[2:].parameters()))
+
+
+@pytest.mark.parametrize("make", [Limited, LimitedAfterAnother, LimitedByLightning])
+def test_backward_that_is_limited_to_parameters_relaxes(make):
+    stock = fit(make)
+    assert farthest(stock, fit(make, ebm.EBMStrategy(EXACT))) < 1e-12
+    assert farthest(stock, fit(make, ebm.EBMStrategy(FINITE))) > 1e-3
+
+
+class Mixed(Manual):
+    def training_step(self, batch, index):
+        x = batch[0].clone().requires_grad_()
+        F.cross_entropy(self.net(x), batch[1]).backward(inputs=[x, self.net[0].weight])
+
+
+def test_backward_that_is_limited_to_parameters_and_others_is_refused():
+    with pytest.raises(ebm.ConfigurationError, match="names parameters and other tensors"):
+        fit(Mixed, ebm.EBMStrategy(EXACT))
+
+
+# ------------------------------------------------------------------------------------- graphs of gradients, retain_grad
+
+
+class GraphByHand(Manual):
+    def back(self, loss):
+        self.manual_backward(loss, create_graph=True)
+
+
+class GraphByCall(Manual):
+    def back(self, loss):
+        loss.backward(create_graph=True)
+
+
+class GraphInBackward(Net):
+    def backward(self, loss):
+        loss.backward(create_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("make", [GraphByHand, GraphByCall, GraphInBackward])
+@pytest.mark.parametrize("capture", [True, False])
+def test_a_graph_of_the_update_is_refused(make, capture):
+    with pytest.raises(ebm.ConfigurationError, match="create_graph=True"):
+        fit(make, ebm.EBMStrategy(EXACT, capture=capture))
+
+
+class Looks(Net):
+    """The gradient of an activation, as Grad-CAM and logs of gradients want it."""
+
+    def training_step(self, batch, index):
+        self.hidden = self.net[:2](batch[0])
+        self.hidden.retain_grad()
+        return F.cross_entropy(self.net[2:](self.hidden), batch[1])
+
+    def on_after_backward(self):
+        self.seen = [*getattr(self, "seen", []), self.hidden.grad]
+
+
+@pytest.mark.parametrize("preset", ["backprop", EXACT, FINITE, "pc-nudge", "equilibrium-propagation"])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_retained_gradients_of_the_first_step_are_those_of_autograd(preset, accumulated):
+    """Under every algorithm; later steps have other weights."""
+    options = {"accumulate_grad_batches": accumulated, "epochs": 1}
+    stock, ours = fit(Looks, **options), fit(Looks, ebm.EBMStrategy(preset), **options)
+    if preset == "equilibrium-propagation":  # its own pass is at another state: its slope is that of what ran
+        assert all(gradient is None or gradient.shape == (8, 6) for gradient in ours.seen)
+        return
+    count = len(stock.seen) if preset in ("backprop", EXACT) else 1
+    for one, other in zip(stock.seen[:count], ours.seen[:count], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
+
+
+# --------------------------------------------------------------------------------------- nothing that could relax, yet
+
+
+class Probing(Net):
+    """Linear probing in the second epoch: all but the read-out is frozen."""
+
+    frozen = {1}
+
+    def on_train_epoch_start(self):
+        self.net[:4].requires_grad_(self.current_epoch not in self.frozen)
+
+
+class ProbingFirst(Probing):
+    frozen = {0}
+
+
+class Temperature(Manual):
+    """A multiplier with a loss of its own, as in soft actor-critic."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_alpha = nn.Parameter(torch.zeros((), dtype=torch.double))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), 0.1), torch.optim.Adam([self.log_alpha], 0.01)
+
+    def training_step(self, batch, index):
+        one, other = self.optimizers()
+        output = self.net(batch[0])
+        one.zero_grad()
+        self.manual_backward(self.log_alpha.exp().detach() * F.cross_entropy(output, batch[1]))
+        one.step()
+        other.zero_grad()
+        self.manual_backward(-(self.log_alpha * (output.detach().square().sum(1) - 2)).mean())
+        other.step()
+
+
+@pytest.mark.parametrize("make", [Probing, ProbingFirst, Temperature])
+@pytest.mark.parametrize("capture", [True, False])
+def test_where_no_weight_lies_behind_another_the_update_is_the_slope_of_the_loss(make, capture):
+    stock = fit(make, epochs=3)
+    assert farthest(stock, fit(make, ebm.EBMStrategy(EXACT, capture=capture), epochs=3)) < 1e-12
+    for preset in (FINITE, "equilibrium-propagation", "incremental-pc"):
+        if make is Temperature and preset == "incremental-pc":
+            continue  # under manual optimization it is refused
+        ours = fit(make, ebm.EBMStrategy(preset), epochs=3)
+        assert farthest(stock, ours) > 1e-3  # where layers learn, they learn by its own rule
+
+
+@pytest.mark.parametrize("preset", [FINITE, "equilibrium-propagation", "error-pc"])
+def test_the_read_out_of_a_frozen_network_learns_as_under_stock_by_every_rule(preset):
+    class Frozen(Probing):
+        frozen = {0, 1}
+
+    assert farthest(fit(Frozen), fit(Frozen, ebm.EBMStrategy(preset))) < 1e-12
+
+
+def test_a_network_that_never_has_a_weight_behind_another_is_refused():
+    class Single(Net):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 3)).double()
+
+    with pytest.raises(ebm.LayerDiscoveryError, match="plain backprop"):
+        fit(Single, ebm.EBMStrategy(FINITE))
