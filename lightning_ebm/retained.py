@@ -1,4 +1,4 @@
-"""Gradients of activations that the user wants to see: `Tensor.retain_grad` in a step whose graph nobody differentiates."""
+"""Gradients of activations that the user wants to see, `Tensor.retain_grad`, where nobody differentiates their graph."""
 
 from collections.abc import Sequence
 

@@ -432,3 +432,89 @@ def test_a_network_that_never_has_a_weight_behind_another_is_refused():
 
     with pytest.raises(ebm.LayerDiscoveryError, match="plain backprop"):
         fit(Single, ebm.EBMStrategy(FINITE))
+
+
+# ---------------------------------------------------------------------------------- what only scales losses, transforms
+
+
+class GradNorm(Manual):
+    """Weights of losses with an optimizer of their own, whose gradient is torch.autograd.grad's."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(2, dtype=torch.double))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), 0.05), torch.optim.SGD([self.w], 0.05)
+
+    def training_step(self, batch, index):
+        output = self.net(batch[0])
+        losses = torch.stack([F.cross_entropy(output, batch[1]), output.square().mean()])
+        self.zero_grad()
+        self.manual_backward((self.w.detach() * losses).sum(), retain_graph=True)
+        last = self.net[4].weight
+        slopes = [torch.autograd.grad(self.w[k] * losses[k], last, create_graph=True)[0] for k in range(2)]
+        norms = torch.stack([slope.norm() for slope in slopes])
+        self.w.grad = torch.autograd.grad((norms - norms.mean().detach()).abs().sum(), self.w)[0]
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+
+def test_weights_of_losses_may_have_gradients_of_their_own():
+    assert farthest(fit(GradNorm), fit(GradNorm, ebm.EBMStrategy(EXACT))) < 1e-12
+
+
+class ByHand(Manual):
+    """Gradients of the network by torch.autograd.grad."""
+
+    def training_step(self, batch, index):
+        for p, gradient in zip(
+            self.net.parameters(), torch.autograd.grad(self.loss(batch), list(self.net.parameters())), strict=True
+        ):
+            p.grad = gradient
+        self.optimizers().step()
+
+
+def test_weights_of_the_network_may_not():
+    with pytest.raises(ebm.ConfigurationError, match="that no relaxation has given"):
+        fit(ByHand, ebm.EBMStrategy(EXACT))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda net, x: torch.vmap(net)(x),
+        lambda net, x: torch.func.jvp(net, (x,), (torch.ones_like(x),))[1],
+        lambda net, x: torch.vmap(torch.func.jacrev(net))(x),
+    ],
+    ids=["vmap", "jvp", "jacrev"],
+)
+def test_layers_within_a_transform_are_refused_by_its_name(transform):
+    module = Net()
+    learner = ebm.Learner(module.net, EXACT)
+    with pytest.raises(ebm.LayerDiscoveryError, match=r"transform of torch\.func"):
+        learner.gradients(lambda: transform(module.net, X).square().mean())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("index", [0, 1, 2, 4])
+def test_a_scripted_layer_among_others_is_exact(index):
+    net = Net().net
+    net[index] = torch.jit.script(net[index])
+    learner = ebm.Learner(net, EXACT)
+    for _ in range(4):  # torch optimizes what is scripted at its second and third call
+        loss = F.cross_entropy(net(X), Y)
+        wanted = torch.autograd.grad(loss, list(net.parameters()))
+        found = learner.gradients(lambda: F.cross_entropy(net(X), Y))
+        for one, other in zip(wanted, found.values(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_block_whose_optimized_code_cannot_be_seen_is_refused_by_name():
+    net = Net().net
+    net = nn.Sequential(net[:2], torch.jit.script(net[2:4]), net[4])
+    learner = ebm.Learner(net, EXACT)
+    with pytest.raises(ebm.UnsupportedModuleError, match=r"'1' is compiled by torch\.jit\.script"):
+        for _ in range(4):
+            learner.gradients(lambda: F.cross_entropy(net(X), Y))

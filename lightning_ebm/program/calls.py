@@ -58,7 +58,11 @@ class Watch:
         self.chosen = self._find()
         self.weighted = {module: bool(module._parameters) for module in modules}
         named = [(module, name) for name, module in self._root.named_modules()]
-        self.names = {module: clean(name) for module, name in named if self.weighted[module] or module in self.chosen}
+        self.names = {
+            module: clean(name)
+            for module, name in named
+            if (self.weighted[module] or module in self.chosen) and not isinstance(module, torch.jit.ScriptModule)
+        }  # scripted ones take no hooks
         self.activations = [module for module in self.names if is_activation(module)]
         # A compiled network would not see the hooks: for a pass it runs as it was written.
         self.compiled = any("_orig_mod" in module._modules for module in modules)
@@ -100,6 +104,7 @@ def watched(root: nn.Module, recorder: Recorder, watch: Watch, replace: Replace)
         replaced = False
         for part, i in enumerate(tensors):
             tensor = leaves[i]
+            recorder.record.transformed |= is_wrapped(tensor)
             if recorder.contents.known(tensor) is None and (
                 is_wrapped(tensor) or (not tensor.requires_grad and module not in chosen)
             ):

@@ -54,7 +54,7 @@ def check_against_autograd(module: nn.Module, program: Program, plan: Plan, loss
         if not off <= min(1e4 * rounding, 0.1) * size:
             parting[name] = f"the gradient of {name} is {off / max(size, 1e-300):.2g} off autograd's own"
     if parting:
-        _refuse(parting, program, plan)
+        _refuse(parting, program, plan, module)
     if program.user_code():
         _check_proportional(program, plan, leaves, ours, rounding)
 
@@ -118,23 +118,29 @@ def _foreign(func: Any) -> str:
     return "" if isinstance(func, torch._ops.OpOverload) or by.module.startswith("lightning_ebm.") else by.name
 
 
+_SCRIPTED = (
+    " {!r} is compiled by torch.jit.script, and what torch makes of it after some calls cannot be seen. Train the module"
+    " as it was before scripting."
+)
 _ON_NODES = (
     " The step reads grad_fn: a hook on a node of autograd's graph (grad_fn.register_hook) changes gradients where no"
     " other state could have it. Use tensor.register_hook on the tensor instead."
 )
 
 
-def _refuse(parting: dict[str, str], program: Program, plan: Plan) -> NoReturn:
+def _refuse(parting: dict[str, str], program: Program, plan: Plan, module: nn.Module) -> NoReturn:
     # What comes in on the way down is wrong in every layer below: the last one from the input is where it starts.
     drives = [(str(row.key), row.parameters) for row in plan.rows] + [("the loss", plan.loss_parameters)]
     where = next((f", in the drive of {k}" for k, names in reversed(drives) if parting.keys() & set(names)), "")
     name = next((n for _, names in reversed(drives) for n in names if n in parting), next(iter(parting)))
+    scripted = [clean(name) for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
     there = sorted({other for node in program.order if (other := _foreign(node.func))})
     raise UnsupportedModuleError(
         f"The step cannot be repeated at other states: {parting[name]}{where}."
         + (f" What stands there besides torch's own operations: {', '.join(there)}." if there else "")
         + (f" Hooks on {len(program.record.hooks)} hidden tensors change gradients." if program.record.hooks else "")
         + (_ON_NODES if program.record.reads_graph else "")
+        + (_SCRIPTED.format(scripted[0]) if scripted else "")
         + " A custom autograd function, a hook, a checkpoint or an operation with a state of its own can be the cause;"
         ' the update would be wrong, so nothing was learned. Use algorithm="backprop" for this module, or replace that'
         " part."

@@ -166,8 +166,8 @@ class LayerFinder:
     def _is_local_already(self, record: Record, loss: Value, products: Products, partial: bool | None) -> bool:
         """Whether nothing need carry a state here: no weight is behind another, and `dL/dtheta` is the update.
 
-        So it is of the read-out while all below it is frozen, and of those losses of a step that reach a multiplier or a
-        temperature alone. A network that never has another weight is refused: nothing of it would ever relax.
+        So it is of the read-out while all below it is frozen, and of those losses of a step that reach a multiplier or
+        a temperature alone. A network that never has another weight is refused: nothing of it would ever relax.
         """
         reached = {id(leaf) for leaf in Region([loss], {}, record.leaves).leaves}
         held = parameters_of(modules_of(self._module))
@@ -177,8 +177,8 @@ class LayerFinder:
         if local and not self._said:
             self._said = True
             log.info(
-                "This pass of %s reaches no weight through another one: nothing relaxes, and the update is the loss's own"
-                " gradient, which every rule would give. (Said once.)",
+                "This pass of %s reaches no weight through another one: nothing relaxes, and the update is the loss's"
+                " own gradient, which every rule would give. (Said once.)",
                 type(self._module).__name__,
             )
         return local
@@ -281,9 +281,15 @@ def _refuse(module: nn.Module, tried: list[str], called: bool, record: Record) -
         )
     if any(mark.prediction.is_complex for mark in record.marks):
         raise UnsupportedModuleError(
-            f"No layer of {type(module).__name__} can carry a state: its layers return complex numbers, and an energy is"
-            " a function of real states. Write the complex layers as real ones on pairs (torch.view_as_real), or give"
+            f"No layer of {type(module).__name__} can carry a state: its layers return complex numbers, and an energy"
+            " is a function of real states. Write the complex layers as real ones on pairs (torch.view_as_real), or give"
             " states to layers that return real numbers: layers=[...]."
+        )
+    if record.transformed:
+        raise LayerDiscoveryError(
+            f"The layers of {type(module).__name__} are called within a transform of torch.func (vmap, jvp, grad,"
+            " hessian), where none can carry a state. Call the module on the batch itself, without vmap, and take slopes by"
+            " torch.autograd.grad(..., create_graph=True)."
         )
     if not called and any(True for _ in module.children()):
         raise LayerDiscoveryError(

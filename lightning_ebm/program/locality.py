@@ -57,6 +57,7 @@ class Products:
     def __init__(self, module: nn.Module, record: Record) -> None:
         trained = {id(p) for p in parameters_of(modules_of(module)) if p.requires_grad}
         self._nodes = record.nodes
+        self._leaves = record.leaves
         self._weights: dict[Node, list[Tensor]] = {}
         weights = {value: [leaf] for value, leaf in record.leaves.items() if id(leaf) in trained}
         for node in record.nodes:
@@ -80,6 +81,14 @@ class Products:
             return Locality(1.0, 1.0)
         mean = sum(leaf.numel() / length for leaf, length in chains.values()) / total
         return Locality(mean, sum(leaf.numel() for leaf, length in chains.values() if length == 1) / total)
+
+    def feeding(self) -> set[int]:
+        """Identities of the leaves that flow into a product, or are its weights: all but what only scales losses."""
+        needed: set[Value] = set()
+        for node in reversed(self._nodes):
+            if node in self._weights or any(result in needed for result in node.results):
+                needed.update(node.values())
+        return {id(leaf) for value, leaf in self._leaves.items() if value in needed}
 
     def behind(self, cut: Sequence[Mark], loss: Value) -> set[int]:
         """Identities of the weights whose updates are propagated through others, or around the states."""

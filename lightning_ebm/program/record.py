@@ -153,6 +153,7 @@ class Record:
         hooks: gradient hooks on values, see `Tensor.register_hook`.
         reads: operations that turned tensors into Python numbers, with the value that was read.
         reads_graph: whether the pass looked at the graph that autograd made of it, where hooks can be put unseen.
+        transformed: whether layers were called within a transform of torch.func, where they can carry no state.
         leading_sizes: first dimensions of what the module was called with, if it was.
         arguments: what it was called with first: the one positional argument, or all of them.
     """
@@ -165,6 +166,7 @@ class Record:
     hooks: dict[Value, list[Any]] = field(default_factory=dict)
     reads: list[tuple[str, Value]] = field(default_factory=list)
     reads_graph: bool = False
+    transformed: bool = False
     leading_sizes: list[int] = field(default_factory=list)
     arguments: Any = None
 

@@ -332,7 +332,7 @@ class EnergyStrategy(EvaluatingStrategy):
         output = super().optimizer_step(optimizer, checked, model, **kwargs)
         self._refuse_strange()  # an optimizer may not call its closure
         if is_manual:
-            self._manual.check_step(optimizer)
+            self._manual.check_step(self._module, optimizer)
         if (increments := self._increments) is not None and self._step is not None:
             progress = self._module.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
             for surrogate in increments:

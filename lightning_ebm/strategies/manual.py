@@ -1,7 +1,7 @@
 """Manual optimization: every gradient that an optimizer steps on must have come from a relaxation."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.program.locality import Products
 from lightning_ebm.program.recorder import Recorder, TakesCare
 from lightning_ebm.program.wiring import graph_of
 
@@ -73,16 +74,22 @@ class ManualOptimization:
         """Notes the parameters that get their gradients from a relaxation."""
         self._relaxed.update(id(leaf) for leaf in graph_of([surrogate])[0])
 
-    def check_step(self, optimizer: Optimizer) -> None:
-        """Refuses a step on gradients that no relaxation has given."""
+    def check_step(self, module: LightningModule, optimizer: Optimizer) -> None:
+        """Refuses a step on gradients that no relaxation has given, but for what only scales losses: they are its own."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if parameters and not any(id(p) in self._relaxed for p in parameters):
+        if parameters and not any(id(p) in self._relaxed for p in parameters) and self._are_weights(module, parameters):
             raise ConfigurationError(
                 f"{type(optimizer).__name__} took a step on gradients that no relaxation has given (from"
                 " torch.autograd.grad or torch.autograd.backward in training_step): that is plain backpropagation. Call"
                 ' self.manual_backward(loss) before the step, or use the algorithm "backprop".'
             )
         self._relaxed.difference_update(id(p) for p in parameters)
+
+    def _are_weights(self, module: LightningModule, parameters: Sequence[Tensor]) -> bool:
+        if self.recorder is None:
+            return True
+        feeding = Products(module, self.recorder.settled()).feeding()
+        return any(id(p) in feeding for p in parameters)
 
     def forget(self) -> None:
         """Drops what it knows of parameters and of the last step."""
