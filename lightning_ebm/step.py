@@ -467,8 +467,9 @@ def _handed_over(retained: Retained, factor: Tensor) -> None:
     """Autograd asks the surrogate for the update, times a factor."""
     if torch.is_grad_enabled():
         raise ConfigurationError(
-            "backward(create_graph=True) asks for gradients with a graph of their own, and an update has none: it is read"
-            " off states that stay as they are. Take penalties on gradients inside of the step, by torch.autograd.grad(...,"
-            ' create_graph=True) of the loss, and an optimizer without second derivatives; or the algorithm "backprop".'
+            "backward(create_graph=True) asks for gradients with a graph of their own, and an update has none: it is"
+            " read off states that stay as they are. Take penalties on gradients inside of the step, by"
+            " torch.autograd.grad(..., create_graph=True) of the loss, and an optimizer without second derivatives; or"
+            ' the algorithm "backprop".'
         )
     retained.give(factor)

@@ -50,7 +50,7 @@ def test_a_network_of_complex_layers_is_refused_by_name(preset, capture):
     net = nn.Sequential(linear(4, 6), Split(), linear(6, 6), Split(), linear(6, 2))
     z = torch.randn(8, 4, dtype=torch.cdouble)
     learner = ebm.Learner(net, preset, capture=capture)
-    with pytest.raises(ebm.UnsupportedModuleError, match="complex numbers.*view_as_real"):
+    with pytest.raises(ebm.UnsupportedModuleError, match=r"complex numbers.*view_as_real"):
         learner.gradients(lambda: net(z).abs().square().mean())
 
 

@@ -373,14 +373,14 @@ def test_retained_gradients_of_the_first_step_are_those_of_autograd(preset, accu
 class Probing(Net):
     """Linear probing in the second epoch: all but the read-out is frozen."""
 
-    frozen = {1}
+    frozen = (1,)
 
     def on_train_epoch_start(self):
         self.net[:4].requires_grad_(self.current_epoch not in self.frozen)
 
 
 class ProbingFirst(Probing):
-    frozen = {0}
+    frozen = (0,)
 
 
 class Temperature(Manual):
@@ -419,7 +419,7 @@ def test_where_no_weight_lies_behind_another_the_update_is_the_slope_of_the_loss
 @pytest.mark.parametrize("preset", [FINITE, "equilibrium-propagation", "error-pc"])
 def test_the_read_out_of_a_frozen_network_learns_as_under_stock_by_every_rule(preset):
     class Frozen(Probing):
-        frozen = {0, 1}
+        frozen = (0, 1)
 
     assert farthest(fit(Frozen), fit(Frozen, ebm.EBMStrategy(preset))) < 1e-12
 
@@ -515,6 +515,10 @@ def test_a_scripted_block_whose_optimized_code_cannot_be_seen_is_refused_by_name
     net = Net().net
     net = nn.Sequential(net[:2], torch.jit.script(net[2:4]), net[4])
     learner = ebm.Learner(net, EXACT)
-    with pytest.raises(ebm.UnsupportedModuleError, match=r"'1' is compiled by torch\.jit\.script"):
-        for _ in range(4):
+    said = ""
+    for _ in range(4):
+        try:
             learner.gradients(lambda: F.cross_entropy(net(X), Y))
+        except ebm.UnsupportedModuleError as error:
+            said = str(error)
+    assert "'1' is compiled by torch.jit.script" in said

@@ -119,8 +119,8 @@ def _foreign(func: Any) -> str:
 
 
 _SCRIPTED = (
-    " {!r} is compiled by torch.jit.script, and what torch makes of it after some calls cannot be seen. Train the module"
-    " as it was before scripting."
+    " {!r} is compiled by torch.jit.script, and what torch makes of it after some calls cannot be seen. Train the"
+    " module as it was before scripting."
 )
 _ON_NODES = (
     " The step reads grad_fn: a hook on a node of autograd's graph (grad_fn.register_hook) changes gradients where no"

@@ -282,8 +282,8 @@ def _refuse(module: nn.Module, tried: list[str], called: bool, record: Record) -
     if any(mark.prediction.is_complex for mark in record.marks):
         raise UnsupportedModuleError(
             f"No layer of {type(module).__name__} can carry a state: its layers return complex numbers, and an energy"
-            " is a function of real states. Write the complex layers as real ones on pairs (torch.view_as_real), or give"
-            " states to layers that return real numbers: layers=[...]."
+            " is a function of real states. Write the complex layers as real ones on pairs (torch.view_as_real), or"
+            " give states to layers that return real numbers: layers=[...]."
         )
     if record.transformed:
         raise LayerDiscoveryError(

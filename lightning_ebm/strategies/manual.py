@@ -75,7 +75,7 @@ class ManualOptimization:
         self._relaxed.update(id(leaf) for leaf in graph_of([surrogate])[0])
 
     def check_step(self, module: LightningModule, optimizer: Optimizer) -> None:
-        """Refuses a step on gradients that no relaxation has given, but for what only scales losses: they are its own."""
+        """Refuses a step on gradients that no relaxation has given, but for parameters that only scale losses."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if parameters and not any(id(p) in self._relaxed for p in parameters) and self._are_weights(module, parameters):
             raise ConfigurationError(
