@@ -25,7 +25,8 @@ class ManualOptimization:
 
     def __init__(self) -> None:
         self.recorder: Recorder | None = None
-        self._relaxed: set[int] = set()  # parameters whose gradients a relaxation has given, since they moved last
+        self._relaxed: dict[int, set[int]] = {}
+        """Parameters whose gradients a relaxation has given, and the optimizers that have stepped on them since."""
         self._told = False
 
     @contextmanager
@@ -56,18 +57,19 @@ class ManualOptimization:
 
     def gives(self, surrogate: Tensor) -> None:
         """Notes the parameters that get their gradients from a relaxation."""
-        self._relaxed.update(id(leaf) for leaf in graph_of([surrogate])[0])
+        self._relaxed.update({id(leaf): set() for leaf in graph_of([surrogate])[0]})
 
     def check_step(self, optimizer: Optimizer) -> None:
-        """Refuses a step on gradients that no relaxation has given."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if parameters and not any(id(p) in self._relaxed for p in parameters):
+        """Refuses a step on gradients that no relaxation has given since this optimizer's last step."""
+        parameters = [id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if parameters and not any(id(optimizer) not in self._relaxed.get(p, {id(optimizer)}) for p in parameters):
             raise ConfigurationError(
                 f"{type(optimizer).__name__} took a step on gradients that no relaxation has given (from"
                 " torch.autograd.grad or torch.autograd.backward in training_step): that is plain backpropagation. Call"
                 ' self.manual_backward(loss) before the step, or use the algorithm "backprop".'
             )
-        self._relaxed.difference_update(id(p) for p in parameters)
+        for p in parameters:
+            self._relaxed.get(p, set()).add(id(optimizer))
 
     def forget(self) -> None:
         """Drops what it knows of parameters and of the last step."""
