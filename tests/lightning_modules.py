@@ -140,6 +140,25 @@ class Manual(Template):
             self.lr_schedulers().step()
 
 
+class TwoOptimizers(Template):
+    """Two optimizers over all weights, each taking a step on the same gradients."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-2), torch.optim.SGD(self.parameters(), lr=0.1)
+
+
 class GAN(L.LightningModule):
     """Lightning's own example: two optimizers, toggled, two backward calls with an optimizer step between them."""
 

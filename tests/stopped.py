@@ -6,11 +6,12 @@ python tests/stopped.py OUT RESUME HARM STRATEGY
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning_modules import Template, data
 from torch import nn
@@ -20,7 +21,7 @@ import lightning_ebm as ebm
 
 
 class Harm(nn.Tanh):
-    """Within the relaxation of the ninth batch, on rank 1."""
+    """In the pass of the ninth batch, on rank 1."""
 
     harm, batch = "", -1
 
@@ -31,6 +32,22 @@ class Harm(nn.Tanh):
             if self.harm == "raise":
                 raise ValueError("it broke here")
         return super().forward(x)
+
+
+class Terminated(ebm.ErrorCoordinates):
+    """Within the relaxation of the ninth batch SIGTERM comes to some ranks, once."""
+
+    ranks, late, relaxations = "", False, 0
+
+    def relax(self, landscape, start, strength):
+        Terminated.relaxations += 1
+        if self.relaxations == 9 and os.environ["LOCAL_RANK"] in self.ranks:
+            time.sleep(3 * self.late)  # the others are in the vote long before
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().relax(landscape, start, strength)
+
+
+ALGORITHM = ebm.algorithm("predictive-coding", relaxer=Terminated(12))
 
 
 class Module(Template):
@@ -52,6 +69,8 @@ class Module(Template):
 def main(out, resume, harm, strategy):
     torch.set_num_threads(1)
     out = Path(out)
+    harm, _, Terminated.ranks = harm.partition("@")
+    Terminated.late = harm == "terminate late"
     L.seed_everything(1, verbose=False)  # Lightning's sampler shuffles by it
     if resume != "no":
         torch.manual_seed(99)
@@ -59,7 +78,7 @@ def main(out, resume, harm, strategy):
     alignment = ebm.GradientAlignment(every_n_steps=1)
     trainer = L.Trainer(
         # Captured steps call no module in a relaxation, where this one is to be harmed.
-        strategy=ebm.EBMDDPStrategy(capture=False) if strategy == "ebm_ddp" else strategy,
+        strategy=ebm.EBMDDPStrategy(ALGORITHM, capture=False) if strategy == "ebm_ddp" else strategy,
         accelerator="cpu",
         devices=2,
         max_epochs=3,
@@ -68,7 +87,10 @@ def main(out, resume, harm, strategy):
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=out,
-        callbacks=[alignment, ModelCheckpoint(out, "at-{step}", every_n_train_steps=4, save_top_k=-1)],
+        callbacks=[
+            *(alignment, OnExceptionCheckpoint(out)),
+            ModelCheckpoint(out, "at-{step}", every_n_train_steps=4, save_top_k=-1),
+        ],
     )
     module = Module(harm)
     trainer.fit(module, ckpt_path=None if resume == "no" else resume)

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning_modules import GAN, Counting, Manual, PartlyFrozen, Penalised, Teacher, Template, data
+from lightning_modules import GAN, Counting, Manual, PartlyFrozen, Penalised, Teacher, Template, TwoOptimizers, data
 
 import lightning_ebm as ebm
 
@@ -74,6 +74,7 @@ CASES = {
     "hooks and accumulation": (Counting, lambda: {"accumulate_grad_batches": 3}, 1e-5),
     "compiled network": (lambda: Template(inner=lambda net: torch.compile(net, backend="eager")), lambda: {}, 1e-5),
     "manual optimization": (Manual, lambda: {}, 1e-5),
+    "two optimizers on one update": (TwoOptimizers, lambda: {}, 1e-5),
     "gan": (GAN, lambda: {}, 1e-5),
     "gan with new fakes": (lambda: GAN("new"), lambda: {}, 1e-5),
 }
@@ -252,6 +253,45 @@ def test_a_first_step_that_returns_none_is_skipped_as_in_stock(tmp_path):
     stock, _ = fitted(Late, dict, "auto", tmp_path)
     ours, _ = fitted(Late, dict, ebm.EBMStrategy("zero-divergence"), tmp_path)
     assert difference(stock, ours) < 1e-5
+
+
+def test_a_second_step_on_gradients_that_no_relaxation_has_given_since_is_refused(tmp_path):
+    class Greedy(TwoOptimizers):
+        def training_step(self, batch, batch_idx):
+            loss = self.net(batch[0]).square().mean()
+            self.manual_backward(loss)
+            first, second = self.optimizers()
+            first.step()
+            second.step()
+            second.zero_grad()
+            weights = list(self.parameters())
+            for weight, slope in zip(weights, torch.autograd.grad(self.net(batch[0]).sum(), weights), strict=True):
+                weight.grad = slope
+            second.step()
+
+    with pytest.raises(ebm.ConfigurationError, match="SGD took a step on gradients that no relaxation has given"):
+        fitted(Greedy, dict, ebm.EBMStrategy("zero-divergence"), tmp_path)
+
+
+def test_a_strategy_is_connected_before_its_module_has_a_trainer(tmp_path):
+    """As tools do that look at loaders or at a model without a run: nothing of it may ask for one."""
+    trainer = L.Trainer(strategy=ebm.EBMStrategy(), default_root_dir=tmp_path, **QUIET)
+    module, loader = Template(), torch.utils.data.DataLoader(data(), 8)
+    trainer.strategy.connect(module)
+    assert trainer.strategy.learner.module is module
+    assert trainer.strategy.process_dataloader(loader) is loader
+
+
+def test_trainers_that_share_a_list_of_callbacks_resume_each_for_itself(tmp_path):
+    shared = [L.Callback()]
+    trainers = [
+        L.Trainer(strategy=ebm.EBMStrategy(), max_steps=2, callbacks=shared, default_root_dir=tmp_path, **QUIET)
+        for _ in range(2)
+    ]
+    for trainer in trainers:
+        trainer.fit(Template())
+        mine = [c for c in trainer.callbacks if type(c).__name__ == "ExactResume"]
+        assert mine == [trainer.strategy._resume]
 
 
 def test_learning_rate_finder_suggests_as_under_stock(tmp_path):

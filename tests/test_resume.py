@@ -1,13 +1,19 @@
 """A run that was stopped and resumed ends bit by bit where one that was not stopped ends."""
 
+import os
 import random
+import re
+import shutil
+import subprocess
+import sys
 from collections import namedtuple
+from pathlib import Path
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning_modules import Template, data
 from torch.utils.data import DataLoader
 
@@ -159,3 +165,102 @@ def test_a_loader_skips_what_was_done_once_and_is_itself_again(kind):
     assert [float(batch) for batch in ahead] == [2.0, 3.0, 4.0]
     assert type(loader) is kind
     assert [float(batch) for batch in ahead] == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+class Interrupted(ebm.ErrorCoordinates):
+    """Ctrl-C comes within the relaxation of one batch, once."""
+
+    at, relaxations = -1, 0
+
+    def relax(self, landscape, start, strength):
+        Interrupted.relaxations += 1
+        if Interrupted.relaxations == Interrupted.at:
+            raise KeyboardInterrupt
+        return super().relax(landscape, start, strength)
+
+
+def until_the_end(folder, at=-1, resume=None):
+    """A whole run, or one that is interrupted in the relaxation of a batch; the module as it is left."""
+    Interrupted.at, Interrupted.relaxations = at, 0
+    L.seed_everything(3, verbose=False)
+    module = Random(batch_norm=True)
+    trainer = L.Trainer(
+        strategy=ebm.EBMStrategy(ebm.algorithm("predictive-coding", relaxer=Interrupted(8))),
+        max_epochs=3, callbacks=[OnExceptionCheckpoint(folder)], default_root_dir=folder, **QUIET,
+    )  # fmt: skip
+    if at > 0:
+        with pytest.raises(SystemExit):
+            trainer.fit(module)
+    else:
+        trainer.fit(module, ckpt_path=resume)
+    return module
+
+
+@pytest.mark.parametrize("at", [1, BATCHES, BATCHES + 1, BATCHES + 3])
+def test_a_batch_that_was_cut_off_is_done_again_as_if_it_had_not_begun(at, tmp_path):
+    """Its pass has moved BatchNorm's statistics and drawn numbers: a checkpoint of that moment holds neither."""
+    whole = until_the_end(tmp_path)
+    until_the_end(tmp_path, at)
+    resumed = until_the_end(tmp_path, resume=tmp_path / "on_exception.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_an_interrupt_in_the_pass_itself_leaves_no_trace_of_it(tmp_path):
+    class Broken(Template):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if batch_idx == 2:
+                self.before = self.counted
+                raise KeyboardInterrupt
+            self.counted = int(self.net[1].num_batches_tracked)
+            return loss
+
+    module = Broken()
+    trainer = L.Trainer(strategy=ebm.EBMStrategy(), max_epochs=1, default_root_dir=tmp_path, **QUIET)
+    with pytest.raises(SystemExit):
+        trainer.fit(module)
+    assert int(module.net[1].num_batches_tracked) == module.before == 2
+
+
+FULL_DISK = """
+import lightning as L, torch
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning_modules import Template
+import lightning_ebm as ebm
+import errno, sys
+
+class Growing(Template):
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["ballast"] = torch.zeros(self.global_step * 2000)
+
+keeps = ModelCheckpoint("DISK", "last", every_n_train_steps=4, save_top_k=1, enable_version_counter=False)
+trainer = L.Trainer(strategy=ebm.EBMStrategy(), max_epochs=4, callbacks=[keeps], logger=False, accelerator="cpu",
+                    enable_progress_bar=False, enable_model_summary=False, default_root_dir="DISK")
+try:
+    trainer.fit(Growing())
+except OSError as error:
+    assert error.errno == errno.ENOSPC, error
+    kept = torch.load("DISK/last.ckpt", weights_only=True)
+    import os
+    print("KEPT", kept["global_step"], "FAILED", trainer.global_step, sorted(os.listdir("DISK")))
+"""
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_that_fitted(tmp_path):
+    """A real one, of 200 kB, mounted in a namespace of its own; stock leaves a file that is cut off."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=200k none {disk}"
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "sh", "-c", mount]).returncode:
+        pytest.skip("small disks cannot be mounted here")
+    script = tmp_path / "script.py"
+    script.write_text(FULL_DISK.replace("DISK", str(disk)))
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{here.parent}:{here}", "OMP_NUM_THREADS": "1"}
+    command = ["unshare", "-rm", "sh", "-c", f"{mount} && exec {sys.executable} {script}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    words = re.search(r"KEPT (\d+) FAILED (\d+) (.*)", done.stdout)
+    assert words is not None, done.stderr[-3000:]
+    assert int(words[1]) == int(words[2]) - 4 > 0
+    assert words[3] == "['last.ckpt']"

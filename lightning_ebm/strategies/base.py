@@ -81,6 +81,8 @@ class EnergyStrategy(EvaluatingStrategy):
         self._strange: list[Tensor] = []
         """What optimizers move and somebody else has given gradients to."""
         self._manual = ManualOptimization()
+        self._resume = ExactResume(self.gather, self._engine)
+        self._runs = False
         self._printed = False
         self._arguments: Arguments = ((), {})
 
@@ -107,14 +109,8 @@ class EnergyStrategy(EvaluatingStrategy):
         }
 
     def connect(self, model: LightningModule) -> None:
-        """Lightning's own; the engine is made for the module here."""
+        """Lightning's own; the engine is made for the module here, which need not have a Trainer yet."""
         super().connect(model)
-        callbacks = callbacks_of(model.trainer)
-        self._resume = next((c for c in callbacks if isinstance(c, ExactResume)), None) or ExactResume(
-            self.gather, self._engine
-        )
-        if self._resume not in callbacks:
-            callbacks.append(self._resume)
         self._learner = Learner(
             model,
             self.algorithm,
@@ -127,6 +123,14 @@ class EnergyStrategy(EvaluatingStrategy):
             batch_size=self.batch_size,
             on_divergence=self.on_divergence,
         )
+
+    def setup_environment(self) -> None:
+        """Lightning's own, at the beginning of every run; before checkpoints are read, who reads them is in place."""
+        super().setup_environment()
+        callbacks = callbacks_of(self._module.trainer)
+        if self._resume not in callbacks:  # a list that two Trainers were given may hold the other's
+            callbacks[:] = [*(c for c in callbacks if not isinstance(c, ExactResume)), self._resume]
+        self._runs = True
 
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """The user's own step, with every state at its prediction: this pass is the one with side effects."""
@@ -169,7 +173,8 @@ class EnergyStrategy(EvaluatingStrategy):
                         return None
                     step = otherwise
                     stack.enter_context(step.first_pass(self._other_backward))
-                output = training_step(*args, **kwargs)
+                with _or_undone(step):
+                    output = training_step(*args, **kwargs)
             step.returned(loss_of(output))
             self._step = step
             return output
@@ -215,11 +220,11 @@ class EnergyStrategy(EvaluatingStrategy):
                 assert self._step is not None
                 self._step.release()
                 return closure_loss.detach()
-            with self._handing_over(surrogate), SeenGrad(self._sees):
+            assert self._step is not None
+            with _or_undone(self._step), self._handing_over(surrogate), SeenGrad(self._sees):
                 loss = super().backward(surrogate, optimizer, *args, **kwargs)
             if recorder is not None and self._relaxes:
                 self._manual.gives(surrogate)
-        assert self._step is not None
         if self._increments is None:
             self._step.release()
         return loss
@@ -258,17 +263,13 @@ class EnergyStrategy(EvaluatingStrategy):
         if self._scaler() is not None and not bool(torch.isfinite(closure_loss)):
             # The scaler skips this step, as in stock.
             return self._step.unrelaxed(closure_loss, 1 / self._accumulated())
-        try:
+        with _or_undone(self._step, but=() if self.learner.policy.raises else RelaxationDivergedError):
             if self.algorithm.rule.incremental:
                 self._refuse_increments()
                 self._increments = self._step.increments(closure_loss)
                 surrogate = next(self._increments)
             else:
                 surrogate = self._step.surrogate(closure_loss, 1 / self._accumulated())
-        except RelaxationDivergedError:
-            if self.learner.policy.raises:
-                self._step.undo()
-            raise
         self._print_layers()
         return surrogate
 
@@ -359,8 +360,9 @@ class EnergyStrategy(EvaluatingStrategy):
     def process_dataloader(self, dataloader: object) -> object:
         """Lightning's own; a resumed run goes on where it was in the data."""
         dataloader = super().process_dataloader(dataloader)
-        trainer = self._module.trainer
-        return self._resume.loader(trainer, dataloader) if trainer.training else dataloader
+        if not self._runs or not (trainer := self._module.trainer).training:
+            return dataloader
+        return self._resume.loader(trainer, dataloader)
 
     def on_train_start(self) -> None:
         """Lightning's own; a resumed run goes on with the random numbers that were next."""
@@ -412,6 +414,7 @@ class EnergyStrategy(EvaluatingStrategy):
         seams.unwatch(self._sees)  # an error ends no training
         self._step = None
         self._strange.clear()
+        self._runs = False
         self._manual.forget()
         self._arguments = ((), {})
         super().teardown()
@@ -446,3 +449,20 @@ class EnergyStrategy(EvaluatingStrategy):
 def strategy_of(trainer: Trainer) -> EnergyStrategy:
     """The strategy of a Trainer that is known to have one of these."""
     return cast(EnergyStrategy, trainer.strategy)
+
+
+@contextmanager
+def _or_undone(step: Step, but: type[BaseException] | tuple[()] = ()) -> Iterator[None]:
+    """What ends within, an interrupt too, leaves no trace of the step's pass: it is taken again from a checkpoint.
+
+    Args:
+        step: whose pass.
+        but: errors after which somebody decides whether it is to be undone.
+    """
+    try:
+        yield
+    except but:
+        raise
+    except BaseException:
+        step.undo()
+        raise

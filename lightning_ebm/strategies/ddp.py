@@ -17,6 +17,7 @@ from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
 from lightning_ebm.samples import BatchSize
 from lightning_ebm.strategies.joint import JointStrategy
+from lightning_ebm.strategies.whole_files import WholeFiles
 
 
 class EBMDDPStrategy(JointStrategy, DDPStrategy):
@@ -65,7 +66,7 @@ class EBMDDPStrategy(JointStrategy, DDPStrategy):
                 " every state: what is differentiated is the energy's, made later. Gradients would go unreduced and the"
                 " ranks drift apart in silence. Leave it out; find_unused_parameters=True is supported."
             )
-        super().__init__(**ddp_options)
+        super().__init__(**{"checkpoint_io": WholeFiles(), **ddp_options})
         self.learn_by(algorithm, layers, output, loss_reduction, capture, compile, batch_size, on_divergence)
 
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

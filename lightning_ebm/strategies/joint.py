@@ -17,8 +17,12 @@ from lightning_ebm.nudges import Strongest
 from lightning_ebm.purity import shadowed
 from lightning_ebm.relaxers import Cheapest
 from lightning_ebm.strategies.base import _FAILED, EnergyStrategy
+from lightning_ebm.strategies.preemption import Preemption
 
 log = logging.getLogger(__name__)
+
+_TOLD_TO_END = 1
+"""What a rank says that goes on, and has been sent SIGTERM; less than `_FAILED`."""
 
 
 class JointStrategy(EnergyStrategy, ParallelStrategy):
@@ -31,6 +35,11 @@ class JointStrategy(EnergyStrategy, ParallelStrategy):
 
     _failed = False
     _voted = False
+
+    def learn_by(self, *settings: Any, **options: Any) -> None:
+        """See `EnergyStrategy.learn_by`."""
+        super().learn_by(*settings, **options)
+        self._preemption = Preemption()
 
     def setup(self, trainer: Trainer) -> None:
         """Lightning's own, after refusing what would make a collective of every pass."""
@@ -49,6 +58,22 @@ class JointStrategy(EnergyStrategy, ParallelStrategy):
             )
         self._failed = False
         super().setup(trainer)
+
+    def on_train_start(self) -> None:
+        """Lightning's own; SIGTERM waits from here on until the ranks decide together."""
+        super().on_train_start()
+        if self._relaxes and self.world_size > 1:
+            self._preemption.start()
+
+    def on_train_end(self) -> None:
+        """Lightning's own."""
+        self._preemption.stop()
+        super().on_train_end()
+
+    def teardown(self) -> None:
+        """Lightning's own; after an error the signal is handled as before, too."""
+        self._preemption.stop()
+        super().teardown()
 
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """The user's own step; if it fails, the other ranks learn of it in their `backward`."""
@@ -103,7 +128,10 @@ class JointStrategy(EnergyStrategy, ParallelStrategy):
         with suppress(Exception) if error is not None else nullcontext():  # if they are gone, its own error counts
             if error is not None and not self.learner.policy.raises and not self._voted:
                 self._worst(_FAILED)  # what the others ask first
-            if self.reduce_boolean_decision(error is None):
+            worst = self._worst(_FAILED if error is not None else _TOLD_TO_END if self._preemption.came else 0)
+            if worst == _TOLD_TO_END:
+                self._preemption.act()
+            if worst < _FAILED:
                 return
             text = f"{type(error).__name__}: {error}"
             told = self.gather(None if error is None else (text, isinstance(error, RelaxationDivergedError)))

@@ -26,7 +26,8 @@ class ManualOptimization:
 
     def __init__(self) -> None:
         self.recorder: Recorder | None = None
-        self._relaxed: set[int] = set()  # parameters whose gradients a relaxation has given, since they moved last
+        self._relaxed: dict[int, set[int]] = {}
+        """Parameters whose gradients a relaxation has given, and the optimizers that have stepped on them since."""
         self._told = False
 
     @contextmanager
@@ -72,24 +73,28 @@ class ManualOptimization:
 
     def gives(self, surrogate: Tensor) -> None:
         """Notes the parameters that get their gradients from a relaxation."""
-        self._relaxed.update(id(leaf) for leaf in graph_of([surrogate])[0])
+        self._relaxed.update({id(leaf): set() for leaf in graph_of([surrogate])[0]})
 
     def check_step(self, module: LightningModule, optimizer: Optimizer) -> None:
-        """Refuses a step on gradients that no relaxation has given, but for parameters that only scale losses."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if parameters and not any(id(p) in self._relaxed for p in parameters) and self._are_weights(module, parameters):
+        """Refuses a step on gradients that no relaxation has given since this optimizer's last one.
+
+        Those of parameters that only scale losses are the losses' own.
+        """
+        parameters = [id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        relaxed = any(id(optimizer) not in self._relaxed.get(p, {id(optimizer)}) for p in parameters)
+        if not relaxed and self._are_weights(module, parameters):
             raise ConfigurationError(
                 f"{type(optimizer).__name__} took a step on gradients that no relaxation has given (from"
                 " torch.autograd.grad or torch.autograd.backward in training_step): that is plain backpropagation. Call"
                 ' self.manual_backward(loss) before the step, or use the algorithm "backprop".'
             )
-        self._relaxed.difference_update(id(p) for p in parameters)
+        for p in parameters:
+            self._relaxed.get(p, set()).add(id(optimizer))
 
-    def _are_weights(self, module: LightningModule, parameters: Sequence[Tensor]) -> bool:
+    def _are_weights(self, module: LightningModule, parameters: Sequence[int]) -> bool:
         if self.recorder is None:
-            return True
-        feeding = Products(module, self.recorder.settled()).feeding()
-        return any(id(p) in feeding for p in parameters)
+            return bool(parameters)
+        return not Products(module, self.recorder.settled()).feeding().isdisjoint(parameters)
 
     def forget(self) -> None:
         """Drops what it knows of parameters and of the last step."""

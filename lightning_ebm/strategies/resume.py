@@ -37,6 +37,7 @@ class ExactResume(Callback):
         self._learner = learner
         self._resume: dict[str, Any] | None = None
         self._epoch_start: dict[str, Any] = {}
+        self._before_batch: RandomState | None = None
         self._iterator_is_new = False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -45,7 +46,10 @@ class ExactResume(Callback):
         epoch: Any = trainer.fit_loop.epoch_progress.current
         done = batch.current.processed  # less than `ready` if this is in the middle of a batch, which is done again
         batches = 0 if batch.is_last_batch and done == batch.current.ready else done
-        mine = {"batches": batches, "epoch_start": self._epoch_start, "now": RandomState(pl_module).state_dict()}
+        now = RandomState(pl_module).state_dict()
+        if done < batch.current.ready:  # the batch is done again, from the numbers that it began with
+            now = self._before_batch.state_dict() if done and self._before_batch is not None else self._epoch_start
+        mine = {"batches": batches, "epoch_start": self._epoch_start, "now": now}
         mine["algorithm"] = self._learner().state_dict()
         checkpoint[KEY] = {"ranks": self._gather(mine), "cut_short": batches > 0 and epoch.processed == epoch.ready}
 
@@ -96,6 +100,16 @@ class ExactResume(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """From here on the run is its own."""
         self._resume = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes the generators as the next batch finds them, if it is the one that is cut off."""
+        self._before_batch = RandomState(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same; what validation draws comes between two batches."""
+        self._before_batch = RandomState(pl_module)
 
     def _go_on(self, pl_module: LightningModule) -> None:
         assert self._resume is not None

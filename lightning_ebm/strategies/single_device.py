@@ -19,6 +19,7 @@ from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
 from lightning_ebm.samples import BatchSize
 from lightning_ebm.strategies.base import EnergyStrategy
+from lightning_ebm.strategies.whole_files import WholeFiles
 
 
 class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
@@ -40,7 +41,7 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
             `Algorithm`, which takes that batch. Counted in the report, logged as ``ebm/skipped``, ``ebm/fallbacks``.
         device: where to train; None is the device that the Trainer chose.
         accelerator: Lightning's own.
-        checkpoint_io: Lightning's own.
+        checkpoint_io: Lightning's own; None is one whose files are there whole or not at all.
         precision_plugin: Lightning's own.
 
     Raises:
@@ -81,7 +82,7 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
         super().__init__(
             device="cpu" if device is None else device,
             accelerator=accelerator,
-            checkpoint_io=checkpoint_io,
+            checkpoint_io=WholeFiles() if checkpoint_io is None else checkpoint_io,
             precision_plugin=precision_plugin,
         )
         # Lightning fills these on any strategy that has them, and otherwise leaves one for a single device on the CPU.
