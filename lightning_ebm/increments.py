@@ -20,6 +20,7 @@ def increments(phases: Phases, algorithm: Algorithm) -> Iterator[End]:
     The next states follow from the forces at the parameters of before: both move from one gradient.
     """
     network, relaxer = phases.network, algorithm.relaxer
+    landscape = relaxer.around(phases.landscape)
     nudged = next(phase for phase in algorithm.rule.phases(algorithm.nudge) if phase.is_nudged)
     strength = nudged.strength.real
     point, move = list(network.free), relaxer.stepper(network.free)
@@ -27,8 +28,8 @@ def increments(phases: Phases, algorithm: Algorithm) -> Iterator[End]:
     norms: list[Tensor] = []
     for taken in range(relaxer.steps_one_by_one):
         with torch.no_grad():
-            slope = phases.landscape.evaluate(Forces(), point, strength)
-            following = network.feasible(move(point, slope.gradients))
+            slope = landscape.evaluate(Forces(), point, strength)
+            following = landscape.feasible(move(point, slope.gradients))
         energies.append(slope.total(strength))
         norms.append(force_norm(network, slope.gradients))
         _check_bounded(relaxer, norms, taken)

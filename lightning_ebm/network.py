@@ -4,8 +4,10 @@ This is the plain version, one Python pass an evaluation; it stays as the oracle
 is asked at a point stand in `lightning_ebm.evaluations`; here is what they are made of.
 """
 
+import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -71,6 +73,9 @@ class Network(Passes):
         """See `Landscape.unwatched`."""
         return self
 
+    conservative: bool = True
+    """See `Landscape.conservative`."""
+
     def begin(self, strengths: Sequence[complex], held: bool = False) -> None:
         """See `Landscape.begin`."""
 
@@ -119,6 +124,13 @@ class Network(Passes):
         """See `Landscape.over_root_precision`."""
         precisions = self.metric_precisions(self.first)
         return [t if is_one(p) else t / p**0.5 for t, p in zip(tensors, precisions, strict=True)]
+
+    def with_feedback(self, operators: Sequence[Tensor]) -> "Network":
+        """The same network, in which slopes go back through these in place of the weights, one a product."""
+        other = copy.copy(self)
+        other._run = replace(self._run, feedback=operators)
+        other._forward = other._latest = None
+        return other
 
     # The point of view of an update
 

@@ -48,6 +48,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "algorithm": {"name": "predictive-coding"},
     "Gaussian": {"precision": {}},
     "PerLayer": {"energies": {}},
+    "Feedback": {"relaxer": ebm.GradientDescent(0.1, 5)},
 }
 """Arguments without a default, which the others need."""
 MORE = {

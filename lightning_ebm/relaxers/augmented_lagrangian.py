@@ -44,6 +44,10 @@ class AugmentedLagrangian(Relaxer):
         checked.keep(self, outer_steps=checked.count(self, "outer_steps", self.outer_steps))
         checked.instance(self, "inner", self.inner, ErrorCoordinates, "ebm.ErrorCoordinates(...)")
 
+    @property
+    def trusts_energy(self) -> bool:
+        return self.inner.trusts_energy
+
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
         multipliers = [torch.zeros_like(error) for error in landscape.no_errors]
         point = list(landscape.no_errors)

@@ -96,6 +96,14 @@ class Relaxer(ABC):
         return False
 
     @property
+    def trusts_energy(self) -> bool:
+        """Whether it decides by the energy, or by forces as its slope, where they may not be off: what searches does.
+
+        Relaxers around it that change forces, such as `Feedback`, refuse it.
+        """
+        return False
+
+    @property
     def ends_in_states(self) -> bool:
         """Whether it ends in states at which an energy can be differentiated, and leaves nothing else to be read."""
         return self.update == "contrast"
@@ -135,6 +143,10 @@ class Relaxer(ABC):
                 f" {type(energy).__name__} {why}: it would never be looked at. Use ebm.PredictiveCoding(), or a"
                 " relaxer of states such as ebm.GradientDescent(...)."
             )
+
+    def around(self, landscape: Landscape) -> Landscape:
+        """What single steps are to see in place of the network: the network, unless it stands in front of it."""
+        return landscape
 
     @abstractmethod
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
