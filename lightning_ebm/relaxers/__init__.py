@@ -13,7 +13,10 @@ from lightning_ebm.relaxers.fixed_point import FixedPoint
 from lightning_ebm.relaxers.fixed_prediction import FixedPrediction
 from lightning_ebm.relaxers.gradient_descent import GradientDescent
 from lightning_ebm.relaxers.langevin import Langevin
+from lightning_ebm.relaxers.noisy import Noisy
+from lightning_ebm.relaxers.quantized import Quantized
 from lightning_ebm.relaxers.quasi_newton import QuasiNewton
+from lightning_ebm.relaxers.saturated import Saturated
 from lightning_ebm.relaxers.state_optimizer import StateOptimizer
 from lightning_ebm.relaxers.sweep import Sweep
 from lightning_ebm.relaxers.wrapper import Wrapper
@@ -33,10 +36,13 @@ __all__ = [
     "KolenPollack",
     "Langevin",
     "Mismatch",
+    "Noisy",
+    "Quantized",
     "QuasiNewton",
     "RandomFeedback",
     "Relaxation",
     "Relaxer",
+    "Saturated",
     "SignSymmetry",
     "StateOptimizer",
     "Sweep",

@@ -70,7 +70,7 @@ class Feedback(Wrapper):
                 " feedback is the transpose. Take a finite nudge, such as ebm.OneSided(0.1) or ebm.Centered(0.1)."
             )
 
-    def around(self, landscape: Landscape) -> Landscape:
+    def in_front(self, landscape: Landscape) -> Landscape:
         names = [product.name for product in landscape.weight_products]
         if not names:
             raise ConfigurationError(

@@ -15,10 +15,10 @@ from lightning_ebm.relaxers.base import Relaxation, Relaxer, Stepper
 
 
 class Wrapper(Relaxer):
-    """Another relaxer, which sees the network through `around`; all else is that relaxer's own.
+    """Another relaxer, which sees the network through what `in_front` gives; all else is that relaxer's own.
 
-    A subclass writes `around`, which gives an `Around` the network. As it changes forces, a relaxer whose decisions
-    trust the energy is refused: it would take the difference for the curvature.
+    A subclass writes `in_front`, which gives an `Around` the network. As that changes forces or states, a relaxer whose
+    decisions trust the energy is refused: it would take the difference for the curvature. Wrappers may be nested.
 
     Args:
         relaxer: moves the states.
@@ -39,8 +39,11 @@ class Wrapper(Relaxer):
             )
 
     @abstractmethod
-    def around(self, landscape: Landscape) -> Landscape:
+    def in_front(self, landscape: Landscape) -> Landscape:
         """What the relaxer is to see in place of the network."""
+
+    def around(self, landscape: Landscape) -> Landscape:
+        return self.relaxer.around(self.in_front(landscape))
 
     @property
     def update(self) -> Any:  # type: ignore[override]  # its own, not its class's
@@ -77,7 +80,7 @@ class Wrapper(Relaxer):
         self.relaxer.check_energy(energy)
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: Any) -> Relaxation:
-        return self.relaxer.relax(self.around(landscape), start, strength)
+        return self.relaxer.relax(self.in_front(landscape), start, strength)
 
     def state_dict(self) -> dict[str, Any]:
         """What it carries from one step to the next, for a checkpoint."""
