@@ -14,7 +14,8 @@ from lightning_ebm import checked
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import QuadraticEnergy, is_quadratic
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.evaluations import Landscape
+from lightning_ebm.evaluations import Forces, Landscape
+from lightning_ebm.evaluations.of_slope import SlopeEvaluation
 from lightning_ebm.nudges import Nudge
 
 if TYPE_CHECKING:
@@ -107,6 +108,11 @@ class Relaxer(ABC):
     def ends_in_states(self) -> bool:
         """Whether it ends in states at which an energy can be differentiated, and leaves nothing else to be read."""
         return self.update == "contrast"
+
+    @property
+    def steps_by(self) -> SlopeEvaluation:
+        """What `stepper` is to be given as gradients."""
+        return Forces()
 
     @property
     def steps_one_by_one(self) -> int:

@@ -10,6 +10,7 @@ from lightning_ebm import checked
 from lightning_ebm.energies import Energy
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.evaluations import Landscape
+from lightning_ebm.evaluations.of_slope import SlopeEvaluation
 from lightning_ebm.nudges import Nudge
 from lightning_ebm.relaxers.base import Relaxation, Relaxer, Stepper
 
@@ -68,6 +69,10 @@ class Wrapper(Relaxer):
     @property
     def draws_samples(self) -> bool:
         return self.relaxer.draws_samples
+
+    @property
+    def steps_by(self) -> SlopeEvaluation:
+        return self.relaxer.steps_by
 
     @property
     def steps_one_by_one(self) -> int:
