@@ -127,9 +127,17 @@ class Network(Passes):
 
     def with_feedback(self, operators: Sequence[Tensor]) -> "Network":
         """The same network, in which slopes go back through these in place of the weights, one a product."""
+        return self._running(replace(self._run, feedback=operators))
+
+    def with_offsets(self, offsets: Sequence[Tensor]) -> "Network":
+        """The same network, in which every layer predicts less by these."""
+        other = self._running(replace(self._run, offsets=offsets))
+        other._moved = True  # states at rest are no longer at the predictions
+        return other
+
+    def _running(self, run: Run) -> "Network":
         other = copy.copy(self)
-        other._run = replace(self._run, feedback=operators)
-        other._forward = other._latest = None
+        other._run, other._forward, other._latest = run, None, None
         return other
 
     # The point of view of an update

@@ -25,16 +25,21 @@ class Run:
         arithmetic: what passes need beyond the user's code.
         given: what to take in place of what the batch fixed.
         feedback: what slopes go back through in place of the weights, see `Program.run`.
+        offsets: what is taken off the prediction of each layer.
     """
 
     program: Program
     arithmetic: Callable[[], AbstractContextManager[Any]]
     given: Mapping[Value, Tensor] = field(default_factory=dict)
     feedback: Sequence[Tensor] | None = None
+    offsets: Sequence[Tensor] | None = None
 
     def __call__(self, state_of: StateOf) -> Pass:
         with torch.enable_grad(), self.arithmetic():
-            return self.program.run(state_of, self.given, self.feedback)
+            seen = self.program.run(state_of, self.given, self.feedback)
+            for call, offset in zip(seen.layers, self.offsets or (), strict=self.offsets is not None):
+                call.prediction = call.prediction - offset
+        return seen
 
     def weights(self) -> list[Tensor]:
         """See `Program.weights`."""
