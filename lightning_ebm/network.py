@@ -135,6 +135,12 @@ class Network(Passes):
         other._moved = True  # states at rest are no longer at the predictions
         return other
 
+    def with_energy(self, energy: Energy) -> "Network":
+        """The same network under another energy of the same states."""
+        other = copy.copy(self)
+        other.energy = energy
+        return other
+
     def _running(self, run: Run) -> "Network":
         other = copy.copy(self)
         other._run, other._forward, other._latest = run, None, None

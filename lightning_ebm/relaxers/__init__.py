@@ -17,6 +17,7 @@ from lightning_ebm.relaxers.noisy import Noisy
 from lightning_ebm.relaxers.quantized import Quantized
 from lightning_ebm.relaxers.quasi_newton import QuasiNewton
 from lightning_ebm.relaxers.saturated import Saturated
+from lightning_ebm.relaxers.scheduled_descent import ScheduledDescent, decaying, spiking
 from lightning_ebm.relaxers.state_optimizer import StateOptimizer
 from lightning_ebm.relaxers.sweep import Sweep
 from lightning_ebm.relaxers.wrapper import Wrapper
@@ -43,8 +44,11 @@ __all__ = [
     "Relaxation",
     "Relaxer",
     "Saturated",
+    "ScheduledDescent",
     "SignSymmetry",
     "StateOptimizer",
     "Sweep",
     "Wrapper",
+    "decaying",
+    "spiking",
 ]
