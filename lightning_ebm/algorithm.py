@@ -31,7 +31,8 @@ class Algorithm:
             dE/dtheta(x_p) with states held fixed; "cross-derivative", dL/dtheta + d2I/dtheta dx (sum_p weight_p x_p) at
             the free state; "first-arrival", "fixed-prediction", "multipliers", "dyadic", what relaxers of those kinds
             leave at each layer, times the slope of its prediction or drive; "incremental", dE/dtheta before every
-            single step of the relaxer, an optimizer step with each; "backprop", the loss passes through unchanged and
+            single step of the relaxer, an optimizer step with each; "continual", the contrast of phases in parts, one
+            with each step; "backprop", the loss passes through unchanged and
             the other parts are not used (the control of every experiment); "auto", what the nudge and the relaxer are
             made for.
         initial_state: where the search for the free state starts: the "forward" pass, "zeros", or "last-visit",

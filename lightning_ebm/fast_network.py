@@ -16,7 +16,7 @@ from lightning_ebm.evaluations.base import Result
 from lightning_ebm.network import Network
 from lightning_ebm.passes import Run, Start
 from lightning_ebm.program.code import Code, Key, TracedProgram
-from lightning_ebm.program.interpreter import Pass, Program
+from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.record import Value
 from lightning_ebm.program.wiring import Plan
 from lightning_ebm.relaxers import Relaxation
@@ -117,12 +117,7 @@ class FastNetwork(Network):
     def _twin(self, given: Sequence[Tensor]) -> Network:
         """The plain network, as a function of what the batch fixed."""
         values = dict(zip(self._traced.values, given, strict=True))
-        program = self._traced.program
-
-        def run(state_of: Any) -> Pass:
-            with torch.enable_grad(), self._arithmetic():
-                return program.run(state_of, values)
-
+        run = Run(self._traced.program, self._arithmetic, values)
         start = Start(self.first_loss, list(self.free), self.rounding, None)
         twin = _Twin(self.energy, self._plan, start, run, self.batch_size, self.loss_scale)
         twin.is_relaxed = self._equilibrium is not None

@@ -1,39 +1,44 @@
 """Steps in which states and parameters move at once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.errors import RelaxationDivergedError
-from lightning_ebm.evaluations import Forces
 from lightning_ebm.phases import Phases
 from lightning_ebm.relaxers import Relaxation, Relaxer
 from lightning_ebm.relaxers.base import force_norm
 from lightning_ebm.updates import End
 
 
-def increments(phases: Phases, algorithm: Algorithm) -> Iterator[End]:
-    """Where the states are before each single step of the relaxer; parameters may move before the next is asked for.
+def increments(phases: Phases, algorithm: Algorithm) -> Iterator[Sequence[End]]:
+    """What is read with each single step of the relaxer; parameters may move before the next is asked for.
 
     The next states follow from the forces at the parameters of before: both move from one gradient.
     """
-    network, relaxer = phases.network, algorithm.relaxer
-    nudged = next(phase for phase in algorithm.rule.phases(algorithm.nudge) if phase.is_nudged)
+    network, relaxer, rule = phases.network, algorithm.relaxer, algorithm.rule
+    landscape = relaxer.around(phases.landscape)
+    nudged = next(phase for phase in rule.phases(algorithm.nudge) if phase.is_nudged)
     strength = nudged.strength.real
-    point, move = list(network.free), relaxer.stepper(network.free)
+    point = list(network.equilibrium)
+    move = relaxer.stepper(point)
     energies: list[Tensor] = []
     norms: list[Tensor] = []
     for taken in range(relaxer.steps_one_by_one):
         with torch.no_grad():
-            slope = phases.landscape.evaluate(Forces(), point, strength)
-            following = network.feasible(move(point, slope.gradients))
+            slope = landscape.evaluate(relaxer.steps_by, point, strength)
+            following = landscape.feasible(move(point, slope.gradients))
         energies.append(slope.total(strength))
         norms.append(force_norm(network, slope.gradients))
         _check_bounded(relaxer, norms, taken)
         residual = norms[-1] / norms[0].clamp_min(torch.finfo(norms[0].dtype).tiny)
-        yield End(nudged, Relaxation(point, "states", "fixed", taken, residual, energies))
+        ends = [
+            End(nudged, Relaxation(states, "states", "fixed", steps, residual, energies))
+            for steps, states in ((taken, point), (taken + 1, following))
+        ]
+        yield rule.part(*ends)
         network.parameters_moved()
         point = following
 

@@ -4,8 +4,10 @@ This is the plain version, one Python pass an evaluation; it stays as the oracle
 is asked at a point stand in `lightning_ebm.evaluations`; here is what they are made of.
 """
 
+import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -71,6 +73,9 @@ class Network(Passes):
         """See `Landscape.unwatched`."""
         return self
 
+    conservative: bool = True
+    """See `Landscape.conservative`."""
+
     def begin(self, strengths: Sequence[complex], held: bool = False) -> None:
         """See `Landscape.begin`."""
 
@@ -119,6 +124,27 @@ class Network(Passes):
         """See `Landscape.over_root_precision`."""
         precisions = self.metric_precisions(self.first)
         return [t if is_one(p) else t / p**0.5 for t, p in zip(tensors, precisions, strict=True)]
+
+    def with_feedback(self, operators: Sequence[Tensor]) -> "Network":
+        """The same network, in which slopes go back through these in place of the weights, one a product."""
+        return self._running(replace(self._run, feedback=operators))
+
+    def with_offsets(self, offsets: Sequence[Tensor]) -> "Network":
+        """The same network, in which every layer predicts less by these."""
+        other = self._running(replace(self._run, offsets=offsets))
+        other._moved = True  # states at rest are no longer at the predictions
+        return other
+
+    def with_energy(self, energy: Energy) -> "Network":
+        """The same network under another energy of the same states."""
+        other = copy.copy(self)
+        other.energy = energy
+        return other
+
+    def _running(self, run: Run) -> "Network":
+        other = copy.copy(self)
+        other._run, other._forward, other._latest = run, None, None
+        return other
 
     # The point of view of an update
 

@@ -1,19 +1,49 @@
 """Passes of the recorded program with states in place, kept as long as somebody comes back to them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_ebm.geometry import Geometry
 from lightning_ebm.program.interpreter import Pass, Program, StateOf, at_prediction, at_states
+from lightning_ebm.program.products import Product
 from lightning_ebm.program.record import StateKey, Value
 from lightning_ebm.stamps import Stamps, stamps
 
-Run = Callable[[StateOf], Pass]
-"""Runs the program of the step with the given states in place."""
+
+@dataclass(frozen=True)
+class Run:
+    """Runs the program of a step with the given states in place.
+
+    Attributes:
+        program: which.
+        arithmetic: what passes need beyond the user's code.
+        given: what to take in place of what the batch fixed.
+        feedback: what slopes go back through in place of the weights, see `Program.run`.
+        offsets: what is taken off the prediction of each layer.
+    """
+
+    program: Program
+    arithmetic: Callable[[], AbstractContextManager[Any]]
+    given: Mapping[Value, Tensor] = field(default_factory=dict)
+    feedback: Sequence[Tensor] | None = None
+    offsets: Sequence[Tensor] | None = None
+
+    def __call__(self, state_of: StateOf) -> Pass:
+        with torch.enable_grad(), self.arithmetic():
+            seen = self.program.run(state_of, self.given, self.feedback)
+            for call, offset in zip(seen.layers, self.offsets or (), strict=self.offsets is not None):
+                call.prediction = call.prediction - offset
+        return seen
+
+    def weights(self) -> list[Tensor]:
+        """See `Program.weights`."""
+        return self.program.weights(self.given)
 
 
 class Start(NamedTuple):
@@ -100,6 +130,15 @@ class Passes(Geometry):
         """Passes made so far belong to parameters that are no more."""
         self._latest = None
         self._moved = True
+
+    @property
+    def weight_products(self) -> Sequence[Product]:
+        """Where states meet weights."""
+        return self._run.program.products
+
+    def weights(self) -> list[Tensor]:
+        """The weights that states are multiplied by, one a product, as the operations take them."""
+        return self._run.weights()
 
     def with_states(self, state_of: StateOf) -> Pass:
         """The pass with any states in place, to which nobody comes back."""

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from lightning_ebm.arithmetic import Arithmetic
@@ -12,7 +11,7 @@ from lightning_ebm.fast_network import FastNetwork
 from lightning_ebm.network import Network
 from lightning_ebm.passes import Run, Start
 from lightning_ebm.program.calls import batch_size_among
-from lightning_ebm.program.interpreter import Pass, Program, StateOf, at_least_float32, at_prediction
+from lightning_ebm.program.interpreter import Program, at_least_float32, at_prediction
 from lightning_ebm.program.programs import Found, Known
 from lightning_ebm.program.record import Value
 from lightning_ebm.program.recorder import Recorder
@@ -67,7 +66,7 @@ class Recorded(NamedTuple):
 
     def runner(self, arithmetic: Arithmetic) -> Run:
         """Runs the program with states in place."""
-        return runner(self.program, arithmetic)
+        return Run(self.program, arithmetic)
 
     def network(self, setup: Setup, arithmetic: Arithmetic, batch: Any, leading_sizes: list[int]) -> Network:
         """The energy of this pass as a function of its states.
@@ -126,13 +125,3 @@ class Recorded(NamedTuple):
     def is_fast(self, setup: Setup) -> bool:
         """Whether evaluations run as code."""
         return setup.code is not None and setup.programs.repeats(self.known)
-
-
-def runner(program: Program, arithmetic: Arithmetic) -> Run:
-    """Runs a program with states in place."""
-
-    def run(state_of: StateOf) -> Pass:
-        with torch.enable_grad(), arithmetic():
-            return program.run(state_of)
-
-    return run

@@ -17,7 +17,7 @@ from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.network import Network
 from lightning_ebm.nudges import Nudge, OneSided, Phase
 from lightning_ebm.nudges.base import table_of
-from lightning_ebm.relaxers import QuasiNewton, Relaxation, Relaxer
+from lightning_ebm.relaxers import QuasiNewton, Relaxation, Relaxer, Wrapper
 from lightning_ebm.relaxers.base import Status
 from lightning_ebm.samples import samples_first
 from lightning_ebm.updates import Contrast, End
@@ -144,7 +144,8 @@ def for_equilibrium(
     own = algorithm.relaxer if nudged or algorithm.free_relaxer is None else algorithm.free_relaxer
     equilibria = algorithm.rule.relaxes and own.ends_in_states
     if relaxer is None and equilibria:
-        relaxer = own if not free and not own.tol else _to_equilibrium(own, energy)
+        given = not own.tol or isinstance(own, Wrapper)  # which finds what no other would
+        relaxer = own if not free and given else _to_equilibrium(own, energy)
     elif relaxer is None or relaxer == "auto":
         relaxer = _to_equilibrium(None, energy)
     elif not relaxer.ends_in_states:

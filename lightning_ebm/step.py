@@ -257,11 +257,10 @@ class Step:
                 return
             network = self._opened(loss)
         assert self._phases is not None
-        for end in increments(self._phases, setup.algorithm):
-            update = network.update(setup.algorithm.rule, [end]) * (scale / network.loss_scale)
-            setup.remember(
-                list(network.names), [PhaseReport.of(end.strength, end.found)], network.first_loss, network.way
-            )
+        for ends in increments(self._phases, setup.algorithm):
+            update = network.update(setup.algorithm.rule, ends) * (scale / network.loss_scale)
+            reports = [PhaseReport.of(ends[0].strength, ends[0].found)]
+            setup.remember(list(network.names), reports, network.first_loss, network.way)
             check_coverage(setup, self._pass(), update, network.batch_size)
             yield loss.detach() + (update - update.detach())
 

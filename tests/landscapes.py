@@ -6,6 +6,8 @@ from lightning_ebm.evaluations import BestResponses, Energy, ErrorForces, Forces
 class ByHand:
     """Sends each kind of question to the method that a subclass has for it."""
 
+    conservative = True
+
     @property
     def unwatched(self):
         return self

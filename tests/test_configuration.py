@@ -48,6 +48,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "algorithm": {"name": "predictive-coding"},
     "Gaussian": {"precision": {}},
     "PerLayer": {"energies": {}},
+    **{name: {"relaxer": ebm.GradientDescent(0.1, 5)} for name in ("Feedback", "Noisy", "Quantized", "Saturated")},
 }
 """Arguments without a default, which the others need."""
 MORE = {

@@ -241,7 +241,7 @@ def test_a_shipped_update_is_the_same_by_name_and_as_an_object(name):
     preset = {
         "contrast": "pc-nudge", "cross-derivative": "infinitesimal", "first-arrival": "zero-divergence",
         "fixed-prediction": "fixed-prediction", "multipliers": "augmented-lagrangian-pc", "dyadic": "dual-propagation",
-        "incremental": "incremental-pc", "backprop": "backprop",
+        "incremental": "incremental-pc", "continual": "incremental-pc", "backprop": "backprop",
     }[name]  # fmt: skip
     module = net()
     kind = type(ebm.updates.named(name))

@@ -48,7 +48,7 @@ ORDER = [
     {"algorithm", "closure", "plain_state", "purity"},
     # the rooms of lightning_ebm.program
     {"complex_ops", "operations", "record"},
-    {"aliasing", "following", "numbers", "random_draws", "schedule", "seams", "torch_calls"},
+    {"aliasing", "following", "numbers", "products", "random_draws", "schedule", "seams", "torch_calls"},
     {"recorder"},
     {"calls", "interpreter", "seen_backward"},
     {"candidates", "locality"},

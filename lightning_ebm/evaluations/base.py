@@ -13,6 +13,7 @@ from lightning_ebm.evaluations.slope import Slope
 
 if TYPE_CHECKING:
     from lightning_ebm.network import Network
+    from lightning_ebm.program.products import Product
 
 Result = TypeVar("Result")
 Coordinates = Literal["states", "errors"]
@@ -31,6 +32,10 @@ class Evaluation(ABC, Generic[Result]):
 
     composed: ClassVar[bool] = False
     """Whether `at` only asks other questions, so that any `Landscape` can be asked."""
+
+    def moving(self, point: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The part of the point that relaxers move, one tensor a layer; the rest is what the question is about."""
+        return point
 
     @property
     def takes_point(self) -> bool:
@@ -93,6 +98,14 @@ class Landscape(Protocol):
     @property
     def samples_interact(self) -> bool:
         """Whether the force on a sample depends on states of others: BatchNorm in training, losses across a batch."""
+
+    @property
+    def conservative(self) -> bool:
+        """Whether forces are the slope of the energy: then a rise of it proves that a step was too large."""
+
+    @property
+    def weight_products(self) -> "Sequence[Product]":
+        """Where states meet weights: what feedback operators may take the place of."""
 
     @property
     def no_errors(self) -> Sequence[Tensor]:
@@ -170,6 +183,16 @@ class Around:
     def samples_interact(self) -> bool:
         """See `Landscape.samples_interact`."""
         return self.inner.samples_interact
+
+    @property
+    def conservative(self) -> bool:
+        """See `Landscape.conservative`."""
+        return self.inner.conservative
+
+    @property
+    def weight_products(self) -> "Sequence[Product]":
+        """See `Landscape.weight_products`."""
+        return self.inner.weight_products
 
     @property
     def no_errors(self) -> Sequence[Tensor]:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from lightning_ebm.energies import LayerView
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.named import named
+from lightning_ebm.program.products import Product, products_of, sent_back_by
 from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value
 from lightning_ebm.program.seams import hooked_input, hooked_output
 
@@ -97,14 +99,39 @@ class Program:
     def _last(self) -> dict[Node, list[Value]]:
         return _last_uses(self.order, self.marks, [] if self.loss is None else [self.loss])
 
-    def run(self, state_of: StateOf, given: Mapping[Value, Tensor] = MappingProxyType({})) -> Pass:
+    @cached_property
+    def products(self) -> list[Product]:
+        """Where states meet weights, see `products_of`."""
+        if (code := self.user_code()) is not None:
+            raise UnsupportedModuleError(f"Feedback operators cannot be put into code of the user's own ({code}).")
+        return products_of(self)
+
+    def weights(self, given: Mapping[Value, Tensor] = MappingProxyType({})) -> list[Tensor]:
+        """The weights that states are multiplied by, as the products take them."""
+        values = [product.node.args[product.weight] for product in self.products]
+        needed, held = ancestors(values), Held(self.record, given)
+        for node in self.order:
+            if node in needed:
+                held.run(node)
+        return [held[value].detach() for value in values]
+
+    def run(
+        self,
+        state_of: StateOf,
+        given: Mapping[Value, Tensor] = MappingProxyType({}),
+        feedback: Sequence[Tensor] | None = None,
+    ) -> Pass:
         """One pass, cut at the states: x_l is a leaf, mu_l a function of the parents' states and of the parameters.
 
         Args:
             state_of: gives the states.
             given: what to take in place of what the batch fixed.
+            feedback: what slopes go back through in place of each of `weights`; None is the weights themselves.
         """
         seen, held = Pass(), Held(self.record, given)
+        if feedback is not None:
+            pairs = zip(self.products, feedback, strict=True)
+            held.instead = {product.node: sent_back_by(product, operator) for product, operator in pairs}
         at = {mark.state.node: mark for mark in self.marks}
         for node in self.order:
             mark = at.get(node)
@@ -180,6 +207,8 @@ class Program:
         """The same program without any tensor of the batch: it runs on what is given."""
         bare = copy.copy(self)
         bare.__dict__.update(order=self.order, _last=self._last)
+        with suppress(UnsupportedModuleError):
+            bare.__dict__.update(products=self.products)  # which are found by the parameters
         bare.record = Record()
         return bare
 
@@ -199,6 +228,7 @@ class Held:
         self._record = record
         self._tensors: dict[Value, Tensor] = dict(given)
         self._given_values = given
+        self.instead: Mapping[Node, Any] = {}
 
     def __getitem__(self, value: Value) -> Tensor:
         found = self._tensors.get(value)
@@ -236,7 +266,7 @@ class Held:
         written: list[Tensor] = []
         if node.written:  # on copies: nothing that anybody else holds is written to
             args, kwargs = _copied(node.written, list(args), dict(kwargs), written)
-        result = node.func(*args, **kwargs)
+        result = self.instead.get(node, node.func)(*args, **kwargs)
         results = [*result] if isinstance(result, list | tuple) else [result]
         for value, tensor in zip(node.results, [*results, *written], strict=False):
             if value is None:
@@ -301,6 +331,12 @@ def _ends(marks: Sequence[Mark]) -> list[Value]:
 
 def ordered(record: Record, roots: Collection[Value]) -> list[Node]:
     """The operations that these values were computed by, in the order of the user's pass."""
+    needed = ancestors(roots)
+    return [node for node in record.nodes if node in needed]
+
+
+def ancestors(roots: Collection[Value]) -> set[Node]:
+    """The operations that these values were computed by."""
     needed: set[Node] = set()
     queue = [value.node for value in roots if value.node is not None]
     while queue:
@@ -308,7 +344,7 @@ def ordered(record: Record, roots: Collection[Value]) -> list[Node]:
         if node not in needed:
             needed.add(node)
             queue.extend(value.node for value in node.values() if value.node is not None)
-    return [node for node in record.nodes if node in needed]
+    return needed
 
 
 def _last_uses(order: Sequence[Node], marks: Sequence[Mark], kept: Collection[Value]) -> dict[Node, list[Value]]:

@@ -7,13 +7,20 @@ from lightning_ebm.relaxers.base import Relaxation, Relaxer
 from lightning_ebm.relaxers.cheapest import Cheapest
 from lightning_ebm.relaxers.dyadic import Dyadic
 from lightning_ebm.relaxers.error_coordinates import ErrorCoordinates
+from lightning_ebm.relaxers.feedback import Feedback
+from lightning_ebm.relaxers.feedback_rules import FeedbackRule, KolenPollack, Mismatch, RandomFeedback, SignSymmetry
 from lightning_ebm.relaxers.fixed_point import FixedPoint
 from lightning_ebm.relaxers.fixed_prediction import FixedPrediction
 from lightning_ebm.relaxers.gradient_descent import GradientDescent
 from lightning_ebm.relaxers.langevin import Langevin
+from lightning_ebm.relaxers.noisy import Noisy
+from lightning_ebm.relaxers.quantized import Quantized
 from lightning_ebm.relaxers.quasi_newton import QuasiNewton
+from lightning_ebm.relaxers.saturated import Saturated
+from lightning_ebm.relaxers.scheduled_descent import ScheduledDescent, decaying, spiking
 from lightning_ebm.relaxers.state_optimizer import StateOptimizer
 from lightning_ebm.relaxers.sweep import Sweep
+from lightning_ebm.relaxers.wrapper import Wrapper
 
 __all__ = [
     "AcceleratedFixedPoint",
@@ -22,13 +29,26 @@ __all__ = [
     "Cheapest",
     "Dyadic",
     "ErrorCoordinates",
+    "Feedback",
+    "FeedbackRule",
     "FixedPoint",
     "FixedPrediction",
     "GradientDescent",
+    "KolenPollack",
     "Langevin",
+    "Mismatch",
+    "Noisy",
+    "Quantized",
     "QuasiNewton",
+    "RandomFeedback",
     "Relaxation",
     "Relaxer",
+    "Saturated",
+    "ScheduledDescent",
+    "SignSymmetry",
     "StateOptimizer",
     "Sweep",
+    "Wrapper",
+    "decaying",
+    "spiking",
 ]

@@ -74,6 +74,10 @@ class AcceleratedFixedPoint(SweepingRelaxer):
             tol=checked_tol(self, self.tol),
         )
 
+    @property
+    def trusts_energy(self) -> bool:
+        return True  # conjugate gradients
+
     def sweeps(self, landscape: Landscape, point: list[Tensor], strength: complex) -> Sweeps:
         halves = self.groups(landscape)
         search = _Search(landscape, halves[-1])

@@ -14,7 +14,8 @@ from lightning_ebm import checked
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import QuadraticEnergy, is_quadratic
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.evaluations import Landscape
+from lightning_ebm.evaluations import Forces, Landscape
+from lightning_ebm.evaluations.of_slope import SlopeEvaluation
 from lightning_ebm.nudges import Nudge
 
 if TYPE_CHECKING:
@@ -96,9 +97,22 @@ class Relaxer(ABC):
         return False
 
     @property
+    def trusts_energy(self) -> bool:
+        """Whether it decides by the energy, or by forces as its slope, where they may not be off: what searches does.
+
+        Relaxers around it that change forces, such as `Feedback`, refuse it.
+        """
+        return False
+
+    @property
     def ends_in_states(self) -> bool:
         """Whether it ends in states at which an energy can be differentiated, and leaves nothing else to be read."""
         return self.update == "contrast"
+
+    @property
+    def steps_by(self) -> SlopeEvaluation:
+        """What `stepper` is to be given as gradients."""
+        return Forces()
 
     @property
     def steps_one_by_one(self) -> int:
@@ -135,6 +149,10 @@ class Relaxer(ABC):
                 f" {type(energy).__name__} {why}: it would never be looked at. Use ebm.PredictiveCoding(), or a"
                 " relaxer of states such as ebm.GradientDescent(...)."
             )
+
+    def around(self, landscape: Landscape) -> Landscape:
+        """What single steps are to see in place of the network: the network, unless it stands in front of it."""
+        return landscape
 
     @abstractmethod
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:

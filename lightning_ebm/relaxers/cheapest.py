@@ -105,6 +105,10 @@ class Cheapest(Relaxer):
         chosen = "".join(f", {kind}={relaxer!r}" for kind, relaxer in self._chosen.items())
         return f"Cheapest({len(self.candidates)} candidates{chosen or ', none chosen yet'})"
 
+    @property
+    def trusts_energy(self) -> bool:
+        return any(candidate.trusts_energy for candidate in self.candidates)
+
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
         return self.relax_all(landscape, start, [strength])[0]
 

@@ -54,6 +54,10 @@ class ErrorCoordinates(Relaxer):
             lr=checked_lr(self, self.lr, 1.0),
         )
 
+    @property
+    def trusts_energy(self) -> bool:
+        return self.tol > 0
+
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
         del start  # nobody else may have to hold it
         errors = list(landscape.no_errors)

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from lightning_ebm import checked
 from lightning_ebm.errors import RelaxationDivergedError
-from lightning_ebm.evaluations import Energy, Landscape
-from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_tol, force_norm
+from lightning_ebm.evaluations import Energy, Landscape, ResponseForces
+from lightning_ebm.evaluations.descent_step import moved
+from lightning_ebm.evaluations.of_slope import SlopeEvaluation
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, Stepper, checked_tol, force_norm
 from lightning_ebm.relaxers.sweeping import SweepingRelaxer, Sweeps, halves_of
 
 _LOOK_AT = 10
@@ -61,6 +63,17 @@ class FixedPoint(SweepingRelaxer):
             order=checked.choice(self, "order", self.order, ("odd-even", "synchronous")),
             damping=checked.number(self, "damping", self.damping, share, least=0, below=1),
         )
+
+    @property
+    def steps_by(self) -> SlopeEvaluation:
+        return ResponseForces()
+
+    @property
+    def steps_one_by_one(self) -> int:
+        return 0 if self.tol or self.order != "synchronous" else self.max_steps
+
+    def stepper(self, start: Sequence[Tensor]) -> Stepper:
+        return lambda states, gradients: moved(states, gradients, 1 - self.damping)
 
     def groups(self, landscape: Landscape) -> list[list[int]]:
         return halves_of(landscape.depths) if self.order == "odd-even" else [list(range(len(landscape.depths)))]

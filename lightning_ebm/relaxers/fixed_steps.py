@@ -118,12 +118,13 @@ def _check(
     rose = not isinstance(strength, complex) and strength >= 0 and after > before + room
     finite = all(map(math.isfinite, (before, after, force[-1])))
     moving = growth > landscape.rounding**0.5  # below, forces are rounding
-    growing = lr and max_steps > 2 and all(x < y for x, y in itertools.pairwise(force[-4:]))
+    proves = lr > 0 and landscape.conservative  # that a step was too large
+    growing = proves and max_steps > 2 and all(x < y for x, y in itertools.pairwise(force[-4:]))
     unstable = growing and moving and _unstable([gradients for _, gradients in onwards(2)], lr)
-    if not finite or (rose and lr) or unstable or growth > 10:
+    if not finite or (rose and proves) or unstable or growth > 10:
         one, other = onwards(1) if finite else onwards(0) * 2
         raise diverged(landscape, owner, one, other, strength, (before, after), growth)
-    return rose
+    return rose and landscape.conservative
 
 
 def _unstable(gradients: list[list[Tensor]], lr: float) -> bool:

@@ -52,6 +52,10 @@ class GradientDescent(Relaxer):
             lr=checked_lr(self, self.lr, 0.1),
         )
 
+    @property
+    def trusts_energy(self) -> bool:
+        return self.tol > 0
+
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
         if self.tol and not isinstance(strength, complex):
             return descend(landscape, "states", start, strength, self.lr, self.max_steps, self.tol, longest=self.lr)

@@ -56,6 +56,10 @@ class QuasiNewton(Relaxer):
             coordinates=checked.choice(self, "coordinates", self.coordinates, ("states", "errors")),
         )
 
+    @property
+    def trusts_energy(self) -> bool:
+        return True
+
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
         if landscape.samples_interact:
             point = start if self.coordinates == "states" else landscape.no_errors

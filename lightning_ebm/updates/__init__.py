@@ -3,6 +3,7 @@
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.updates.backprop import Backprop
 from lightning_ebm.updates.base import End, Term, Update
+from lightning_ebm.updates.continual import Continual
 from lightning_ebm.updates.contrast import Contrast
 from lightning_ebm.updates.cross_derivative import CrossDerivative
 from lightning_ebm.updates.dyadic_contrast import DyadicContrast
@@ -14,6 +15,7 @@ from lightning_ebm.updates.multipliers import Multipliers
 
 __all__ = [
     "Backprop",
+    "Continual",
     "Contrast",
     "CrossDerivative",
     "DyadicContrast",
@@ -30,7 +32,8 @@ __all__ = [
 ]
 
 _SHIPPED: tuple[type[Update], ...] = (
-    Contrast, CrossDerivative, FirstArrival, FixedPrediction, Multipliers, DyadicContrast, Incremental, Backprop,
+    Contrast, CrossDerivative, FirstArrival, FixedPrediction, Multipliers, DyadicContrast, Incremental, Continual,
+    Backprop,
 )  # fmt: skip
 
 

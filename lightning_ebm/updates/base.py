@@ -124,6 +124,10 @@ class Update(ABC):
         """The phases of one step; the nudge's own, unless an update relaxes others, or none."""
         return () if self.reads_linear_response and nudge.linear_response else table_of(nudge)  # others refuse it
 
+    def part(self, before: End, after: End) -> Sequence[End]:
+        """What an incremental update reads with one step of the relaxer, from its two ends; parameters then move."""
+        raise NotImplementedError(f"{type(self).__name__} is read once the phases are over.")
+
     def hold(self, network: "Network", ends: Sequence[End]) -> Sequence[End]:
         """What stays as it is while the update is read: numbers, without a graph.
 

@@ -1,5 +1,6 @@
 """An update before every single step of the relaxer."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from lightning_ebm.energies import Energy
@@ -8,6 +9,7 @@ from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.nudges import Nudge
 from lightning_ebm.nudges.base import table_of, without_draw
 from lightning_ebm.relaxers import Relaxer
+from lightning_ebm.updates.base import End
 from lightning_ebm.updates.contrast import Contrast
 
 
@@ -28,15 +30,18 @@ class Incremental(Contrast):
 
     def check(self, energy: Energy, nudge: Nudge, relaxer: Relaxer) -> None:
         super().check(energy, nudge, relaxer)
-        if not (is_divergence(energy) and _pulls_once(nudge) and relaxer.steps_one_by_one):
+        if not (is_divergence(energy) and pulls_once(nudge) and relaxer.steps_one_by_one):
             raise ConfigurationError(
                 'update="incremental" moves parameters with every step of one nudged phase: it needs a divergence'
                 " energy such as ebm.PredictiveCoding(), an ebm.OneSided(...) nudge and a relaxer with a number of"
                 " steps, ebm.GradientDescent(lr, max_steps) or ebm.StateOptimizer(..., max_steps=...)."
             )
 
+    def part(self, before: End, after: End) -> Sequence[End]:
+        return [before]
 
-def _pulls_once(nudge: Nudge) -> bool:
+
+def pulls_once(nudge: Nudge) -> bool:
     """Whether there is one nudged phase, at a real strength, in which the output is free."""
     nudged = [phase for phase in table_of(without_draw(nudge)) if phase.is_nudged]
     return len(nudged) == 1 and not nudged[0].held and not nudged[0].is_complex

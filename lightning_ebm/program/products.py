@@ -1,0 +1,159 @@
+"""Where a program multiplies what depends on states by a weight, and how to send slopes back through another one."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_ebm.errors import UnsupportedModuleError
+from lightning_ebm.program.operations import BATCH_NORMS, traits
+from lightning_ebm.program.record import Node, Value, depending
+
+if TYPE_CHECKING:
+    from lightning_ebm.program.interpreter import Program
+
+_aten = torch.ops.aten
+
+_FACTORS: Mapping[Any, tuple[int, int]] = {
+    _aten.mm.default: (0, 1),
+    _aten.bmm.default: (0, 1),
+    _aten.mv.default: (0, 1),
+    _aten.dot.default: (0, 1),
+    _aten.addmm.default: (1, 2),
+    _aten.baddbmm.default: (1, 2),
+    _aten.addmv.default: (1, 2),
+    _aten.convolution.default: (0, 1),
+    _aten.linear.default: (0, 1),
+}
+"""Operations that are linear in each of two arguments, and where these stand."""
+
+_GAINS = BATCH_NORMS | {"native_layer_norm", "native_group_norm"}
+"""Operations whose weights are one number a unit, which the unit itself can hold."""
+
+
+class Product(NamedTuple):
+    """One operation whose result is linear in what depends on states, and in a weight.
+
+    Attributes:
+        name: of the layer that it leads to, ``"net.2"``, with ``"#1"`` and so on where it is not the first; ``"loss"``
+            of what the loss computes from the last states.
+        node: the operation.
+        moving: position of the argument that depends on states.
+        weight: position of the other one.
+    """
+
+    name: str
+    node: Node
+    moving: int
+    weight: int
+
+
+def products_of(program: "Program") -> list[Product]:
+    """The products of states and weights of a program, in an order that follows from what it computes alone.
+
+    Raises:
+        UnsupportedModuleError: between two states, or the last and the loss, lies more than one linear operation
+            followed by what has no weights, so that feedback through another weight would not stop at a layer.
+    """
+    states = {mark.state for mark in program.marks}
+    moving = depending(states, program.order)
+    trained = depending(set(program.record.leaves), program.order)
+    found: list[Product] = []
+    ends = [(str(mark.key), mark.prediction) for mark in program.marks]
+    for name, end in [*ends, *([] if program.loss is None else [("loss", program.loss)])]:
+        nodes = _between(end, states, moving)
+        own = [_product(name, node, moving, trained) for node in nodes]
+        products = [product for product in own if product is not None]
+        _check_single(name, products, states, moving)
+        found += [p._replace(name=f"{name}#{k}") if k else p for k, p in enumerate(products)]
+    return found
+
+
+def _between(end: Value, states: set[Value], moving: set[Value]) -> list[Node]:
+    """What leads from states to a value, from the value down, each operation once."""
+    found: dict[Node, None] = {}
+    queue = [end]
+    while queue:
+        value = queue.pop()
+        if value in states or value not in moving or value.node is None or value.node in found:
+            continue
+        found[value.node] = None
+        queue.extend(value.node.values())
+    return list(found)
+
+
+def _product(name: str, node: Node, moving: set[Value], trained: set[Value]) -> Product | None:
+    """The operation as a product; None where no weight meets a state in it.
+
+    Raises:
+        UnsupportedModuleError: states meet states, or a weight in another way than in a product, a bias or a gain.
+    """
+    positions = _FACTORS.get(node.func)
+    if positions is not None:
+        left, right = (node.args[position] for position in positions)
+        if right not in moving and right in trained:
+            return Product(name, node, *positions)
+        if left not in moving and left in trained:
+            return Product(name, node, *reversed(positions))
+        if left not in moving or right not in moving:
+            return None  # a fixed wiring, such as an average over neighbors
+        raise _refused(name, "multiplies states by states, as attention does")
+    weighted = any(value in trained and value not in moving for value in node.values())
+    if weighted and torch.Tag.pointwise not in getattr(node.func, "tags", ()) and _name(node.func) not in _GAINS:
+        raise _refused(name, f"has weights in {_name(node.func)}, which is no product with a matrix or kernel")
+    return None
+
+
+def _name(func: Any) -> str:
+    return traits(func).name if isinstance(func, torch._ops.OpOverload) else getattr(func, "__name__", repr(func))
+
+
+def _check_single(name: str, products: list[Product], states: set[Value], moving: set[Value]) -> None:
+    own = {product.node for product in products}
+    for product in products:
+        below = _between(product.node.args[product.moving], states, moving)
+        if own & set(below):
+            raise _refused(name, "has two products with weights in a row and no state between them")
+
+
+def _refused(name: str, why: str) -> UnsupportedModuleError:
+    place = "What the loss computes from the last states" if name == "loss" else f"Layer {name!r}"
+    return UnsupportedModuleError(
+        f"{place} {why}. Feedback operators take the place of a transposed weight, which says where the signal of a"
+        " layer goes only where one linear operation, followed by elementwise functions, lies between two states. Put"
+        " a state there as well, layers=[...], or leave the feedback to autograd."
+    )
+
+
+class _SentBack(torch.autograd.Function):
+    """The value of one tensor, whose slope goes to it and to another alike."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, other: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
+        return slope, slope
+
+
+def sent_back_by(product: Product, operator: Tensor) -> Any:
+    """The operation, whose slope in the state goes back through `operator` in the place of the weight."""
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        weight = args[product.weight]
+        if operator.shape != weight.shape:
+            raise UnsupportedModuleError(
+                f"The feedback operator of {product.name!r} has the shape {tuple(operator.shape)}; expected"
+                f" {tuple(weight.shape)}, that of the weight as the operation takes it."
+            )
+        fixed = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
+        own, other = list(args), fixed
+        own[product.moving] = fixed[product.moving]
+        other = [*fixed]
+        other[product.moving], other[product.weight] = args[product.moving], operator.to(weight.dtype)
+        found: Tensor = _SentBack.apply(product.node.func(*own, **kwargs), product.node.func(*other, **kwargs))  # type: ignore[no-untyped-call]
+        return found
+
+    return run

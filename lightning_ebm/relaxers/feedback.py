@@ -1,0 +1,122 @@
+"""Feedback that is not the transpose: forces go back through operators of their own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ebm import checked
+from lightning_ebm.energies import Energy
+from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.evaluations import Around, Evaluation, Landscape
+from lightning_ebm.evaluations.base import Result
+from lightning_ebm.evaluations.with_feedback import Weights, WithFeedback, behind
+from lightning_ebm.nudges import Nudge
+from lightning_ebm.relaxers.base import Relaxer
+from lightning_ebm.relaxers.feedback_rules import FeedbackRule, RandomFeedback
+from lightning_ebm.relaxers.wrapper import Wrapper
+
+
+class Feedback(Wrapper):
+    """Another relaxer, under forces in which an operator B_k takes the place of every weight W_k that they go back by.
+
+    The force on x_l from a layer k above, -(d mu_k / dx_l)' Pi_k e_k with d mu_k / dx_l = rho' W_k, becomes
+    -(rho' B_k)' Pi_k e_k; likewise -(d a_k / dx_l)' x_k of Hopfield energies, and the slope of the loss through a
+    read-out. Energies, predictions and the update itself, which is local to its layer, stay what they are; but the
+    forces are the slope of no energy any more, so that states settle where these forces vanish, if anywhere, and the
+    update there is no gradient. How far it is from one, `GradientAlignment` logs as ever.
+
+    Under `Sweep` or `FixedPrediction` the update is that of feedback alignment, at any nudge.
+
+    Operators are named after the layer that their weight leads to, ``"net.2"``, with ``"#1"`` and so on where there are
+    several; ``"loss"`` is the read-out's. They are no parameters of the module: they live here, follow the weights
+    from step to step as the rule says, and are part of checkpoints. Where evaluations do not run as code, each takes
+    one product more a layer.
+
+    The trap: nudges have to be finite, as an infinitesimal one asks for the curvature of the energy; and relaxers that
+    search by the energy are refused.
+
+    Args:
+        relaxer: moves the states.
+        rule: what the operators are; `RandomFeedback()` if not given.
+
+    Raises:
+        ConfigurationError: a relaxer or a nudge that needs forces to be slopes.
+        UnsupportedModuleError: (in use) between two states lies something else than one linear operation and functions
+            without weights: two products in a row, attention, a normalization with weights.
+
+    Source:
+        Lillicrap et al. 2016 (feedback alignment); Akrout et al. 2019 (arXiv 1904.05391) for operators that learn.
+    """
+
+    def __init__(self, relaxer: Relaxer, rule: FeedbackRule | None = None) -> None:
+        super().__init__(relaxer)
+        rule = RandomFeedback() if rule is None else rule
+        wanted = "a rule such as ebm.RandomFeedback() or ebm.KolenPollack(decay)"
+        self.rule: FeedbackRule = checked.instance(self, "rule", rule, FeedbackRule, wanted)
+        self.operators: dict[str, Tensor] = {}
+        """B by the name of the layer that it sends back from, in the shape of the weight as its operation takes it."""
+        self._weights: dict[str, Tensor] = {}
+
+    def __repr__(self) -> str:
+        return f"Feedback({self.relaxer!r}, {self.rule!r})"
+
+    def check(self, energy: Energy, nudge: Nudge) -> None:
+        super().check(energy, nudge)
+        if nudge.linear_response:
+            raise ConfigurationError(
+                f"{type(nudge).__name__} asks how the equilibrium moves under the energy's own curvature, in which"
+                " feedback is the transpose. Take a finite nudge, such as ebm.OneSided(0.1) or ebm.Centered(0.1)."
+            )
+
+    def in_front(self, landscape: Landscape) -> Landscape:
+        names = [product.name for product in landscape.weight_products]
+        if not names:
+            raise ConfigurationError(
+                "Feedback(...): no state is multiplied by a weight anywhere above it, so that there is nothing to put"
+                " an operator in the place of. ebm.summary shows where the states are."
+            )
+        weights: list[Tensor] = landscape.unwatched.evaluate(Weights(), landscape.no_errors, 0.0)
+        self._follow(names, weights)
+        return _FedBack(landscape, [self.operators[name] for name in names])
+
+    def _follow(self, names: Sequence[str], weights: Sequence[Tensor]) -> None:
+        for index, (name, weight) in enumerate(zip(names, weights, strict=True)):
+            before, operator = self._weights.get(name), self.operators.get(name)
+            if operator is None or before is None or operator.shape != weight.shape:
+                self.operators[name] = self.rule.first(index, weight)
+            else:
+                before = before.to(weight)
+                operator = operator.to(weight)
+                if torch.equal(before, weight):
+                    continue
+                self.operators[name] = self.rule.following(index, operator, before, weight)
+            self._weights[name] = weight.clone()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The operators, and the weights that they have followed so far."""
+        return {"relaxer": super().state_dict(), "operators": dict(self.operators), "weights": dict(self._weights)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there."""
+        super().load_state_dict(state["relaxer"])
+        self.operators, self._weights = dict(state["operators"]), dict(state["weights"])
+
+
+class _FedBack(Around):
+    """The landscape whose forces go back through these operators."""
+
+    conservative = False
+
+    def __init__(self, landscape: Landscape, operators: Sequence[Tensor]) -> None:
+        super().__init__(landscape)
+        self._operators = list(operators)
+
+    @property
+    def unwatched(self) -> Landscape:
+        return _FedBack(self.inner.unwatched, self._operators)
+
+    def answer(self, what: Evaluation[Result], point: Sequence[Tensor], strength: complex) -> Result:
+        here = behind(point, self.no_errors, self._operators)
+        return self.inner.evaluate(WithFeedback(what, len(self._operators)), here, strength)
