@@ -33,13 +33,13 @@ def free_port():
         return found.getsockname()[1]
 
 
-def launch(world, out, cases, accelerator="cpu"):
+def launch(world, out, cases, accelerator="cpu", script="ranks.py"):
     """Runs the cases with torchrun, as on a cluster's node; what each rank left."""
     path = f"{Path(ebm.__file__).parents[1]}:{HERE}"
     variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "EBM_TEST_ACCELERATOR": accelerator}
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world)),
-        *("--master_port", str(free_port()), str(HERE / "ranks.py"), str(out), *cases),
+        *("--master_port", str(free_port()), str(HERE / script), str(out), *cases),
     ]
     done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-5000:]

@@ -39,9 +39,6 @@ from lightning_ebm.strategies.once_more import Arguments, loss_of, run_again
 from lightning_ebm.strategies.quiet import callbacks_of, print_layers, unlogged
 from lightning_ebm.strategies.resume import ExactResume
 
-_DIVERGED, _FAILED = 1, 2
-"""What may come of a batch on a rank: no relaxation, or another error."""
-
 
 class EnergyStrategy(EvaluatingStrategy):
     """What the strategies of this library share; the other base says where to train.
@@ -168,10 +165,14 @@ class EnergyStrategy(EvaluatingStrategy):
                 except NoLossError:  # a step that Lightning skips
                     return training_step(*args, **kwargs)
                 except RelaxationDivergedError as error:  # before the user's pass there was a free phase
-                    otherwise = self._begun_otherwise(step, error)
-                    if otherwise is None:
-                        return None
-                    step = otherwise
+                    self._diverged, self._step = error, step
+                    step.undo()
+                    policy = self.learner.policy
+                    if policy.raises:
+                        raise
+                    if policy.fallback is None:  # what becomes of it is decided in the backward call
+                        return torch.full((), math.nan, device=self.root_device, requires_grad=True)
+                    step = self._begun(algorithm=policy.fallback)
                     stack.enter_context(step.first_pass(self._other_backward))
                 with _or_undone(step):
                     output = training_step(*args, **kwargs)
@@ -179,26 +180,13 @@ class EnergyStrategy(EvaluatingStrategy):
             self._step = step
             return output
 
-    def _begun_otherwise(self, step: Step, error: RelaxationDivergedError) -> Step | None:
-        """The step by the algorithm to fall back to; None where Lightning is to skip it."""
-        step.undo()
-        self._diverged = error
-        policy = self.learner.policy
-        if policy.raises or (policy.fallback is None and self._worst(_DIVERGED) == _FAILED):
-            raise error
-        if policy.fallback is None:
-            self._gave_up(error, torch.full((), math.nan))
-            return None
-        return self._begun(algorithm=policy.fallback)
-
-    def _worst(self, status: int) -> int:
-        """The worst that has come of this batch, 0 where all is well, on all ranks alike."""
-        return status
-
     def _gave_up(self, error: RelaxationDivergedError | None, loss: Tensor) -> None:
         """Counts the batch, and logs the count."""
-        elsewhere = RelaxationDivergedError("It did not relax on another rank.")
-        self.learner.gave_up(error or elsewhere, loss)
+        self.learner.gave_up(error or RelaxationDivergedError("It did not relax on another rank."), loss)
+        self._log_counts()
+
+    def _log_counts(self) -> None:
+        """How many batches could not relax so far, to every logger."""
         trainer = self._module.trainer
         counts = {f"ebm/{name}": float(count) for name, count in self.learner.policy.counts.items() if count}
         with harmless("Logging how many batches could not relax", set()):
@@ -217,8 +205,8 @@ class EnergyStrategy(EvaluatingStrategy):
         with nullcontext() if recorder is None else recorder.handing_over():
             surrogate = self._surrogate(closure_loss)
             if surrogate is None:  # as stock does with a step that returned no loss: gradients stay as they are
-                assert self._step is not None
-                self._step.release()
+                if self._step is not None:
+                    self._step.release()
                 return closure_loss.detach()
             assert self._step is not None
             with _or_undone(self._step), self._handing_over(surrogate), SeenGrad(self._sees):
@@ -231,22 +219,32 @@ class EnergyStrategy(EvaluatingStrategy):
 
     def _surrogate(self, closure_loss: Tensor) -> Tensor | None:
         """A scalar whose gradient is the update; None for a batch that is skipped."""
-        if self.learner.policy.raises:
-            return self._found(closure_loss)
+        policy = self.learner.policy
         surrogate, error = None, self._diverged
-        try:
-            surrogate = self._found(closure_loss)
-        except RelaxationDivergedError as caught:
-            error = caught
-        if (worst := self._worst(_DIVERGED if error is not None else 0)) == 0 or worst == _FAILED:
-            if surrogate is None:
-                assert error is not None
-                raise error
-            return surrogate
+        if error is None or policy.fallback is not None:
+            try:
+                surrogate = self._found(closure_loss)
+            except RelaxationDivergedError as caught:
+                if policy.raises:
+                    raise
+                error = caught
+        return self._decided(surrogate, error, closure_loss)
+
+    def _decided(
+        self, surrogate: Tensor | None, error: RelaxationDivergedError | None, closure_loss: Tensor
+    ) -> Tensor | None:
+        """What is done with a batch, given its update, or why there is none."""
+        return surrogate if error is None else self._otherwise(surrogate, error, closure_loss)
+
+    def _otherwise(
+        self, surrogate: Tensor | None, error: RelaxationDivergedError | None, closure_loss: Tensor
+    ) -> Tensor | None:
+        """A batch that cannot relax, here or on another rank: None where it is skipped, else the other algorithm's."""
         step, fallback = self._step, self.learner.policy.fallback
         assert step is not None
         if fallback is None:
-            step.undo()
+            if self._diverged is None:
+                step.undo()
         elif self._diverged is None:
             surrogate = step.instead(fallback, closure_loss, 1 / self._accumulated())
         elif surrogate is None:  # the other algorithm has been tried

@@ -1,5 +1,7 @@
 """Many devices by torch's own DistributedDataParallel. Gradients travel as they do in stock."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from lightning.fabric.strategies.registry import _StrategyRegistry
@@ -38,7 +40,10 @@ class EBMDDPStrategy(JointStrategy, DDPStrategy):
         capture: as in `EBMStrategy`.
         compile: as in `EBMStrategy`.
         batch_size: as in `EBMStrategy`.
-        on_divergence: as in `EBMStrategy`; if it comes to that on one rank, all do the same with the batch.
+        on_divergence: as in `EBMStrategy`; if it comes to that on one rank, all do the same with the batch. Under
+            gradient accumulation that holds of the micro-batch after which the optimizer steps; of one before it, the
+            rank alone leaves out its own share, or takes it by the other algorithm, as ranks do not wait for each other
+            there. Counts are those of the rank that lost most.
         ddp_options: those of `lightning.pytorch.strategies.DDPStrategy` (`timeout`, `ddp_comm_hook`, `start_method`,
             ...) and, through it, of torch's DDP (`find_unused_parameters`, `gradient_as_bucket_view`, ...).
 
@@ -83,6 +88,16 @@ class EBMDDPStrategy(JointStrategy, DDPStrategy):
             prepare_for_backward(self.model, closure_loss)
         else:
             super().pre_backward(closure_loss)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Lightning's own; within it ranks decide nothing together either."""
+        before, self._accumulating = self._accumulating, True
+        try:
+            with super().block_backward_sync():
+                yield
+        finally:
+            self._accumulating = before
 
     @property
     def _prepares_later(self) -> bool:

@@ -1,8 +1,9 @@
 """What strategies for many devices share: ranks relax by themselves and decide together."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import torch
@@ -12,29 +13,41 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
+from lightning_ebm.delivery import delivered
 from lightning_ebm.errors import ConfigurationError, EBMError, RelaxationDivergedError
 from lightning_ebm.nudges import Strongest
 from lightning_ebm.purity import shadowed
 from lightning_ebm.relaxers import Cheapest
-from lightning_ebm.strategies.base import _FAILED, EnergyStrategy
+from lightning_ebm.strategies.base import EnergyStrategy
 from lightning_ebm.strategies.preemption import Preemption
 
 log = logging.getLogger(__name__)
 
-_TOLD_TO_END = 1
-"""What a rank says that goes on, and has been sent SIGTERM; less than `_FAILED`."""
+
+_DIVERGED, _FAILED = 1, 2
+"""What may come of a batch on a rank: no relaxation, or another error."""
 
 
 class JointStrategy(EnergyStrategy, ParallelStrategy):
     """Relaxes on every rank by itself, in as many steps as its own batch needs, and decides together.
 
-    No collective runs inside a relaxation. When it is over, the ranks agree on whether all of them have an update, in
-    one reduction of one integer: an error on one rank is raised on all of them, where otherwise the others would wait
-    in the reduction of the gradients until the process group times out.
+    No collective runs inside a relaxation, nor in a micro-batch whose gradients are only accumulated. In the one whose
+    gradients are reduced, all that ranks decide together rides on one reduction of a few integers, without a barrier:
+    whether all of them have an update, whether one has been told to end, how many micro-batches were lost, and whether
+    one has found out what relaxer or nudge the others should take. An error on one rank is raised on all of them, where otherwise the others would wait
+    in the reduction of the gradients until the process group times out. A rank whose micro-batch fails while gradients
+    accumulate remembers the error, goes through the user's steps with the others, and tells them at that reduction.
     """
 
     _failed = False
-    _voted = False
+    _accumulating = False
+    """Whether gradients of this micro-batch stay on this rank."""
+    _untold: Exception | None = None
+    """What this rank has failed with since ranks last decided."""
+    _lost = 0
+    """Micro-batches that this rank could not relax since then."""
+    _gave = False
+    """Whether one of them has added to the gradients."""
 
     def learn_by(self, *settings: Any, **options: Any) -> None:
         """See `EnergyStrategy.learn_by`."""
@@ -56,7 +69,8 @@ class JointStrategy(EnergyStrategy, ParallelStrategy):
                 " relax on different energies, and agree on none. Give fixed precisions here, such as those learned on"
                 " one device."
             )
-        self._failed = False
+        self._failed, self._untold = False, None
+        self._lost, self._gave = 0, False
         super().setup(trainer)
 
     def on_train_start(self) -> None:
@@ -65,81 +79,149 @@ class JointStrategy(EnergyStrategy, ParallelStrategy):
         if self._relaxes and self.world_size > 1:
             self._preemption.start()
 
-    def on_train_end(self) -> None:
-        """Lightning's own."""
-        self._preemption.stop()
-        super().on_train_end()
-
     def teardown(self) -> None:
         """Lightning's own; after an error the signal is handled as before, too."""
         self._preemption.stop()
         super().teardown()
 
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """The user's own step; if it fails, the other ranks learn of it in their `backward`."""
-        self._voted = False
+        """The user's own step; if it fails, the other ranks learn of it where they next decide."""
         try:
             output = super().training_step(*args, **kwargs)
-            loss = output.get("loss") if isinstance(output, Mapping) else output
-            skipped = self._diverged is not None  # by all ranks
-            if loss is None and not skipped and self._module.automatic_optimization:  # refused by Lightning
-                self._agree(ConfigurationError("training_step returned None, which many devices cannot skip together."))
         except Exception as error:
-            self._agree(error)
-            raise
+            return self._failed_step(error)
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if loss is None and self._module.automatic_optimization:
+            refusal = ConfigurationError("training_step returned None, which many devices cannot skip together.")
+            if self._defers:
+                return self._failed_step(refusal)
+            self._fail(refusal)  # and Lightning refuses it
         return output
+
+    def _failed_step(self, error: Exception) -> Tensor:
+        """Raises the error, or goes on: Lightning, too, has the ranks meet at every micro-batch."""
+        if not self._defers:
+            self._fail(error)
+            raise error
+        self._remember_failure(error)
+        return torch.full((), math.nan, device=self.root_device, requires_grad=True)
+
+    def on_train_end(self) -> None:
+        """Lightning's own; what failed in micro-batches that no optimizer step came after is told here."""
+        self._preemption.stop()
+        super().on_train_end()
+        if self._untold is not None:
+            raise self._untold
 
     def _surrogate(self, closure_loss: Tensor) -> Tensor | None:
         try:
-            found = super()._surrogate(closure_loss)
+            if self._untold is not None:
+                if self._defers:
+                    return None
+                raise self._untold
+            return super()._surrogate(closure_loss)
         except Exception as error:
-            self._agree(error)
-            raise
-        if found is None:  # on all ranks, of which some may have no backward call
+            if not self._defers:
+                self._fail(error)
+                raise
+            self._remember_failure(error)
             return None
-        self._agree(None)
-        self._choose_together()
-        return found
 
-    def _choose_together(self) -> None:
-        """Every rank comes here after a relaxation: what one of them found out, all go by from now."""
-        if not self._relaxes or self.world_size == 1:
-            return
-        for part in self.algorithm.parts().values():
-            if isinstance(part, Cheapest | Strongest) and not self.reduce_boolean_decision(not part.tried):
+    @property
+    def _defers(self) -> bool:
+        """Whether what fails now is told at a later micro-batch."""
+        return self._accumulating and self._decides and self._module.automatic_optimization
+
+    def _remember_failure(self, error: Exception) -> None:
+        if self._untold is None:
+            self._untold = error
+            self._tell_log(error)
+
+    def _decided(
+        self, surrogate: Tensor | None, error: RelaxationDivergedError | None, closure_loss: Tensor
+    ) -> Tensor | None:
+        """See `EnergyStrategy._decided`; by itself where gradients only accumulate, else with all ranks."""
+        if self._accumulating or not self._decides:
+            found = super()._decided(surrogate, error, closure_loss)
+            self._lost += error is not None
+            self._gave = self._gave or found is not None
+            return found
+        worst, ends, lost, gave, *tried = self._vote(0 if error is None else _DIVERGED)
+        if worst == _FAILED:
+            self._raise_together(error)
+        if ends:
+            self._preemption.act()
+        if lost > self._lost:
+            for _ in range(lost - self._lost):
+                self.learner.policy.count()
+            self._log_counts()
+        self._lost, self._gave = 0, False
+        if worst == _DIVERGED:
+            surrogate = self._otherwise(surrogate, error, closure_loss)
+            if surrogate is not None:
+                if self._vote(0)[0] == _FAILED:  # the other algorithm has no update either
+                    self._raise_together(None)
+            elif gave:  # the gradients of the other micro-batches are still to be reduced
+                surrogate = self._no_update(closure_loss)
+        for part, told in zip(self._choosing, tried, strict=True):
+            if told:
                 part.agree(self.gather(part.tried))
+        return surrogate
 
-    def _worst(self, status: int) -> int:
-        """See `EnergyStrategy._worst`; a collective."""
-        self._voted = True
-        if self.world_size == 1:
-            return status
-        worst = self.reduce(torch.tensor(status, device=self.root_device), reduce_op="max")
-        return int(worst)
+    def _no_update(self, closure_loss: Tensor) -> Tensor:
+        """The loss, with gradients of 0."""
+        parameters = [p for p in self._module.parameters() if p.requires_grad]
+        return delivered(closure_loss.detach(), lambda _: tuple(map(torch.zeros_like, parameters)), parameters)
 
-    def _agree(self, error: Exception | None) -> None:
-        """Every rank comes here once a backward call, with its error if it has one."""
-        if not self._relaxes or self._failed or self.world_size == 1:
+    @property
+    def _decides(self) -> bool:
+        return self._relaxes and self.world_size > 1 and not self._failed
+
+    @property
+    def _choosing(self) -> list[Any]:
+        """Parts of the algorithm that find out on a batch what to do with those to come."""
+        return [part for part in self.algorithm.parts().values() if isinstance(part, Cheapest | Strongest)]
+
+    def _vote(self, status: int) -> list[int]:
+        """The largest on all ranks of the status, and of what else is told; a collective.
+
+        That is whether one has been sent SIGTERM, the number of lost micro-batches, whether any has added to the
+        gradients, and of each choosing part whether it has found out something.
+        """
+        own = [status, self._preemption.came, self._lost, self._gave, *(bool(part.tried) for part in self._choosing)]
+        found = torch.tensor(own, dtype=torch.int64, device=self.root_device)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        return list(map(int, found.tolist()))
+
+    def _fail(self, error: Exception) -> None:
+        """Tells the other ranks, where they next decide, that this one has failed."""
+        if not self._decides:
             return
-        self._failed = error is not None
+        self._failed = True
+        if error is not self._untold:
+            self._tell_log(error)
+        with suppress(Exception):  # if they are gone, its own error counts
+            self._vote(_FAILED)
+            self._gathered(error)
+
+    def _tell_log(self, error: Exception) -> None:
+        """At once: what follows waits for the others."""
+        log.error("Rank %d of %d failed: %s: %s", self.global_rank, self.world_size, type(error).__name__, error)
+
+    def _gathered(self, error: Exception | None) -> list[tuple[str, bool] | None]:
+        """Of each rank what it failed with, and whether that is a divergence. A collective."""
+        text = f"{type(error).__name__}: {error}"
+        return self.gather(None if error is None else (text, isinstance(error, RelaxationDivergedError)))
+
+    def _raise_together(self, error: Exception | None) -> NoReturn:
+        """Raises this rank's own error if it has one, else one that names the ranks that failed."""
+        self._failed = True
+        told = self._gathered(error)
         if error is not None:
-            # At once: what follows waits for the others.
-            log.error("Rank %d of %d failed: %s: %s", self.global_rank, self.world_size, type(error).__name__, error)
-        with suppress(Exception) if error is not None else nullcontext():  # if they are gone, its own error counts
-            if error is not None and not self.learner.policy.raises and not self._voted:
-                self._worst(_FAILED)  # what the others ask first
-            worst = self._worst(_FAILED if error is not None else _TOLD_TO_END if self._preemption.came else 0)
-            if worst == _TOLD_TO_END:
-                self._preemption.act()
-            if worst < _FAILED:
-                return
-            text = f"{type(error).__name__}: {error}"
-            told = self.gather(None if error is None else (text, isinstance(error, RelaxationDivergedError)))
-            if error is None:
-                self._failed = True
-                failed = [f"rank {rank}: {found[0]}" for rank, found in enumerate(told) if found is not None]
-                kind = RelaxationDivergedError if any(found[1] for found in told if found is not None) else EBMError
-                raise kind(f"No rank takes this step, as {len(failed)} of {len(told)} failed. {'; '.join(failed)}")
+            raise error
+        failed = [f"rank {rank}: {found[0]}" for rank, found in enumerate(told) if found is not None]
+        kind = RelaxationDivergedError if any(found[1] for found in told if found is not None) else EBMError
+        raise kind(f"No rank takes this step, as {len(failed)} of {len(told)} failed. {'; '.join(failed)}")
 
     def gather(self, value: Any) -> list[Any]:
         """See `EnergyStrategy.gather`; a collective."""
