@@ -12,9 +12,9 @@ from lightning_ebm.program.calls import clean
 _SKIP = ' on_divergence="skip" leaves out such batches, and counts them.'
 
 
-def holds_nonfinite(batch: Any) -> bool:
-    """Whether a number of a batch is nan or infinite. That may be meant, as in masks."""
-    return any(not bool(torch.isfinite(tensor).all()) for _, tensor in _tensors(batch, ""))
+def floating_tensors(batch: Any) -> list[Tensor]:
+    """The tensors of a batch that may hold nan or infinity. That may be meant, as in masks."""
+    return [tensor for _, tensor in _tensors(batch, "")]
 
 
 def blamed(

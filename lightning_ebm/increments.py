@@ -1,5 +1,6 @@
 """Steps in which states and parameters move at once."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,6 +20,7 @@ def increments(phases: Phases, algorithm: Algorithm) -> Iterator[Sequence[End]]:
     The next states follow from the forces at the parameters of before: both move from one gradient.
     """
     network, relaxer, rule = phases.network, algorithm.relaxer, algorithm.rule
+    network.questions.answered()
     landscape = relaxer.around(phases.landscape)
     nudged = next(phase for phase in rule.phases(algorithm.nudge) if phase.is_nudged)
     strength = nudged.strength.real
@@ -32,7 +34,8 @@ def increments(phases: Phases, algorithm: Algorithm) -> Iterator[Sequence[End]]:
             following = landscape.feasible(move(point, slope.gradients))
         energies.append(slope.total(strength))
         norms.append(force_norm(network, slope.gradients))
-        _check_bounded(relaxer, norms, taken)
+        sizes = torch.stack([norms[-1].norm(), norms[0].norm()])
+        _check_bounded(relaxer, *network.questions.ask(sizes), taken)
         residual = norms[-1] / norms[0].clamp_min(torch.finfo(norms[0].dtype).tiny)
         ends = [
             End(nudged, Relaxation(states, "states", "fixed", steps, residual, energies))
@@ -43,10 +46,10 @@ def increments(phases: Phases, algorithm: Algorithm) -> Iterator[Sequence[End]]:
         point = following
 
 
-def _check_bounded(relaxer: Relaxer, norms: list[Tensor], taken: int) -> None:
-    if not bool(torch.isfinite(norms[-1]).all()) or bool(norms[-1].norm() > 1e3 * norms[0].norm()):
+def _check_bounded(relaxer: Relaxer, now: float, first: float, taken: int) -> None:
+    if not math.isfinite(now) or now > 1e3 * first:
         raise RelaxationDivergedError(
             f"{relaxer!r} ran away at step {taken + 1} of an incremental update: the force grew to"
-            f" {float(norms[-1].norm() / norms[0].norm()):.3g} times its start. States and weights move at once"
+            f" {now / first if first else math.inf:.3g} times its start. States and weights move at once"
             " here; take a smaller step for either."
         )

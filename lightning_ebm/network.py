@@ -23,6 +23,7 @@ from lightning_ebm.passes import Passes, Run, Start
 from lightning_ebm.program.interpreter import Pass
 from lightning_ebm.program.programs import Known
 from lightning_ebm.program.wiring import Plan
+from lightning_ebm.questions import Questions, runs_behind
 from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.samples import by_sample
 from lightning_ebm.top_down import Sent, signals
@@ -61,6 +62,7 @@ class Network(Passes):
         self._known_analytic = False
         self.known: Known | None = None
         """The program, for what holds of all its batches."""
+        self._questions = Questions(runs_behind(start.loss.device))
         energy.check_layers({key.name for key in plan.states})
 
     way: str = "plain"
@@ -75,6 +77,11 @@ class Network(Passes):
 
     conservative: bool = True
     """See `Landscape.conservative`."""
+
+    @property
+    def questions(self) -> Questions:
+        """See `Landscape.questions`."""
+        return self._questions
 
     def begin(self, strengths: Sequence[complex], held: bool = False) -> None:
         """See `Landscape.begin`."""

@@ -48,11 +48,12 @@ class Phases:
         self.free: Relaxation | None = None
         self.ends: list[End] = []
 
-    def relax_freely(self, teaches: bool) -> Relaxation:
+    def relax_freely(self, teaches: bool, answered: bool = True) -> Relaxation:
         """Finds the free equilibrium, from where the algorithm says.
 
         Args:
             teaches: whether the memory of states is to note it.
+            answered: whether it must be known to be one; else `relax` comes next, and reads what waits.
         """
         start: Sequence[Tensor] = self._held(self.network.free)
         if self._memory is not None:
@@ -60,6 +61,8 @@ class Phases:
             start = self._memory.recall(names, start)
         self.free = self._in_states(free_equilibrium(self.landscape, self._algorithm, start))
         self.network.rest_at(self.free.point)
+        if answered or self._memory is not None:
+            self.network.questions.answered()
         if self._memory is not None and teaches:
             self._memory.keep(names, self.free.point)
         return self.free
@@ -83,12 +86,17 @@ class Phases:
             try:
                 with torch.no_grad():
                     found = relaxer.relax(self.landscape.unwatched, self.network.equilibrium, phase.strength)
+                    self.network.questions.answered()
             except RelaxationDivergedError:
                 return "diverged"
             status: str = found.status
             return status
 
-        self._algorithm.nudge.adapt(trial)
+        def looked_at(phase: Phase) -> str:
+            self.network.questions.answered()  # a batch that is spoiled says nothing of the nudge
+            return trial(phase)
+
+        self._algorithm.nudge.adapt(looked_at)
 
     def equilibrium(self, strength: float) -> Relaxation:
         """The states of I + strength L, and nothing read off them."""
@@ -101,12 +109,16 @@ class Phases:
         start = self._held(self.network.free) if free is None else free.point
         self.landscape.begin([strength])
         with torch.no_grad():
-            return self._in_states(self._algorithm.relaxer.relax(self.landscape, start, strength))
+            found = self._algorithm.relaxer.relax(self.landscape, start, strength)
+            self.network.questions.answered()
+            return self._in_states(found)
 
     def _held(self, states: Sequence[Tensor]) -> Sequence[Tensor]:
         return states if self.holding is None else self.holding.put(states)
 
     def _in_states(self, found: Relaxation) -> Relaxation:
+        if found.coordinates == "errors" or self.holding is not None:  # then what is given back is another one
+            self.network.questions.answered()
         return self.network.held(found) if self.holding is None else self.holding.in_states(found)
 
     def relax(self, table: Sequence[Phase], departing: Callable[[], None]) -> None:
@@ -135,6 +147,7 @@ class Phases:
                 with torch.no_grad():
                     together[phase] = self._nudged(phase)
             self.ends.append(End(phase, together[phase]))
+        self.network.questions.answered()
         self._algorithm.nudge.note([end.found.status for end in self.ends if end.phase.is_nudged])
 
     def reports(self) -> list[PhaseReport]:
@@ -165,7 +178,10 @@ class Phases:
         relaxer: Any = self._algorithm.relaxer  # whose strength may be complex where the parts fit
         if not phase.held:  # the start is not held here: the network may let go of it on the way
             found: Relaxation = relaxer.relax(self.landscape, self.network.equilibrium, phase.strength)
-            return found if self.holding is None else self.holding.in_states(found)
+            if self.holding is None:
+                return found
+            self.network.questions.answered()
+            return self.holding.in_states(found)
         start = self.network.equilibrium
         slopes, point = self.network.loss_slopes(start), list(start)
         for k in self.network.outputs:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.arithmetic import Arithmetic
-from lightning_ebm.blame import blamed, holds_nonfinite, spoils
+from lightning_ebm.blame import blamed, floating_tensors, spoils
 from lightning_ebm.closure import Closure, check_finite, checked_loss, is_number
 from lightning_ebm.coverage import check_coverage
 from lightning_ebm.delivery import average_of, delivered
@@ -26,6 +26,7 @@ from lightning_ebm.program.programs import Found
 from lightning_ebm.program.recorder import Recorder, TakesCare
 from lightning_ebm.program.wiring import Plan, named_gradients
 from lightning_ebm.purity import untouched
+from lightning_ebm.questions import Questions
 from lightning_ebm.recorded import Recorded
 from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.report import PhaseReport
@@ -109,8 +110,9 @@ class Step:
                 yield
             return
         with self._blaming(None):
-            self._check_batch()
-            free = self._begun().relax_freely(self._teaches)
+            phases = self._begun()
+            self._check_finite(phases.network.questions, None)
+            free = phases.relax_freely(self._teaches)
         replaced = in_place_of_layers(self._pass().program, free.point, self._recorder)
         with programs.recording(self._recorder, replaced), self._arithmetic.derivatives(), told_of_states_in_place():
             yield
@@ -196,6 +198,7 @@ class Step:
         """Nothing can relax: the loss depends on parameters directly, or on no sample."""
         recorded = self._pass()
         assert recorded.loss is not None
+        self._check_finite(Questions(), recorded.loss)
         self._setup.remember([str(key) for key in recorded.plan.states], [], recorded.loss, "plain")
         return recorded.program.uncut() * scale
 
@@ -212,6 +215,7 @@ class Step:
         assert self._recorder is not None
         self._recorded = Recorded.of(setup.programs.without_loss(self._recorder), self._recorder, None)
         network, phases = self._settled(), self._phases
+        network.questions.answered()
         assert phases is not None
         assert phases.free is not None
         share = scale * (1 if setup.loss_reduction == "sum" else 1 / network.batch_size)
@@ -271,21 +275,33 @@ class Step:
         if self._phases is None:
             found = self._setup.programs.of(self._recorder, loss, partial=not self._owns_recorder)
             self._recorded = Recorded.of(found, self._recorder, loss)
-        check_finite(loss)
-        if self._phases is None:
-            self._check_batch()
 
     def _opened(self, loss: Tensor) -> Network:
         """The network of this step, relaxed to its free equilibrium."""
+        loss = loss if self._raw_loss is None else self._raw_loss
         if self._phases is None:
-            return self._settled()
-        # Its states are in place in the user's pass.
-        return self._at_equilibrium(self._phases.network, loss if self._raw_loss is None else self._raw_loss)
+            return self._settled(loss)
+        network = self._at_equilibrium(self._phases.network, loss)  # its states are in place in the user's pass
+        self._check_finite(network.questions, loss)
+        return network
 
-    def _check_batch(self) -> None:
-        """Refuses a batch with nan or inf in it that a gradient does not survive: others may be meant, as in masks."""
-        if holds_nonfinite(self._given()) and spoils(self.true_gradients()):
-            raise RelaxationDivergedError("The batch holds numbers that are not finite, and no gradient survives them.")
+    def _check_finite(self, questions: Questions, loss: Tensor | None) -> None:
+        """Refuses a loss that is nan or infinite, and such a batch if no gradient survives it: it may be meant so."""
+        questions.gathers = questions.rarely
+        suspects = [*floating_tensors(self._given()), *([] if loss is None else [loss.detach()])]
+        if not suspects:
+            return
+
+        def refuse(finite: list[float]) -> None:
+            if loss is not None and not finite[-1]:
+                check_finite(loss)
+            if not all(finite) and spoils(self.true_gradients()):
+                raise RelaxationDivergedError(
+                    "The batch holds numbers that are not finite, and no gradient survives them."
+                )
+
+        home = suspects[-1].device  # a batch may hold tensors that stay on the host
+        questions.later(torch.stack([torch.isfinite(s).all().to(home, non_blocking=True) for s in suspects]), refuse)
 
     def _given(self) -> Any:
         """What the module is trained on, as far as that is known."""
@@ -341,15 +357,22 @@ class Step:
         if self._recorder is not None and self._owns_recorder:
             self._recorder.contents.undo()
 
-    def _settled(self) -> Network:
+    def _settled(self, loss: Tensor | None = None) -> Network:
+        """The network at its free equilibrium; `_relaxed` comes next.
+
+        Args:
+            loss: to be checked; None where that has been done.
+        """
         recorded = self._pass()
         phases = self._begun()
+        if loss is not None:
+            self._check_finite(phases.network.questions, loss)
         if recorded.is_empty:
             return phases.network
         if self._setup.is_free_forward(recorded.plan):
             phases.rest()
         else:
-            phases.relax_freely(self._teaches)
+            phases.relax_freely(self._teaches, answered=False)
         return phases.network
 
     def _begun(self) -> Phases:

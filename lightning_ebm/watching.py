@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_ebm.evaluations import Around, Coordinates, Evaluation, Landscape, ResponseForces, Slope
 from lightning_ebm.evaluations.base import Result
+from lightning_ebm.questions import Questions
 from lightning_ebm.stamps import Stamps, stamps
 
 
@@ -107,6 +108,11 @@ class Recording(Around):
         self._phase = _Phase()
         self._together: dict[complex, _Phase] = {}
         self.traces: list[Trace] = []
+        self._questions = Questions()  # nobody is to see steps in vain
+
+    @property
+    def questions(self) -> Questions:
+        return self._questions
 
     def begin(self, strengths: Sequence[complex], held: bool = False) -> None:
         """The next questions belong to new phases; those of a held one are asked at strength 0."""

@@ -1,12 +1,14 @@
 """Landscapes written out by hand: what they know by name, asked by the one question that relaxers ask."""
 
 from lightning_ebm.evaluations import BestResponses, Energy, ErrorForces, Forces
+from lightning_ebm.questions import Questions
 
 
 class ByHand:
     """Sends each kind of question to the method that a subclass has for it."""
 
     conservative = True
+    questions = Questions()
 
     @property
     def unwatched(self):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 from torch import Tensor
 
 from lightning_ebm.evaluations.slope import Slope
+from lightning_ebm.questions import Questions
 
 if TYPE_CHECKING:
     from lightning_ebm.network import Network
@@ -108,6 +109,10 @@ class Landscape(Protocol):
         """Where states meet weights: what feedback operators may take the place of."""
 
     @property
+    def questions(self) -> Questions:
+        """Through which a relaxer reads numbers off the device."""
+
+    @property
     def no_errors(self) -> Sequence[Tensor]:
         """e = 0, where descent on errors starts; the network knows these very tensors and runs no pass for them."""
 
@@ -193,6 +198,11 @@ class Around:
     def weight_products(self) -> "Sequence[Product]":
         """See `Landscape.weight_products`."""
         return self.inner.weight_products
+
+    @property
+    def questions(self) -> Questions:
+        """See `Landscape.questions`."""
+        return self.inner.questions
 
     @property
     def no_errors(self) -> Sequence[Tensor]:

@@ -1,6 +1,5 @@
 """Odd-even sweeps as the slopes of conjugate gradients."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from lightning_ebm import checked
 from lightning_ebm.evaluations import Energy, Landscape
 from lightning_ebm.relaxers.base import checked_tol, force_norm
-from lightning_ebm.relaxers.fixed_point import ended, looked_at, ran_away, rounding_of
+from lightning_ebm.relaxers.fixed_point import ended, ran_away, rounding_of
 from lightning_ebm.relaxers.sweeping import SweepingRelaxer, Sweeps
 
 _FURTHEST = 1e3
@@ -79,39 +78,91 @@ class AcceleratedFixedPoint(SweepingRelaxer):
         return True  # conjugate gradients
 
     def sweeps(self, landscape: Landscape, point: list[Tensor], strength: complex) -> Sweeps:
-        halves = self.groups(landscape)
+        halves, questions = self.groups(landscape), landscape.questions
         search = _Search(landscape, halves[-1])
-        energies, bound = [landscape.evaluate(Energy(), point, strength)], math.inf
+        energies = [landscape.evaluate(Energy(), point, strength)]
+        going: _Going | None = None
         for steps in range(1, self.max_steps + 1):  # read after the loop
             before, point = point, (yield point)
+            if going is not None:
+                point = going.stays(before, point)
             moved = [y - x for x, y in zip(before, point, strict=True)]
             norm = force_norm(landscape, moved)
-            if steps == 1:
-                first, settled_at = norm, (self.tol * norm).maximum(rounding_of(landscape, point))
-            failed = False
-            if search.elsewhere is None:
-                left, largest = looked_at(norm, settled_at)
-                bound = 1e6 * max(largest, 1.0) if steps == 1 else bound
-                moving, diverged = not left <= 0, not largest <= bound  # nan is both
-            else:
-                lost = search.elsewhere & ~(norm <= 10 * first)
-                away = ~(norm <= bound) & ~lost
-                moving, diverged, failed = torch.stack([~(norm <= settled_at), away, lost]).any(1).tolist()
-            if diverged:
-                raise ran_away(self, landscape, strength, steps, before, point)
+            if going is None:
+                settled_at = (self.tol * norm).maximum(rounding_of(landscape, point))
+                going = _Going(norm, settled_at, stays=questions.rarely and self.tol > 0)
+            norm = going.note(norm, steps, search.elsewhere)
+            last = steps == self.max_steps
+            asked = last or questions.is_due(steps)
+            if asked:
+                moving, away, failed, taken = questions.ask(going.numbers())
+                if away:
+                    sizes = [float(m.norm()) for m in moved]
+                    raise ran_away(self, landscape, strength, int(taken), sizes)
             step, searching = _Sweep(moved, point, norm), norm
-            if failed:
-                step = search.without(step, lost)
+            # Where nobody was asked, samples that are lost are looked for in vain.
+            if going.lost is not None and (failed if asked else True):
+                step = search.without(step, going.lost)
                 point, norm = step.ended, step.norm
-                searching = norm.where(~lost, 0.0)  # lost ones start anew
-            if steps == self.max_steps or (self.tol and not moving):
+                searching = norm.where(~going.lost, 0.0)  # lost ones start anew
+            if last or (self.tol and asked and not moving):
                 break
             if len(halves) > 1 or steps > _ALONE:
                 point = search.onwards(step, ~(searching <= settled_at))
+        assert going is not None
         settled = not failed and not moving  # of a mixture of two sweeps nobody has measured anything
-        del search, step, moved
+        first = going.first
+        del search, step, moved, going
         energies.append(landscape.evaluate(Energy(), point, strength))
-        return ended(point, steps, norm, first, settled, self.tol, energies)
+        return ended(point, int(taken), norm, first, settled, self.tol, energies)
+
+
+class _Going:
+    """How the samples are getting on, on the device.
+
+    Args:
+        first: how far the first sweep moved each sample, ``(B,)``.
+        settled_at: below which a sample has settled.
+        stays: whether nothing is to move any more once all have settled, or states ran away.
+    """
+
+    def __init__(self, first: Tensor, settled_at: Tensor, stays: bool) -> None:
+        self.first = first
+        self.lost: Tensor | None = None
+        """Which samples came back with nan, or ten times the first residual; None where none can have."""
+        self._settled_at, self._stays = settled_at, stays
+        self._bound = 1e6 * first.amax().clamp_min(1.0)
+        self._norm = first
+        self._moving = self._away = first.new_zeros((), dtype=torch.bool)
+        self._taken: int | Tensor = 0
+
+    @property
+    def _over(self) -> Tensor:
+        return ~self._moving | self._away
+
+    def stays(self, before: list[Tensor], after: list[Tensor]) -> list[Tensor]:
+        """The point to go on from: where all was over before the last sweep, the one that this began at."""
+        return [torch.where(self._over, x, y) for x, y in zip(before, after, strict=True)] if self._stays else after
+
+    def note(self, norm: Tensor, steps: int, elsewhere: Tensor | None) -> Tensor:
+        """One more sweep; by how much it moved each sample, or the one after which all was over did."""
+        if self._stays and steps > 1:
+            over = self._over
+            norm, self._taken = torch.where(over, self._norm, norm), torch.where(over, self._taken, steps)
+        else:
+            self._taken = steps
+        away = ~(norm <= self._bound)  # nan is not
+        if elsewhere is not None:
+            self.lost = elsewhere & ~(norm <= 10 * self.first)
+            away = away & ~self.lost
+        self._norm, self._moving, self._away = norm, (~(norm <= self._settled_at)).any(), away.any()
+        return norm
+
+    def numbers(self) -> Tensor:
+        """Whether samples are moving, whether states ran away, whether any are lost, and how many sweeps there were."""
+        lost = torch.zeros_like(self._moving) if self.lost is None else self.lost.any()
+        taken = torch.as_tensor(self._taken, dtype=self.first.dtype, device=self.first.device)
+        return torch.stack([n.to(taken) for n in (self._moving, self._away, lost, taken)])
 
 
 @dataclass
@@ -139,9 +190,10 @@ class _Search:
         self._slope: list[Tensor] = []  # r(x), of `layers`
         self._ahead: list[Tensor] = []  # p, of `layers`
         self._behind: list[Tensor] = []  # the p before
-        self._descent = torch.zeros(())  # <r, p> at the x before
-        self._longest = torch.full((), _FURTHEST)  # alpha that each sample may take
-        self._least = torch.full((), torch.inf)  # residual of each sample where it started anew
+        device = landscape.no_errors[0].device
+        self._descent = torch.zeros((), device=device)  # <r, p> at the x before
+        self._longest = torch.full((), _FURTHEST, device=device)  # alpha that each sample may take
+        self._least = torch.full((), torch.inf, device=device)  # residual of each sample where it started anew
         self.elsewhere: Tensor | None = None
         """Which samples were sent elsewhere than the last sweep went; None before any was."""
 

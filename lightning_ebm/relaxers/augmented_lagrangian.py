@@ -84,6 +84,8 @@ class AugmentedLagrangian(Relaxer):
                 found = self.inner.relax(shifted, point, strength)
                 point = found.point
                 read = shifted.evaluate(PredictionErrors(), point, strength)
+            if not self.inner.tol:
+                landscape.questions.answered()
             # e is what the constraint is off by, m + e the slope of the bracket in the prediction
             multipliers = [m + self.dual_lr * (r - m) for m, r in zip(multipliers, read, strict=True)]
             steps += found.steps

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.evaluations import Slope
-from lightning_ebm.relaxers.base import Status, force_norm
+from lightning_ebm.relaxers.base import Relaxation, Status, force_norm
 from lightning_ebm.relaxers.descent import Descent, Task
 
+_ENDS: tuple[Status, ...] = ("max_steps", "converged", "kink", "stalled")
 _MEMORY = 3
 """Energies that a new one is compared with: steps across a kink may rise for once and lead lower."""
 
@@ -37,26 +38,53 @@ class BarzilaiBorwein(Descent):
         super().__init__(task)
         self.longest = longest
         self.step_size = torch.full_like(self.norm, self.lr)
-        self.measured = True
+        self.measured = torch.ones_like(self.energy, dtype=torch.bool)
         """Whether the energy is that of the point, and not of two between which samples were chosen."""
+        self.end = torch.zeros_like(self.energy)
+        """0 while it goes on, then which of `_ENDS` came first; it stays where it is from then on."""
+        self.taken = torch.zeros_like(self.energy)
+        """Steps until then."""
 
     @property
     def active(self) -> Tensor:
-        """See `Descent.active`; without those that run away."""
-        return super().active & (self.norm <= self.most_force * self.first)
+        """See `Descent.active`; without those that run away, and none when it is over."""
+        return super().active & (self.norm <= self.most_force * self.first) & (self.end == 0)
 
-    def status(self, max_steps: int) -> Status | None:
-        """See `Descent.status`."""
-        found = super().status(max_steps)
-        if found is not None and not self.measured:
+    def run(self, max_steps: int) -> Relaxation:
+        """Steps until it is over, and asks whether it is as often as `Questions` says."""
+        questions = self.landscape.questions
+        while True:
+            last = self.steps >= max_steps
+            self._judge(last)
+            if last or questions.is_due(self.steps):
+                numbers = [self.end, self.taken, self.measured, self.ran_away.any()]
+                end, taken, measured, away = questions.ask(torch.stack([n.to(self.energy) for n in numbers]))
+                if end or last:
+                    break
+            self.step()
+        if away:
+            raise self.diverged()
+        if not measured:
             _, self.energy = self.evaluate(self.point)
-            self.energies[-1], self.measured = self.energy, True
-        return found
+        self.steps = int(taken)
+        energies = [*self.energies[: self.steps], self.energy]
+        status = _ENDS[int(end)]
+        return Relaxation(self.point, self.coordinates, status, self.steps, self.residual, energies)
+
+    def _judge(self, last: bool) -> None:
+        """Whether it is over, as `Descent.status` says, decided on the device."""
+        found = self.active.any().logical_not().to(self.energy)
+        judged = None if last else self.gain_left.judged(self.gained, self.tol, (self.tol / 10) ** 2)
+        if judged is not None:
+            kink, stalled = judged
+            found = torch.where(found > 0, found, torch.where(kink, 2, torch.where(stalled, 3, 0)).to(found))
+        self.end = torch.where(self.end > 0, self.end, found)
 
     def step(self) -> None:
         """One trial: kept where it went well, and another step size for the next."""
         active, point, gradients = self.active, self.point, self.gradients
         self.steps += 1
+        self.taken = self.taken + (self.end == 0)
         reach = torch.where(active, self.step_size, 0)
         trial = self._ahead(point, reach)
         if self.coordinates == "errors" and point[0] is not self.start[0]:
@@ -67,9 +95,9 @@ class BarzilaiBorwein(Descent):
         slope_ahead = self._slope_ahead(forces.gradients, gradients, point, trial, reach)
         curvature = (slope_ahead - slope) / (reach * self.norm).square()
         overshot = active & ~(slope_ahead <= 0.9 * slope.abs())  # nan counts
-        rose = not bool(reached <= torch.stack(self.energies[-_MEMORY:]).amax() + self.noise(forces))
-        if rose and not bool(overshot.any()):
-            overshot = active  # over a hump the forces do not tell whose energy it was: all are more careful
+        rose = ~(reached <= torch.stack(self.energies[-_MEMORY:]).amax() + self.noise(forces))
+        # Over a hump the forces do not tell whose energy it was: all are more careful.
+        overshot = torch.where(rose & ~overshot.any(), active, overshot)
         kept = active & ~overshot
         gained = -torch.where(kept, 0.5 * (slope + slope_ahead), 0).sum()
         self._keep(trial, forces, reached, self.energy - gained, reach, kept)
@@ -102,9 +130,10 @@ class BarzilaiBorwein(Descent):
         self, trial: list[Tensor], forces: Slope, reached: Tensor, expected: Tensor, reach: Tensor, kept: Tensor
     ) -> None:
         """Goes where the trial went, for the samples that keep it; the others go back by `reach` times their force."""
-        if not bool((reach > 0).logical_and(~kept).any()):
+        whole = (reach > 0).logical_and(~kept).any().logical_not()
+        if not self.landscape.questions.rarely and bool(whole):
             # These very tensors: the network still holds their pass.
-            self.point, self.gradients, self.energy, self.measured = trial, forces.gradients, reached, True
+            self.point, self.gradients, self.energy, self.measured = trial, forces.gradients, reached, whole
         else:
             back = self.landscape.spread(torch.where(kept, 0, reach), trial)
             masks = self.landscape.spread(kept, trial)
@@ -115,5 +144,5 @@ class BarzilaiBorwein(Descent):
                 self.point = [torch.addcmul(y, s, g) for y, s, g in zip(trial, back, self.gradients, strict=True)]
             for k, m in enumerate(masks):
                 self.gradients[k] = torch.where(m, forces.gradients[k], self.gradients[k])
-            self.energy, self.measured = expected, False
+            self.energy, self.measured = torch.where(whole, reached, expected), whole
         self.norm = force_norm(self.landscape, self.gradients)

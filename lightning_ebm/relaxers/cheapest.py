@@ -155,6 +155,7 @@ class Cheapest(Relaxer):
         failed: bool = False,
     ) -> list[Relaxation]:
         """Tries all of them; what the chosen ones find."""
+        landscape.questions.answered()  # a batch that is spoiled is no candidate's fault
         # Whoever watches is shown the chosen ones alone, which therefore go once more.
         unwatched = landscape.unwatched
         limit, trials = math.inf, []

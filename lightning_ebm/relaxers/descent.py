@@ -112,13 +112,25 @@ class Descent(ABC):
         Raises:
             RelaxationDivergedError: forces grew without end.
         """
-        residual = self.norm / self.first.clamp_min(torch.finfo(self.first.dtype).tiny)
+        if bool(self.ran_away.any()):
+            raise self.diverged()
+        return Relaxation(self.point, self.coordinates, status, self.steps, self.residual, self.energies)
+
+    @property
+    def residual(self) -> Tensor:
+        """Force over the first force, ``(B,)``."""
+        return self.norm / self.first.clamp_min(torch.finfo(self.first.dtype).tiny)
+
+    @property
+    def ran_away(self) -> Tensor:
+        """Which samples did, ``(B,)``."""
         # At a positive nudge the energy is bounded below, and a kink may push harder than the start did.
         limit = 10.0 if self.strength < 0 else self.most_force
-        ran_away = ~(residual <= limit) & ((self.norm > self.settled_at) | ~self.norm.isfinite())
-        if bool(ran_away.any()):
-            raise self._ran_away(residual, int(ran_away.sum()))
-        return Relaxation(self.point, self.coordinates, status, self.steps, residual, self.energies)
+        return ~(self.residual <= limit) & ((self.norm > self.settled_at) | ~self.norm.isfinite())
+
+    def diverged(self) -> RelaxationDivergedError:
+        """The error that says so."""
+        return self._ran_away(self.residual, int(self.ran_away.sum()))
 
     def _ran_away(self, residual: Tensor, samples: int) -> RelaxationDivergedError:
         sizes = [float(gradient.norm()) for gradient in self.gradients]

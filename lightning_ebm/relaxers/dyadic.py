@@ -48,7 +48,9 @@ class Dyadic(Relaxer):
         mean = list(start)
         del start  # nobody else may have to hold it
         energies: list[Tensor] = []
+        questions = landscape.questions
         steps = 0
+        over = taken = torch.zeros((), device=mean[0].device)
         while True:
             ahead, behind, forces = landscape.evaluate(DyadicStates(), mean, strength)
             if not steps:
@@ -56,13 +58,19 @@ class Dyadic(Relaxer):
             norm = force_norm(landscape, forces.gradients)
             apart = force_norm(landscape, (p - q for p, q in zip(ahead, behind, strict=True)))
             settled = norm <= max(self.tol, 4 * landscape.rounding) * apart
-            if steps == self.max_steps or (self.tol and bool(settled.all())):
+            last = steps == self.max_steps
+            if self.tol:
+                taken = torch.where(over > 0, taken, steps)
+                over = settled.all().to(taken)
+                if last or questions.is_due(steps):
+                    arrived, needed = questions.ask(torch.stack([over, taken]))
+                    last = last or arrived > 0
+            if last:
                 break
             steps += 1
-            if self.tol and steps > 1:  # samples that have settled stay where their drives were read
-                masks = landscape.spread(settled, mean)
-            else:
-                masks = landscape.spread(torch.zeros_like(settled), mean)
+            # Samples that have settled stay where their drives were read; at first only if all have.
+            stay = settled if self.tol and steps > 1 else settled & (over > 0)
+            masks = landscape.spread(stay, mean)
             del ahead, behind  # as large as the means, each: not held through the next round
             for k, (mask, gradient) in enumerate(zip(masks, forces.gradients, strict=True)):
                 mean[k] = torch.where(mask, mean[k], mean[k] - gradient)
@@ -70,5 +78,7 @@ class Dyadic(Relaxer):
         if steps:
             energies.append(forces.total(strength))
         residual = norm / apart.clamp_min(torch.finfo(norm.dtype).tiny)
-        status: Status = "fixed" if not self.tol else "converged" if bool(settled.all()) else "max_steps"
+        status: Status = "fixed"
+        if self.tol:
+            steps, status = int(needed), "converged" if arrived else "max_steps"
         return Relaxation(mean, "states", status, max(steps, 1), residual, energies, dyadic_states=(ahead, behind))

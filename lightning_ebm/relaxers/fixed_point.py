@@ -79,33 +79,95 @@ class FixedPoint(SweepingRelaxer):
         return halves_of(landscape.depths) if self.order == "odd-even" else [list(range(len(landscape.depths)))]
 
     def sweeps(self, landscape: Landscape, point: list[Tensor], strength: complex) -> Sweeps:
+        questions = landscape.questions
         energies = [landscape.evaluate(Energy(), point, strength)]
-        first = norm = settled_at = energies[0].new_empty(0)
-        left = 0.0
+        seen: _Seen | None = None
         for steps in range(1, self.max_steps + 1):  # read after the loop
             before, point = point, (yield point)
-            if not self.tol and steps % _LOOK_AT and steps not in (1, self.max_steps):
+            last = steps == self.max_steps
+            if not self.tol and not last and (questions.rarely or steps % _LOOK_AT) and steps != 1:
                 continue
-            norm = force_norm(landscape, [y - x for x, y in zip(before, point, strict=True)])
+            moved = [y - x for x, y in zip(before, point, strict=True)]
+            norm = force_norm(landscape, moved)
             if self.damping:
                 norm = norm / (1 - self.damping)
-            if steps == 1:
-                first, settled_at = norm, (self.tol * norm).maximum(rounding_of(landscape, point))
-            left, largest = looked_at(norm, settled_at)
-            if steps == 1:
-                bound = 1e6 * max(largest, 1.0)
-            if not largest <= bound:  # nan is not
-                raise ran_away(self, landscape, strength, steps, before, point)
-            if self.tol and left <= 0:
+            if seen is None:
+                settled_at = (self.tol * norm).maximum(rounding_of(landscape, point))
+                seen = _Seen(norm, settled_at, stays=questions.rarely and self.tol > 0)
+            else:
+                point = seen.note(norm, steps, before, point)
+            if last and not self.tol:
                 break
+            if last or questions.is_due(steps):
+                left, away, grew, taken = questions.ask(seen.numbers(last))
+                if away:
+                    raise ran_away(self, landscape, strength, int(taken), [float(m.norm()) for m in moved])
+                if self.tol and left <= 0:
+                    break
+        assert seen is not None
         energies.append(landscape.evaluate(Energy(), point, strength))
-        return ended(point, steps, norm, first, left <= 0, self.tol, energies)
+        residual = seen.norm / seen.first.clamp_min(torch.finfo(seen.norm.dtype).tiny)
+        if self.tol:
+            status = _status(left, grew, self.tol)
+            return Relaxation(point, "states", status, int(taken), residual, energies)
+        found = Relaxation(point, "states", "fixed", steps, residual, energies)
+
+        def check(numbers: list[float]) -> None:
+            left, away, grew, _, *sizes = numbers
+            if away:
+                raise ran_away(self, landscape, strength, steps, sizes)
+            found.status = _status(left, grew, self.tol)
+
+        questions.later(torch.cat([seen.numbers(True), torch.stack([m.norm().to(norm) for m in moved])]), check)
+        return found
 
 
-def looked_at(norm: Tensor, settled_at: Tensor) -> tuple[float, float]:
-    """By how much the sample that is furthest from it has not settled, and the largest norm: nan where one is."""
-    left, largest = torch.stack([(norm - settled_at).amax(), norm.amax()]).tolist()  # asked of the device once
-    return left, largest
+class _Seen:
+    """What the sweeps of one relaxation have shown so far, on the device.
+
+    Args:
+        norm: how far the first one moved each sample, ``(B,)``.
+        settled_at: below which a sample has settled.
+        stays: whether nothing is to move any more once all samples have settled, or states ran away.
+    """
+
+    def __init__(self, norm: Tensor, settled_at: Tensor, stays: bool) -> None:
+        self.first = self.norm = norm
+        self._settled_at = settled_at
+        self._bound = 1e6 * norm.amax().clamp_min(1.0)
+        self._stays = stays
+        self._taken: int | Tensor = 1
+
+    @property
+    def _away(self) -> Tensor:
+        return ~(self.norm.amax() <= self._bound)  # nan is not
+
+    def note(self, norm: Tensor, steps: int, before: list[Tensor], after: list[Tensor]) -> list[Tensor]:
+        """One more sweep, which led from one point to another; the point to go on from."""
+        if not self._stays:
+            self.norm, self._taken = norm, steps
+            return after
+        over = (self.norm <= self._settled_at).all() | self._away
+        self.norm = torch.where(over, self.norm, norm)
+        self._taken = torch.where(over, self._taken, steps)
+        return [torch.where(over, x, y) for x, y in zip(before, after, strict=True)]
+
+    def numbers(self, last: bool) -> Tensor:
+        """What is asked; of a growth only at the end.
+
+        They are how far the last sample is from having settled, whether states ran away, whether the last sweep moved
+        more than the first, and how many sweeps there were.
+        """
+        left = (self.norm - self._settled_at).amax()
+        grew = self.norm.norm() > self.first.norm() if last else torch.zeros_like(left)
+        taken = torch.as_tensor(self._taken, dtype=left.dtype, device=left.device)
+        return torch.stack([left, self._away.to(left), grew.to(left), taken])
+
+
+def _status(left: float, grew: float, tol: float) -> Status:
+    """A last residual above the first is no equilibrium, whatever was asked for."""
+    settled = left <= 0
+    return "max_steps" if grew and not settled else "fixed" if not tol else "converged" if settled else "max_steps"
 
 
 def ended(
@@ -141,10 +203,9 @@ def rounding_of(landscape: Landscape, point: Sequence[Tensor]) -> Tensor:
 
 
 def ran_away(
-    owner: Relaxer, landscape: Landscape, strength: complex, steps: int, before: list[Tensor], point: list[Tensor]
+    owner: Relaxer, landscape: Landscape, strength: complex, steps: int, sizes: Sequence[float]
 ) -> RelaxationDivergedError:
-    """The error that names the layer that ran furthest."""
-    sizes = [float((y - x).norm()) for x, y in zip(before, point, strict=True)]
+    """The error that names the layer that the last sweep moved furthest, given by how much it moved each."""
     worst = landscape.names[max(range(len(sizes)), key=lambda k: sizes[k] if sizes[k] == sizes[k] else float("inf"))]
     return RelaxationDivergedError(
         f"{type(owner).__name__} ran away at nudge {strength:g} after {steps} steps, layer {worst!r} furthest: with"

@@ -51,7 +51,9 @@ class FixedPrediction(Relaxer):
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
         errors = [error.clone() for error in landscape.no_errors]
+        questions = landscape.questions
         energies, norms, steps = [], [], 0
+        over = taken = torch.zeros((), device=errors[0].device)
         while True:
             forces = landscape.evaluate(FrozenForces(), errors, strength)
             energies.append(forces.total(strength))
@@ -59,11 +61,23 @@ class FixedPrediction(Relaxer):
             size = landscape.norms(errors)
             # Not against the first force: it may be the smallest, and grow on its way down.
             settled = norms[-1] <= max(self.tol, 4 * landscape.rounding) * size.maximum(norms[0])
-            if steps == self.max_steps or (self.tol and bool(settled.all())):
+            last = steps == self.max_steps
+            if self.tol:
+                taken = torch.where(over > 0, taken, steps)
+                over = settled.all().to(taken)
+                if last or questions.is_due(steps):
+                    arrived, needed = questions.ask(torch.stack([over, taken]))
+                    last = last or arrived > 0
+            if last:
                 break
             steps += 1
-            errors = moved(errors, forces.gradients, self.lr)
+            ahead = moved(errors, forces.gradients, self.lr)
+            stays = questions.rarely and self.tol  # where all have settled, until somebody asks
+            errors = [torch.where(over > 0, x, y) for x, y in zip(errors, ahead, strict=True)] if stays else ahead
         residual = norms[-1] / norms[0].clamp_min(torch.finfo(norms[0].dtype).tiny)
-        status: Status = "fixed" if not self.tol else "converged" if bool(settled.all()) else "max_steps"
+        status: Status = "fixed"
+        if self.tol:
+            steps, status = int(needed), "converged" if arrived else "max_steps"
+            del energies[steps + 1 :]
         point = list(landscape.no_errors)
         return Relaxation(point, "errors", status, steps, residual, energies, local_error=errors)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_ebm.errors import RelaxationDivergedError
 from lightning_ebm.evaluations import Coordinates, DescentStep, Landscape
 from lightning_ebm.evaluations.descent_step import Left, forces_in, moved
-from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, as_complex, force_norm
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, as_complex, force_norm
 
 Move = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 """The next point from a point and the gradient there."""
@@ -62,10 +62,18 @@ def fixed_steps(
             each = energies.unbind()
         each[step].copy_(left.energy)
         del left
-    rose = _check(owner, landscape, coordinates, move, point, strength, lr, energies, norms)
-    status: Status = "max_steps" if rose else "fixed"
     residual = norms[-1] / norms[0].clamp_min(torch.finfo(norms[0].dtype).tiny)
-    return Relaxation(list(point), coordinates, status, max_steps, residual, each)
+    found = Relaxation(list(point), coordinates, "fixed", max_steps, residual, each)
+
+    def check(numbers: list[float]) -> None:
+        here = list(found.point)
+        if _rose(owner, landscape, coordinates, move, here, strength, max_steps, lr, norms[0].dtype, numbers):
+            found.status = "max_steps"
+
+    # Of the batch, so that one sample at rest from the start does not divide by nothing.
+    sizes = torch.linalg.vector_norm(torch.stack(norms), dim=1)
+    landscape.questions.later(torch.cat([energies, sizes]), check)  # all that is asked, at once
+    return found
 
 
 def _moved_by(
@@ -83,18 +91,19 @@ def _moved_by(
     return Left(slope.total(strength), norm, landscape.feasible(ahead) if coordinates == "states" else ahead)
 
 
-def _check(
+def _rose(
     owner: Relaxer,
     landscape: Landscape,
     coordinates: Coordinates,
     move: Move | None,
     point: list[Tensor],
     strength: complex,
+    max_steps: int,
     lr: float,
-    energies: Tensor,
-    norms: Sequence[Tensor],
+    dtype: torch.dtype,
+    numbers: Sequence[float],
 ) -> bool:
-    """Refuses a runaway; whether the energy rose."""
+    """Refuses a runaway, given the energies and the forces of the batch; whether the energy rose."""
 
     def onwards(count: int) -> list[tuple[list[Tensor], list[Tensor]]]:
         """Points and gradients from the last point on: only a suspect relaxation is looked at that closely."""
@@ -106,13 +115,8 @@ def _check(
             found.append((here, landscape.evaluate(kind, here, strength).gradients))
         return found
 
-    tiny = torch.finfo(norms[0].dtype).tiny
-    # Of the batch, so that one sample at rest from the start does not divide by nothing.
-    sizes = torch.linalg.vector_norm(torch.stack(list(norms)), dim=1)
-    numbers = torch.cat([energies, sizes]).tolist()  # all that is asked, at once
-    max_steps = len(energies) - 1
     before, after, force = numbers[0], numbers[max_steps], numbers[max_steps + 1 :]
-    growth = force[-1] / max(force[0], tiny)
+    growth = force[-1] / max(force[0], torch.finfo(dtype).tiny)
     # At a negative nudge the energy may fall without bound, and only the growing force tells.
     room = max(1e-4, 16 * landscape.rounding) * abs(before) + 16 * landscape.rounding * landscape.batch_size
     rose = not isinstance(strength, complex) and strength >= 0 and after > before + room

@@ -50,6 +50,12 @@ class GainLeft:
             at_kinks: the fraction, if a kink is what keeps forces from vanishing.
             elsewhere: the fraction, if nothing is.
         """
+        found = self.judged(gained, at_kinks, elsewhere)
+        kink, over = (False, False) if found is None else found.tolist()
+        return "kink" if kink else "stalled" if over else None
+
+    def judged(self, gained: Tensor, at_kinks: float, elsewhere: float) -> Tensor | None:
+        """Whether it is at a kink, and whether it has stalled, as `verdict`; None where it is too early to tell."""
         if len(self._promised) <= self._window or self._least is None:
             return None
         promised, squares = torch.stack(self._promised), torch.stack(self._squares)
@@ -61,5 +67,4 @@ class GainLeft:
         # One short step, as a line search may end in, says nothing by itself.
         least = (rate < 1) & (promised.amax() <= (1 - rate) * elsewhere * gained)
         little = steadily & (left <= at_kinks * gained)
-        kink, over = torch.stack([little | least & shrunk, least]).tolist()
-        return "kink" if kink else "stalled" if over else None
+        return torch.stack([little | least & shrunk, least])

@@ -34,9 +34,10 @@ class JointStrategy(EnergyStrategy, ParallelStrategy):
     No collective runs inside a relaxation, nor in a micro-batch whose gradients are only accumulated. In the one whose
     gradients are reduced, all that ranks decide together rides on one reduction of a few integers, without a barrier:
     whether all of them have an update, whether one has been told to end, how many micro-batches were lost, and whether
-    one has found out what relaxer or nudge the others should take. An error on one rank is raised on all of them, where otherwise the others would wait
-    in the reduction of the gradients until the process group times out. A rank whose micro-batch fails while gradients
-    accumulate remembers the error, goes through the user's steps with the others, and tells them at that reduction.
+    one has found out what relaxer or nudge the others should take. An error on one rank is raised on all of them, where
+    otherwise the others would wait in the reduction of the gradients until the process group times out. A rank whose
+    micro-batch fails while gradients accumulate remembers the error, goes through the user's steps with the others, and
+    tells them at that reduction.
     """
 
     _failed = False
