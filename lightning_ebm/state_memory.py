@@ -14,11 +14,16 @@ class StateMemory:
 
     A sample is recognized by what it is: a digest of its slice of every tensor in the batch. Samples that are augmented
     differently at every visit are never recognized, and start from the forward pass. Memory is one copy of the states
-    for each sample seen, on the host.
+    for each sample seen, on the host, up to `most` bytes: beyond it the samples that were seen longest ago are let go.
+
+    Args:
+        most: how many bytes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 2**30) -> None:
         self._held: dict[str, list[Tensor]] = {}
+        self._most = most
+        self._bytes = 0
 
     def names(self, batch: Any, size: int) -> list[str]:
         """What each of the samples of a batch is recognized by."""
@@ -39,7 +44,14 @@ class StateMemory:
         """Notes where the samples are left."""
         host = [state.detach().cpu() for state in states]
         for i, name in enumerate(names):
+            self._drop(name)
             self._held[name] = [state[i].clone() for state in host]
+            self._bytes += _size(self._held[name])
+        while self._bytes > self._most:
+            self._drop(next(iter(self._held)))  # in the order of their last visits
+
+    def _drop(self, name: str) -> None:
+        self._bytes -= _size(self._held.pop(name, []))
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, for a checkpoint."""
@@ -48,3 +60,8 @@ class StateMemory:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from there."""
         self._held = {name: list(held) for name, held in state.items()}
+        self._bytes = sum(_size(held) for held in self._held.values())
+
+
+def _size(states: Sequence[Tensor]) -> int:
+    return sum(state.nbytes for state in states)

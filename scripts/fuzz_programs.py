@@ -10,6 +10,7 @@ An `EBMError` counts as refused, if both ways say it; whatever else differs or r
 
 import argparse
 import copy
+import json
 import logging
 import random
 import re
@@ -21,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -776,6 +778,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--show", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="writes the figures there")
     options = parser.parse_args()
     torch.set_num_threads(1)
     began = time.monotonic()
@@ -792,6 +795,12 @@ def main() -> int:
         print(f"  {count:5d} {why}")
     for text in counts.wrong[: options.show]:
         print("  " + text)
+    if options.json is not None:
+        figures = {
+            "programs": done, "steps": done * options.steps, "seed": options.seed, "skipped": counts.skipped,
+            "equal": dict(counts.equal), "refused": sum(counts.refused.values()), "wrong": len(counts.wrong),
+        }  # fmt: skip
+        options.json.write_text(json.dumps(figures, indent=1))
     return 1 if counts.wrong else 0
 
 

@@ -3,9 +3,12 @@
     bash scripts/with-venv python scripts/mutation_test.py
 
 Works on a copy of the checkout. A sabotage that survives names a hole in the tests. Names of some of them as
-arguments run these alone. About half an hour.
+arguments run these alone; `--json FILE` keeps the verdicts, and goes on where a run that was stopped had come to. About
+half an hour.
 """
 
+import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -549,7 +552,7 @@ MUTATIONS = [
     Mutation(
         "steps on gradients of backprop are taken",
         "strategies/manual.py",
-        "if parameters and not any(id(p) in self._relaxed for p in parameters):",
+        "if parameters and not any(id(optimizer) not in self._relaxed.get(p, {id(optimizer)}) for p in parameters):",
         "if False:",
         "same_step",
     ),
@@ -738,6 +741,209 @@ MUTATIONS = [
         "return network.terms_of(ends[:1])",
         "own_update equilibrium_propagation",
     ),
+    Mutation(
+        "Bernoulli energies lose the entropy of what is off",
+        "energies/bernoulli.py",
+        "torch.xlogy(1 - state, 1 - state)",
+        "torch.xlogy(1 - state, state)",
+        "energies",
+    ),
+    Mutation(
+        "Poisson responses fall where they are pulled",
+        "energies/poisson.py",
+        "layer.prediction * pull.exp()",
+        "layer.prediction * (-pull).exp()",
+        "energies",
+    ),
+    Mutation(
+        "Huber's tails lose their offset",
+        "energies/huber.py",
+        "(error - 0.5 * inside)",
+        "(error - 0.0 * inside)",
+        "energies",
+    ),
+    Mutation(
+        "a Laplace is as wide as its square",
+        "energies/huber.py",
+        "1 / (scale * delta)",
+        "1 / (scale * scale * delta)",
+        "energies",
+    ),
+    Mutation(
+        "weak feedback is strong",
+        "energies/hopfield.py",
+        "self.feedback**-layer.above",
+        "self.feedback**layer.above",
+        "equilibrium_propagation coupled_and_contrastive",
+    ),
+    Mutation(
+        "roots of a holomorphic nudge weigh alike",
+        "nudges/holomorphic.py",
+        "1 / (self.points * self.strength * root)",
+        "1 / (self.points * self.strength)",
+        "equilibrium_propagation own_nudge",
+    ),
+    Mutation(
+        "a one-sided nudge forgets its free phase",
+        "nudges/one_sided.py",
+        "Phase(0.0, -1 / self.strength)",
+        "Phase(0.0, 1 / self.strength)",
+        "equilibrium_propagation",
+    ),
+    Mutation(
+        "a negative side counts as a positive one",
+        "nudges/random_sign.py",
+        "return Phase(signed, 1 / signed)",
+        "return Phase(signed, 1 / self.strength)",
+        "equilibrium_propagation own_nudge closed_forms",
+    ),
+    Mutation(
+        "coupled learning takes each side whole",
+        "nudges/coupled.py",
+        "Phase(self.eta, free / 2, True)",
+        "Phase(self.eta, free, True)",
+        "coupled_and_contrastive",
+    ),
+    Mutation(
+        "two nudges of a dyad count as one",
+        "updates/dyadic_contrast.py",
+        "span = max(strengths) - min(strengths)",
+        "span = max(strengths)",
+        "dual_propagation",
+    ),
+    Mutation(
+        "the linear response has no sign",
+        "updates/linear_response.py",
+        "residual = [-g for g in slope]",
+        "residual = list(slope)",
+        "infinitesimal_limit free_equilibrium",
+    ),
+    Mutation(
+        "a saddle is taken for a minimum",
+        "updates/linear_response.py",
+        "if float(curvature) <= 0.0:",
+        "if float(curvature) < -1e30:",
+        "infinitesimal_limit free_equilibrium equilibrium_propagation",
+    ),
+    Mutation(
+        "multipliers are those of the last step",
+        "relaxers/augmented_lagrangian.py",
+        "[m + error for m, error in zip(multipliers, point, strict=True)]",
+        "list(point)",
+        "multipliers",
+    ),
+    Mutation(
+        "noise has the size of the temperature",
+        "relaxers/langevin.py",
+        "0.5 * math.sqrt(2 * self.temperature * self.lr)",
+        "0.5 * math.sqrt(self.temperature * self.lr)",
+        "langevin",
+    ),
+    Mutation(
+        "samples are drawn while it heats",
+        "relaxers/langevin.py",
+        "if step > self.burn_in and (step - self.burn_in)",
+        "if (step - self.burn_in)",
+        "langevin",
+    ),
+    Mutation(
+        "held units are pulled",
+        "holding.py",
+        "torch.zeros_like(gradient) if self.units is None else gradient.masked_fill(self.units, 0.0)",
+        "gradient",
+        "clamp",
+    ),
+    Mutation(
+        "masks hold the wrong units",
+        "holding.py",
+        "torch.where(self.units, self.value, state)",
+        "torch.where(self.units, state, self.value)",
+        "clamp",
+    ),
+    Mutation(
+        "units are held at nan",
+        "clamp.py",
+        "if not bool(torch.isfinite(hold.put(torch.zeros_like(value))).all()):",
+        "if False:",
+        "clamp",
+    ),
+    Mutation(
+        "a dead reference has an error",
+        "metrics.py",
+        "torch.where(both, zero, torch.where(dead_r, inf, (difference / safe_rr).sqrt()))",
+        "torch.where(dead_r, inf, (difference / safe_rr).sqrt())",
+        "metrics",
+    ),
+    Mutation(
+        "norms are not compared but squares",
+        "metrics.py",
+        "(gg / safe_rr).sqrt()",
+        "(gg / safe_rr)",
+        "metrics",
+    ),
+    Mutation(
+        "nan in the batch is nobody's fault",
+        "blame.py",
+        "return bool(_spoiled(gradients.items()))",
+        "return False",
+        "bad_input faults",
+    ),
+    Mutation(
+        "skipped batches are not counted",
+        "divergence.py",
+        "self.skipped += 1",
+        "pass",
+        "faults",
+    ),
+    Mutation(
+        "a refused pass stays",
+        "strategies/base.py",
+        "        step.undo()\n        raise\n",
+        "        raise\n",
+        "resume faults",
+    ),
+    Mutation(
+        "a batch that was cut off draws anew",
+        "strategies/resume.py",
+        "if done < batch.current.ready:",
+        "if False:",
+        "resume",
+    ),
+    Mutation(
+        "checkpoints are written in place",
+        "strategies/whole_files.py",
+        "super().save_checkpoint(checkpoint, beside, storage_options)\n            beside.replace(path)",
+        "super().save_checkpoint(checkpoint, path, storage_options)",
+        "resume",
+    ),
+    Mutation(
+        "one rank keeps to itself that it is told to end",
+        "strategies/joint.py",
+        "_TOLD_TO_END if self._preemption.came else 0",
+        "0",
+        "stopped",
+    ),
+    Mutation(
+        "SIGTERM is handled wherever it finds a rank",
+        "strategies/preemption.py",
+        "signal.signal(signal.SIGTERM, self._keep)",
+        "pass",
+        "stopped",
+    ),
+    Mutation(
+        "one update serves any number of steps",
+        "strategies/manual.py",
+        "            self._relaxed.get(p, set()).add(id(optimizer))",
+        "            pass",
+        "conformance",
+    ),
+    Mutation(
+        "samples are remembered for ever",
+        "state_memory.py",
+        "while self._bytes > self._most:",
+        "while False:",
+        "closed_forms",
+    ),
 ]
 
 
@@ -754,13 +960,20 @@ def caught(copy: Path, tests: str) -> bool:
     return done.returncode == 1
 
 
-def main(chosen: list[str]) -> int:
+def main() -> int:
     """Number of sabotages that nobody noticed, of those named or of all."""
-    mutations = [mutation for mutation in MUTATIONS if not chosen or mutation.what in chosen]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("chosen", nargs="*", help="names of sabotages")
+    parser.add_argument("--json", type=Path, help="keeps the verdicts there")
+    options = parser.parse_args()
+    verdicts: dict[str, bool] = {}
+    if options.json is not None and options.json.exists():
+        verdicts = json.loads(options.json.read_text())["noticed"]
+    chosen = [mutation for mutation in MUTATIONS if not options.chosen or mutation.what in options.chosen]
+    mutations = [mutation for mutation in chosen if mutation.what not in verdicts]
     tests = " ".join(dict.fromkeys(name for mutation in mutations for name in mutation.tests.split()))
-    if caught(ROOT, tests):
+    if mutations and caught(ROOT, tests):
         raise SystemExit(f"Some of these fail without any sabotage: {tests}.")
-    survivors = 0
     for mutation in mutations:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder)
@@ -773,10 +986,12 @@ def main(chosen: list[str]) -> int:
                 raise SystemExit(f"{mutation.file} no longer has {mutation.text!r}: bring this list up to date.")
             target.write_text(text.replace(mutation.text, mutation.sabotage))
             noticed = caught(copy, mutation.tests)
-        survivors += not noticed
+        verdicts[mutation.what] = noticed
         print(f"{'caught' if noticed else 'SURVIVED'}: {mutation.what} ({mutation.file})", flush=True)
-    return survivors
+        if options.json is not None:
+            options.json.write_text(json.dumps({"listed": len(MUTATIONS), "noticed": verdicts}, indent=1))
+    return sum(not verdicts[mutation.what] for mutation in chosen)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main())

@@ -221,3 +221,17 @@ def test_memory_gives_back_what_was_kept_sample_by_sample():
     again = memory.recall(memory.names([x.flip(0)], 4), [torch.zeros(4, 3, dtype=DOUBLE)] * 2)
     assert torch.equal(again[0], torch.cat([torch.zeros(1, 3, dtype=DOUBLE), x[:3].flip(0) + 1]))
     assert torch.equal(again[1], torch.cat([torch.zeros(1, 3, dtype=DOUBLE), x[:3].flip(0) - 1]))
+
+
+def test_memory_is_bounded_and_lets_go_of_the_samples_that_were_seen_longest_ago():
+    """Samples that are augmented differently at every visit are new each time."""
+    memory, x = StateMemory(most=5 * 2 * 3 * 8), drawn(8, 3)
+    names = memory.names([x], 8)
+    for i in (0, 1, 2, 3, 4, 0, 5, 6):
+        memory.keep([names[i]], [x[i : i + 1], x[i : i + 1]])
+    held = [bool((memory.recall([name], [torch.zeros(1, 3, dtype=DOUBLE)])[0] != 0).any()) for name in names]
+    assert held == [True, False, False, True, True, True, True, False]
+    again = StateMemory(most=5 * 2 * 3 * 8)
+    again.load_state_dict(memory.state_dict())
+    again.keep([names[7]], [x[7:], x[7:]])
+    assert len(again.state_dict()) == 5

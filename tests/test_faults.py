@@ -10,6 +10,7 @@ from test_distributed import launch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
 
 import lightning_ebm as ebm
 
@@ -202,6 +203,9 @@ def test_what_cannot_be_undone_is_refused():
         ebm.Learner(net(), "incremental-pc", on_divergence="skip")
     with pytest.raises(ebm.ConfigurationError, match="on_divergence"):
         ebm.EBMStrategy(on_divergence="ignore")
+    with pytest.raises(ebm.ConfigurationError, match=r"on_divergence.*FSDP2.*EBMDDPStrategy"):
+        ebm.EBMFSDP2Strategy(on_divergence="skip")
+    assert ebm.EBMFSDP2Strategy(on_divergence="raise").on_divergence == "raise"
 
 
 class Quadratic(L.LightningModule):
@@ -256,6 +260,29 @@ def test_the_trainer_falls_back_as_the_learner_does():
     L.Trainer(**QUIET).fit(alone)
     assert strategy.learner.policy.fallbacks == 1
     assert same(held(module), held(alone))
+
+
+def test_a_skipped_step_leaves_metrics_and_draws_as_stock_leaves_those_of_a_step_without_a_loss():
+    """What training_step counted and drew, it has counted and drawn; only what is learned or tracked is put back."""
+    algorithm, batches = BATCHES["diverges"]
+
+    class Counting(Quadratic):
+        def __init__(self, none):
+            super().__init__(batches)
+            self.seen, self.none, self.draws = MeanMetric(), none, []
+
+        def training_step(self, batch, batch_idx):
+            self.draws.append(float(torch.rand(())))
+            self.seen.update(batch[1])
+            return None if self.none and batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    found = {}
+    for name, strategy in {"ours": ebm.EBMStrategy(algorithm, on_divergence="skip"), "stock": "auto"}.items():
+        module = Counting(none=name == "stock")
+        torch.manual_seed(0)
+        L.Trainer(strategy=strategy, **QUIET).fit(module)
+        found[name] = (module.draws, float(module.seen.compute()))
+    assert found["ours"] == found["stock"]
 
 
 @pytest.mark.timeout(450)

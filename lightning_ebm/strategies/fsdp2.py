@@ -45,7 +45,8 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
             share the data.
 
     Raises:
-        ConfigurationError: tensor parallelism, where a pass is a collective; an argument that cannot work.
+        ConfigurationError: tensor parallelism, where a pass is a collective; a policy for batches that cannot relax;
+            an argument that cannot work.
         RelaxationDivergedError: on all ranks, if on any.
     """
 
@@ -66,6 +67,12 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
                 f"tensor_parallel_size={options['tensor_parallel_size']!r}: every pass through a tensor-parallel layer"
                 " waits for other ranks, and a relaxation makes as many passes as its own batch needs. Shard the"
                 " weights over all devices instead, fully_shard(layer, mesh=self.device_mesh['data_parallel'])."
+            )
+        if options.pop("on_divergence", "raise") != "raise":
+            raise ConfigurationError(
+                "on_divergence: under FSDP2 the ranks gather weights and reduce gradients in the backward of the user's"
+                ' own loss, which a skipped or replaced batch does not run. Take on_divergence="raise" here, or'
+                " EBMDDPStrategy."
             )
         super().__init__(**{**options, "tensor_parallel_size": 1})
         self._handles: list[RemovableHandle] = []
