@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_ebm as ebm
+from lightning_ebm.evaluations import Asymmetry
+from lightning_ebm.relaxers import Wrapper
 
 SIZES = (5, 7, 6, 4)
 
@@ -345,3 +347,49 @@ def test_alignment_is_logged_as_ever_and_is_that_of_the_rule_by_hand(tmp_path):
     cosine = float(torch.cosine_similarity(one, other, dim=0))
     assert cosine < 0.95
     assert float(trainer.callback_metrics["alignment/cosine"]) == pytest.approx(cosine, rel=1e-6)
+
+
+def test_the_asymmetry_is_that_of_the_jacobian_of_the_forces_and_its_slope_too():
+    """Against a dense Jacobian of the forces by hand; s^2 averages to |J - J'|^2 over the noise."""
+    net, (x, y) = network(), batch(count=3)
+    back = {1: torch.randn(6, 7).double().requires_grad_(), 2: torch.randn(4, 6).double().requires_grad_()}
+    states = [s + 0.1 for s in ByHand(net, x, y, back).forward()]
+    u, v = torch.randn(2, 3, 13).double()
+    expected = 0.0
+    for b in range(3):  # samples do not see each other
+        hand = ByHand(net, x[b : b + 1], y[b : b + 1], back)
+        flat = torch.cat([s[b] for s in states])
+        jacobian = torch.autograd.functional.jacobian(
+            lambda f, hand=hand: torch.cat(hand.forces([f[None, :7], f[None, 7:]], 0.0), 1)[0], flat, create_graph=True
+        )
+        expected = expected + 0.5 * (u[b] @ (jacobian - jacobian.T) @ v[b]) ** 2
+    slopes = torch.autograd.grad(expected, back[1])[0]
+    learner = ebm.Learner(net, "predictive-coding", capture=False)
+    seen = {}
+
+    class Asks(Wrapper):
+        def in_front(self, landscape):
+            operators = [back[1].detach().T, back[2].detach().T]
+            point = [*states, *torch.split(u, [7, 6], 1), *torch.split(v, [7, 6], 1), *operators]
+            seen["found"] = landscape.evaluate(Asymmetry(2), point, 0.0)
+            return landscape
+
+    learner.relax(closure(net, x, y), nudge=0.5, relaxer=Asks(ebm.GradientDescent(0.1, 1)))
+    value, slope, _ = seen["found"]
+    torch.testing.assert_close(value, expected.detach(), rtol=1e-7, atol=0)
+    torch.testing.assert_close(slope.T, slopes, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("act", [nn.Identity, nn.Tanh])
+def test_homeostasis_makes_feedback_the_transpose_without_a_decay(act):
+    net, (x, y) = network(act), batch(count=64)
+    relaxer = ebm.Feedback(ebm.GradientDescent(0.1, 5), ebm.JacobianHomeostasis(lr=0.1, seed=4))
+    learner = ebm.Learner(net, ebm.Algorithm(relaxer=relaxer), layers=["1", "3"])
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3)
+    misses, asymmetries = [], []
+    for _ in range(150):
+        learner.step(closure(net, x, y), optimizer)
+        misses.append((relaxer.operators["3"].T - net[2].weight.detach()).norm().item())
+        asymmetries.append(relaxer.asymmetry.item())
+    assert misses[-1] < 0.1 * misses[0]
+    assert asymmetries[-1] < 0.05 * asymmetries[0]

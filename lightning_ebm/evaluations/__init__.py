@@ -1,5 +1,6 @@
 """Evaluations: what may be asked of the network at a point. One kind a file, its formula once."""
 
+from lightning_ebm.evaluations.asymmetry import Asymmetry
 from lightning_ebm.evaluations.base import Around, Coordinates, Evaluation, Landscape
 from lightning_ebm.evaluations.best_responses import BestResponses, ResponseForces, Swept
 from lightning_ebm.evaluations.descent_step import DescentStep
@@ -13,6 +14,7 @@ from lightning_ebm.evaluations.slope import Slope
 
 __all__ = [
     "Around",
+    "Asymmetry",
     "BestResponses",
     "Coordinates",
     "DescentStep",

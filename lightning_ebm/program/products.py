@@ -1,6 +1,6 @@
 """Where a program multiplies what depends on states by a weight, and how to send slopes back through another one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -90,7 +90,7 @@ def _product(name: str, node: Node, moving: set[Value], trained: set[Value]) -> 
         UnsupportedModuleError: states meet states, or a weight in another way than in a product, a bias or a gain.
     """
     positions = _FACTORS.get(node.func)
-    if positions is not None:
+    if positions is not None and len(node.args) > max(positions):
         left, right = (node.args[position] for position in positions)
         if right not in moving and right in trained:
             return Product(name, node, *positions)
@@ -127,33 +127,49 @@ def _refused(name: str, why: str) -> UnsupportedModuleError:
 
 
 class _SentBack(torch.autograd.Function):
-    """The value of one tensor, whose slope goes to it and to another alike."""
+    """The value of a product, whose slope in the state is that of the product with the operator.
+
+    The value does not depend on the operator; the slope in the state does, and can be differentiated in it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, other: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, state: Tensor, operator: Tensor, product: Callable[..., Tensor]) -> Tensor:
+        ctx.save_for_backward(state, operator)
+        ctx.product = product
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
-        return slope, slope
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        state, operator = ctx.saved_tensors
+        graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            blank = state.detach().requires_grad_()  # any: it is linear
+            (back,) = torch.autograd.grad(ctx.product(blank, operator), blank, slope, create_graph=graph)
+        return slope, back, None, None
 
 
 def sent_back_by(product: Product, operator: Tensor) -> Any:
     """The operation, whose slope in the state goes back through `operator` in the place of the weight."""
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
-        weight = args[product.weight]
+        weight, state = args[product.weight], args[product.moving]
         if operator.shape != weight.shape:
             raise UnsupportedModuleError(
                 f"The feedback operator of {product.name!r} has the shape {tuple(operator.shape)}; expected"
                 f" {tuple(weight.shape)}, that of the weight as the operation takes it."
             )
         fixed = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
-        own, other = list(args), fixed
+
+        def multiplied(moving: Tensor, by: Tensor) -> Tensor:
+            given = [*fixed]
+            given[product.moving], given[product.weight] = moving, by
+            found: Tensor = product.node.func(*given, **kwargs)
+            return found
+
+        own = [*args]
         own[product.moving] = fixed[product.moving]
-        other = [*fixed]
-        other[product.moving], other[product.weight] = args[product.moving], operator.to(weight.dtype)
-        found: Tensor = _SentBack.apply(product.node.func(*own, **kwargs), product.node.func(*other, **kwargs))  # type: ignore[no-untyped-call]
+        value = product.node.func(*own, **kwargs)
+        found: Tensor = _SentBack.apply(value, state, operator.to(weight.dtype), multiplied)  # type: ignore[no-untyped-call]
         return found
 
     return run

@@ -8,7 +8,14 @@ from lightning_ebm.relaxers.cheapest import Cheapest
 from lightning_ebm.relaxers.dyadic import Dyadic
 from lightning_ebm.relaxers.error_coordinates import ErrorCoordinates
 from lightning_ebm.relaxers.feedback import Feedback
-from lightning_ebm.relaxers.feedback_rules import FeedbackRule, KolenPollack, Mismatch, RandomFeedback, SignSymmetry
+from lightning_ebm.relaxers.feedback_rules import (
+    FeedbackRule,
+    JacobianHomeostasis,
+    KolenPollack,
+    Mismatch,
+    RandomFeedback,
+    SignSymmetry,
+)
 from lightning_ebm.relaxers.fixed_point import FixedPoint
 from lightning_ebm.relaxers.fixed_prediction import FixedPrediction
 from lightning_ebm.relaxers.gradient_descent import GradientDescent
@@ -34,6 +41,7 @@ __all__ = [
     "FixedPoint",
     "FixedPrediction",
     "GradientDescent",
+    "JacobianHomeostasis",
     "KolenPollack",
     "Langevin",
     "Mismatch",

@@ -10,11 +10,12 @@ from lightning_ebm import checked
 from lightning_ebm.energies import Energy
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.evaluations import Around, Evaluation, Landscape
+from lightning_ebm.evaluations.asymmetry import Asymmetry
 from lightning_ebm.evaluations.base import Result
 from lightning_ebm.evaluations.with_feedback import Weights, WithFeedback, behind
 from lightning_ebm.nudges import Nudge
-from lightning_ebm.relaxers.base import Relaxer
-from lightning_ebm.relaxers.feedback_rules import FeedbackRule, RandomFeedback
+from lightning_ebm.relaxers.base import Relaxation, Relaxer
+from lightning_ebm.relaxers.feedback_rules import FeedbackRule, RandomFeedback, drawn
 from lightning_ebm.relaxers.wrapper import Wrapper
 
 
@@ -57,7 +58,10 @@ class Feedback(Wrapper):
         self.rule: FeedbackRule = checked.instance(self, "rule", rule, FeedbackRule, wanted)
         self.operators: dict[str, Tensor] = {}
         """B by the name of the layer that it sends back from, in the shape of the weight as its operation takes it."""
+        self.asymmetry: Tensor | None = None
+        """See `Asymmetry`, of the last batch; None where the rule does not look at it."""
         self._weights: dict[str, Tensor] = {}
+        self._due, self._steps = False, 0
 
     def __repr__(self) -> str:
         return f"Feedback({self.relaxer!r}, {self.rule!r})"
@@ -78,10 +82,31 @@ class Feedback(Wrapper):
                 " an operator in the place of. ebm.summary shows where the states are."
             )
         weights: list[Tensor] = landscape.unwatched.evaluate(Weights(), landscape.no_errors, 0.0)
-        self._follow(names, weights)
+        self._due = self._follow(names, weights) or self._due
         return _FedBack(landscape, [self.operators[name] for name in names])
 
-    def _follow(self, names: Sequence[str], weights: Sequence[Tensor]) -> None:
+    def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: Any) -> Relaxation:
+        front = self.in_front(landscape)
+        if self._due and self.rule.homeostasis:
+            self._settle(landscape.unwatched, start)
+            front = self.in_front(landscape)
+        self._due = False
+        return self.relaxer.relax(front, start, strength)
+
+    def _settle(self, landscape: Landscape, start: Sequence[Tensor]) -> None:
+        """One step down the asymmetry of the forces."""
+        names = [product.name for product in landscape.weight_products]
+        self._steps += 1
+        noise = [drawn(self._steps, k, x) for k, x in enumerate([*start, *start])]
+        point = [*start, *noise, *(self.operators[name] for name in names)]
+        found: list[Tensor] = landscape.evaluate(Asymmetry(len(names)), point, 0.0)
+        self.asymmetry, *slopes = found
+        for name, slope in zip(names, slopes, strict=True):
+            self.operators[name] = self.operators[name] - self.rule.homeostasis / landscape.batch_size * slope
+
+    def _follow(self, names: Sequence[str], weights: Sequence[Tensor]) -> bool:
+        """Lets the operators follow the weights; whether any of these has moved."""
+        moved = False
         for index, (name, weight) in enumerate(zip(names, weights, strict=True)):
             before, operator = self._weights.get(name), self.operators.get(name)
             if operator is None or before is None or operator.shape != weight.shape:
@@ -93,15 +118,19 @@ class Feedback(Wrapper):
                     continue
                 self.operators[name] = self.rule.following(index, operator, before, weight)
             self._weights[name] = weight.clone()
+            moved = True
+        return moved
 
     def state_dict(self) -> dict[str, Any]:
         """The operators, and the weights that they have followed so far."""
-        return {"relaxer": super().state_dict(), "operators": dict(self.operators), "weights": dict(self._weights)}
+        own = {"operators": dict(self.operators), "weights": dict(self._weights), "steps": self._steps}
+        return {"relaxer": super().state_dict(), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from there."""
         super().load_state_dict(state["relaxer"])
         self.operators, self._weights = dict(state["operators"]), dict(state["weights"])
+        self._steps = state["steps"]
 
 
 class _FedBack(Around):

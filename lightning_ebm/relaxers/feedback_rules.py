@@ -24,6 +24,11 @@ class FeedbackRule(ABC):
         """B once the optimizer has moved the weight from `before` to `weight`; it stays unless a rule says more."""
         return operator
 
+    @property
+    def homeostasis(self) -> float:
+        """Step size of the operators' descent on the asymmetry of the forces, once a step; 0 takes none."""
+        return 0.0
+
 
 def drawn(seed: int, index: int, like: Tensor) -> Tensor:
     """Standard normal numbers in its shape, the same on every device and in every process."""
@@ -90,6 +95,38 @@ class KolenPollack(RandomFeedback):
 
     def following(self, index: int, operator: Tensor, before: Tensor, weight: Tensor) -> Tensor:
         return (1 - self.decay) * (operator - before) + weight
+
+
+@dataclass(frozen=True)
+class JacobianHomeostasis(RandomFeedback):
+    """B <- B - lr/B_batch d/dB sum_b 1/2 [u' (J - J') v]^2, with J the Jacobian of the forces and u, v normal noise.
+
+    The average over u and v is 1/2 |J - J'|^2, 0 where the forces are the slope of an energy again, so that B tends to
+    the weight without being told it, from how the forces respond to small noise in states. It is taken where the first
+    phase after an optimizer step starts, with one pair of noises a sample. The operators alone descend; weights
+    learn from their own update, which in the source the penalty is added to.
+
+    Args:
+        lr: step size.
+        scale: as in `RandomFeedback`.
+        seed: as in `RandomFeedback`.
+
+    Raises:
+        ConfigurationError: an argument out of range.
+
+    Source:
+        Laborieux and Zenke 2024, whose penalty is |J - J'|^2 by random projections.
+    """
+
+    lr: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checked.keep(self, lr=checked.number(self, "lr", self.lr, "a positive step size, such as 0.1", above=0))
+
+    @property
+    def homeostasis(self) -> float:
+        return self.lr
 
 
 @dataclass(frozen=True)
