@@ -223,6 +223,9 @@ class RelaxationMonitor(Callback):
             self._say(trainer, str(error))
             self.curvature_every_n_steps = None
             return {}
+        except RelaxationDivergedError as error:
+            self._say(trainer, f"The curvature could not be measured, there is no equilibrium to look at: {error}")
+            return {}
         found = self.curvature
         self._file.add({"curvature": found.as_dict(), "step": trainer.global_step})
         return {
@@ -260,7 +263,7 @@ class RelaxationMonitor(Callback):
         monitored = sum(self.statuses.values())
         if not self._warned and monitored >= 10 and self.statuses["max_steps"] > monitored / 2:
             self._warned = True
-            told = _strategy(trainer).learner.unsettled.told
+            told = strategy_of(trainer).learner.unsettled.told
             self._say(trainer, told or advice.unsettled(self.statuses["max_steps"], monitored, residual))
 
     def _say(self, trainer: Trainer, text: str) -> None:

@@ -149,9 +149,10 @@ class Record(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the file, and says where it is."""
-        watching = [callback for callback in _callbacks(trainer) if isinstance(callback, ebm.GradientAlignment)]
+        watched = _callbacks(trainer)
+        watching = [callback for callback in watched if isinstance(callback, ebm.GradientAlignment)]
         cosines = [float(callback.run.compute()["cosine"]) for callback in watching if callback.history]
-        ends = [dict(callback.statuses) for callback in callbacks if isinstance(callback, ebm.RelaxationMonitor)]
+        ends = [dict(callback.statuses) for callback in watched if isinstance(callback, ebm.RelaxationMonitor)]
         self._file.end(trainer)
         if not self.values or not trainer.is_global_zero:
             return
