@@ -34,6 +34,7 @@ def page(run: Run) -> str:
         alignment=drawn(interactive.alignment(angles)) if angles else "",
         relaxation=relaxation(run),
         relaxation_figures=relaxation_figures(run),
+        curvature=curvature_words(*run.curvatures[-1]) if run.curvatures else "",
         regime=drawn(interactive.regime(regime)) if regime else "",
         regime_step=step,
         regime_words=regime_words(regime) if regime else "",
@@ -86,6 +87,15 @@ def relaxation_figures(run: Run) -> list[Any]:
     drawings = [interactive.energies(chosen, kind) for kind in present]
     ends = [complete[0]] if len(complete) == 1 else [complete[0], complete[-1]]
     return [drawn(figure) for figure in [*drawings, *(interactive.residuals(*end) for end in ends)]]
+
+
+def curvature_words(step: int, found: dict[str, Any]) -> str:
+    """Whether the states rested in a minimum, and by which figures that is known."""
+    return (
+        f"At step {step} the states were {found['verdict']}: the eigenvalues of the energy's Hessian go from"
+        f" {found['smallest']:.4g} to {found['largest']:.4g}, those of lambda times the loss's up to"
+        f" {found['loss']:.4g}."
+    )
 
 
 def regime_words(regime: dict[str, Any]) -> str:

@@ -41,6 +41,7 @@ from lightning_ebm.setup import Code, Observer, Setup, unheard
 from lightning_ebm.spectrum import Spectrum, spectrum_of
 from lightning_ebm.state_memory import StateMemory
 from lightning_ebm.step import Step
+from lightning_ebm.unsettled import Unsettled
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +117,8 @@ class Learner:
         self._memory = StateMemory()
         self._last: tuple[list[str], list[PhaseReport], Tensor, str] | None = None
         self._warned: set[str] = set()
+        self.unsettled = Unsettled()
+        """Looks at sweeps that were cut off, and says where more of them would not help."""
         self.observer: Observer | None = None
         """Told of the network of every step before it relaxes, see `Setup.observer`; None costs nothing."""
 
@@ -438,7 +441,7 @@ class Learner:
     def _setup(self) -> Setup:
         return Setup(
             self.module, self.algorithm, self._programs, self._quiet, self._remember, self.loss_reduction,
-            self._samples, self._code, self._memory, self.observer,
+            self._samples, self._code, self._memory, self.observer, unsettled=self.unsettled,
         )  # fmt: skip
 
     def _remember(self, names: list[str], phases: list[PhaseReport], loss: Tensor, way: str) -> None:
@@ -446,7 +449,8 @@ class Learner:
         self._last = (names, phases, loss, way)
         for status, text in _UNSETTLED.items():
             found = [phase for phase in phases if phase.status == status]
-            if found and status not in self._warned:
+            explained = status == "max_steps" and self.unsettled.told is not None
+            if found and status not in self._warned and not explained:
                 self._warned.add(status)
                 log.warning(text, found[0].steps, float(found[0].residual.max()))
 

@@ -14,7 +14,7 @@ from lightning_ebm.evaluations import Energy, Landscape
 from lightning_ebm.holding import Hold, Holding
 from lightning_ebm.network import Network
 from lightning_ebm.nudges import Phase
-from lightning_ebm.relaxers import Relaxation
+from lightning_ebm.relaxers import Relaxation, Relaxer
 from lightning_ebm.report import PhaseReport
 from lightning_ebm.setup import Setup
 from lightning_ebm.updates import End
@@ -37,6 +37,7 @@ class Phases:
     def __init__(self, setup: Setup, network: Network, batch: Any) -> None:
         self._algorithm = setup.algorithm
         self._memory = setup.memory if setup.algorithm.initial_state == "last-visit" else None
+        self._unsettled = setup.unsettled
         self._batch = batch
         self.network = network
         self.landscape: Landscape = network
@@ -60,6 +61,7 @@ class Phases:
             names = self._memory.names(self._batch, self.network.batch_size)
             start = self._memory.recall(names, start)
         self.free = self._in_states(free_equilibrium(self.landscape, self._algorithm, start))
+        self._look_at(self.free, self._algorithm.free_relaxer or self._algorithm.relaxer, 0.0)
         self.network.rest_at(self.free.point)
         if answered or self._memory is not None:
             self.network.questions.answered()
@@ -178,6 +180,8 @@ class Phases:
         relaxer: Any = self._algorithm.relaxer  # whose strength may be complex where the parts fit
         if not phase.held:  # the start is not held here: the network may let go of it on the way
             found: Relaxation = relaxer.relax(self.landscape, self.network.equilibrium, phase.strength)
+            if not phase.is_complex:
+                self._look_at(found, relaxer, phase.strength.real)
             if self.holding is None:
                 return found
             self.network.questions.answered()
@@ -189,6 +193,12 @@ class Phases:
         holds = {k: Hold(point[k]) for k in self.network.outputs}
         found = relaxer.relax(Holding(self.landscape, holds), point, 0.0)
         return found
+
+    def _look_at(self, found: Relaxation, relaxer: Relaxer, strength: float) -> None:
+        known = self.network.known
+        operations = () if known is None else known.operations
+        with torch.no_grad():
+            self._unsettled.look(self.landscape.unwatched, relaxer, found, strength, operations)
 
     def _held_output(self, free: Tensor, slope: Tensor, strength: float) -> Tensor:
         nudge = self._algorithm.nudge

@@ -85,6 +85,11 @@ class Run:
         ]
 
     @property
+    def curvatures(self) -> list[tuple[int, dict[str, Any]]]:
+        """Measured curvatures by global step, see `Curvature.as_dict`."""
+        return [(record["step"], record["curvature"]) for record in self.records if "curvature" in record]
+
+    @property
     def regimes(self) -> list[tuple[int, dict[str, Any]]]:
         """Measured regimes by global step, see `Regime.as_dict`."""
         return [(record["step"], record["regime"]) for record in self.records if "regime" in record]

@@ -16,6 +16,7 @@ from lightning_ebm.program.wiring import Plan
 from lightning_ebm.report import PhaseReport
 from lightning_ebm.samples import FOUND, Samples
 from lightning_ebm.state_memory import StateMemory
+from lightning_ebm.unsettled import Unsettled
 
 Remember = Callable[[list[str], list[PhaseReport], Tensor, str], None]
 Code = Literal["traced", "compiled"] | None
@@ -42,6 +43,7 @@ class Setup:
         memory: of the states that samples were left in; None starts all from the forward pass.
         clamp: by the name of a layer, what its units are held at in every phase; None holds nothing.
         observer: put in the network's place before anything relaxes on it, to watch.
+        unsettled: looks at sweeps that were cut off.
     """
 
     module: nn.Module
@@ -55,6 +57,7 @@ class Setup:
     memory: StateMemory | None = None
     observer: Observer | None = None
     clamp: Clamp | None = None
+    unsettled: Unsettled = field(default_factory=Unsettled)
 
     def is_free_forward(self, plan: Plan) -> bool:
         """Whether the free equilibrium is the forward pass, so that a relaxation that begins there stays there."""

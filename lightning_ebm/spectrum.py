@@ -1,5 +1,6 @@
 """Curvatures of an energy where it rests: what decides how fast states relax, and whether they rest at all."""
 
+import enum
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -40,8 +41,21 @@ class Spectrum(NamedTuple):
         return self.largest / self.smallest if self.smallest > 0 else math.inf
 
 
+class Hessian(enum.Enum):
+    """Of what second derivatives are taken."""
+
+    ENERGY = "I + lambda L"
+    LOSS = "lambda L"
+
+
 def spectrum_of(
-    network: Network, found: Relaxation, held: Sequence[Tensor], strength: float, steps: int, seed: int
+    network: Network,
+    found: Relaxation,
+    held: Sequence[Tensor],
+    strength: float,
+    steps: int,
+    seed: int,
+    of: Hessian = Hessian.ENERGY,
 ) -> Spectrum:
     """Lanczos with full reorthogonalization from a random start, on products of H with a vector.
 
@@ -52,9 +66,10 @@ def spectrum_of(
         strength: lambda.
         steps: k at most; as many as there are free units make it exact.
         seed: of the start.
+        of: what is differentiated.
     """
     free = ~torch.cat([flag.flatten() for flag in held])
-    product = _product(network, found, strength, free)
+    product = _product(network, found, strength, free, of)
     vector = torch.randn(int(free.sum()), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     vector = (vector / vector.norm()).to(found.point[0])
     basis, diagonal, beside = [vector], [], []
@@ -77,12 +92,16 @@ def spectrum_of(
     return Spectrum(values.detach(), vectors[0].square().detach())
 
 
-def _product(network: Network, found: Relaxation, strength: float, free: Tensor) -> Callable[[Tensor], Tensor]:
+def _product(
+    network: Network, found: Relaxation, strength: float, free: Tensor, of: Hessian
+) -> Callable[[Tensor], Tensor]:
     shapes = [x.shape for x in found.point]
     with torch.enable_grad():
         seen = network.at_states(found.point)
-        total = network.internal(seen).sum()
-        total = total + strength * network.loss(seen) if strength else total
+        total = strength * network.loss(seen)
+        if of is Hessian.ENERGY:
+            own = network.internal(seen).sum()
+            total = own + total if strength else own
         forces = torch.autograd.grad(total, seen.states, create_graph=True, allow_unused=True)
     slopes = [torch.zeros_like(x) if f is None else f for f, x in zip(forces, seen.states, strict=True)]
 
@@ -92,6 +111,8 @@ def _product(network: Network, found: Relaxation, strength: float, free: Tensor)
         rows = torch.split(whole, [s.numel() for s in shapes])
         parts = [p.reshape(s) for p, s in zip(rows, shapes, strict=True)]
         live = [(f, p) for f, p in zip(slopes, parts, strict=True) if f.requires_grad]
+        if not live:  # linear in all states
+            return torch.zeros_like(vector)
         ahead = torch.autograd.grad(
             [f for f, _ in live], seen.states, [p for _, p in live], retain_graph=True, allow_unused=True
         )

@@ -112,7 +112,8 @@ def _sweep(options: argparse.Namespace, settings: list[str]) -> int:
 def _leaderboard(options: argparse.Namespace, settings: list[str]) -> int:
     from lightning_ebm.recipes import leaderboard
 
-    leaderboard.main(catalog.path_of("leaderboards", options.file), root=options.root)
+    file = catalog.path_of("leaderboards", options.file)
+    leaderboard.main(file, options.root, dict(options.dir), options.page, trains=not options.no_train)
     return 0
 
 

@@ -83,6 +83,12 @@ def parser() -> Parser:
     _add_results(sweep, "runs/sweeps")
     board = _add(tree, "leaderboard", "algorithms x networks x data from one YAML file, as a table")
     board.add_argument("file", help="a leaderboard file, or the name of a ready-made one")
+    board.add_argument(
+        "--dir", action="append", type=_folder, default=[], metavar="DATA=PATH",
+        help="where the files of a data set are, by the name that the board gives it; may be given again",
+    )  # fmt: skip
+    board.add_argument("--page", type=Path, help="where the page goes; among the results if not given")
+    board.add_argument("--no-train", action="store_true", help="tell of the results that are there, and add none")
     _add_results(board, "runs/leaderboards")
     doctor = _add(tree, "doctor", "versions, devices, which kernels run, and a ten-second self-test")
     doctor.add_argument("--no-test", action="store_true", help="leave out the self-test")
@@ -106,6 +112,13 @@ def _add(tree: "argparse._SubParsersAction[Parser]", name: str, what: str, epilo
     )  # fmt: skip
     assert isinstance(made, Parser)
     return made
+
+
+def _folder(word: str) -> tuple[str, Path]:
+    name, separator, path = word.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{word!r}: expected DATA=PATH, for instance mnist=~/mnist.")
+    return name, Path(path).expanduser()
 
 
 def _add_results(made: Parser, root: str) -> None:

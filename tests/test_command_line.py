@@ -151,27 +151,71 @@ def test_a_leaderboard_trains_each_cell_once_and_tells_what_it_found(tmp_path, m
     file.write_text(yaml.safe_dump(BOARD))
     assert main(["leaderboard", str(file)]) == 0
     rows = leaderboard.main(file)
-    backprop, exact, runaway = rows
+    words = backprop, exact, runaway = [row.words() for row in rows]
     assert backprop[:3] == ("digits", "small", "backprop")
     # An exact rule trains to the same accuracy from the same seeds, and points the same way.
     assert exact[3] == backprop[3]
     assert exact[4].startswith("1.0000")
     assert backprop[6] == "1.0"
+    assert exact[8] == "converged 100%"
     assert runaway[3] == "diverged"
     assert runaway[-1] == "0 of 2"
-    text = (tmp_path / "runs" / "leaderboards" / "board" / "leaderboard.md").read_text()
-    assert text.count("\n") == 5
+    page = (tmp_path / "runs" / "leaderboards" / "board" / "leaderboard.md").read_text()
+    for line in words:
+        assert f"| {' | '.join(line[2:])} |" in page
+    assert f"**runaway**: {rows[2].because}" in page
+    assert "ran away" in rows[2].because or "diverged" in rows[2].because
     monkeypatch.setattr(leaderboard.training, "main", lambda words: pytest.fail("trained again"))
-    assert leaderboard.main(file) == rows
+    assert [row.words() for row in leaderboard.main(file)] == words
     # Another setting is another cell: that one is trained again.
     file.write_text(yaml.safe_dump(BOARD | {"fit": BOARD["fit"] | {"trainer.max_epochs": 2}}))
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         leaderboard.main(file)
 
 
+def test_a_board_has_refusals_in_words_stock_lightning_and_leaves_out_data_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    board = BOARD | {
+        "seeds": [0],
+        "algorithms": [
+            {"name": "backprop"}, {"algorithm": "backprop", "name": "control"},
+            {"algorithm": "holomorphic-ep", "name": "refused"}, {"name": "later", "seeds": [1]},
+        ],
+        "networks": {
+            "small": {"net": BOARD["networks"]["small"], "on": ["digits"], "without": ["later"],
+                      "fit": {"monitor": "val/loss"}},
+            "other": {"net": BOARD["networks"]["small"], "on": ["away"]},
+        },
+        "data": BOARD["data"] | {"away": {"class_path": "lightning_ebm.recipes.data.MNIST"}},
+    }  # fmt: skip
+    file, page = tmp_path / "board.yaml", tmp_path / "docs" / "page.md"
+    file.write_text(yaml.safe_dump(board))
+    monkeypatch.setattr("lightning_ebm.recipes.sources.urllib.request.urlopen", no_network)
+    page.parent.mkdir()
+    assert main(["leaderboard", str(file), "--dir", f"away={tmp_path}", "--page", str(page)]) == 0
+    stock, control, refused = leaderboard.main(file, trains=False)
+    assert stock.values == control.values  # the control is stock Lightning
+    assert stock.monitor == "val/loss"
+    assert refused.words()[3] == "refused"
+    assert "is no analytic function" in page.read_text()
+    assert "away" not in page.read_text()
+    assert (page.parent / "images" / "page.png").stat().st_size > 1000
+
+
+def no_network(*_, **__):
+    raise OSError("no network here")
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"algorithm": []}, "Did you mean 'algorithms'"), ({"networks": {}}, "networks must name at least one")],
+    [
+        ({"algorithm": []}, "Did you mean 'algorithms'"),
+        ({"networks": {}}, "networks must name at least one"),
+        ({"algorithms": ["pc-nugde"]}, "Did you mean 'pc-nudge'"),
+        ({"networks": {"small": {"net": {}, "onn": ["digits"]}}}, "'networks.small.onn'"),
+        ({"networks": {"small": {"net": {}, "on": ["digit"]}}}, "Did you mean 'digits'"),
+        ({"networks": {"small": {"net": {}, "without": ["backpropp"]}}}, "Did you mean 'backprop'"),
+    ],
 )
 def test_a_board_that_cannot_be_meant_is_refused(tmp_path, change, said, capsys):
     file = tmp_path / "board.yaml"

@@ -59,7 +59,7 @@ def test_the_panels_on_the_page_are_those_that_are_logged():
     """Every scalar that a fit logs is named on the page, and every scalar named there is logged."""
     callbacks = [
         ebm.GradientAlignment(1, reference=["backprop", "equilibrium"]),
-        ebm.RelaxationMonitor(1, regime_every_n_steps=1),
+        ebm.RelaxationMonitor(1, regime_every_n_steps=1, curvature_every_n_steps=1),
     ]
     trainer = L.Trainer(
         strategy=ebm.EBMStrategy("predictive-coding"), callbacks=callbacks, max_epochs=1, accelerator="cpu", devices=1,

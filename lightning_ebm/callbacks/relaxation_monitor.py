@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_ebm import advice, checked
 from lightning_ebm.callbacks import console, loggers
 from lightning_ebm.callbacks.run_file import RunFile
+from lightning_ebm.curvature import Curvature
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.evaluations import Landscape
 from lightning_ebm.regime import Regime
@@ -36,6 +37,10 @@ class RelaxationMonitor(Callback):
       `lightning_ebm.regime`: how much of the fall of the energy was made, and where between backprop (0) and
       equilibrium (1) the update was read; not where there is no way, and of the first device's batch.
 
+    - ``ebm/curvature_smallest``, ``ebm/curvature_largest``, ``ebm/curvature_loss`` where the curvature is measured, see
+      `lightning_ebm.curvature`: eigenvalues of d2(I + lambda L)/dx2 where the update was read, and of lambda d2L/dx2;
+      of the first device's batch.
+
     On several devices the others are means over the devices.
 
     With `WandbLogger` also a histogram of the residuals of the samples, and when the fit ends the table ``ebm/curves``:
@@ -46,9 +51,12 @@ class RelaxationMonitor(Callback):
         every_n_steps: record at the first optimizer step, and whenever this many more are complete.
         regime_every_n_steps: the same for the regime, which relaxes twice more, once to equilibrium; None never.
         equilibrium: what finds that equilibrium, see `regime.of`.
+        curvature_every_n_steps: the same for the curvature, which relaxes once more and takes 64 products with second
+            derivatives; None never.
 
     Attributes:
         regime: the last one measured, None before.
+        curvature: the last one measured, None before.
         statuses: how many of the monitored relaxations "converged", "stalled", ...
 
     Raises:
@@ -61,11 +69,16 @@ class RelaxationMonitor(Callback):
         *,
         regime_every_n_steps: int | None = 500,
         equilibrium: Relaxer | None = None,
+        curvature_every_n_steps: int | None = None,
     ) -> None:
         self.every_n_steps = checked.count(self, "every_n_steps", every_n_steps)
         if regime_every_n_steps is not None:
             regime_every_n_steps = checked.count(self, "regime_every_n_steps", regime_every_n_steps)
         self.regime_every_n_steps = regime_every_n_steps
+        if curvature_every_n_steps is not None:
+            curvature_every_n_steps = checked.count(self, "curvature_every_n_steps", curvature_every_n_steps)
+        self.curvature_every_n_steps = curvature_every_n_steps
+        self.curvature: Curvature | None = None
         if equilibrium is not None:
             checked.instance(self, "equilibrium", equilibrium, Relaxer, "an ebm.Relaxer or None")
         self.equilibrium = equilibrium
@@ -148,6 +161,8 @@ class RelaxationMonitor(Callback):
         if self.regime_every_n_steps is not None and _due(trainer, self.regime_every_n_steps):
             values |= self._measured(trainer, strategy)
             self._keep_curves(trainer, phases)
+        if self.curvature_every_n_steps is not None and _due(trainer, self.curvature_every_n_steps):
+            values |= self._curved(trainer, strategy)
         if trainer.world_size > 1:  # the mean over devices, in one collective
             values = loggers.mean_of(strategy.gather(values))
         loggers.log_scalars(trainer, pl_module, values, _IN_PROGRESS_BAR)
@@ -161,6 +176,8 @@ class RelaxationMonitor(Callback):
         if self.regime is not None:
             rows.append(("regime at the last measurement", self.regime.verdict))
             rows += [(f"  {layer.name}", layer.verdict) for layer in self.regime.layers]
+        if self.curvature is not None:
+            rows.append(("states at the last measurement", str(self.curvature)))
         if rows:
             console.show(trainer, f"{sum(self.statuses.values())} relaxations monitored", ("how they ended", ""), rows)
 
@@ -199,6 +216,24 @@ class RelaxationMonitor(Callback):
         values = {"ebm/relaxed": self.regime.relaxed, "ebm/way": self.regime.way}
         return values | {f"ebm/way/layer/{layer.name.replace('.', '/')}": layer.way for layer in self.regime.layers}
 
+    def _curved(self, trainer: Trainer, strategy: EnergyStrategy) -> dict[str, float]:
+        try:
+            self.curvature = strategy.curvature()
+        except ConfigurationError as error:  # no such thing for this algorithm: said once, and not asked again
+            self._say(trainer, str(error))
+            self.curvature_every_n_steps = None
+            return {}
+        except RelaxationDivergedError as error:
+            self._say(trainer, f"The curvature could not be measured, there is no equilibrium to look at: {error}")
+            return {}
+        found = self.curvature
+        self._file.add({"curvature": found.as_dict(), "step": trainer.global_step})
+        return {
+            "ebm/curvature_smallest": found.smallest,
+            "ebm/curvature_largest": found.largest,
+            "ebm/curvature_loss": found.loss,
+        }
+
     def _keep(self, trainer: Trainer, record: dict[str, Any], residual: list[float]) -> None:
         self._kept += 1
         if self._kept > _MOST_CURVES:  # the first and the last point say whether it settled
@@ -228,7 +263,8 @@ class RelaxationMonitor(Callback):
         monitored = sum(self.statuses.values())
         if not self._warned and monitored >= 10 and self.statuses["max_steps"] > monitored / 2:
             self._warned = True
-            self._say(trainer, advice.unsettled(self.statuses["max_steps"], monitored, residual))
+            told = strategy_of(trainer).learner.unsettled.told
+            self._say(trainer, told or advice.unsettled(self.statuses["max_steps"], monitored, residual))
 
     def _say(self, trainer: Trainer, text: str) -> None:
         if trainer.is_global_zero:

@@ -15,7 +15,7 @@ from lightning_ebm.energies import LayerView
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.named import named
 from lightning_ebm.program.products import Product, products_of, sent_back_by
-from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value
+from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value, depending
 from lightning_ebm.program.seams import hooked_input, hooked_output
 
 StateOf = Callable[[StateKey, Tensor], Tensor | None]
@@ -94,6 +94,12 @@ class Program:
     def order(self) -> list[Node]:
         """The operations that lead to predictions, drives and loss."""
         return ordered(self.record, [*([] if self.loss is None else [self.loss]), *_ends(self.marks)])
+
+    def between_states(self) -> list[Node]:
+        """The operations that lead from states to predictions and drives; not those of the loss."""
+        moving = depending({mark.state for mark in self.marks}, self.order)
+        between = ancestors(_ends(self.marks)) & {value.node for value in moving}
+        return [node for node in self.order if node in between]
 
     @cached_property
     def _last(self) -> dict[Node, list[Value]]:

@@ -52,6 +52,11 @@ class Known:
     covered: bool = False
     interacting: bool | None = None
 
+    @property
+    def operations(self) -> list[str]:
+        """The names of the operations between states, for messages."""
+        return [str(node.func) for node in self.traced.program.between_states()]
+
 
 class Found(NamedTuple):
     """The program of a pass.

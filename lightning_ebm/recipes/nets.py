@@ -1,6 +1,7 @@
 """Networks of published experiments, as plain modules. Nothing here knows how they will be trained."""
 
 from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -71,7 +72,33 @@ class MNIST1DConv(nn.Sequential):
         )
 
 
-class VGG5(nn.Sequential):
+class ConvNet(nn.Sequential):
+    """Blocks of a 3 x 3 convolution, an activation and pooling by two, and a linear read-out into ten classes.
+
+    Args:
+        channels: of the images, and of each block.
+        side: of the images, in pixels.
+        activation: as in `MLP`.
+        pool: "max" or "mean".
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, ...] = (1, 16, 32, 32),
+        side: int = 28,
+        activation: str = "relu",
+        pool: Literal["max", "mean"] = "max",
+    ) -> None:
+        pooled = nn.MaxPool2d if pool == "max" else nn.AvgPool2d
+        blocks = [
+            nn.Sequential(nn.Conv2d(c, d, 3, padding=1), _activation(activation), pooled(2))
+            for c, d in pairwise(channels)
+        ]
+        left = side // 2 ** len(blocks)
+        super().__init__(*blocks, nn.Flatten(), nn.Linear(channels[-1] * left * left, 10))
+
+
+class VGG5(ConvNet):
     """Four blocks of convolution, activation and pooling, and a linear read-out, for 32 x 32 color images.
 
     Blocks are called "0" to "3": ``layers: [net.0, net.1, net.2, net.3]`` puts the states behind the pooling, as the
@@ -83,11 +110,7 @@ class VGG5(nn.Sequential):
     """
 
     def __init__(self, channels: tuple[int, ...] = (128, 256, 512, 512), activation: str = "gelu") -> None:
-        blocks = [
-            nn.Sequential(nn.Conv2d(c, d, 3, padding=1), _activation(activation), nn.MaxPool2d(2))
-            for c, d in pairwise((3, *channels))
-        ]
-        super().__init__(*blocks, nn.Flatten(), nn.Linear(channels[-1] * 2 * 2, 10))
+        super().__init__((3, *channels), 32, activation)
 
 
 class HopfieldConv(nn.Sequential):
@@ -129,37 +152,50 @@ class BasicBlock(nn.Module):
         return result
 
 
-class ResNet18(nn.Sequential):
-    """ResNet-18 for 32 x 32 images: a stem without pooling, four stages of two blocks, a linear read-out.
+class ResNet(nn.Sequential):
+    """A stem without pooling, stages of basic blocks with BatchNorm, a linear read-out into ten classes.
+
+    Args:
+        inputs: channels of the images.
+        width: channels of the first stage; doubled at each of the others.
+        blocks: how many each stage has.
+    """
+
+    def __init__(self, inputs: int = 1, width: int = 16, blocks: tuple[int, ...] = (1, 1, 1)) -> None:
+        stem = nn.Sequential(nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        stages, before = [], width
+        for stage, count in enumerate(blocks):
+            channels = width * 2**stage
+            first = BasicBlock(before, channels, 1 if stage == 0 else 2)
+            stages.append(nn.Sequential(first, *[BasicBlock(channels, channels, 1) for _ in range(count - 1)]))
+            before = channels
+        super().__init__(stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10))
+
+
+class ResNet18(ResNet):
+    """ResNet-18 for 32 x 32 color images: four stages of two blocks.
 
     Args:
         width: channels of the first stage; doubled at each of the others.
     """
 
     def __init__(self, width: int = 64) -> None:
-        stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        stages, inputs = [], width
-        for stage in range(4):
-            outputs = width * 2**stage
-            first = BasicBlock(inputs, outputs, 1 if stage == 0 else 2)
-            stages.append(nn.Sequential(first, BasicBlock(outputs, outputs, 1)))
-            inputs = outputs
-        super().__init__(stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10))
+        super().__init__(3, width, (2, 2, 2, 2))
 
 
 class Attention(nn.Module):
-    """A pre-norm block of causal attention and a perceptron."""
+    """A pre-norm block of attention, causal or not, and a perceptron."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
         result: Tensor = x + self.mlp(self.norm2(x))
         return result
 
@@ -189,4 +225,35 @@ class CharTransformer(nn.Module):
         for block in self.blocks:
             x = block(x)
         logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+class ViT(nn.Module):
+    """A Transformer over patches: ``(B, C, H, W)`` to logits ``(B, 10)``, read off the mean over patches.
+
+    Args:
+        inputs: channels C of the images.
+        side: H and W, in pixels.
+        patch: the same of a patch.
+        width: of the residual stream.
+        depth: blocks.
+        heads: of attention.
+    """
+
+    def __init__(
+        self, inputs: int = 1, side: int = 28, patch: int = 7, width: int = 32, depth: int = 4, heads: int = 4
+    ) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(inputs, width, patch, patch)
+        self.position = nn.Parameter(
+            nn.init.normal_(self.patches.weight.new_empty((side // patch) ** 2, width), 0, 0.02)
+        )
+        self.blocks = nn.ModuleList([Attention(width, heads, causal=False) for _ in range(depth)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2) + self.position
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x).mean(1))
         return logits

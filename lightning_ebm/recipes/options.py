@@ -50,7 +50,7 @@ def check_names(arguments: Sequence[str]) -> None:
     """
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
     chosen: dict[str, type] = {}
-    allowed = {"--relaxer": ["auto"]}
+    allowed = {"--relaxer": ["auto"], "--nudge": ["auto"]}
     for option, value in zip(words, [*words[1:], ""], strict=True):
         if option in (known := kinds()):
             special = [*allowed.get(option, []), "null", "None"]

@@ -113,31 +113,34 @@ class Record(L.Callback):
     """The best and the last validation figure of a run: printed at the end, and kept as ``result.json``.
 
     The best of several epochs on the set that is reported is optimistic by the spread between epochs; the last is not.
-    Kept with it are the median time of a training step in milliseconds and, where a `GradientAlignment` is in the same
-    Trainer, the cosine over all its comparisons, their gradients taken as one long vector.
+    Kept with it are the median time of a batch in milliseconds, by the clock and of the process, which others on the
+    machine do not lengthen; where a `GradientAlignment` is in the same Trainer, the cosine over all its comparisons,
+    their gradients taken as one long vector; and where a `RelaxationMonitor` is, how relaxations ended.
     """
 
     def __init__(self, monitor: str = "val/accuracy") -> None:
         self.monitor = monitor
         self.values: list[float] = []
         self._steps: list[float] = []
+        self._cpu: list[float] = []
         self._file = RunFile()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins the record."""
-        self.values, self._steps = [], []
+        self.values, self._steps, self._cpu = [], [], []
         self.started = time.monotonic()
         self._file.begin(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, index: int) -> None:
-        """Starts the clock."""
-        self._began = time.perf_counter()
+        """Starts the clocks."""
+        self._began = time.perf_counter(), time.process_time()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        """Stops it."""
-        self._steps.append(1000 * (time.perf_counter() - self._began))
+        """Stops them."""
+        self._steps.append(1000 * (time.perf_counter() - self._began[0]))
+        self._cpu.append(1000 * (time.process_time() - self._began[1]))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keeps the figure."""
@@ -146,8 +149,10 @@ class Record(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the file, and says where it is."""
-        watching = [callback for callback in _callbacks(trainer) if isinstance(callback, ebm.GradientAlignment)]
+        watched = _callbacks(trainer)
+        watching = [callback for callback in watched if isinstance(callback, ebm.GradientAlignment)]
         cosines = [float(callback.run.compute()["cosine"]) for callback in watching if callback.history]
+        ends = [dict(callback.statuses) for callback in watched if isinstance(callback, ebm.RelaxationMonitor)]
         self._file.end(trainer)
         if not self.values or not trainer.is_global_zero:
             return
@@ -159,8 +164,11 @@ class Record(L.Callback):
             "last": self.values[-1],
             "epochs": len(self.values),
             "minutes": round((time.monotonic() - self.started) / 60, 2),
+            "batches": len(self._steps),
             "step_ms": round(statistics.median(self._steps), 3),
+            "step_cpu_ms": round(statistics.median(self._cpu), 3),
             "cosine": cosines[0] if cosines else None,
+            "relaxations": ends[0] if ends else {},
             "values": self.values,
         }
         folder = Path(trainer.default_root_dir)

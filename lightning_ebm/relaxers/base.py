@@ -14,7 +14,7 @@ from lightning_ebm import checked
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import QuadraticEnergy, is_quadratic
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.evaluations import Forces, Landscape
+from lightning_ebm.evaluations import Evaluation, Forces, Landscape
 from lightning_ebm.evaluations.of_slope import SlopeEvaluation
 from lightning_ebm.nudges import Nudge
 
@@ -167,6 +167,10 @@ class Relaxer(ABC):
         """The relaxations at several strengths, each from `start`."""
         relaxer: Any = self  # whose strength may be complex where `complex_states` says so
         return [relaxer.relax(landscape, start, strength) for strength in strengths]
+
+    def plain_sweep(self, landscape: Landscape) -> Evaluation[list[Tensor]] | None:
+        """One of its steps without what it adds to hasten them; None where it does not move by sweeps."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """What it carries from one relaxation to the next, for a checkpoint."""

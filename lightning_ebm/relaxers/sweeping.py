@@ -35,7 +35,7 @@ class SweepingRelaxer(Relaxer):
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
         if get_proxy_mode() is not None:  # a graph is being made
             return self._unrolled(landscape, as_complex(start, strength), strength)
-        run, sweep = self.sweeps(landscape, as_complex(start, strength), strength), self._sweep(landscape)
+        run, sweep = self.sweeps(landscape, as_complex(start, strength), strength), self.plain_sweep(landscape)
         point = next(run)
         while True:
             try:
@@ -44,12 +44,13 @@ class SweepingRelaxer(Relaxer):
                 found: Relaxation = end.value
                 return found
 
-    def _sweep(self, landscape: Landscape) -> Swept:
+    def plain_sweep(self, landscape: Landscape) -> Swept:
+        """See `Relaxer.plain_sweep`."""
         return Swept(tuple(map(tuple, self.groups(landscape))), self.damping)
 
     def _unrolled(self, landscape: Landscape, point: list[Tensor], strength: complex) -> Relaxation:
         """All steps, whatever the tolerance, for a graph: it cannot ask how it goes."""
-        sweep = self._sweep(landscape)
+        sweep = self.plain_sweep(landscape)
         for _ in range(self.max_steps):
             point = landscape.evaluate(sweep, point, strength)
         unknown = landscape.per_sample(point).new_full((landscape.batch_size,), float("nan"))

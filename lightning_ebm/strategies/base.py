@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.closure import NoLossError
+from lightning_ebm.curvature import Curvature, of_step as curvature_of_step
 from lightning_ebm.divergence import OnDivergence, Policy
 from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
@@ -406,6 +407,15 @@ class EnergyStrategy(EvaluatingStrategy):
         if self._step is None:
             raise ConfigurationError("There is no training step yet whose regime could be measured.")
         return regime_of_step(self._step, self.algorithm, equilibrium)
+
+    def curvature(self, steps: int = 32) -> Curvature:
+        """Whether the states of the last step rest in a minimum, see `lightning_ebm.curvature`.
+
+        Call it as `true_gradients`. It relaxes once more. No side effects.
+        """
+        if self._step is None:
+            raise ConfigurationError("There is no training step yet whose curvature could be measured.")
+        return curvature_of_step(self._step, self.algorithm, steps)
 
     def teardown(self) -> None:
         """Lightning's own; drops the last batch and its graph."""
