@@ -1,6 +1,6 @@
 """Whose fault it is that a batch cannot be trained on: weights, batch, buffers, loss, overflow, or the relaxation."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,15 @@ _SKIP = ' on_divergence="skip" leaves out such batches, and counts them.'
 
 def holds_nonfinite(batch: Any) -> bool:
     """Whether a number of a batch is nan or infinite. That may be meant, as in masks."""
-    return any(not bool(torch.isfinite(tensor).all()) for _, tensor in _tensors(batch, ""))
+    # A sum is spoiled by any of them, and several times sooner than each is looked at; it may also overflow.
+    tensors = [tensor for _, tensor in _tensors(batch, "")]
+    return any(_is_spoiled(tensor.sum()) and _is_spoiled(tensor) for tensor in tensors)
 
 
 def blamed(
     error: RelaxationDivergedError,
     module: nn.Module,
+    buffers: Sequence[tuple[str, Tensor]],
     batch: Any,
     loss: Tensor | None,
     backprop: Callable[[], Mapping[str, Tensor]] | None,
@@ -29,6 +32,7 @@ def blamed(
     Args:
         error: what the relaxation, or the loss, ended with.
         module: the user's.
+        buffers: its own, by name, as they were before the pass.
         batch: what it is trained on, as far as that is known.
         loss: of the forward pass; None where there is none yet.
         backprop: gives the gradient of the feed-forward network; None where there is no pass to ask.
@@ -44,9 +48,9 @@ def blamed(
             f"The batch holds numbers that are not finite ({'; '.join(spoiled)}), and the weights are finite: one such"
             f" number spoils every update. Clean the data, or drop the samples before training_step;{_SKIP}"
         )
-    elif buffers := _spoiled(module.named_buffers()):
+    elif stale := _spoiled(buffers):
         text = (
-            f"Buffers hold nan or inf: {_listed(buffers)}. Running statistics stay so once a batch with nan has been"
+            f"Buffers hold nan or inf: {_listed(stale)}. Running statistics stay so once a batch with nan has been"
             " through them. Go on from a checkpoint of before, or set them anew (reset_running_stats)."
         )
     elif loss is not None and not loss_is_finite:

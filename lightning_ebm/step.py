@@ -1,7 +1,7 @@
 """One batch: its first pass, its relaxations, and the scalar whose gradient is the update."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from lightning_ebm.program.calls import clean, in_place
 from lightning_ebm.program.programs import Found
 from lightning_ebm.program.recorder import Recorder, TakesCare
 from lightning_ebm.program.wiring import Plan, named_gradients
-from lightning_ebm.purity import untouched
+from lightning_ebm.purity import untouched, without_iterators
 from lightning_ebm.recorded import Recorded
 from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.report import PhaseReport
@@ -123,23 +123,33 @@ class Step:
         latest = setup.programs.latest
         if latest is not None and setup.is_free_forward(latest.plan):
             return False
-        plan = self.examine()
+        plan = self.examine(again=True)
         return not setup.is_free_forward(plan) and not self._pass().is_empty
 
-    def _quietly(self, find: Callable[[Recorder, Any], Found]) -> None:
-        """A pass without side effects, and what it was, found out before they are undone."""
+    def _quietly(self, find: Callable[[Recorder, Any], Found], again: bool = False) -> None:
+        """A pass without side effects, and what it was, found out before they are undone.
+
+        Args:
+            find: tells what it was.
+            again: whether the user's own is still to come.
+        """
         recorder, setup = Recorder(undoes=True), self._setup
         try:
             with untouched(setup.module, tensors=False), setup.quiet(), torch.enable_grad():
-                with setup.programs.recording(recorder), self._arithmetic.derivatives():
+                drawing = without_iterators(setup.module) if again else nullcontext()
+                with setup.programs.recording(recorder), self._arithmetic.derivatives(), drawing:
                     returned = self._closure()
                 # While its graph can be differentiated: what that saved has not been written to.
                 self._recorded = Recorded.of(find(recorder, returned), recorder, returned)
         finally:
             recorder.contents.undo()
 
-    def examine(self) -> Plan:
-        """Finds the layers by a pass without side effects, which `true_gradients` and `again` then are about."""
+    def examine(self, again: bool = False) -> Plan:
+        """Finds the layers by a pass without side effects, which `true_gradients` and `again` then are about.
+
+        Args:
+            again: whether the user's own pass is still to come.
+        """
 
         def find(recorder: Recorder, loss: Any) -> Found:
             if self._setup.clamp is not None and not is_number(loss):
@@ -150,7 +160,7 @@ class Step:
                 )
             return self._setup.programs.of(recorder, checked_loss(loss))
 
-        self._quietly(find)
+        self._quietly(find, again)
         return self._pass().plan
 
     def _pass(self) -> Recorded:
@@ -301,7 +311,13 @@ class Step:
             yield
         except RelaxationDivergedError as error:
             backprop = None if self._recorded is None else self._backprop
-            raise blamed(error, self._setup.module, self._given(), loss, backprop) from error
+            raise blamed(error, self._setup.module, self._buffers(), self._given(), loss, backprop) from error
+
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        """What buffers held before the user's pass."""
+        before = None if self._recorder is None else self._recorder.contents.before
+        buffers = self._setup.module.named_buffers()
+        return [(name, tensor if before is None else before.content_of(tensor)) for name, tensor in buffers]
 
     def instead(self, algorithm: Algorithm, loss: Tensor, scale: float = 1.0) -> Tensor:
         """`surrogate` by another algorithm, of a pass that is over.
@@ -442,6 +458,10 @@ class Step:
 
     def _relaxed(self, network: Network) -> Tensor:
         """Relaxes each phase; a scalar whose gradient is the update."""
+        with self._arithmetic.explained():
+            return self._relaxed_by_rule(network)
+
+    def _relaxed_by_rule(self, network: Network) -> Tensor:
         algorithm, setup, phases = self._setup.algorithm, self._setup, self._phases
         assert phases is not None
         phases.adapt()
