@@ -1,6 +1,6 @@
 """Whose fault it is that a batch cannot be trained on: weights, batch, buffers, loss, overflow, or the relaxation."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,18 @@ def floating_tensors(batch: Any) -> list[Tensor]:
     return [tensor for _, tensor in _tensors(batch, "")]
 
 
+def total_of(tensor: Tensor) -> Tensor:
+    """The sum, which any number that is not finite spoils, several times sooner than each could be tested.
+
+    It may also overflow: whoever acts on it looks again.
+    """
+    return tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+
 def blamed(
     error: RelaxationDivergedError,
     module: nn.Module,
+    buffers: Sequence[tuple[str, Tensor]],
     batch: Any,
     loss: Tensor | None,
     backprop: Callable[[], Mapping[str, Tensor]] | None,
@@ -29,6 +38,7 @@ def blamed(
     Args:
         error: what the relaxation, or the loss, ended with.
         module: the user's.
+        buffers: its own, by name, as they were before the pass.
         batch: what it is trained on, as far as that is known.
         loss: of the forward pass; None where there is none yet.
         backprop: gives the gradient of the feed-forward network; None where there is no pass to ask.
@@ -44,9 +54,9 @@ def blamed(
             f"The batch holds numbers that are not finite ({'; '.join(spoiled)}), and the weights are finite: one such"
             f" number spoils every update. Clean the data, or drop the samples before training_step;{_SKIP}"
         )
-    elif buffers := _spoiled(module.named_buffers()):
+    elif stale := _spoiled(buffers):
         text = (
-            f"Buffers hold nan or inf: {_listed(buffers)}. Running statistics stay so once a batch with nan has been"
+            f"Buffers hold nan or inf: {_listed(stale)}. Running statistics stay so once a batch with nan has been"
             " through them. Go on from a checkpoint of before, or set them anew (reset_running_stats)."
         )
     elif loss is not None and not loss_is_finite:

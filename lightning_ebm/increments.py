@@ -35,7 +35,8 @@ def increments(phases: Phases, algorithm: Algorithm) -> Iterator[Sequence[End]]:
         energies.append(slope.total(strength))
         norms.append(force_norm(network, slope.gradients))
         sizes = torch.stack([norms[-1].norm(), norms[0].norm()])
-        _check_bounded(relaxer, *network.questions.ask(sizes), taken)
+        now, first = network.questions.ask(sizes)
+        _check_bounded(relaxer, now, first, taken)
         residual = norms[-1] / norms[0].clamp_min(torch.finfo(norms[0].dtype).tiny)
         ends = [
             End(nudged, Relaxation(states, "states", "fixed", steps, residual, energies))

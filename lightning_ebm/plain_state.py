@@ -78,7 +78,7 @@ class PlainState:
     """Attributes of the user's own modules, and what they hold, recursively; and which modules hold which.
 
     Covered are lists, dicts, sets and deques (of any subclass), objects of classes that no library here defines, and
-    generators (`torch.Generator`, `random.Random`, `numpy.random.Generator`), and NumPy arrays. Tensors are not copied.
+    generators (`torch.Generator`, `random.Random`, those of `numpy.random`), and NumPy arrays. Tensors are not copied.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -125,6 +125,8 @@ class PlainState:
             self._undo.append(partial(value.setstate, value.getstate()))
         elif self._numpy is not None and isinstance(value, self._numpy.ndarray):
             self._undo.append(partial(_put_back, value, value.copy()))
+        elif self._numpy is not None and isinstance(value, self._numpy.random.RandomState):
+            self._undo.append(partial(value.set_state, value.get_state()))
         elif self._numpy is not None and isinstance(value, self._numpy.random.Generator):
             self._undo.append(partial(setattr, value.bit_generator, "state", copy.deepcopy(value.bit_generator.state)))
         elif hasattr(value, "__dict__") and type(value).__module__.split(".")[0] not in _LIBRARIES:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric, MetricCollection
 
+from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.plain_state import PlainState, RandomState
 from lightning_ebm.tree import modules_of, parameters_of
 
@@ -42,6 +43,46 @@ def untouched(module: nn.Module, tensors: bool = True) -> Iterator[None]:
         stack.callback(PlainState(module).restore)
         stack.enter_context(_aside(metrics, [dict(vars(metric)) for metric in metrics]))
         yield
+
+
+@contextmanager
+def without_iterators(module: nn.Module) -> Iterator[None]:
+    """Within it nobody draws from the iterators that modules hold, for passes that are run again.
+
+    Nothing can be put back into an iterator. The next pass would see other items.
+    """
+    held = [
+        (owner, f"{path}.{name}" if path else name, name, value)
+        for path, owner in module.named_modules()
+        for name, value in vars(owner).items()
+        if isinstance(value, Iterator)
+    ]
+    for owner, path, name, _ in held:
+        vars(owner)[name] = _Refusing(path)
+    try:
+        yield
+    finally:
+        for owner, _, name, value in held:
+            if isinstance(vars(owner).get(name), _Refusing):
+                vars(owner)[name] = value
+
+
+class _Refusing(Iterator[Any]):
+    """In the place of an iterator.
+
+    Args:
+        path: the attribute that holds it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __next__(self) -> Any:
+        raise UnsupportedModuleError(
+            f"The step draws from an iterator that the module holds ({self._path!r}), and for this energy the step runs"
+            " twice, quietly and at the free equilibrium: the second pass would get other items. Draw before"
+            ' training_step (in on_train_batch_start), or take a divergence energy such as "predictive-coding".'
+        )
 
 
 def _set_trainable(flags: list[tuple[nn.Parameter, bool]]) -> None:

@@ -1,4 +1,4 @@
-"""Gradients of activations that the user wants to see, `Tensor.retain_grad`, where nobody differentiates their graph."""
+"""Gradients of activations that the user wants to see (`Tensor.retain_grad`), where nobody differentiates the graph."""
 
 from collections.abc import Sequence
 

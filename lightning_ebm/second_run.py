@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.errors import EBMError, UnsupportedModuleError
+from lightning_ebm.program.at_value import at_value
 from lightning_ebm.program.calls import Replace
-from lightning_ebm.program.interpreter import Program, at_value
+from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.record import Mark, Value
 from lightning_ebm.program.recorder import Recorder
 from lightning_ebm.recorded import Recorded

@@ -1,7 +1,7 @@
 """One batch: its first pass, its relaxations, and the scalar whose gradient is the update."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.arithmetic import Arithmetic
-from lightning_ebm.blame import blamed, floating_tensors, spoils
+from lightning_ebm.blame import blamed, floating_tensors, spoils, total_of
 from lightning_ebm.closure import Closure, check_finite, checked_loss, is_number
 from lightning_ebm.coverage import check_coverage
 from lightning_ebm.delivery import average_of, delivered
@@ -25,7 +25,7 @@ from lightning_ebm.program.calls import clean, in_place
 from lightning_ebm.program.programs import Found
 from lightning_ebm.program.recorder import Recorder, TakesCare
 from lightning_ebm.program.wiring import Plan, named_gradients
-from lightning_ebm.purity import untouched
+from lightning_ebm.purity import untouched, without_iterators
 from lightning_ebm.questions import Questions
 from lightning_ebm.recorded import Recorded
 from lightning_ebm.relaxers import Relaxation
@@ -125,23 +125,33 @@ class Step:
         latest = setup.programs.latest
         if latest is not None and setup.is_free_forward(latest.plan):
             return False
-        plan = self.examine()
+        plan = self.examine(again=True)
         return not setup.is_free_forward(plan) and not self._pass().is_empty
 
-    def _quietly(self, find: Callable[[Recorder, Any], Found]) -> None:
-        """A pass without side effects, and what it was, found out before they are undone."""
+    def _quietly(self, find: Callable[[Recorder, Any], Found], again: bool = False) -> None:
+        """A pass without side effects, and what it was, found out before they are undone.
+
+        Args:
+            find: tells what it was.
+            again: whether the user's own is still to come.
+        """
         recorder, setup = Recorder(undoes=True), self._setup
         try:
             with untouched(setup.module, tensors=False), setup.quiet(), torch.enable_grad():
-                with setup.programs.recording(recorder), self._arithmetic.derivatives():
+                drawing = without_iterators(setup.module) if again else nullcontext()
+                with setup.programs.recording(recorder), self._arithmetic.derivatives(), drawing:
                     returned = self._closure()
                 # While its graph can be differentiated: what that saved has not been written to.
                 self._recorded = Recorded.of(find(recorder, returned), recorder, returned)
         finally:
             recorder.contents.undo()
 
-    def examine(self) -> Plan:
-        """Finds the layers by a pass without side effects, which `true_gradients` and `again` then are about."""
+    def examine(self, again: bool = False) -> Plan:
+        """Finds the layers by a pass without side effects, which `true_gradients` and `again` then are about.
+
+        Args:
+            again: whether the user's own pass is still to come.
+        """
 
         def find(recorder: Recorder, loss: Any) -> Found:
             if self._setup.clamp is not None and not is_number(loss):
@@ -152,7 +162,7 @@ class Step:
                 )
             return self._setup.programs.of(recorder, checked_loss(loss))
 
-        self._quietly(find)
+        self._quietly(find, again)
         return self._pass().plan
 
     def _pass(self) -> Recorded:
@@ -301,7 +311,8 @@ class Step:
                 )
 
         home = suspects[-1].device  # a batch may hold tensors that stay on the host
-        questions.later(torch.stack([torch.isfinite(s).all().to(home, non_blocking=True) for s in suspects]), refuse)
+        finite = [torch.isfinite(total_of(s)).to(home, non_blocking=True) for s in suspects]
+        questions.later(torch.stack(finite), refuse)
 
     def _given(self) -> Any:
         """What the module is trained on, as far as that is known."""
@@ -317,7 +328,13 @@ class Step:
             yield
         except RelaxationDivergedError as error:
             backprop = None if self._recorded is None else self._backprop
-            raise blamed(error, self._setup.module, self._given(), loss, backprop) from error
+            raise blamed(error, self._setup.module, self._buffers(), self._given(), loss, backprop) from error
+
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        """What buffers held before the user's pass."""
+        before = None if self._recorder is None else self._recorder.contents.before
+        buffers = self._setup.module.named_buffers()
+        return [(name, tensor if before is None else before.content_of(tensor)) for name, tensor in buffers]
 
     def instead(self, algorithm: Algorithm, loss: Tensor, scale: float = 1.0) -> Tensor:
         """`surrogate` by another algorithm, of a pass that is over.
@@ -465,6 +482,10 @@ class Step:
 
     def _relaxed(self, network: Network) -> Tensor:
         """Relaxes each phase; a scalar whose gradient is the update."""
+        with self._arithmetic.explained():
+            return self._relaxed_by_rule(network)
+
+    def _relaxed_by_rule(self, network: Network) -> Tensor:
         algorithm, setup, phases = self._setup.algorithm, self._setup, self._phases
         assert phases is not None
         phases.adapt()

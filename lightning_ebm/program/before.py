@@ -28,6 +28,10 @@ class Before:
         if self._is_noted(tensor):
             self._contents.append((tensor, tensor.detach().clone()))
 
+    def content_of(self, tensor: Tensor) -> Tensor:
+        """What it held before the pass, if it is noted."""
+        return next((content for noted, content in self._contents if noted is tensor), tensor)
+
     def moved(self, tensor: Tensor) -> None:
         """The tensor is about to be given other memory."""
         if self._is_noted(tensor):

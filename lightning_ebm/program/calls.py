@@ -7,6 +7,7 @@ them whatever happens; the user's own hooks run as ever, before.
 import copy
 import dataclasses
 import operator
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -82,9 +83,10 @@ def watched(root: nn.Module, recorder: Recorder, watch: Watch, replace: Replace)
     names, weighted, chosen = watch.names, watch.weighted, watch.chosen
     counts: dict[nn.Module, int] = {}
     drives: dict[nn.Module, Value] = {}
+    thread = threading.get_ident()  # others may call the same modules meanwhile
 
     def marks_now() -> bool:
-        return torch.is_grad_enabled() and not recorder.paused
+        return torch.is_grad_enabled() and not recorder.paused and threading.get_ident() == thread
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         drive = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
@@ -93,6 +95,8 @@ def watched(root: nn.Module, recorder: Recorder, watch: Watch, replace: Replace)
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if module not in names:  # a copy of a watched module took the hook along
+            return output
+        if threading.get_ident() != thread:
             return output
         number = counts.get(module, 0)
         counts[module] = number + 1
@@ -127,7 +131,7 @@ def watched(root: nn.Module, recorder: Recorder, watch: Watch, replace: Replace)
         return rebuild(leaves) if replaced else output
 
     def note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is not root:
+        if module is not root or threading.get_ident() != thread:
             return
         record = recorder.record
         record.leading_sizes = record.leading_sizes or leading_sizes((args, kwargs))
@@ -150,12 +154,15 @@ def watched(root: nn.Module, recorder: Recorder, watch: Watch, replace: Replace)
 @contextmanager
 def in_place(root: nn.Module, states: Mapping[StateKey, Tensor]) -> Iterator[None]:
     """Runs the body with states in place of what the calls of modules below `root` return; nothing is recorded."""
+    thread = threading.get_ident()
     counts: dict[nn.Module, int] = {}
     wanted = {key.name for key in states}
     names = {module: clean(name) for name, module in root.named_modules() if clean(name) in wanted}
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if module not in names:
+            return output
+        if threading.get_ident() != thread:
             return output
         number = counts.get(module, 0)
         counts[module] = number + 1

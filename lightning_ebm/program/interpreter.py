@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_ebm.energies import LayerView
 from lightning_ebm.errors import UnsupportedModuleError
+from lightning_ebm.program.at_value import at_value
 from lightning_ebm.program.named import named
 from lightning_ebm.program.products import Product, products_of, sent_back_by
 from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value, depending
@@ -293,25 +294,6 @@ class Held:
         if type(arg) is Value:
             return self[arg]
         return self._filled(arg) if type(arg) is tuple else arg
-
-
-class AtValue(torch.autograd.Function):
-    """A tensor with other contents, whose gradient is that tensor's: a leaf as it was when the user's pass read it."""
-
-    @staticmethod
-    def forward(ctx: Any, leaf: Tensor, content: Tensor) -> Tensor:
-        return content.detach().clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
-def at_value(leaf: Tensor, content: Tensor) -> Tensor:
-    """See `AtValue`."""
-    apply: Any = AtValue.apply
-    found: Tensor = apply(leaf, content)
-    return found
 
 
 def _copied(

@@ -288,8 +288,8 @@ def _refuse(module: nn.Module, tried: list[str], called: bool, record: Record) -
     if record.transformed:
         raise LayerDiscoveryError(
             f"The layers of {type(module).__name__} are called within a transform of torch.func (vmap, jvp, grad,"
-            " hessian), where none can carry a state. Call the module on the batch itself, without vmap, and take slopes"
-            " by torch.autograd.grad(..., create_graph=True)."
+            " hessian), where none can carry a state. Call the module on the batch itself, without vmap, and take"
+            " slopes by torch.autograd.grad(..., create_graph=True)."
         )
     if not called and any(True for _ in module.children()):
         raise LayerDiscoveryError(

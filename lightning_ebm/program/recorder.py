@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_ebm.errors import UnsupportedModuleError
+from lightning_ebm.program.at_value import written_unseen
 from lightning_ebm.program.before import Before
 from lightning_ebm.program.contents import Contents
 from lightning_ebm.program.dispatch import DispatchMode
@@ -105,6 +106,8 @@ class Recorder(DispatchMode):
             if any(tensor.requires_grad for tensor in _tensors((args, kwargs))):
                 raise _collective(str(func))
             off = True
+        if off and (unseen := self._unseen(func, kind, args, kwargs, written)) is not None:
+            return unseen
         if off:
             self.contents.about_to_write(written)
             result = func(*args, **kwargs)
@@ -160,6 +163,26 @@ class Recorder(DispatchMode):
         self.contents.mark(output, state)
         self.record.marks.append(mark)
         return mark
+
+    def _unseen(
+        self, func: Any, kind: Traits, args: Any, kwargs: dict[str, Any], written: Sequence[Tensor]
+    ) -> Tensor | None:
+        """A write, while gradients are off, to what was computed from parameters or states; None for any other."""
+        if torch.is_grad_enabled() or len(written) != 1 or kind.random or not (target := written[0]).requires_grad:
+            return None
+        value, functional = self.contents.known(target), functional_form(func, kind)
+        if value is None or value.node is None or functional is None or self.contents.others(target):
+            return None
+        given = (target, functional, *args[1:])
+        node = self._followed(written_unseen, given, kwargs)
+        new = None if node is not None else Node(written_unseen, self._seen(given), self._seen_by_name(kwargs))
+        self.contents.about_to_write(written)
+        result: Tensor = func(*args, **kwargs)
+        if node is not None:
+            self._ended_again(node, kind, result)
+        elif new is not None:
+            self._ended(new, kind, [], result)
+        return result
 
     # Following a known record
 

@@ -1,0 +1,146 @@
+"""Beside the one pass: writes that autograd does not see, other threads, iterators, generators, buffers."""
+
+import itertools
+import threading
+
+import numpy as np
+import pytest
+import torch
+from test_other_gradients import EXACT, FINITE, Net, X, Y, farthest, fit
+from torch import nn
+from torch.nn import functional as F
+
+import lightning_ebm as ebm
+
+
+class GaussianLoss(Net):
+    """torch's own loss clamps a copy of the variance while gradients are off."""
+
+    def training_step(self, batch, index):
+        mean, variance, _ = self.net(batch[0]).unbind(1)
+        return F.gaussian_nll_loss(mean, batch[0][:, 0], 0.1 * variance.exp(), eps=0.1)
+
+
+class Clamped(Net):
+    """A straight-through clamp and a scale between two layers."""
+
+    def training_step(self, batch, index):
+        hidden = 2.0 * self.net[:2](batch[0])
+        with torch.no_grad():
+            hidden.clamp_(-0.5, 0.7).mul_(hidden.abs() + 0.1)
+        return F.cross_entropy(self.net[2:](hidden), batch[1])
+
+
+@pytest.mark.parametrize("make", [GaussianLoss, Clamped])
+@pytest.mark.parametrize("capture", [True, False])
+def test_writes_that_autograd_does_not_see_keep_their_slope(make, capture):
+    stock = fit(make)
+    assert farthest(stock, fit(make, ebm.EBMStrategy(EXACT, capture=capture))) < 1e-12
+
+
+def test_they_are_repeated_at_other_states():
+    """pc-nudge tends to autograd's gradient with the nudge, and code is the plain way."""
+    module = Clamped()
+    batch = X[:8], Y[:8]
+
+    def off(strength, capture):
+        algorithm = ebm.algorithm("error-pc", nudge=ebm.OneSided(strength), relaxer=ebm.ErrorCoordinates(30))
+        learner = ebm.Learner(module, algorithm, capture=capture)
+        for _ in range(2):
+            found = learner.gradients(lambda: module.training_step(batch, 0))
+        wanted = torch.autograd.grad(module.training_step(batch, 0), list(module.parameters()))
+        return max(float((a - b).norm() / b.norm()) for a, b in zip(found.values(), wanted, strict=True))
+
+    one, other = off(1e-3, True), off(1e-4, True)
+    assert 8 < one / other < 12
+    assert abs(off(1e-3, False) - one) < 1e-9
+
+
+def test_a_module_may_be_called_by_another_thread_while_a_step_is_recorded():
+    module = Net()
+    net = module.net
+    wanted = net(X).detach()
+    learner = ebm.Learner(net, EXACT)
+    errors, stop = [], threading.Event()
+
+    def serve():
+        while not stop.is_set():
+            try:
+                if not torch.equal(net(X), wanted):
+                    errors.append("differs")
+            except Exception as error:
+                errors.append(repr(error))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    found = [learner.gradients(lambda: F.cross_entropy(net(X), Y)) for _ in range(20)]
+    stop.set()
+    thread.join()
+    assert not errors
+    true = torch.autograd.grad(F.cross_entropy(net(X), Y), list(net.parameters()))
+    for one in found:
+        for a, b in zip(one.values(), true, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+class Drawing(Net):
+    source = staticmethod(itertools.count)
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.seen = type(self).source(), []
+
+    def training_step(self, batch, index):
+        self.seen.append(self.draw())
+        return self.loss(batch)
+
+    def draw(self):
+        return next(self.held)
+
+
+class OfGenerator(Drawing):
+    source = staticmethod(lambda: (k for k in range(100)))
+
+
+class OfNumPy(Drawing):
+    source = staticmethod(lambda: np.random.RandomState(0))
+
+    def draw(self):
+        return self.held.rand()
+
+
+@pytest.mark.parametrize("make", [Drawing, OfGenerator])
+def test_an_iterator_is_not_drawn_from_twice(make):
+    stock = fit(make)
+    assert fit(make, ebm.EBMStrategy(FINITE)).seen == stock.seen
+    module = make()
+    held = module.held
+    with pytest.raises(ebm.UnsupportedModuleError, match="'held'"):
+        fit(lambda: module, ebm.EBMStrategy("equilibrium-propagation"))
+    assert module.held is held
+    assert next(held) == 0
+
+
+def test_generators_of_numpy_go_on_as_under_stock():
+    assert fit(OfNumPy, ebm.EBMStrategy("equilibrium-propagation")).seen == fit(OfNumPy).seen
+
+
+def test_an_operation_without_a_second_derivative_is_named():
+    net = Net().net
+    net[1], net[3] = nn.Hardsigmoid(), nn.Hardsigmoid()
+    learner = ebm.Learner(net, "infinitesimal")
+    with pytest.raises(ebm.UnsupportedModuleError, match=r"hardsigmoid_backward.*nn\.Hardtanh"):
+        learner.gradients(lambda: F.cross_entropy(net(X), Y))
+
+
+def test_nan_that_the_step_makes_is_not_the_fault_of_the_buffers_it_spoils():
+    class Normed(Net):
+        def __init__(self):
+            super().__init__()
+            self.net.insert(1, nn.BatchNorm1d(6).double())
+
+        def training_step(self, batch, index):
+            return F.cross_entropy(self.net((batch[0] - 9).log()), batch[1])
+
+    with pytest.raises(ebm.RelaxationDivergedError, match=r"The loss of the forward pass is nan"):
+        fit(Normed, ebm.EBMStrategy(FINITE))
