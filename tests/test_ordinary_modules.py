@@ -954,7 +954,7 @@ def stock_of(kind):
 
 
 REFUSED = {
-    Vmapped: (ebm.LayerDiscoveryError, "No layer"),
+    Vmapped: (ebm.LayerDiscoveryError, "torch.func"),
     FullBackwardHook: (ebm.UnsupportedModuleError, "hook"),
     HookedTensor: (ebm.UnsupportedModuleError, "[Hh]ook"),
 }

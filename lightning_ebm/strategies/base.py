@@ -210,7 +210,8 @@ class EnergyStrategy(EvaluatingStrategy):
                     self._step.release()
                 return closure_loss.detach()
             assert self._step is not None
-            with _or_undone(self._step), self._handing_over(surrogate), SeenGrad(self._sees):
+            own = {"backward": partial(self._module_backward, surrogate, self._module.backward)}
+            with _or_undone(self._step), shadowed(self._module, own):
                 loss = super().backward(surrogate, optimizer, *args, **kwargs)
             if recorder is not None and self._relaxes:
                 self._manual.gives(surrogate)
@@ -291,6 +292,11 @@ class EnergyStrategy(EvaluatingStrategy):
 
     def _other_backward(self, loss: Tensor, options: dict[str, Any]) -> bool:
         return other_backward.within_step(self._accumulated(), loss, options)
+
+    def _module_backward(self, surrogate: Tensor, backward: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """LightningModule.backward, which may be the user's own; what hooks do after it is another matter."""
+        with self._handing_over(surrogate), SeenGrad(self._sees):
+            backward(*args, **kwargs)
 
     @contextmanager
     def _handing_over(self, surrogate: Tensor) -> Iterator[None]:
