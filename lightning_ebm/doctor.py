@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -30,13 +31,30 @@ TESTED = {
 }
 """The versions that this release has been tested with, as constraints.txt has them."""
 
+TESTED_PYTHON = "3.11"
+"""The Python that they are tested on."""
+
+PROMISED = {
+    "torch": "2.6",
+    "lightning": "2.5",
+    "torchmetrics": "1.4",
+    "wandb": "0.18",
+    "jsonargparse": "4.35",
+    "plotly": "6",
+}
+"""The lowest versions that are promised to work, as pyproject.toml has them."""
+
 Status = Literal["ok", "note", "wrong"]
 Line = tuple[Status, str, str]
 
 
 def versions() -> Iterator[Line]:
     """Every package this library stands on; a note where the tests have not seen that version."""
-    yield "ok", "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    here = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    if platform.python_version().rpartition(".")[0] == TESTED_PYTHON and platform.system() == "Linux":
+        yield "ok", "Python", here
+    else:
+        yield "note", "Python", f"{here}; tested with {TESTED_PYTHON} on Linux, so this one is untested"
     try:
         yield "ok", "lightning-ebm", version("lightning-ebm")
     except PackageNotFoundError:
@@ -47,14 +65,24 @@ def versions() -> Iterator[Line]:
         except PackageNotFoundError:
             yield "wrong", name, f"not installed: pip install {name}"
             continue
-        same = found.split("+")[0].split(".")[:2] == tested.split(".")[:2]
-        yield ("ok", name, found) if same else ("note", name, f"{found}; tested with {tested}, so this one is untested")
+        lowest = PROMISED.get(name)
+        if lowest is not None and _numbers(found) < _numbers(lowest):
+            yield "wrong", name, f"{found}; {lowest} is the lowest that is promised to work: pip install -U {name}"
+        elif _numbers(found)[:2] == _numbers(tested)[:2]:
+            yield "ok", name, found
+        else:
+            yield "note", name, f"{found}; tested with {tested}, so this one is untested"
     if _installed("pytorch-lightning") and not _installed("lightning"):
         yield (
             "wrong",
             "pytorch-lightning",
             "its Trainer is another one: pip install lightning, and import lightning as L",
         )
+
+
+def _numbers(text: str) -> list[int]:
+    """2.6.0rc1+cpu as [2, 6, 0]."""
+    return [int(number) for number in re.findall(r"^\d+|(?<=\.)\d+", text.split("+")[0])]
 
 
 def _installed(name: str) -> bool:

@@ -115,6 +115,31 @@ def test_the_doctor_says_which_version_is_untested(monkeypatch):
     assert "tested with 1.0.0" in line[2]
 
 
+def test_the_doctor_knows_the_lowest_versions_that_are_promised():
+    written = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lowest = dict(re.fullmatch(r"([\w-]+)(?:\[.*\])?>=(.*)", line).groups() for line in written["dependencies"])
+    assert {name: lowest[name] for name in doctor.PROMISED} == doctor.PROMISED
+    assert set(doctor.PROMISED) >= set(doctor.TESTED) & set(lowest)
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [("2.5.1", "wrong"), ("2.6.0rc1+cu126", "note"), ("2.13.9", "ok"), ("2.14.0", "note"), ("10.0", "note")],
+)
+def test_the_doctor_tells_versions_that_are_too_old_from_those_that_are_untested(found, verdict, monkeypatch):
+    real = doctor.version
+    monkeypatch.setattr(doctor, "version", lambda name: found if name == "torch" else real(name))
+    (line,) = [line for line in doctor.versions() if line[1] == "torch"]
+    assert line[0] == verdict
+    assert {"wrong": "2.6 is the lowest", "note": "is untested", "ok": found}[verdict] in line[2]
+
+
+def test_the_doctor_says_that_another_python_is_untested(monkeypatch):
+    assert next(doctor.versions())[0] == ("ok" if sys.version_info[:2] == (3, 11) else "note")
+    monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.13.2")
+    assert next(doctor.versions())[::2][0] == "note"
+
+
 def test_the_doctor_finds_a_rule_that_is_wrong(monkeypatch, capsys):
     assert doctor.main() == 0
     assert "nothing is wrong" in capsys.readouterr().out
