@@ -80,7 +80,7 @@ class EnergyStrategy(EvaluatingStrategy):
         """What optimizers move and somebody else has given gradients to."""
         self._manual = ManualOptimization()
         self._resume = ExactResume(self.gather, self._engine)
-        self._runs = False
+        self._runs = self._looks = False
         self._printed = False
         self._arguments: Arguments = ((), {})
 
@@ -311,7 +311,7 @@ class EnergyStrategy(EvaluatingStrategy):
 
     def _sees(self, losses: Sequence[Tensor], inputs: Sequence[Tensor] | None) -> None:
         """Gradients are taken outside of a record: of the update, or of something else that must not be stepped on."""
-        if not self._relaxes:
+        if not self._relaxes or self._looks:
             return
         if self._handed is not None:
             other_backward.beside(self._module, self._handed, losses, inputs)
@@ -395,12 +395,13 @@ class EnergyStrategy(EvaluatingStrategy):
         """
         if self._step is None:
             raise ConfigurationError("There is no training step yet whose gradient could be computed.")
-        relaxes = self._relaxes
-        if reference == "equilibrium" and relaxes and not is_divergence(self.algorithm.energy):
-            found, other = self._step.again(exactly(self.algorithm))
-            other.release()
-        else:
-            found = self._step.true_gradients()
+        exact = reference == "equilibrium" and self._relaxes and not is_divergence(self.algorithm.energy)
+        with self._looking():
+            if exact:
+                found, other = self._step.again(exactly(self.algorithm))
+                other.release()
+            else:
+                found = self._step.true_gradients()
         scaler = self._scaler()
         scale = (float(scaler.get_scale()) if scaler is not None else 1.0) / self._accumulated()
         return {name: gradient * scale for name, gradient in found.items()} if scale != 1.0 else found
@@ -412,7 +413,17 @@ class EnergyStrategy(EvaluatingStrategy):
         """
         if self._step is None:
             raise ConfigurationError("There is no training step yet whose regime could be measured.")
-        return regime_of_step(self._step, self.algorithm, equilibrium)
+        with self._looking():
+            return regime_of_step(self._step, self.algorithm, equilibrium)
+
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Within it gradients are taken to look at, which nobody steps on."""
+        self._looks, before = True, self._looks
+        try:
+            yield
+        finally:
+            self._looks = before
 
     def curvature(self, steps: int = 32) -> Curvature:
         """Whether the states of the last step rest in a minimum, see `lightning_ebm.curvature`.
