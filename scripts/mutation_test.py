@@ -114,7 +114,7 @@ MUTATIONS = [
     Mutation(
         "a runaway is returned",
         "relaxers/fixed_steps.py",
-        "(rose and lr) or unstable or growth > 10",
+        "(rose and proves) or unstable or growth > 10",
         "rose is None",
         "relaxers",
     ),
@@ -223,8 +223,8 @@ MUTATIONS = [
     ),
     Mutation(
         "what is written to is not copied before",
-        "program/recorder.py",
-        "self.record.inputs[value] = alias.detach().clone()",
+        "program/contents.py",
+        "self._record.inputs[value] = alias.detach().clone()",
         "pass",
         "programs",
     ),
@@ -251,22 +251,22 @@ MUTATIONS = [
     ),
     Mutation(
         "graphs from before the step are leaves",
-        "program/recorder.py",
+        "program/contents.py",
         "        if tensor.requires_grad and not tensor.is_leaf:\n",
         "        if False:\n",
         "programs",
     ),
     Mutation(
         "leaves that the pass makes are none",
-        "program/recorder.py",
-        "tensor.is_leaf and value not in self.record.leaves:",
+        "program/contents.py",
+        "tensor.is_leaf and value not in self._record.leaves:",
         "False:",
         "programs",
     ),
     Mutation(
         "marks are read as what they mark",
-        "program/recorder.py",
-        "self._bind(output, state)",
+        "program/contents.py",
+        "self.bind(output, state, keeps=True)",
         "pass",
         "programs",
     ),
@@ -552,7 +552,7 @@ MUTATIONS = [
     Mutation(
         "steps on gradients of backprop are taken",
         "strategies/manual.py",
-        "if parameters and not any(id(optimizer) not in self._relaxed.get(p, {id(optimizer)}) for p in parameters):",
+        "if not relaxed and self._are_weights(module, parameters):",
         "if False:",
         "same_step",
     ),
@@ -716,8 +716,8 @@ MUTATIONS = [
     Mutation(
         "increments forget the nudge",
         "increments.py",
-        "yield End(nudged, Relaxation",
-        "yield End(nudged._replace(weight=1.0), Relaxation",
+        "End(nudged, Relaxation(states",
+        "End(nudged._replace(weight=1.0), Relaxation(states",
         "closed_forms",
     ),
     Mutation(
@@ -828,7 +828,7 @@ MUTATIONS = [
     Mutation(
         "multipliers are those of the last step",
         "relaxers/augmented_lagrangian.py",
-        "[m + error for m, error in zip(multipliers, point, strict=True)]",
+        "[m + self.dual_lr * (r - m) for m, r in zip(multipliers, read, strict=True)]",
         "list(point)",
         "multipliers",
     ),
@@ -919,8 +919,8 @@ MUTATIONS = [
     Mutation(
         "one rank keeps to itself that it is told to end",
         "strategies/joint.py",
-        "_TOLD_TO_END if self._preemption.came else 0",
-        "0",
+        "own = [status, self._preemption.came,",
+        "own = [status, False,",
         "stopped",
     ),
     Mutation(
