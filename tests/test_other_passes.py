@@ -144,3 +144,63 @@ def test_nan_that_the_step_makes_is_not_the_fault_of_the_buffers_it_spoils():
 
     with pytest.raises(ebm.RelaxationDivergedError, match=r"The loss of the forward pass is nan"):
         fit(Normed, ebm.EBMStrategy(FINITE))
+
+
+class Sign(torch.autograd.Function):
+    """A step with a surrogate slope, as in binary and spiking networks."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return (x > 0).to(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * (x.abs() <= 1)
+
+
+class Quantized(nn.Module):
+    def forward(self, x):
+        return torch.fake_quantize_per_tensor_affine(x.float(), 0.1, 0, -128, 127).double()
+
+
+class Binary(nn.Module):
+    def forward(self, x):
+        return Sign.apply(x)
+
+
+class Written(nn.Module):
+    """The remedy of the message."""
+
+    def forward(self, x):
+        return x + ((x / 0.1).round() * 0.1 - x).detach()
+
+
+@pytest.mark.parametrize("part", [Binary, Quantized])
+@pytest.mark.parametrize("strength", [1e-4, 1e-6])
+def test_forces_that_are_not_the_slope_of_the_energy_are_refused_with_the_remedy(part, strength):
+    net = nn.Sequential(nn.Linear(4, 10), part(), nn.Linear(10, 8), part(), nn.Linear(8, 3)).double()
+    layers = ["0", "2"]  # what is quantized is the state
+    closure = lambda: F.cross_entropy(net(X), Y)  # noqa: E731
+    wanted = torch.autograd.grad(closure(), list(net.parameters()))
+    exact = ebm.Learner(net, EXACT, layers=layers).gradients(closure)
+    for a, b in zip(exact.values(), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)  # quantized in 32 bits
+    learner = ebm.Learner(net, ebm.algorithm("pc-nudge", nudge=ebm.OneSided(strength)), layers=layers)
+    with pytest.raises(ebm.UnsupportedModuleError, match=r"straight-through.*detach"):
+        learner.gradients(closure)
+
+
+def test_the_remedy_tends_to_autograd():
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Linear(4, 10), Written(), nn.Linear(10, 8), Written(), nn.Linear(8, 3)).double()
+    closure = lambda: F.cross_entropy(net(X), Y)  # noqa: E731
+    wanted = torch.autograd.grad(closure(), list(net.parameters()))
+
+    def off(strength):
+        learner = ebm.Learner(net, ebm.algorithm("pc-nudge", nudge=ebm.OneSided(strength)), layers=["0", "2"])
+        found = learner.gradients(closure)
+        return max(float((a - b).norm() / b.norm()) for a, b in zip(found.values(), wanted, strict=True))
+
+    assert 8 < off(1e-3) / off(1e-4) < 12

@@ -37,8 +37,8 @@ def test_doctests():
 
 # Lower layers know nothing of higher ones; torch alone below the strategy.
 ORDER = [
-    {"errors", "harmless", "notebook", "promises"},
-    {"checked"},
+    {"errors", "harmless", "notebook", "promises", "retained"},
+    {"checked", "questions"},
     {"energies", "nudges"},
     {"evaluations"},
     {"relaxers"},
@@ -47,10 +47,11 @@ ORDER = [
     {"samples", "stamps", "tree"},
     {"algorithm", "closure", "plain_state", "purity"},
     # the rooms of lightning_ebm.program
-    {"complex_ops", "operations", "record"},
-    {"aliasing", "following", "numbers", "products", "random_draws", "schedule", "seams", "torch_calls"},
+    {"at_value", "complex_ops", "dispatch", "named", "operations", "record"},
+    {"aliasing", "before", "following", "numbers", "products", "random_draws", "schedule", "seams", "torch_calls"},
+    {"contents"},
     {"recorder"},
-    {"calls", "interpreter", "seen_backward"},
+    {"calls", "interpreter", "seen_grad"},
     {"candidates", "locality"},
     {"comparison", "wiring"},
     {"nonlocal_weights"},

@@ -10,11 +10,18 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.evaluations import Slope
 from lightning_ebm.relaxers.base import Relaxation, Status, force_norm
 from lightning_ebm.relaxers.descent import Descent, Task
 
 _ENDS: tuple[Status, ...] = ("max_steps", "converged", "kink", "stalled")
+_NO_SLOPE = (
+    "However short a step along the forces is, it raises the energy: some operation between the layers has a backward"
+    " that is not the slope of its forward, such as rounding or a sign with a straight-through or surrogate slope, or"
+    " torch.fake_quantize. States relax on an energy whose slope is their force. Write it as z + (q(z) - z).detach(),"
+    ' take the exact rule "zero-divergence", which only sends errors back, or keep such operations out of the layers.'
+)
 _MEMORY = 3
 """Energies that a new one is compared with: steps across a kink may rise for once and lead lower."""
 
@@ -44,6 +51,8 @@ class BarzilaiBorwein(Descent):
         """0 while it goes on, then which of `_ENDS` came first; it stays where it is from then on."""
         self.taken = torch.zeros_like(self.energy)
         """Steps until then."""
+        self.against = torch.zeros_like(self.energy)
+        """Steps along which every force pulled to the end, and the energy rose."""
 
     @property
     def active(self) -> Tensor:
@@ -57,13 +66,15 @@ class BarzilaiBorwein(Descent):
             last = self.steps >= max_steps
             self._judge(last)
             if last or questions.is_due(self.steps):
-                numbers = [self.end, self.taken, self.measured, self.ran_away.any()]
-                end, taken, measured, away = questions.ask(torch.stack([n.to(self.energy) for n in numbers]))
+                numbers = [self.end, self.taken, self.measured, self.ran_away.any(), self.against]
+                end, taken, measured, away, against = questions.ask(torch.stack([n.to(self.energy) for n in numbers]))
                 if end or last:
                     break
             self.step()
         if away:
             raise self.diverged()
+        if against == taken > 1:
+            raise UnsupportedModuleError(_NO_SLOPE)
         if not measured:
             _, self.energy = self.evaluate(self.point)
         self.steps = int(taken)
@@ -97,7 +108,9 @@ class BarzilaiBorwein(Descent):
         overshot = active & ~(slope_ahead <= 0.9 * slope.abs())  # nan counts
         rose = ~(reached <= torch.stack(self.energies[-_MEMORY:]).amax() + self.noise(forces))
         # Over a hump the forces do not tell whose energy it was: all are more careful.
-        overshot = torch.where(rose & ~overshot.any(), active, overshot)
+        unseen = rose & ~overshot.any()
+        overshot = torch.where(unseen, active, overshot)
+        self.against = self.against + (unseen & (self.end == 0))
         kept = active & ~overshot
         gained = -torch.where(kept, 0.5 * (slope + slope_ahead), 0).sum()
         self._keep(trial, forces, reached, self.energy - gained, reach, kept)
