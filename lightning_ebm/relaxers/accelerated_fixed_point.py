@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_ebm import checked
 from lightning_ebm.evaluations import Energy, Landscape
+from lightning_ebm.questions import Questions
 from lightning_ebm.relaxers.base import checked_tol, force_norm
 from lightning_ebm.relaxers.fixed_point import ended, ran_away, rounding_of
 from lightning_ebm.relaxers.sweeping import SweepingRelaxer, Sweeps
@@ -79,7 +80,7 @@ class AcceleratedFixedPoint(SweepingRelaxer):
 
     def sweeps(self, landscape: Landscape, point: list[Tensor], strength: complex) -> Sweeps:
         halves, questions = self.groups(landscape), landscape.questions
-        search = _Search(landscape, halves[-1])
+        search = _Search(landscape, halves[-1], point[0].device)
         energies = [landscape.evaluate(Energy(), point, strength)]
         going: _Going | None = None
         for steps in range(1, self.max_steps + 1):  # read after the loop
@@ -95,7 +96,7 @@ class AcceleratedFixedPoint(SweepingRelaxer):
             last = steps == self.max_steps
             asked = last or questions.is_due(steps)
             if asked:
-                moving, away, failed, taken = questions.ask(going.numbers())
+                moving, away, failed, taken = going.asked(questions)
                 if away:
                     sizes = [float(m.norm()) for m in moved]
                     raise ran_away(self, landscape, strength, int(taken), sizes)
@@ -158,11 +159,17 @@ class _Going:
         self._norm, self._moving, self._away = norm, (~(norm <= self._settled_at)).any(), away.any()
         return norm
 
-    def numbers(self) -> Tensor:
+    def asked(self, questions: Questions) -> list[float]:
         """Whether samples are moving, whether states ran away, whether any are lost, and how many sweeps there were."""
-        lost = torch.zeros_like(self._moving) if self.lost is None else self.lost.any()
-        taken = torch.as_tensor(self._taken, dtype=self.first.dtype, device=self.first.device)
-        return torch.stack([n.to(taken) for n in (self._moving, self._away, lost, taken)])
+        numbers = [self._moving, self._away]
+        if self.lost is not None:
+            numbers.append(self.lost.any())
+        if isinstance(self._taken, Tensor):
+            *found, taken = questions.ask(torch.stack([n.to(self.first) for n in (*numbers, self._taken)]))
+        else:
+            found, taken = questions.ask(torch.stack(numbers)), float(self._taken)
+        moving, away, *lost = found
+        return [moving, away, any(lost), taken]
 
 
 @dataclass
@@ -180,9 +187,10 @@ class _Search:
     Args:
         landscape: tells samples apart.
         layers: those that determine the next sweep.
+        device: of the states.
     """
 
-    def __init__(self, landscape: Landscape, layers: list[int]) -> None:
+    def __init__(self, landscape: Landscape, layers: list[int], device: torch.device) -> None:
         self._landscape = landscape
         self._layers = layers
         self._last: _Sweep | None = None
@@ -190,7 +198,6 @@ class _Search:
         self._slope: list[Tensor] = []  # r(x), of `layers`
         self._ahead: list[Tensor] = []  # p, of `layers`
         self._behind: list[Tensor] = []  # the p before
-        device = landscape.no_errors[0].device
         self._descent = torch.zeros((), device=device)  # <r, p> at the x before
         self._longest = torch.full((), _FURTHEST, device=device)  # alpha that each sample may take
         self._least = torch.full((), torch.inf, device=device)  # residual of each sample where it started anew

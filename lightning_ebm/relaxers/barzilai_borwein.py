@@ -44,6 +44,7 @@ class BarzilaiBorwein(Descent):
     def __init__(self, task: Task, longest: float) -> None:
         super().__init__(task)
         self.longest = longest
+        self.rarely = self.landscape.questions.rarely
         self.step_size = torch.full_like(self.norm, self.lr)
         self.measured = torch.ones_like(self.energy, dtype=torch.bool)
         """Whether the energy is that of the point, and not of two between which samples were chosen."""
@@ -57,11 +58,21 @@ class BarzilaiBorwein(Descent):
     @property
     def active(self) -> Tensor:
         """See `Descent.active`; without those that run away, and none when it is over."""
-        return super().active & (self.norm <= self.most_force * self.first) & (self.end == 0)
+        active = super().active & (self.norm <= self.most_force * self.first)
+        return active & (self.end == 0) if self.rarely else active
 
     def run(self, max_steps: int) -> Relaxation:
         """Steps until it is over, and asks whether it is as often as `Questions` says."""
         questions = self.landscape.questions
+        if not questions.rarely:
+            while (status := self.status(max_steps)) is None:
+                self.step()
+            found = self.ended(status)
+            if float(self.against) == self.steps > 1:
+                raise UnsupportedModuleError(_NO_SLOPE)
+            if not bool(self.measured):
+                self.energies[-1] = self.evaluate(self.point)[1]
+            return found
         while True:
             last = self.steps >= max_steps
             self._judge(last)
@@ -95,7 +106,8 @@ class BarzilaiBorwein(Descent):
         """One trial: kept where it went well, and another step size for the next."""
         active, point, gradients = self.active, self.point, self.gradients
         self.steps += 1
-        self.taken = self.taken + (self.end == 0)
+        if self.rarely:
+            self.taken = self.taken + (self.end == 0)
         reach = torch.where(active, self.step_size, 0)
         trial = self._ahead(point, reach)
         if self.coordinates == "errors" and point[0] is not self.start[0]:
@@ -108,9 +120,13 @@ class BarzilaiBorwein(Descent):
         overshot = active & ~(slope_ahead <= 0.9 * slope.abs())  # nan counts
         rose = ~(reached <= torch.stack(self.energies[-_MEMORY:]).amax() + self.noise(forces))
         # Over a hump the forces do not tell whose energy it was: all are more careful.
-        unseen = rose & ~overshot.any()
-        overshot = torch.where(unseen, active, overshot)
-        self.against = self.against + (unseen & (self.end == 0))
+        if self.rarely:
+            unseen = rose & ~overshot.any()
+            overshot = torch.where(unseen, active, overshot)
+            self.against = self.against + (unseen & (self.end == 0))
+        elif bool(rose) and not bool(overshot.any()):
+            overshot = active
+            self.against = self.against + 1
         kept = active & ~overshot
         gained = -torch.where(kept, 0.5 * (slope + slope_ahead), 0).sum()
         self._keep(trial, forces, reached, self.energy - gained, reach, kept)
@@ -144,7 +160,7 @@ class BarzilaiBorwein(Descent):
     ) -> None:
         """Goes where the trial went, for the samples that keep it; the others go back by `reach` times their force."""
         whole = (reach > 0).logical_and(~kept).any().logical_not()
-        if not self.landscape.questions.rarely and bool(whole):
+        if not self.rarely and bool(whole):
             # These very tensors: the network still holds their pass.
             self.point, self.gradients, self.energy, self.measured = trial, forces.gradients, reached, whole
         else:

@@ -12,6 +12,7 @@ from lightning_ebm.errors import RelaxationDivergedError
 from lightning_ebm.evaluations import Energy, Landscape, ResponseForces
 from lightning_ebm.evaluations.descent_step import moved
 from lightning_ebm.evaluations.of_slope import SlopeEvaluation
+from lightning_ebm.questions import Questions
 from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, Stepper, checked_tol, force_norm
 from lightning_ebm.relaxers.sweeping import SweepingRelaxer, Sweeps, halves_of
 
@@ -99,7 +100,7 @@ class FixedPoint(SweepingRelaxer):
             if last and not self.tol:
                 break
             if last or questions.is_due(steps):
-                left, away, grew, taken = questions.ask(seen.numbers(last))
+                left, away, grew, taken = seen.asked(questions, last)
                 if away:
                     raise ran_away(self, landscape, strength, int(taken), [float(m.norm()) for m in moved])
                 if self.tol and left <= 0:
@@ -137,6 +138,19 @@ class _Seen:
         self._bound = 1e6 * norm.amax().clamp_min(1.0)
         self._stays = stays
         self._taken: int | Tensor = 1
+        self._limit: float | None = None
+
+    def asked(self, questions: Questions, last: bool) -> list[float]:
+        """See `numbers`."""
+        if questions.rarely:
+            return questions.ask(self.numbers(last))
+        found = [(self.norm - self._settled_at).amax(), self.norm.amax()]
+        if last:
+            found.append((self.norm.norm() > self.first.norm()).to(found[0]))
+        left, largest, *grew = questions.ask(torch.stack(found))
+        if self._limit is None:
+            self._limit = 1e6 * max(largest, 1.0)
+        return [left, not largest <= self._limit, any(grew), float(self._taken)]
 
     @property
     def _away(self) -> Tensor:
