@@ -91,8 +91,7 @@ class Phases:
                     self.network.questions.answered()
             except RelaxationDivergedError:
                 return "diverged"
-            status: str = found.status
-            return status
+            return self._ended([End(phase, found)])[0]
 
         def looked_at(phase: Phase) -> str:
             self.network.questions.answered()  # a batch that is spoiled says nothing of the nudge
@@ -149,8 +148,33 @@ class Phases:
                 with torch.no_grad():
                     together[phase] = self._nudged(phase)
             self.ends.append(End(phase, together[phase]))
+        if self._algorithm.nudge.adapts:
+            self._algorithm.nudge.note(self._ended([end for end in self.ends if end.phase.is_nudged]))
+        else:
+            self.network.questions.answered()
+
+    def _ended(self, ends: Sequence[End]) -> list[str]:
+        """How phases ended: their statuses, or "absorbed" where states took more than half of lambda L for themselves.
+
+        Of a divergence energy under a positive nudge lambda L is what a relaxation starts at.
+        """
+        left = [1.0] * len(ends)
+        positive = [
+            k
+            for k, end in enumerate(ends)
+            if not end.phase.is_complex and end.phase.strength.real > 0 and len(end.found.energies) > 1
+        ]
+        if positive and is_divergence(self._algorithm.energy):
+            energies = [(end.found.energies[0], end.found.energies[-1]) for end in (ends[k] for k in positive)]
+            shares = [torch.where(start > 0, last / start, 1.0) for start, last in energies]
+
+            def read(found: list[float]) -> None:
+                for k, share in zip(positive, found, strict=True):
+                    left[k] = share
+
+            self.network.questions.later(torch.stack(shares), read)
         self.network.questions.answered()
-        self._algorithm.nudge.note([end.found.status for end in self.ends if end.phase.is_nudged])
+        return ["absorbed" if share < 0.5 else end.found.status for share, end in zip(left, ends, strict=True)]
 
     def reports(self) -> list[PhaseReport]:
         """How they went, the free phase first."""

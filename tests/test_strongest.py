@@ -101,3 +101,49 @@ def test_ranks_take_the_weakest():
 def test_nudges_without_one_real_strength_are_refused(preset):
     with pytest.raises(ebm.ConfigurationError, match='nudge="auto"'):
         ebm.algorithm(preset, nudge="auto")
+
+
+def linear_task(curvature: float):
+    """x -> w x -> o with one state, L = 1/2 c (o - y)^2 in the mean: everything is known in closed form."""
+    net = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Identity(), nn.Linear(2, 1, bias=False)).double()
+    with torch.no_grad():
+        net[2].weight.copy_(torch.tensor([[0.6, 0.8]]))
+    torch.manual_seed(1)
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64)
+    return net, lambda: 0.5 * curvature * (net(x) - y).square().sum(1).mean()
+
+
+@pytest.mark.parametrize("curvature", [0.9, 1.1, 3.0, 9.0, 70.0])
+def test_states_absorb_no_more_than_half_of_the_loss(curvature):
+    """With |w| = 1 the state feels the curvature lambda c, absorbs lambda c / (1 + lambda c) of lambda L, and sends on
+    the error divided by 1 + lambda c: the strength is the largest power of 1/2 with lambda c <= 1.
+    """
+    net, closure = linear_task(curvature)
+    relaxer = ebm.ErrorCoordinates(max_steps=60, tol=1e-8)
+    learner = ebm.Learner(net, ebm.algorithm("predictive-coding", nudge="auto", relaxer=relaxer), layers=["1"])
+    found = learner.gradients(closure)
+    strength = learner.algorithm.nudge.strength
+    assert strength == max(2.0**-k for k in range(10) if 2.0**-k * curvature <= 1)
+    backprop = ebm.reference.backprop(net, closure)
+    ratio = found["0.weight"] / backprop["0.weight"]
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 1 / (1 + strength * curvature)), rtol=1e-6, atol=0.0)
+
+
+def test_when_training_makes_states_absorb_more_the_strength_is_halved():
+    net, closure = linear_task(0.9)
+    relaxer = ebm.ErrorCoordinates(max_steps=60, tol=1e-8)
+    learner = ebm.Learner(net, ebm.algorithm("predictive-coding", nudge="auto", relaxer=relaxer), layers=["1"])
+    learner.gradients(closure)
+    assert learner.algorithm.nudge.strength == 1.0
+    with torch.no_grad():
+        net[2].weight.mul_(1.2)  # lambda c |w|^2 = 1.296
+    learner.gradients(closure)
+    assert learner.algorithm.nudge.strength == 0.5
+
+
+def test_losses_that_are_not_positive_say_nothing_of_what_is_absorbed():
+    net, closure = linear_task(0.5)
+    relaxer = ebm.ErrorCoordinates(max_steps=60, tol=1e-8)
+    learner = ebm.Learner(net, ebm.algorithm("predictive-coding", nudge="auto", relaxer=relaxer), layers=["1"])
+    learner.gradients(lambda: closure() - 100.0)
+    assert learner.algorithm.nudge.strength == 1.0

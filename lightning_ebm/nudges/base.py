@@ -3,7 +3,7 @@
 import cmath
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -67,16 +67,19 @@ class Nudge(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Goes on from there."""
 
+    adapts: ClassVar[bool] = False
+    """Whether it is told how phases end, see `adapt` and `note`."""
+
     def adapt(self, relax: Callable[[Phase], str]) -> None:  # noqa: B027  # most have nothing to do
         """Told before the table of a batch is asked for; for nudges that look before they pull.
 
         Args:
-            relax: relaxes a phase on this batch for trial, without a trace, and says how that ended: a status, or
-                "diverged".
+            relax: relaxes a phase on this batch for trial, without a trace, and says how that ended: a status,
+                "diverged", or "absorbed" where more than half of lambda L was gained.
         """
 
     def note(self, statuses: Sequence[str]) -> None:  # noqa: B027
-        """Told how the nudged phases of a batch ended."""
+        """Told how the nudged phases of a batch ended, as in `adapt`."""
 
     def deterministic(self) -> "Nudge":
         """A nudge with the same needs whose table may be looked at without a draw: itself, if it draws nothing."""

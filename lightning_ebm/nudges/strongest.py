@@ -17,13 +17,18 @@ _WEAKEST = 2.0**-13
 
 
 class Strongest(Nudge):
-    """`max {lambda = 1, 1/2, 1/4, ... : every phase settles within the relaxer's budget}`, in the table of a template.
+    """`max {lambda = 1, 1/2, 1/4, ... : every phase settles, and leaves half of lambda L}`, in the table of a template.
 
-    On the first batch the strengths are tried from the strongest down, and the first under which the relaxation of each
-    phase ends as "converged", "kink" or "fixed" is kept. When training makes a batch not settle under it, the strength
-    is halved: at the first such batch, the second, the fourth, the eighth, so that a network on which nothing settles
-    is not left without a nudge. Each choice is logged; the one of now is part of `repr`, of the report and of
-    checkpoints. Under many devices all ranks go by the weakest that one of them needs.
+    On the first batch the strengths are tried from the strongest down. The first is kept under which the relaxation of
+    each phase ends as "converged", "kink" or "fixed" within the relaxer's budget, and lowers the energy by no more than
+    half of what it starts at, lambda L: parameters do not learn from what states absorb. For a quadratic loss, with k
+    its curvature as the states feel it, lambda k / (1 + lambda k) of lambda L is absorbed, and errors are sent on
+    divided by 1 + lambda k, so that half is where the update is halved.
+
+    When training makes a batch not settle under it, or absorb more, the strength is halved: at the first such batch,
+    the second, the fourth, the eighth, so that a network on which nothing settles is not left without a nudge. Each
+    choice is logged; the one of now is part of `repr`, of the report and of checkpoints. Under many devices all ranks
+    go by the weakest that one of them needs.
 
     Args:
         template: which phases there are, a nudge with one real `strength` and without a draw: `OneSided`, `Centered`.
@@ -35,6 +40,8 @@ class Strongest(Nudge):
         >>> Strongest().phases()[0]
         Phase(strength=1.0, weight=1.0, held=False)
     """
+
+    adapts = True
 
     def __init__(self, template: Nudge | None = None) -> None:
         template = OneSided() if template is None else template
@@ -76,7 +83,7 @@ class Strongest(Nudge):
         strength = 1.0
         while strength > _WEAKEST and not self._settles(strength, relax):
             strength /= 2
-        self._choose(strength, "the largest under which the first batch settles")
+        self._choose(strength, "the largest under which the first batch settles and leaves half of its loss")
 
     def _settles(self, strength: float, relax: Callable[[Phase], str]) -> bool:
         nudged = [phase for phase in table_of(self._at(strength)) if phase.is_nudged]
@@ -88,7 +95,7 @@ class Strongest(Nudge):
             return
         self._failures += 1
         if self._failures & (self._failures - 1) == 0 and self.strength > _WEAKEST:  # a power of 2
-            self._choose(self.strength / 2, f"batches no longer settle at {self.strength:g}")
+            self._choose(self.strength / 2, f"batches no longer settle, or absorb their loss, at {self.strength:g}")
 
     def _choose(self, strength: float, why: str) -> None:
         self.strength, self.tried = strength, [strength]

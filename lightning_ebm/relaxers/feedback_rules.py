@@ -115,7 +115,7 @@ class JacobianHomeostasis(RandomFeedback):
         ConfigurationError: an argument out of range.
 
     Source:
-        Laborieux and Zenke 2024, whose penalty is |J - J'|^2 by random projections.
+        Laborieux and Zenke 2024 (arXiv 2309.02214, its abstract), whose penalty is |J - J'|^2 by random projections.
     """
 
     lr: float = 0.1
