@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_ebm.evaluations.base import Evaluation
+from lightning_ebm.evaluations.of_tensors import TensorsEvaluation
 
 if TYPE_CHECKING:
     from lightning_ebm.network import Network
 
 
 @dataclass(frozen=True)
-class Asymmetry(Evaluation[list[Tensor]]):
+class Asymmetry(TensorsEvaluation):
     """`1/2 sum_b s_b^2`, `s = u' (J - J') v`, J the Jacobian of the forces; and its slope in the feedback operators.
 
     Averaged over independent standard normal u and v it is 1/2 |J - J'|^2 of each sample, 0 where the forces are the
@@ -56,12 +56,6 @@ class Asymmetry(Evaluation[list[Tensor]]):
 
     def cost(self, layers: int) -> float:
         return 8.0
-
-    def flat(self, found: list[Tensor]) -> list[Tensor]:
-        return found
-
-    def built(self, tensors: list[Tensor], layers: int) -> list[Tensor]:
-        return tensors
 
 
 def _forces(network: "Network", states: Sequence[Tensor], strength: complex) -> list[Tensor]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.energies.base import best_response
-from lightning_ebm.evaluations.base import Evaluation
 from lightning_ebm.evaluations.of_slope import SlopeEvaluation
+from lightning_ebm.evaluations.of_tensors import TensorsEvaluation
 from lightning_ebm.evaluations.slope import Slope
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class BestResponses(Evaluation[list[Tensor]]):
+class BestResponses(TensorsEvaluation):
     """`argmin_x [e_l(x) - <pull_l, x>]` of some layers, and nothing else: no energy, no other layer.
 
     Args:
@@ -37,18 +37,12 @@ class BestResponses(Evaluation[list[Tensor]]):
     def cost(self, layers: int) -> float:
         return len(self.layers) / layers
 
-    def flat(self, found: list[Tensor]) -> list[Tensor]:
-        return found
-
-    def built(self, tensors: list[Tensor], layers: int) -> list[Tensor]:
-        return tensors
-
     def with_states(self, found: list[Tensor], put: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
         return list(map(put, self.layers, found))
 
 
 @dataclass(frozen=True)
-class Swept(Evaluation[list[Tensor]]):
+class Swept(TensorsEvaluation):
     """The states after each group of layers in turn has gone to its best response, in one piece.
 
     Args:
@@ -72,12 +66,6 @@ class Swept(Evaluation[list[Tensor]]):
 
     def cost(self, layers: int) -> float:
         return sum(map(len, self.groups)) / layers
-
-    def flat(self, found: list[Tensor]) -> list[Tensor]:
-        return found
-
-    def built(self, tensors: list[Tensor], layers: int) -> list[Tensor]:
-        return tensors
 
 
 @dataclass(frozen=True)

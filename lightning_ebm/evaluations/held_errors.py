@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_ebm.evaluations.base import Evaluation
 from lightning_ebm.evaluations.of_slope import SlopeEvaluation
+from lightning_ebm.evaluations.of_tensors import TensorsEvaluation
 from lightning_ebm.evaluations.slope import Slope
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class HeldErrorForces(SlopeEvaluation):
 
 
 @dataclass(frozen=True)
-class HeldStates(Evaluation[list[Tensor]]):
+class HeldStates(TensorsEvaluation):
     """The states at such errors.
 
     Args:
@@ -70,12 +70,6 @@ class HeldStates(Evaluation[list[Tensor]]):
 
     def cost(self, layers: int) -> float:
         return 0.5
-
-    def flat(self, found: list[Tensor]) -> list[Tensor]:
-        return found
-
-    def built(self, tensors: list[Tensor], layers: int) -> list[Tensor]:
-        return tensors
 
 
 def displaced(

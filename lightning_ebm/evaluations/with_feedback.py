@@ -1,20 +1,21 @@
 """Questions about a network in which slopes go back through other operators than the transposed weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_ebm.evaluations.base import Coordinates, Evaluation, Result
-from lightning_ebm.evaluations.slope import Slope
+from lightning_ebm.evaluations.base import Result
+from lightning_ebm.evaluations.of_another import OfAnother
+from lightning_ebm.evaluations.of_tensors import TensorsEvaluation
 
 if TYPE_CHECKING:
     from lightning_ebm.network import Network
 
 
 @dataclass(frozen=True)
-class WithFeedback(Evaluation[Result]):
+class WithFeedback(OfAnother[Result]):
     """Another question, about forces in which B_k takes the place of each weight W_k that a slope goes back through.
 
     Energies, predictions and losses are what they were. The force that a layer sends to its parents, J' g with
@@ -25,45 +26,18 @@ class WithFeedback(Evaluation[Result]):
         operators: how many.
     """
 
-    what: Evaluation[Result]
     operators: int
 
     def moving(self, point: Sequence[Tensor]) -> Sequence[Tensor]:
         return self.what.moving(point[: len(point) - self.operators])
 
-    @property
-    def coordinates(self) -> Coordinates:  # type: ignore[override]  # its own, not its class's
-        return self.what.coordinates
-
-    @property
-    def looks(self) -> bool:
-        return self.what.looks
-
     def at(self, network: "Network", point: Sequence[Tensor], strength: complex) -> Result:
         count = len(point) - self.operators
         return self.what.at(network.with_feedback(point[count:]), point[:count], strength)
 
-    def cost(self, layers: int) -> float:
-        return self.what.cost(layers)
-
-    def flat(self, found: Result) -> list[Tensor]:
-        return self.what.flat(found)
-
-    def built(self, tensors: list[Tensor], layers: int) -> Result:
-        return self.what.built(tensors, layers)
-
-    def slope(self, found: Result) -> Slope | None:
-        return self.what.slope(found)
-
-    def with_slope(self, found: Result, change: Callable[[Slope], Slope]) -> Result:
-        return self.what.with_slope(found, change)
-
-    def with_states(self, found: Result, put: Callable[[int, Tensor], Tensor]) -> Result:
-        return self.what.with_states(found, put)
-
 
 @dataclass(frozen=True)
-class Weights(Evaluation[list[Tensor]]):
+class Weights(TensorsEvaluation):
     """The weights that states are multiplied by, one a product, as the operations take them; whatever the point."""
 
     def at(self, network: "Network", point: Sequence[Tensor], strength: complex) -> list[Tensor]:
@@ -71,12 +45,6 @@ class Weights(Evaluation[list[Tensor]]):
 
     def cost(self, layers: int) -> float:
         return 0.0
-
-    def flat(self, found: list[Tensor]) -> list[Tensor]:
-        return found
-
-    def built(self, tensors: list[Tensor], layers: int) -> list[Tensor]:
-        return tensors
 
 
 def behind(point: Sequence[Tensor], none: Sequence[Tensor], more: Sequence[Any]) -> list[Tensor]:
