@@ -6,8 +6,10 @@ plain way itself is worth is asked in `test_recorder`, of autograd.
 """
 
 import gc
+import linecache
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import lightning as L
 import pytest
@@ -561,3 +563,21 @@ def test_the_same_on_a_gpu(options: dict[str, bool]) -> None:
             found = learner.gradients(lambda net=net, x=x, y=y: F.cross_entropy(net(x), y))
         results.append([{name: g.cpu() for name, g in found.items()}])
     assert apart(results[1], results[0]) < 1e-10
+
+
+def mean_square(net: nn.Module, x: Tensor) -> Tensor:
+    return net(x).square().mean()
+
+
+def test_code_that_is_gone_leaves_no_text_behind():
+    """torch keeps the source of every GraphModule in `linecache`: a run whose programs change would grow by each."""
+    before = None
+    for k in range(4):
+        net = nn.Sequential(nn.Linear(4 + k, 5), nn.Tanh(), nn.Linear(5, 2))
+        learner = ebm.Learner(net, "predictive-coding")
+        x = torch.randn(6, 4 + k)
+        for _ in range(3):
+            learner.gradients(partial(mean_square, net, x))
+        texts = [name for name in linecache.cache if "eval_with_key" in name]
+        assert before is None or len(texts) == before
+        before = len(texts)

@@ -9,17 +9,17 @@ import logging
 import operator
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.fx.graph import CodeGen
 
 from lightning_ebm.program.dispatch import DispatchMode
 from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.operations import functional_form, tensors_at, traits
 from lightning_ebm.program.record import Node, Value, depending, stands_for
-from lightning_ebm.program.schedule import code_of, note_size, sparing
+from lightning_ebm.program.schedule import note_size, sparing
+from lightning_ebm.program.stage import Stage
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +75,10 @@ class Code:
         for node in recalled:
             if not node.users:
                 traced.graph.erase_node(node)
-        self._once, self._point = _stages(traced, len(point), takes)
+        self._once, stage = _stages(traced, len(point), takes)
+        self._point: Run = stage
         if compile:
-            self._point = _compiled(self._point, [*point, *self.before(given, held)])
+            self._point = _compiled(stage, [*point, *self.before(given, held)])
         room = (1e-2 if compile else 1e-5) * max(map(_size, expected), default=0.0)  # Inductor rounds in other places
         for got, wanted in zip(self.at([*point, *self.before(given, held)]), expected, strict=True):
             if not torch.allclose(got, wanted, rtol=0.0, atol=room, equal_nan=True):
@@ -232,9 +233,14 @@ def _size(tensor: Tensor) -> float:
     return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
-def traced_graph(
-    evaluate: Evaluate, point: Sequence[Tensor], given: Sequence[Tensor]
-) -> tuple[fx.GraphModule, list[Tensor]]:
+class Traced(NamedTuple):
+    """Operations, and the tensors among them that nothing of the inputs was computed into."""
+
+    graph: fx.Graph
+    constants: dict[str, Tensor]
+
+
+def traced_graph(evaluate: Evaluate, point: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[Traced, list[Tensor]]:
     """The operations of an evaluation, as a function of a point and of what the batch fixed; and what they gave."""
     tracer = Tracer()
     point, given = [x.detach() for x in point], [x.detach() for x in given]  # the same one twice is two inputs
@@ -244,13 +250,13 @@ def traced_graph(
         outputs = evaluate(point, given)
     tracer.graph.output(tuple(tracer.node(tensor) for tensor in outputs))
     tracer.graph.eliminate_dead_code()
-    return fx.GraphModule(tracer.constants, tracer.graph), [tensor.detach() for tensor in outputs]
+    return Traced(tracer.graph, tracer.constants), [tensor.detach() for tensor in outputs]
 
 
 Run = Callable[[list[Tensor]], Any]
 
 
-def _stages(traced: fx.GraphModule, point: int, takes: bool) -> tuple[Run, Run]:
+def _stages(traced: Traced, point: int, takes: bool) -> tuple[Stage, Stage]:
     """What does not depend on the first inputs, as a function of the others; and the rest."""
     nodes = list(traced.graph.nodes)
     inputs = [node for node in nodes if node.op == "placeholder"]
@@ -273,7 +279,7 @@ def _stages(traced: fx.GraphModule, point: int, takes: bool) -> tuple[Run, Run]:
     for node in sparing(own, inputs[:point] if takes else (), end):
         there[node] = later.node_copy(node, there.__getitem__)
     later.output(fx.map_arg(end.args[0], there.__getitem__))
-    return code_of(traced, once), code_of(traced, later)
+    return Stage(once, traced.constants), Stage(later, traced.constants)
 
 
 def _without_alpha(graph: fx.Graph) -> None:
@@ -285,17 +291,14 @@ def _without_alpha(graph: fx.Graph) -> None:
             node.args, node.kwargs = (node.args[0], scaled), {}
 
 
-def _compiled(forward: Run, inputs: Sequence[Tensor]) -> Run:
-    module: Any = forward.__self__  # type: ignore[attr-defined]
-    _without_alpha(module.graph)
-    module.graph.set_codegen(CodeGen())
-    module.recompile()
+def _compiled(stage: Stage, inputs: Sequence[Tensor]) -> Run:
+    _without_alpha(stage.graph)
     try:
-        run = torch._inductor.compile(module, list(inputs))
+        run = torch._inductor.compile(stage.module(), list(inputs))
         return lambda inputs: run(*inputs)
     except Exception as error:  # no compiler, or an operation it does not have
         log.warning("Inductor could not compile a step, which runs as it was traced: %s", error)
-        return forward
+        return stage
 
 
 Key = tuple[Any, ...]

@@ -1,11 +1,9 @@
 """The order in which code runs its operations, so that little is held at once; results stay the same to the bit."""
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import Tensor, fx
-from torch.fx.graph import CodeGen
 
 from lightning_ebm.program.operations import traits
 
@@ -195,19 +193,3 @@ def _greedy(nodes: Sequence[fx.Node], given: Collection[fx.Node], end: fx.Node) 
             if not waiting[user]:
                 ready.add(user)
     return list(done)
-
-
-class Emptied(CodeGen):
-    """Code that takes its inputs as one list, which it empties: it lets go of each when it has read it last."""
-
-    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
-        """The head of the function."""
-        head = f"def {self._func_name}(self, inputs){maybe_return_annotation}:"
-        taken = f"\n    [{', '.join(free_vars)}] = inputs" if free_vars else ""
-        return f"{head}{taken}\n    inputs.clear()"
-
-
-def code_of(root: fx.GraphModule, graph: fx.Graph) -> Callable[[list[Tensor]], Any]:
-    """A graph as a function of one list, see `Emptied`."""
-    graph.set_codegen(Emptied())
-    return fx.GraphModule(root, graph).forward
