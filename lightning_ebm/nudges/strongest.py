@@ -25,10 +25,10 @@ class Strongest(Nudge):
     its curvature as the states feel it, lambda k / (1 + lambda k) of lambda L is absorbed, and errors are sent on
     divided by 1 + lambda k, so that half is where the update is halved.
 
-    When training makes a batch not settle under it, or absorb more, the strength is halved: at the first such batch,
-    the second, the fourth, the eighth, so that a network on which nothing settles is not left without a nudge. Each
-    choice is logged; the one of now is part of `repr`, of the report and of checkpoints. Under many devices all ranks
-    go by the weakest that one of them needs.
+    When training makes states absorb more, the strength is halved; when it makes a batch not settle, at the first such
+    batch, the second, the fourth, the eighth, so that a network on which nothing settles is not left without a nudge.
+    Each choice is logged; the one of now is part of `repr`, of the report and of checkpoints. Under many devices all
+    ranks go by the weakest that one of them needs.
 
     Args:
         template: which phases there are, a nudge with one real `strength` and without a draw: `OneSided`, `Centered`.
@@ -93,9 +93,12 @@ class Strongest(Nudge):
         """See `Nudge.note`."""
         if self.strength is None or all(status in _SETTLED for status in statuses):
             return
+        if "absorbed" in statuses and self.strength > _WEAKEST:
+            self._choose(self.strength / 2, f"states absorb more than half of the loss at {self.strength:g}")
+            return
         self._failures += 1
         if self._failures & (self._failures - 1) == 0 and self.strength > _WEAKEST:  # a power of 2
-            self._choose(self.strength / 2, f"batches no longer settle, or absorb their loss, at {self.strength:g}")
+            self._choose(self.strength / 2, f"batches no longer settle at {self.strength:g}")
 
     def _choose(self, strength: float, why: str) -> None:
         self.strength, self.tried = strength, [strength]
