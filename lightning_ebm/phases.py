@@ -219,6 +219,9 @@ class Phases:
         return found
 
     def _look_at(self, found: Relaxation, relaxer: Relaxer, strength: float) -> None:
+        """Whether sweeps that were cut off have an equilibrium to come to; a divergence energy always has one."""
+        if is_divergence(self._algorithm.energy) and strength >= 0:
+            return
         known = self.network.known
         operations = () if known is None else known.operations
         with torch.no_grad():

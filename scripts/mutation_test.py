@@ -663,7 +663,7 @@ MUTATIONS = [
     ),
     Mutation(
         "code holds what it has read",
-        "program/schedule.py",
+        "program/stage.py",
         "\\n    inputs.clear()",
         "",
         "memory",

@@ -5,6 +5,7 @@ numbers, while module and batch stay on the CPU. One that meets theirs raises; o
 The default dtype is exchanged likewise. Weights must come out bit by bit as without.
 """
 
+import copy
 from contextlib import contextmanager
 
 import pytest
@@ -104,7 +105,7 @@ def check(found, plain):
 def test_nothing_is_made_elsewhere_or_in_another_precision(name, net, seldom, monkeypatch):
     if seldom:
         monkeypatch.setattr("lightning_ebm.network.runs_behind", lambda device: True)
-    again = lambda: trained(ebm.algorithm(ALGORITHMS[name]), NETS[net])  # noqa: E731
+    again = lambda: trained(ebm.algorithm(copy.deepcopy(ALGORITHMS[name])), NETS[net])  # noqa: E731
     plain = again()()
     for exchanged in (other_device, other_dtype):
         steps = again()

@@ -109,8 +109,11 @@ def test_equilibrium_propagation_holds_what_its_search_remembers() -> None:
 
 @pytest.mark.parametrize("name", ["euler", "predictive-coding", "zero-divergence", "equilibrium-propagation"])
 def test_the_first_steps_hold_no_graph_of_the_pass(name: str) -> None:
-    """The plain way, which checks a new program, and the step after it, in which code is traced."""
-    room = {"euler": 6.6, "predictive-coding": 7.1, "zero-divergence": 6.6, "equilibrium-propagation": 17.0}[name]
+    """The plain way, which checks a new program, and the step after it, in which code is traced.
+
+    Equilibrium propagation besides looks once whether sweeps that were cut off have an equilibrium to come to.
+    """
+    room = {"euler": 6.6, "predictive-coding": 7.1, "zero-divergence": 6.6, "equilibrium-propagation": 20.0}[name]
     assert peak(preset(name), before=0) < room * LAYERS
     assert peak(preset(name), before=1) < room * LAYERS
 

@@ -1010,10 +1010,12 @@ def test_equilibrium_propagation_leaves_side_effects_of_one_step_and_has_one_ans
             fitted(kind, ebm.EBMStrategy("equilibrium-propagation", layers=kind.layers))
         return
     stock, _ = stock_of(kind)
-    ours, _ = fitted(kind, ebm.EBMStrategy("equilibrium-propagation", layers=kind.layers))
+    # A number of sweeps, wherever they end: these networks were not made to have an equilibrium.
+    algorithm = ebm.algorithm("equilibrium-propagation", relaxer=ebm.FixedPoint(20))
+    ours, _ = fitted(kind, ebm.EBMStrategy(algorithm, layers=kind.layers))
     assert ours.calls == stock.calls
     assert all(p.isfinite().all() for p in ours.parameters())
-    plain, _ = fitted(kind, ebm.EBMStrategy("equilibrium-propagation", layers=kind.layers, capture=False))
+    plain, _ = fitted(kind, ebm.EBMStrategy(algorithm, layers=kind.layers, capture=False))
     assert far(plain, ours) < 1e-5
 
 

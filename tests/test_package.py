@@ -47,8 +47,9 @@ ORDER = [
     {"samples", "stamps", "tree"},
     {"algorithm", "closure", "plain_state", "purity"},
     # the rooms of lightning_ebm.program
-    {"at_value", "complex_ops", "dispatch", "named", "operations", "record"},
-    {"aliasing", "before", "following", "numbers", "products", "random_draws", "schedule", "seams", "torch_calls"},
+    {"at_value", "complex_ops", "dispatch", "named", "operations", "pause", "record"},
+    {"aliasing", "before", "following", "numbers", "products", "random_draws"},
+    {"schedule", "seams", "stage", "torch_calls"},
     {"contents"},
     {"recorder"},
     {"calls", "interpreter", "seen_grad"},

@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.aliasing import Aliasing
 from lightning_ebm.program.before import Before
+from lightning_ebm.program.pause import Pause
 from lightning_ebm.program.record import Node, Record, Value, meta_of, outside_meta_of
 
 
@@ -19,14 +19,14 @@ class Contents:
     Args:
         record: of the pass.
         before: notes what tensors held that were there before the pass.
-        pausing: within it nothing is recorded.
+        pausing: the recorder's.
 
     Attributes:
         held: what values hold that the pass computed, as long as the record is not released.
         retained: whose gradients the user wants to see, see `Tensor.retain_grad`.
     """
 
-    def __init__(self, record: Record, before: Before, pausing: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(self, record: Record, before: Before, pausing: Pause) -> None:
         self.held: dict[Value, Tensor] = {}
         self.retained: list[Tensor] = []
         self.before = before

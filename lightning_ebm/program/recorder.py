@@ -34,6 +34,7 @@ from lightning_ebm.program.operations import (
     traits,
     without_statistics,
 )
+from lightning_ebm.program.pause import Pause
 from lightning_ebm.program.random_draws import draws, repeated_without_drawing
 from lightning_ebm.program.record import (
     Mark,
@@ -69,7 +70,8 @@ class Recorder(DispatchMode):
     def __init__(self, undoes: bool | Iterable[Tensor] = False) -> None:
         super().__init__()
         self.record = Record()
-        self.paused = 0
+        self.pausing = Pause()
+        """Within it nothing is recorded."""
         self.asked = False
         """Whether the user asked for the detached tensor that is about to be made; else autograd did, to save it."""
         self.on_backward: TakesCare | None = None
@@ -84,7 +86,7 @@ class Recorder(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.paused:
+        if self.pausing.depth:
             return func(*args, **kwargs)
         if func is _DETACH and not self.asked:  # autograd's own, of a tensor that it saves: the same value
             return self.contents.aliased(func(*args), args[0])
@@ -386,14 +388,10 @@ class Recorder(DispatchMode):
 
     # Being active
 
-    @contextmanager
-    def pausing(self) -> Any:
-        """Within it nothing is recorded."""
-        self.paused += 1
-        try:
-            yield
-        finally:
-            self.paused -= 1
+    @property
+    def paused(self) -> bool:
+        """Whether nothing is recorded."""
+        return self.pausing.depth > 0
 
     def takes_care(self, loss: Tensor, gradient: Tensor | None, options: dict[str, Any]) -> bool:
         """Whether somebody else does what a `backward` call was to do."""

@@ -80,7 +80,7 @@ class AcceleratedFixedPoint(SweepingRelaxer):
 
     def sweeps(self, landscape: Landscape, point: list[Tensor], strength: complex) -> Sweeps:
         halves, questions = self.groups(landscape), landscape.questions
-        search = _Search(landscape, halves[-1], point[0].device)
+        search = _Search(landscape, halves[-1], point[0])
         energies = [landscape.evaluate(Energy(), point, strength)]
         going: _Going | None = None
         for steps in range(1, self.max_steps + 1):  # read after the loop
@@ -187,10 +187,11 @@ class _Search:
     Args:
         landscape: tells samples apart.
         layers: those that determine the next sweep.
-        device: of the states.
+        like: a state.
     """
 
-    def __init__(self, landscape: Landscape, layers: list[int], device: torch.device) -> None:
+    def __init__(self, landscape: Landscape, layers: list[int], like: Tensor) -> None:
+        dtype, device = like.real.dtype, like.device
         self._landscape = landscape
         self._layers = layers
         self._last: _Sweep | None = None
@@ -198,9 +199,9 @@ class _Search:
         self._slope: list[Tensor] = []  # r(x), of `layers`
         self._ahead: list[Tensor] = []  # p, of `layers`
         self._behind: list[Tensor] = []  # the p before
-        self._descent = torch.zeros((), device=device)  # <r, p> at the x before
-        self._longest = torch.full((), _FURTHEST, device=device)  # alpha that each sample may take
-        self._least = torch.full((), torch.inf, device=device)  # residual of each sample where it started anew
+        self._descent = torch.zeros((), dtype=dtype, device=device)  # <r, p> at the x before
+        self._longest = torch.full((), _FURTHEST, dtype=dtype, device=device)  # alpha that each sample may take
+        self._least = torch.full((), torch.inf, dtype=dtype, device=device)  # residual where a sample started anew
         self.elsewhere: Tensor | None = None
         """Which samples were sent elsewhere than the last sweep went; None before any was."""
 

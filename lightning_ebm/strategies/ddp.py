@@ -71,7 +71,9 @@ class EBMDDPStrategy(JointStrategy, DDPStrategy):
                 " every state: what is differentiated is the energy's, made later. Gradients would go unreduced and the"
                 " ranks drift apart in silence. Leave it out; find_unused_parameters=True is supported."
             )
-        super().__init__(**{"checkpoint_io": WholeFiles(), **ddp_options})
+        super().__init__(**ddp_options)
+        if ddp_options.get("checkpoint_io") is None:
+            self.checkpoint_io = WholeFiles()
         self.learn_by(algorithm, layers, output, loss_reduction, capture, compile, batch_size, on_divergence)
 
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
