@@ -28,6 +28,7 @@ from oracles import (
     worst_relative_error,
 )
 from torch import nn
+from torch.nn import functional as F
 
 import lightning_ebm as ebm
 
@@ -391,3 +392,16 @@ def test_second_derivatives_through_attention(capture: bool) -> None:
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None
         assert torch.allclose(found[name], parameter.grad, rtol=0, atol=1e-12), name
+
+
+def test_a_saddle_has_no_response() -> None:
+    """At x = 0 under zero input the Hessian is [[I, -W'], [-W, I]]: with |W| = 3 it has the eigenvalue 1 - 3."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        for index in (0, 2, 4):
+            net[index].bias.zero_()
+        net[2].weight.copy_(3 * torch.eye(4))
+    learner = ebm.Learner(net, ebm.Algorithm(ebm.Hopfield(), ebm.Infinitesimal(), ebm.FixedPoint(5)))
+    x, y = torch.zeros(6, 3, dtype=torch.float64), torch.arange(6) % 2
+    with pytest.raises(ebm.RelaxationDivergedError, match="is no minimum of the energy"):
+        learner.gradients(lambda: F.cross_entropy(net(x), y))
