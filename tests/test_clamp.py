@@ -490,3 +490,20 @@ def test_every_preset_shows_its_states(preset):
     assert list(found.states) == ["2", "4", "5"]
     assert torch.equal(found.states["5"], Y)
     assert float(found.residual.max()) < 0.5 or found.status == "fixed"  # as many steps as published
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_is_held_feels_no_force_so_that_the_rest_can_settle(masked):
+    """The residual is of what is free. A held unit is pulled for ever: counted in, nothing would ever have settled."""
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, value = torch.randn(6, 3, dtype=torch.float64), torch.full((6, 4), 0.3, dtype=torch.float64)
+    held = (value, torch.arange(4) < 2) if masked else value
+    learner = ebm.Learner(net, "predictive-coding")
+    relaxer = ebm.GradientDescent(0.3, 4000, tol=1e-8)
+    found = learner.relax(lambda: net(x), clamp={"3": held}, relaxer=relaxer)
+    assert found.status == "converged"
+    assert float(found.residual.max()) <= 1e-8
+    count = 2 if masked else 4
+    assert torch.equal(found.states["3"][:, :count], value[:, :count])
+    assert float(found.errors["3"][:, :count].abs().min()) > 1e-3  # where it is held it is pulled
