@@ -129,9 +129,7 @@ def run(rule: Rule, kind: str, level: float | str, seed: int, updates: int) -> d
                 )
             except ebm.RelaxationDivergedError:
                 continue  # where its states rest is no minimum, and has no gradient to compare with
-            found = learner.gradients(closure)
-            one, other = (torch.cat([grads[name].flatten() for name in exact]) for grads in (found, exact))
-            cosines.append(float(torch.cosine_similarity(one, other, dim=0)))
+            cosines.append(ebm.metrics.alignment(learner.gradients(closure), exact)["cosine"])
     with learner.free_phase(lambda: net(test_x)), torch.no_grad():
         accuracy = float((net(test_x).argmax(1) == test_y).float().mean())
     return {"accuracy": accuracy, "cosine": sum(cosines) / len(cosines) if cosines else float("nan")}
