@@ -58,6 +58,35 @@ class Questions:
             self.ask(self._waiting[0][0][:0])
 
 
+class Arrival:
+    """Whether all samples of a relaxation by tolerance have settled, asked as seldom as `Questions` says.
+
+    Args:
+        questions: of the training step.
+        device: of the states.
+
+    Attributes:
+        over: on the device, above 0 if all had settled at the last look.
+        arrived: whether they are known to have.
+        steps: that were needed, once that has been read.
+    """
+
+    def __init__(self, questions: Questions, device: torch.device) -> None:
+        self._questions = questions
+        self.over = self._taken = torch.zeros((), device=device)
+        self.arrived = False
+        self.steps = 0
+
+    def look(self, settled: Tensor, steps: int, last: bool) -> bool:
+        """Notes which samples have settled, ``(B,)``, after so many steps; whether it is known to be over."""
+        self._taken = torch.where(self.over > 0, self._taken, steps)
+        self.over = settled.all().to(self._taken)
+        if last or self._questions.is_due(steps):
+            arrived, needed = self._questions.ask(torch.stack([self.over, self._taken]))
+            self.arrived, self.steps = arrived > 0, int(needed)
+        return self.arrived
+
+
 def _read(lists: Sequence[Tensor]) -> list[list[float]]:
     """The numbers of each, by one copy."""
     if len(lists) == 1:

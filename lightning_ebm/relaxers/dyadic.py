@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_ebm import checked
 from lightning_ebm.evaluations import DyadicStates, Landscape
+from lightning_ebm.questions import Arrival
 from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_tol, force_norm
 
 
@@ -48,9 +49,8 @@ class Dyadic(Relaxer):
         mean = list(start)
         del start  # nobody else may have to hold it
         energies: list[Tensor] = []
-        questions = landscape.questions
         steps = 0
-        over = taken = torch.zeros((), device=mean[0].device)
+        arrival = Arrival(landscape.questions, mean[0].device)
         while True:
             ahead, behind, forces = landscape.evaluate(DyadicStates(), mean, strength)
             if not steps:
@@ -59,17 +59,11 @@ class Dyadic(Relaxer):
             apart = force_norm(landscape, (p - q for p, q in zip(ahead, behind, strict=True)))
             settled = norm <= max(self.tol, 4 * landscape.rounding) * apart
             last = steps == self.max_steps
-            if self.tol:
-                taken = torch.where(over > 0, taken, steps)
-                over = settled.all().to(taken)
-                if last or questions.is_due(steps):
-                    arrived, needed = questions.ask(torch.stack([over, taken]))
-                    last = last or arrived > 0
-            if last:
+            if (self.tol and arrival.look(settled, steps, last)) or last:
                 break
             steps += 1
             # Samples that have settled stay where their drives were read; at first only if all have.
-            stay = settled if self.tol and steps > 1 else settled & (over > 0)
+            stay = settled if self.tol and steps > 1 else settled & (arrival.over > 0)
             masks = landscape.spread(stay, mean)
             del ahead, behind  # as large as the means, each: not held through the next round
             for k, (mask, gradient) in enumerate(zip(masks, forces.gradients, strict=True)):
@@ -80,5 +74,5 @@ class Dyadic(Relaxer):
         residual = norm / apart.clamp_min(torch.finfo(norm.dtype).tiny)
         status: Status = "fixed"
         if self.tol:
-            steps, status = int(needed), "converged" if arrived else "max_steps"
+            steps, status = arrival.steps, "converged" if arrival.arrived else "max_steps"
         return Relaxation(mean, "states", status, max(steps, 1), residual, energies, dyadic_states=(ahead, behind))

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_ebm import checked
 from lightning_ebm.evaluations import FrozenForces, Landscape
 from lightning_ebm.evaluations.descent_step import moved
+from lightning_ebm.questions import Arrival
 from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_tol, force_norm
 
 
@@ -53,7 +54,7 @@ class FixedPrediction(Relaxer):
         errors = [error.clone() for error in landscape.no_errors]
         questions = landscape.questions
         energies, norms, steps = [], [], 0
-        over = taken = torch.zeros((), device=errors[0].device)
+        arrival = Arrival(questions, errors[0].device)
         while True:
             forces = landscape.evaluate(FrozenForces(), errors, strength)
             energies.append(forces.total(strength))
@@ -62,22 +63,18 @@ class FixedPrediction(Relaxer):
             # Not against the first force: it may be the smallest, and grow on its way down.
             settled = norms[-1] <= max(self.tol, 4 * landscape.rounding) * size.maximum(norms[0])
             last = steps == self.max_steps
-            if self.tol:
-                taken = torch.where(over > 0, taken, steps)
-                over = settled.all().to(taken)
-                if last or questions.is_due(steps):
-                    arrived, needed = questions.ask(torch.stack([over, taken]))
-                    last = last or arrived > 0
-            if last:
+            if (self.tol and arrival.look(settled, steps, last)) or last:
                 break
             steps += 1
             ahead = moved(errors, forces.gradients, self.lr)
             stays = questions.rarely and self.tol  # where all have settled, until somebody asks
-            errors = [torch.where(over > 0, x, y) for x, y in zip(errors, ahead, strict=True)] if stays else ahead
+            errors = (
+                [torch.where(arrival.over > 0, x, y) for x, y in zip(errors, ahead, strict=True)] if stays else ahead
+            )
         residual = norms[-1] / norms[0].clamp_min(torch.finfo(norms[0].dtype).tiny)
         status: Status = "fixed"
         if self.tol:
-            steps, status = int(needed), "converged" if arrived else "max_steps"
+            steps, status = arrival.steps, "converged" if arrival.arrived else "max_steps"
             del energies[steps + 1 :]
         point = list(landscape.no_errors)
         return Relaxation(point, "errors", status, steps, residual, energies, local_error=errors)
