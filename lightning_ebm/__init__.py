@@ -26,6 +26,8 @@ from lightning_ebm.errors import (
     UnsupportedModuleError,
 )
 from lightning_ebm.evaluations import BestResponses, ErrorForces, Evaluation, Forces, Landscape
+from lightning_ebm.instruments.relaxed import Relaxed
+from lightning_ebm.instruments.spectrum import Spectrum
 from lightning_ebm.learner import Learner
 from lightning_ebm.nudges import (
     Centered,
@@ -40,7 +42,6 @@ from lightning_ebm.nudges import (
     Strongest,
 )
 from lightning_ebm.presets import algorithm, algorithms
-from lightning_ebm.relaxed import Relaxed
 from lightning_ebm.relaxers import (
     AcceleratedFixedPoint,
     Anderson,
@@ -69,7 +70,6 @@ from lightning_ebm.relaxers import (
     StateOptimizer,
     Sweep,
 )
-from lightning_ebm.spectrum import Spectrum
 from lightning_ebm.strategies import EBMDDPStrategy, EBMFSDP2Strategy, EBMStrategy
 from lightning_ebm.summary import Summary, summary
 from lightning_ebm.updates import Update

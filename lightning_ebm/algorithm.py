@@ -5,11 +5,11 @@ from functools import cached_property
 from typing import Literal
 
 from lightning_ebm import checked, notebook
-from lightning_ebm.automatic import automatic
 from lightning_ebm.energies import Energy, PredictiveCoding
 from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.nudges import Nudge, OneSided, Strongest
 from lightning_ebm.relaxers import ErrorCoordinates, Relaxer
+from lightning_ebm.relaxers.automatic import automatic
 from lightning_ebm.updates import Update, named
 from lightning_ebm.updates.base import label
 

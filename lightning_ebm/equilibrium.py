@@ -10,10 +10,10 @@ from torch.utils import _pytree as pytree
 
 from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.clamp import Clamp, checked_clamp
 from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.learner import Learner
+from lightning_ebm.network.clamp import Clamp, checked_clamp
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
 from lightning_ebm.relaxers import AcceleratedFixedPoint, FixedPoint

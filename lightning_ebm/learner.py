@@ -12,21 +12,9 @@ from torch import Tensor, nn
 
 from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.clamp import Clamp, checked_clamp, refuse_unknown
-from lightning_ebm.closure import Closure, is_number, refuse_backward
-from lightning_ebm.divergence import OnDivergence, Policy
 from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
-from lightning_ebm.nudges import Nudge
-from lightning_ebm.phases import Phases
-from lightning_ebm.presets import algorithm as preset
-from lightning_ebm.program.candidates import Layers
-from lightning_ebm.program.layers import Output, check_layers
-from lightning_ebm.program.programs import Programs
-from lightning_ebm.program.recorder import Recorder, TakesCare
-from lightning_ebm.program.wiring import Plan, named_gradients
-from lightning_ebm.purity import untouched
-from lightning_ebm.relaxed import (
+from lightning_ebm.instruments.relaxed import (
     Relaxed,
     for_equilibrium,
     gradient_of,
@@ -34,14 +22,26 @@ from lightning_ebm.relaxed import (
     relaxed_of,
     strength_of,
 )
+from lightning_ebm.instruments.spectrum import Spectrum, spectrum_of
+from lightning_ebm.network.clamp import Clamp, checked_clamp, refuse_unknown
+from lightning_ebm.network.samples import FOUND, BatchSize, Samples, Scale
+from lightning_ebm.nudges import Nudge
+from lightning_ebm.presets import algorithm as preset
+from lightning_ebm.program.candidates import Layers
+from lightning_ebm.program.layers import Output, check_layers
+from lightning_ebm.program.programs import Programs
+from lightning_ebm.program.recorder import Recorder, TakesCare
+from lightning_ebm.program.wiring import Plan, named_gradients
+from lightning_ebm.purity import untouched
 from lightning_ebm.relaxers import Relaxation, Relaxer
-from lightning_ebm.report import PhaseReport, Report, report_of
-from lightning_ebm.samples import FOUND, BatchSize, Samples, Scale
-from lightning_ebm.setup import Code, Observer, Setup, unheard
-from lightning_ebm.spectrum import Spectrum, spectrum_of
-from lightning_ebm.state_memory import StateMemory
-from lightning_ebm.step import Step
-from lightning_ebm.unsettled import Unsettled
+from lightning_ebm.step.closure import Closure, is_number, refuse_backward
+from lightning_ebm.step.divergence import OnDivergence, Policy
+from lightning_ebm.step.phases import Phases
+from lightning_ebm.step.report import PhaseReport, Report, report_of
+from lightning_ebm.step.setup import Code, Observer, Setup, unheard
+from lightning_ebm.step.state_memory import StateMemory
+from lightning_ebm.step.step import Step
+from lightning_ebm.step.unsettled import Unsettled
 
 log = logging.getLogger(__name__)
 
@@ -292,7 +292,7 @@ class Learner:
         strength = strength_of(nudge)
         with self._at_rest(closure, clamp, free, strength, relaxer) as (phases, found, _):
             nothing = [torch.zeros_like(x, dtype=torch.bool) for x in found.point]
-            held = nothing if phases.holding is None else phases.holding.is_held(found.point)
+            held = nothing if phases.clamped is None else phases.clamped.is_held(found.point)
             return spectrum_of(phases.network, found, held, strength, steps, seed)
 
     @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ebm.tree import modules_of, parameters_of
+from lightning_ebm.program.module_walk import modules_of, parameters_of
 
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 _LIBRARIES = (

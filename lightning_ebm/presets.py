@@ -11,7 +11,6 @@ from typing import Any
 
 from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.automatic import automatic
 from lightning_ebm.energies import Energy, FenchelYoung, Hopfield, PredictiveCoding
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.nudges import Centered, Clamped, Coupled, Holomorphic, Infinitesimal, Nudge, OneSided, Strongest
@@ -25,6 +24,7 @@ from lightning_ebm.relaxers import (
     GradientDescent,
     Sweep,
 )
+from lightning_ebm.relaxers.automatic import automatic
 
 
 def backprop() -> Algorithm:

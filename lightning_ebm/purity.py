@@ -22,7 +22,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.plain_state import PlainState, RandomState
-from lightning_ebm.tree import modules_of, parameters_of
+from lightning_ebm.program.module_walk import modules_of, parameters_of
 
 
 @contextmanager

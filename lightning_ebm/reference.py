@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.closure import Closure, checked_loss
 from lightning_ebm.energies.base import Energy, has_best_response
 from lightning_ebm.errors import RelaxationDivergedError
 from lightning_ebm.evaluations import Landscape, ResponseForces
@@ -20,6 +19,7 @@ from lightning_ebm.program.layers import Output
 from lightning_ebm.program.wiring import named_gradients
 from lightning_ebm.purity import untouched
 from lightning_ebm.relaxers import Anderson, FixedPoint, GradientDescent, Relaxation, Relaxer
+from lightning_ebm.step.closure import Closure, checked_loss
 
 Reference = Literal["backprop", "equilibrium"]
 """Which gradient is called true."""

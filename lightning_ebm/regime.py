@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from lightning_ebm import notebook
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.closure import Closure
 from lightning_ebm.energies.base import is_quadratic
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.evaluations import Landscape
@@ -29,7 +28,8 @@ from lightning_ebm.purity import untouched
 from lightning_ebm.reference import Settled
 from lightning_ebm.relaxers import Relaxation, Relaxer
 from lightning_ebm.relaxers.descend import descend
-from lightning_ebm.step import Step
+from lightning_ebm.step.closure import Closure
+from lightning_ebm.step.step import Step
 from lightning_ebm.updates.base import label
 
 Reach = Literal["signal", "rounding", "none", "read-out"]

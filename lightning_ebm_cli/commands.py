@@ -80,9 +80,9 @@ _ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
 
 
 def _report(options: argparse.Namespace, settings: list[str]) -> int:
-    from lightning_ebm import runs
-    from lightning_ebm.advice import verdict
-    from lightning_ebm.html_report import page
+    from lightning_ebm.reports import runs
+    from lightning_ebm.reports.advice import verdict
+    from lightning_ebm.reports.html import page
 
     found = runs.read(options.run)
     target: Path = options.output or found.path / "report.html"
@@ -92,8 +92,8 @@ def _report(options: argparse.Namespace, settings: list[str]) -> int:
 
 
 def _compare(options: argparse.Namespace, settings: list[str]) -> int:
-    from lightning_ebm import runs
-    from lightning_ebm.comparison_report import page, text
+    from lightning_ebm.reports import runs
+    from lightning_ebm.reports.comparison import page, text
 
     found = [runs.read(directory) for directory in options.run]
     options.output.write_text(page(found), encoding="utf-8")

@@ -19,7 +19,8 @@ from published_settings import SETTINGS, Setting
 from torch import Tensor
 
 import lightning_ebm as ebm
-from lightning_ebm import plots, regime
+from lightning_ebm import regime
+from lightning_ebm.reports import plots
 
 Data = tuple[Tensor, Tensor]
 

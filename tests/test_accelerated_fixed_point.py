@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_ebm as ebm
-from lightning_ebm.network import Network
+from lightning_ebm.network.network import Network
 
 RHO = {
     "identity": lambda a: a,

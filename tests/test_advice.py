@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lightning_ebm as ebm
-from lightning_ebm import advice
+from lightning_ebm.reports import advice
 
 
 def euler(nudge):

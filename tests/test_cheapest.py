@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import lightning_ebm as ebm
 from lightning_ebm.evaluations import ErrorForces, Slope
+from lightning_ebm.network.recording import Recording
 from lightning_ebm.relaxers import Relaxation
-from lightning_ebm.watching import Recording
 
 INF = float("inf")
 
@@ -605,7 +605,7 @@ def fit(tmp_path, **options):
 def test_the_monitor_records_the_chosen_relaxation_alone_and_settings_name_it(tmp_path):
     from lightning.pytorch.loggers import CSVLogger
 
-    from lightning_ebm import runs
+    from lightning_ebm.reports import runs
 
     monitor = ebm.RelaxationMonitor(every_n_steps=1, regime_every_n_steps=None)
     trainer, _ = fit(tmp_path, max_steps=2, callbacks=[monitor], logger=CSVLogger(tmp_path))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import lightning_ebm as ebm
 from lightning_ebm.energies.conjugates import CONJUGATES, conjugate_of
-from lightning_ebm.state_memory import StateMemory
+from lightning_ebm.step.state_memory import StateMemory
 
 DOUBLE = torch.float64
 

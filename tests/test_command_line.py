@@ -10,8 +10,9 @@ import pytest
 import tomllib
 import yaml
 
-from lightning_ebm import doctor, runs
+from lightning_ebm import doctor
 from lightning_ebm.recipes import leaderboard
+from lightning_ebm.reports import runs
 from lightning_ebm_cli import catalog, main, parser
 
 ROOT = Path(__file__).parents[1]

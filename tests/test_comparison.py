@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 import lightning_ebm as ebm
-from lightning_ebm import comparison_report, html_report, interactive, runs
+from lightning_ebm.reports import comparison as comparison_report, html as html_report, interactive, runs
 from lightning_ebm_cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")

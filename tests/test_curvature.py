@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_ebm as ebm
-from lightning_ebm import runs
-from lightning_ebm.html_report import page
+from lightning_ebm.reports import runs
+from lightning_ebm.reports.html import page
 
 X = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 Y = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

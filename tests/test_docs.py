@@ -110,7 +110,11 @@ def test_every_public_name_is_documented_and_no_formula_is_lost(site):
     documented = {path.rsplit(".", 1)[1] for path in ids}
     modules = {"depth", "evaluations", "metrics", "reference", "regime", "testing", "updates"}
     assert set(ebm.__all__) - modules <= documented
-    assert {"lightning_ebm.relaxers.Relaxer.relax", "lightning_ebm.runs.read", "lightning_ebm.report.Report"} <= ids
+    assert {
+        "lightning_ebm.relaxers.Relaxer.relax",
+        "lightning_ebm.reports.runs.read",
+        "lightning_ebm.step.report.Report",
+    } <= ids
     lost = []
     for page in pages.values():
         text = shown_of(page)

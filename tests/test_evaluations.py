@@ -19,7 +19,7 @@ from lightning_ebm.evaluations import (
     ResponseForces,
     Swept,
 )
-from lightning_ebm.holding import Hold, Holding
+from lightning_ebm.network.clamped_states import ClampedStates, Hold
 from lightning_ebm.relaxers.counting import Counting
 
 X = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -141,7 +141,7 @@ def test_whoever_hands_on_changes_nothing_and_sees_what_is_no_composition(name):
 
 
 def test_held_states_feel_nothing_and_answer_with_themselves():
-    hold = lambda landscape, point: Holding(landscape, {1: Hold(point[1])})  # noqa: E731
+    hold = lambda landscape, point: ClampedStates(landscape, {1: Hold(point[1])})  # noqa: E731
     free, held = (asked(Forces(), **options)[0].found for options in ({}, {"around": hold}))
     assert torch.equal(free[2], held[2])
     assert bool(free[3].any())

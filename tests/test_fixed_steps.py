@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import lightning_ebm as ebm
 from lightning_ebm.program.code import Code
-from lightning_ebm.report import Report
+from lightning_ebm.step.report import Report
 
 
 def chain(width: int, activation: Callable[[], nn.Module], depth: int = 3) -> nn.Sequential:

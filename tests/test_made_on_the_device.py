@@ -104,7 +104,7 @@ def check(found, plain):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_nothing_is_made_elsewhere_or_in_another_precision(name, net, seldom, monkeypatch):
     if seldom:
-        monkeypatch.setattr("lightning_ebm.network.runs_behind", lambda device: True)
+        monkeypatch.setattr("lightning_ebm.network.network.runs_behind", lambda device: True)
     again = lambda: trained(ebm.algorithm(copy.deepcopy(ALGORITHMS[name])), NETS[net])  # noqa: E731
     plain = again()()
     for exchanged in (other_device, other_dtype):

@@ -12,7 +12,7 @@ from torch import nn
 
 import lightning_ebm as ebm
 from lightning_ebm import notebook
-from lightning_ebm.runs import Run
+from lightning_ebm.reports.runs import Run
 
 
 def cells(html):
@@ -68,7 +68,7 @@ def test_a_run_shows_its_verdict_and_its_last_figures(tmp_path):
 
 
 def test_a_figure_shows_itself_without_a_magic_word():
-    from lightning_ebm import plots
+    from lightning_ebm.reports import plots
 
     figure = plots.alignment_heatmap([(0, {"net/1": 0.5}), (4, {"net/1": 0.9})])
     assert figure._repr_png_()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -11,8 +11,8 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning_modules import Template
 
 import lightning_ebm as ebm
-from lightning_ebm import plots, runs
 from lightning_ebm.callbacks import console, loggers
+from lightning_ebm.reports import plots, runs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

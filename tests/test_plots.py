@@ -7,8 +7,8 @@ import pytest
 from test_advice import relaxation
 
 import lightning_ebm as ebm
-from lightning_ebm import plots
-from lightning_ebm.runs import Run
+from lightning_ebm.reports import plots
+from lightning_ebm.reports.runs import Run
 
 ROWS = [(0, {"net/1": 0.5, "net/3": 0.9}), (4, {"net/1": None, "net/3": -0.2})]
 

@@ -54,7 +54,7 @@ def trained(algorithm, activation, steps=4):
 
 
 def rarely(monkeypatch):
-    monkeypatch.setattr("lightning_ebm.network.runs_behind", lambda device: True)
+    monkeypatch.setattr("lightning_ebm.network.network.runs_behind", lambda device: True)
 
 
 @pytest.mark.parametrize("case", FIXED)

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_ebm as ebm
-from lightning_ebm import runs
 from lightning_ebm.__main__ import main
+from lightning_ebm.reports import runs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

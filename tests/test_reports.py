@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import lightning_ebm as ebm
-from lightning_ebm import advice, interactive, runs
+from lightning_ebm.reports import advice, interactive, runs
 from lightning_ebm_cli import main
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))

@@ -130,7 +130,7 @@ def test_an_energy_that_promises_nothing_is_relaxed() -> None:
 
 
 def test_whoever_watches_sees_the_free_phase_as_the_one_point_it_is() -> None:
-    from lightning_ebm.watching import Recording
+    from lightning_ebm.network.recording import Recording
 
     net = OneHidden()
     learner = ebm.Learner(net, "equilibrium-propagation")

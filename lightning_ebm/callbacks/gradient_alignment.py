@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_ebm import advice, checked
+from lightning_ebm import checked
 from lightning_ebm.callbacks import console, loggers
 from lightning_ebm.callbacks.run_file import RunFile
 from lightning_ebm.errors import ConfigurationError
@@ -18,6 +18,7 @@ from lightning_ebm.metrics import NAMES, Alignment, dead, read
 from lightning_ebm.program.calls import clean
 from lightning_ebm.program.wiring import named_gradients
 from lightning_ebm.reference import Reference
+from lightning_ebm.reports import advice
 from lightning_ebm.strategies import EnergyStrategy, strategy_of
 
 log = logging.getLogger(__name__)
@@ -296,7 +297,7 @@ class GradientAlignment(Callback):
         loggers.log_wandb(trainer, {"alignment/table": made})
 
     def _heatmap(self) -> Any:
-        from lightning_ebm import plots
+        from lightning_ebm.reports import plots
 
         return plots.alignment_heatmap(self.history)
 

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_ebm import advice, checked
+from lightning_ebm import checked
 from lightning_ebm.callbacks import console, loggers
 from lightning_ebm.callbacks.run_file import RunFile
-from lightning_ebm.curvature import Curvature
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.evaluations import Landscape
+from lightning_ebm.instruments.curvature import Curvature
+from lightning_ebm.network.recording import Recording
 from lightning_ebm.regime import Regime
 from lightning_ebm.relaxers import Relaxer
+from lightning_ebm.reports import advice
 from lightning_ebm.strategies import EnergyStrategy, strategy_of
-from lightning_ebm.watching import Recording
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ class RelaxationMonitor(Callback):
       equilibrium (1) the update was read; not where there is no way, and of the first device's batch.
 
     - ``ebm/curvature_smallest``, ``ebm/curvature_largest``, ``ebm/curvature_loss`` where the curvature is measured, see
-      `lightning_ebm.curvature`: eigenvalues of d2(I + lambda L)/dx2 where the update was read, and of lambda d2L/dx2;
-      of the first device's batch.
+      `lightning_ebm.instruments.curvature`: eigenvalues of d2(I + lambda L)/dx2 where the update was read, and of
+      lambda d2L/dx2; of the first device's batch.
 
     On several devices the others are means over the devices.
 
@@ -281,7 +282,7 @@ class RelaxationMonitor(Callback):
         loggers.log_wandb(trainer, {"ebm/curves": made})
 
     def _energy_curves(self) -> Any:
-        from lightning_ebm import plots, runs
+        from lightning_ebm.reports import plots, runs
 
         run = None if self._file.path is None else runs.read(self._file.path.parent)
         return None if run is None or not plots.has_curves(run) else plots.energy_curves(run)

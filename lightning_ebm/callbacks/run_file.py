@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning_ebm.callbacks.loggers import observing, run_directory, tell_settings
 from lightning_ebm.callbacks.run_facts import batch_size, facts
 from lightning_ebm.harmless import harmless
-from lightning_ebm.runs import FILE_NAME
+from lightning_ebm.reports.runs import FILE_NAME
 
 _writers: "WeakKeyDictionary[Trainer, RunFile]" = WeakKeyDictionary()
 

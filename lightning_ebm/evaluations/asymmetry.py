@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_ebm.evaluations.of_tensors import TensorsEvaluation
 
 if TYPE_CHECKING:
-    from lightning_ebm.network import Network
+    from lightning_ebm.network.network import Network
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lightning_ebm.evaluations.slope import Slope
 from lightning_ebm.questions import Questions
 
 if TYPE_CHECKING:
-    from lightning_ebm.network import Network
+    from lightning_ebm.network.network import Network
     from lightning_ebm.program.products import Product
 
 Result = TypeVar("Result")

@@ -13,7 +13,7 @@ from lightning_ebm.evaluations.of_tensors import TensorsEvaluation
 from lightning_ebm.evaluations.slope import Slope
 
 if TYPE_CHECKING:
-    from lightning_ebm.network import Network
+    from lightning_ebm.network.network import Network
     from lightning_ebm.program.interpreter import Pass
 
 

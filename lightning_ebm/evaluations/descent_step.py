@@ -12,7 +12,7 @@ from lightning_ebm.evaluations.forces import Forces
 from lightning_ebm.evaluations.of_slope import SlopeEvaluation
 
 if TYPE_CHECKING:
-    from lightning_ebm.network import Network
+    from lightning_ebm.network.network import Network
 
 
 def forces_in(coordinates: Coordinates) -> SlopeEvaluation:

@@ -11,7 +11,7 @@ from lightning_ebm.evaluations.base import Evaluation
 from lightning_ebm.evaluations.slope import Slope
 
 if TYPE_CHECKING:
-    from lightning_ebm.network import Network
+    from lightning_ebm.network.network import Network
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from lightning_ebm.evaluations.of_slope import SlopeEvaluation, is_one, ones_for
 from lightning_ebm.evaluations.slope import Slope
 
 if TYPE_CHECKING:
-    from lightning_ebm.network import Network
+    from lightning_ebm.network.network import Network
     from lightning_ebm.program.interpreter import Pass
 
 

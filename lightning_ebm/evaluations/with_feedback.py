@@ -11,7 +11,7 @@ from lightning_ebm.evaluations.of_another import OfAnother
 from lightning_ebm.evaluations.of_tensors import TensorsEvaluation
 
 if TYPE_CHECKING:
-    from lightning_ebm.network import Network
+    from lightning_ebm.network.network import Network
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ebm.program.aliasing import is_wrapped
+from lightning_ebm.program.module_walk import modules_of, parameters_of
 from lightning_ebm.program.record import Mark, StateKey, Value, is_continuous
 from lightning_ebm.program.recorder import Recorder
-from lightning_ebm.tree import modules_of, parameters_of
 
 Replace = Callable[[Mark, Tensor], Tensor | None]
 """Gives the state that is to stand for what a call returned; None leaves it alone."""

@@ -17,10 +17,10 @@ from lightning_ebm.errors import LayerDiscoveryError, UnsupportedModuleError
 from lightning_ebm.program.calls import clean
 from lightning_ebm.program.candidates import ACTIVATIONS, Layers, chosen_by, found_in
 from lightning_ebm.program.locality import Judged, Locality, Products, self_gates
+from lightning_ebm.program.module_walk import modules_of, parameters_of
 from lightning_ebm.program.nonlocal_weights import say_what_goes_around, say_what_is_left_in_one_drive
 from lightning_ebm.program.record import Mark, Record, StateKey, Value
 from lightning_ebm.program.wiring import Plan, Region, Wiring
-from lightning_ebm.tree import modules_of, parameters_of
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_ebm.program.module_walk import modules_of, parameters_of
 from lightning_ebm.program.operations import traits
 from lightning_ebm.program.record import Mark, Node, Record, Value, values_in
-from lightning_ebm.tree import modules_of, parameters_of
 
 
 class Locality(NamedTuple):

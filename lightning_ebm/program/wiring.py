@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.program.calls import clean, is_activation
 from lightning_ebm.program.locality import Judged, Locality
+from lightning_ebm.program.module_walk import modules_of, parameters_of
 from lightning_ebm.program.operations import traits
 from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value
-from lightning_ebm.tree import modules_of, parameters_of
 
 
 class Row(NamedTuple):

@@ -14,7 +14,7 @@ from matplotlib.ticker import NullFormatter
 from rich.console import Console
 from rich.table import Table
 
-from lightning_ebm.pages import degrees
+from lightning_ebm.reports.pages import degrees
 
 HEADERS = (
     "data", "network", "algorithm", "result", "cosine", "angle", "cost", "CPU s", "relaxations", "seeds",

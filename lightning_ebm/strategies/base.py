@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.closure import NoLossError
-from lightning_ebm.curvature import Curvature, of_step as curvature_of_step
-from lightning_ebm.divergence import OnDivergence, Policy
 from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.harmless import harmless
+from lightning_ebm.instruments.curvature import Curvature, of_step as curvature_of_step
 from lightning_ebm.learner import Learner, check_options
+from lightning_ebm.network.samples import BatchSize, Samples
 from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.program.calls import leading_sizes
 from lightning_ebm.program.candidates import Layers
@@ -31,8 +30,9 @@ from lightning_ebm.purity import shadowed
 from lightning_ebm.reference import Reference, exactly
 from lightning_ebm.regime import Regime, of_step as regime_of_step
 from lightning_ebm.relaxers import Relaxer
-from lightning_ebm.samples import BatchSize, Samples
-from lightning_ebm.step import Step
+from lightning_ebm.step.closure import NoLossError
+from lightning_ebm.step.divergence import OnDivergence, Policy
+from lightning_ebm.step.step import Step
 from lightning_ebm.strategies import other_backward
 from lightning_ebm.strategies.evaluation import EvaluatingStrategy
 from lightning_ebm.strategies.manual import ManualOptimization
@@ -426,7 +426,7 @@ class EnergyStrategy(EvaluatingStrategy):
             self._looks = before
 
     def curvature(self, steps: int = 32) -> Curvature:
-        """Whether the states of the last step rest in a minimum, see `lightning_ebm.curvature`.
+        """Whether the states of the last step rest in a minimum, see `lightning_ebm.instruments.curvature`.
 
         Call it as `true_gradients`. It relaxes once more. No side effects.
         """

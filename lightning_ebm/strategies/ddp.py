@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.divergence import OnDivergence
 from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.network.samples import BatchSize
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
-from lightning_ebm.samples import BatchSize
+from lightning_ebm.step.divergence import OnDivergence
 from lightning_ebm.strategies.joint import JointStrategy
 from lightning_ebm.strategies.whole_files import WholeFiles
 

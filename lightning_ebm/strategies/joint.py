@@ -13,8 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
-from lightning_ebm.delivery import delivered
 from lightning_ebm.errors import ConfigurationError, EBMError, RelaxationDivergedError
+from lightning_ebm.network.precomputed_gradient import with_precomputed_gradient
 from lightning_ebm.nudges import Strongest
 from lightning_ebm.purity import shadowed
 from lightning_ebm.relaxers import Cheapest
@@ -172,7 +172,9 @@ class JointStrategy(EnergyStrategy, ParallelStrategy):
     def _no_update(self, closure_loss: Tensor) -> Tensor:
         """The loss, with gradients of 0."""
         parameters = [p for p in self._module.parameters() if p.requires_grad]
-        return delivered(closure_loss.detach(), lambda _: tuple(map(torch.zeros_like, parameters)), parameters)
+        return with_precomputed_gradient(
+            closure_loss.detach(), lambda _: tuple(map(torch.zeros_like, parameters)), parameters
+        )
 
     @property
     def _decides(self) -> bool:

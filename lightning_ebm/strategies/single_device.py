@@ -12,12 +12,12 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 
 from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.divergence import OnDivergence
 from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.network.samples import BatchSize
 from lightning_ebm.presets import algorithms
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
-from lightning_ebm.samples import BatchSize
+from lightning_ebm.step.divergence import OnDivergence
 from lightning_ebm.strategies.base import EnergyStrategy
 from lightning_ebm.strategies.whole_files import WholeFiles
 

@@ -10,11 +10,11 @@ from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.evaluations import Forces
 from lightning_ebm.learner import Learner
 from lightning_ebm.metrics import alignment
-from lightning_ebm.network import Network
+from lightning_ebm.network.network import Network
 from lightning_ebm.nudges.base import table_of, without_draw
 from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.reference import backprop, equilibrium
-from lightning_ebm.step import Step
+from lightning_ebm.step.step import Step
 from lightning_ebm.testing.locality import check_locality
 from lightning_ebm.testing.problem import Problem
 from lightning_ebm.testing.response import check_response

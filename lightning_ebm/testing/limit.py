@@ -10,7 +10,7 @@ from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import has_best_response, is_divergence
 from lightning_ebm.learner import Learner
 from lightning_ebm.metrics import alignment
-from lightning_ebm.network import Network
+from lightning_ebm.network.network import Network
 from lightning_ebm.nudges import Nudge, OneSided, Phase
 from lightning_ebm.nudges.base import table_of, without_draw
 from lightning_ebm.presets import algorithm as preset

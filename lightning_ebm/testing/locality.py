@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.closure import Closure
 from lightning_ebm.learner import Learner, output_for
 from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.program.calls import clean
@@ -16,6 +15,7 @@ from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
 from lightning_ebm.program.wiring import named_gradients
 from lightning_ebm.reference import backprop
+from lightning_ebm.step.closure import Closure
 
 
 def check_locality(

@@ -3,7 +3,7 @@
 import torch
 
 from lightning_ebm.energies.base import best_response, has_best_response
-from lightning_ebm.network import Network
+from lightning_ebm.network.network import Network
 from lightning_ebm.testing.problem import Problem
 
 

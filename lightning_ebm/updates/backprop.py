@@ -9,7 +9,7 @@ from lightning_ebm.relaxers import Relaxer
 from lightning_ebm.updates.base import End, Term, Update
 
 if TYPE_CHECKING:
-    from lightning_ebm.network import Network
+    from lightning_ebm.network.network import Network
 
 
 class Backprop(Update):

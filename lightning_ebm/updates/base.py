@@ -16,7 +16,7 @@ from lightning_ebm.nudges.base import table_of
 from lightning_ebm.relaxers import Relaxation, Relaxer
 
 if TYPE_CHECKING:
-    from lightning_ebm.network import Network
+    from lightning_ebm.network.network import Network
 
 
 class Term(NamedTuple):

@@ -7,7 +7,7 @@ from lightning_ebm.nudges import Phase
 from lightning_ebm.updates.base import End, Term, Update
 
 if TYPE_CHECKING:
-    from lightning_ebm.network import Network
+    from lightning_ebm.network.network import Network
 
 
 class Contrast(Update):

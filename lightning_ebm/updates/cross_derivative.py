@@ -10,7 +10,7 @@ from lightning_ebm.updates.base import End, Term, Update
 from lightning_ebm.updates.linear_response import forces_with_graph, linear_response
 
 if TYPE_CHECKING:
-    from lightning_ebm.network import Network
+    from lightning_ebm.network.network import Network
 
 
 class CrossDerivative(Update):

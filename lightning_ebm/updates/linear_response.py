@@ -14,7 +14,7 @@ from lightning_ebm.energies.base import best_response, has_best_response
 from lightning_ebm.errors import RelaxationDivergedError
 
 if TYPE_CHECKING:
-    from lightning_ebm.network import Network
+    from lightning_ebm.network.network import Network
     from lightning_ebm.program.interpreter import Pass
 
 

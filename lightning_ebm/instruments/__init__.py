@@ -1,0 +1,1 @@
+"""What an equilibrium looks like: its states by the names of layers, and the curvatures it rests in."""

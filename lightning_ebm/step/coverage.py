@@ -1,0 +1,72 @@
+"""What is checked once of every program: that the energy reaches what backprop would train."""
+
+import logging
+
+from torch import Tensor
+
+from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.nudges.base import without_draw
+from lightning_ebm.program.reduction import sums_over_batch
+from lightning_ebm.program.wiring import reached_parameters
+from lightning_ebm.step.recorded import Recorded
+from lightning_ebm.step.setup import Setup
+
+log = logging.getLogger(__name__)
+
+
+def check_coverage(setup: Setup, recorded: Recorded, update: Tensor, batch_size: int) -> None:
+    """Once for every program: each parameter that backprop would reach must be reached by the update.
+
+    Raises:
+        ConfigurationError: one would silently stay as it is.
+    """
+    known = recorded.known
+    if known.covered:
+        return
+    if setup.loss_reduction == "mean" and batch_size > 1 and sums_over_batch(recorded.program, batch_size):
+        log.warning(
+            'The loss sums over the %d samples of the batch, while loss_reduction="mean": the nudge is then %d'
+            ' times as strong as the algorithm says, and so is its bias. Say loss_reduction="sum", or take the'
+            " mean. (Said once for every program of the module.)",
+            batch_size,
+            batch_size,
+        )
+    _say_how_weak(setup, recorded, batch_size)
+    missing = known.plan.reached - reached_parameters(setup.module, update)
+    if missing:
+        raise ConfigurationError(
+            f"Backprop would train {', '.join(sorted(missing))}, and no term of the energy"
+            f" {setup.algorithm.energy!r} depends on them: they would silently stay as they are. An energy must"
+            " depend on the drive or the prediction of every layer; change the energy, leave the layer out of"
+            " layers=[...], or set requires_grad=False on what is meant to stay."
+        )
+    known.covered = True
+
+
+def _say_how_weak(setup: Setup, recorded: Recorded, batch_size: int) -> None:
+    """Once: a finite nudge of a mean over many elements is nearly none."""
+    nudge, elements = setup.algorithm.nudge, recorded.known.elements
+    at_equilibrium = setup.algorithm.relaxer.ends_in_states  # elsewhere a finite nudge may be exact
+    if elements is None or nudge.per == "element" or "weak" in setup.programs.told or not at_equilibrium:
+        return
+    per_sample = elements / (batch_size if setup.loss_reduction == "mean" else 1)
+    phases = setup.algorithm.rule.phases(without_draw(nudge))
+    strength = max((abs(phase.strength) for phase in phases if not phase.held), default=0.0)
+    if strength >= _MEANT and strength / per_sample <= _FELT:
+        setup.programs.told.add("weak")
+        log.warning(
+            "The loss is a mean over %d elements of each sample, so that each feels a nudge of %g / %d = %.1g: the"
+            " update will point where backprop's does. If a sum over the elements is meant, as in 1/2 |y - o|^2, say"
+            ' ebm.OneSided(%g, per="element"). (Said once.)',
+            per_sample,
+            strength,
+            per_sample,
+            strength / per_sample,
+            strength / 2,
+        )
+
+
+_MEANT = 0.1
+"""A weaker nudge was chosen for backprop's direction; one as strong, to leave it."""
+_FELT = 1 / 64
+"""At which an element no longer leaves it: the update is off by a few times as much."""

@@ -1,0 +1,127 @@
+"""A pass of the user's that is over: its program, what is known of it, and what it computed."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.network.network import Network
+from lightning_ebm.network.passes import Run, Start
+from lightning_ebm.network.traced import TracedNetwork
+from lightning_ebm.program.calls import batch_size_among
+from lightning_ebm.program.interpreter import Program, at_least_float32, at_prediction
+from lightning_ebm.program.programs import Found, Known
+from lightning_ebm.program.record import Value
+from lightning_ebm.program.recorder import Recorder
+from lightning_ebm.program.wiring import Plan
+from lightning_ebm.step.arithmetic import Arithmetic
+from lightning_ebm.step.setup import Setup
+
+
+class Recorded(NamedTuple):
+    """One pass.
+
+    Attributes:
+        program: on the tensors of this pass.
+        known: what was found out about it.
+        binding: its values, by those of the pass that was examined; None where it is that pass.
+        held: what its values held, as far as that is still there.
+        loss: what it returned; None where it returned none.
+    """
+
+    program: Program
+    known: Known
+    binding: dict[Value, Value] | None
+    held: Mapping[Value, Tensor]
+    loss: Tensor | None
+
+    @classmethod
+    def of(cls, found: Found, recorder: Recorder, loss: Any) -> "Recorded":
+        """What a recorder has seen."""
+        return cls(*found, recorder.contents.held, loss.detach() if isinstance(loss, Tensor) else None)
+
+    @property
+    def plan(self) -> Plan:
+        """The layers."""
+        return self.known.plan
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the batch holds no sample, or no state lies between the parameters and the loss."""
+        return all(not mark.prediction.shape.numel() for mark in self.program.marks)
+
+    def thinned(self, coded: bool, states: bool = True) -> "Recorded":
+        """With what code needs of the pass, and nothing of its graph: the rest is as large as a step of backprop.
+
+        Args:
+            coded: whether code has been made in a step before; else all that the pass held is kept for it to choose.
+            states: whether the states of the pass are kept as well.
+        """
+        needed, binding = self.known.traced.needed(), self.binding
+        values = [value if binding is None else binding[value] for value in needed]
+        marked = [mark.state for mark in self.program.marks] if states else []
+        kept = (*values, *marked) if coded else self.held
+        return self._replace(held={v: self.held[v].detach() for v in kept if v in self.held})
+
+    def runner(self, arithmetic: Arithmetic) -> Run:
+        """Runs the program with states in place."""
+        return Run(self.program, arithmetic)
+
+    def network(self, setup: Setup, arithmetic: Arithmetic, batch: Any, leading_sizes: list[int]) -> Network:
+        """The energy of this pass as a function of its states.
+
+        Args:
+            setup: of the learner.
+            arithmetic: how passes are run.
+            batch: what the samples are counted in, where the user says how.
+            leading_sizes: candidates for B; those of what the module is called with if empty.
+        """
+        fast = self.is_fast(setup)
+        run, marks, record = self.runner(arithmetic), self.program.marks, self.program.record
+        if fast and self.loss is not None and all(mark.state in self.held for mark in marks):
+            free = [at_least_float32(self.held[mark.state].detach()) for mark in marks]
+            start = Start(self.loss, free, max((mark.rounding for mark in marks), default=0.0), None)
+        else:
+            start = Start.of(run(at_prediction()))
+        size = setup.samples.of(batch)
+        if size is None:
+            shapes = [state.shape for state in start.free]
+            size = batch_size_among(leading_sizes or record.leading_sizes, shapes, self.known.reduced)
+        loss_scale = (size if setup.loss_reduction == "mean" else 1) / setup.samples.scale()
+        if setup.algorithm.nudge.per == "element":
+            loss_scale *= self.elements_per_sample(setup, size)
+        parts = setup.algorithm.energy, self.plan, start, run, size, loss_scale
+        if fast:
+            network: Network = TracedNetwork(
+                *parts,
+                program=self.program,
+                binding=self.binding,
+                traced=self.known.traced,
+                compile=setup.code == "compiled",
+                arithmetic=arithmetic,
+                held=self.held,
+            )
+        else:
+            network = Network(*parts)
+        network.known = self.known
+        return network
+
+    def elements_per_sample(self, setup: Setup, size: int) -> float:
+        """How many elements of a sample the loss is a mean over.
+
+        Raises:
+            ConfigurationError: the record does not tell.
+        """
+        if self.known.elements is None:
+            raise ConfigurationError(
+                f"{setup.algorithm.nudge!r}: how many elements of a sample the loss is a mean over cannot be told from"
+                " its operations: it divides a sum by hand, adds means over different numbers, or reduces otherwise."
+                ' Multiply the strength by that number yourself and leave out per="element", such as'
+                " ebm.OneSided(784.0), or write the loss as one .mean()."
+            )
+        return self.known.elements / (size if setup.loss_reduction == "mean" else 1)
+
+    def is_fast(self, setup: Setup) -> bool:
+        """Whether evaluations run as code."""
+        return setup.code is not None and setup.programs.repeats(self.known)
