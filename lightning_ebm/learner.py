@@ -26,7 +26,7 @@ from lightning_ebm.instruments.spectrum import Spectrum, spectrum_of
 from lightning_ebm.network.clamp import Clamp, checked_clamp, refuse_unknown
 from lightning_ebm.network.samples import FOUND, BatchSize, Samples, Scale
 from lightning_ebm.nudges import Nudge
-from lightning_ebm.presets import algorithm as preset
+from lightning_ebm.presets import chosen
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output, check_layers
 from lightning_ebm.program.programs import Programs
@@ -55,7 +55,8 @@ class Learner:
 
     Args:
         module: any module; nothing of it is changed but `.grad`.
-        algorithm: a preset's name or an `Algorithm`.
+        algorithm: a preset's name, see `algorithms()`, or an `Algorithm`; None is predictive coding at the largest
+            strength up to 1 that the network bears, ``ebm.algorithm("predictive-coding", nudge="auto")``.
         layers: which calls carry states: None (those of activation modules, of repeated blocks, or of modules with
             weights, by how local they make the updates, see `LayerFinder`), or module names, module types, or a
             predicate.
@@ -88,7 +89,7 @@ class Learner:
     def __init__(
         self,
         module: nn.Module,
-        algorithm: str | Algorithm = "predictive-coding",
+        algorithm: str | Algorithm | None = None,
         *,
         layers: Layers = None,
         output: Output = "auto",
@@ -102,7 +103,7 @@ class Learner:
     ) -> None:
         check_options(layers, output, loss_reduction, capture, compile)
         self.module: nn.Module = checked.instance(self, "module", module, nn.Module, "a torch.nn.Module")
-        self.algorithm = preset(algorithm)
+        self.algorithm = chosen(algorithm)
         self.loss_reduction = loss_reduction
         self.capture = capture
         self.compile = compile

@@ -262,9 +262,9 @@ def algorithm(name: str | Algorithm, **parts: Any) -> Algorithm:
         OneSided(strength=1e-05)
     """
     if isinstance(name, Algorithm):
-        chosen = name
+        found = name
     elif isinstance(name, str) and name in PRESETS:
-        chosen = PRESETS[name]()
+        found = PRESETS[name]()
     else:
         close = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.4)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -279,17 +279,27 @@ def algorithm(name: str | Algorithm, **parts: Any) -> Algorithm:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ConfigurationError(f"An algorithm has no part {unknown[0]!r}.{hint} It has: {', '.join(fields)}.")
     if checked.is_word(parts.get("nudge"), "auto"):
-        parts["nudge"] = Strongest(chosen.nudge)
-    energy, nudge = parts.get("energy", chosen.energy), parts.get("nudge", chosen.nudge)
+        parts["nudge"] = Strongest(found.nudge)
+    energy, nudge = parts.get("energy", found.energy), parts.get("nudge", found.nudge)
     if checked.is_word(parts.get("relaxer"), "auto") and isinstance(energy, Energy) and isinstance(nudge, Nudge):
-        if not chosen.relaxer.ends_in_states:
+        if not found.relaxer.ends_in_states:
             raise ConfigurationError(
-                f'relaxer="auto": {type(chosen.relaxer).__name__} is what makes {name!r} what it is, and leaves no'
+                f'relaxer="auto": {type(found.relaxer).__name__} is what makes {name!r} what it is, and leaves no'
                 ' choice. Leave the relaxer out, or take "pc-nudge" or "predictive-coding", which relax to equilibrium.'
             )
-        tol, steps = chosen.relaxer.tol, chosen.relaxer.max_steps
+        tol, steps = found.relaxer.tol, found.relaxer.max_steps
         parts["relaxer"] = automatic(energy, nudge, tol or 1e-3, max(100, steps))
-    return dataclasses.replace(chosen, **parts)
+    return dataclasses.replace(found, **parts)
+
+
+def chosen(given: str | Algorithm | None) -> Algorithm:
+    """What a user hands over as an algorithm: a preset's name, an `Algorithm`, or None.
+
+    None is predictive coding on a network that nobody tuned, ``algorithm("predictive-coding", nudge="auto")``: at
+    lambda = 1 residual networks with BatchNorm and Transformers learn little or nothing, as their states take most of
+    the loss for themselves.
+    """
+    return algorithm("predictive-coding", nudge="auto") if given is None else algorithm(given)
 
 
 def algorithms() -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from lightning_ebm.harmless import harmless
 from lightning_ebm.instruments.curvature import Curvature, of_step as curvature_of_step
 from lightning_ebm.learner import Learner, check_options
 from lightning_ebm.network.samples import BatchSize, Samples
-from lightning_ebm.presets import algorithm as preset
+from lightning_ebm.presets import chosen
 from lightning_ebm.program.calls import leading_sizes
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
@@ -50,7 +50,7 @@ class EnergyStrategy(EvaluatingStrategy):
 
     def learn_by(
         self,
-        algorithm: str | Algorithm,
+        algorithm: str | Algorithm | None,
         layers: Layers,
         output: Output,
         loss_reduction: Literal["mean", "sum"],
@@ -62,7 +62,7 @@ class EnergyStrategy(EvaluatingStrategy):
         """Keeps the settings; `connect` makes the engine of them."""
         check_options(layers, output, loss_reduction, capture, compile)
         Samples(batch_size)
-        self.algorithm = preset(algorithm)
+        self.algorithm = chosen(algorithm)
         self.layers: Layers = layers
         self.output: Output = output
         self.loss_reduction: Literal["mean", "sum"] = loss_reduction

@@ -33,7 +33,8 @@ class EBMDDPStrategy(JointStrategy, DDPStrategy):
     The nudge is per sample, so that N ranks with batches of B do what one does with a batch of N B, as in stock.
 
     Args:
-        algorithm: a preset's name, see `algorithms()`, or an `Algorithm`.
+        algorithm: a preset's name, see `algorithms()`, or an `Algorithm`; None is predictive coding at the largest
+            strength up to 1 that the network bears, ``ebm.algorithm("predictive-coding", nudge="auto")``.
         layers: which calls carry states, see `Learner`.
         output: "readout", "state" or "auto", see `Learner`.
         loss_reduction: how the module's loss reduces over the batch of one rank, "mean" or "sum".
@@ -54,7 +55,7 @@ class EBMDDPStrategy(JointStrategy, DDPStrategy):
 
     def __init__(
         self,
-        algorithm: str | Algorithm = "predictive-coding",
+        algorithm: str | Algorithm | None = None,
         *,
         layers: Layers = None,
         output: Output = "auto",

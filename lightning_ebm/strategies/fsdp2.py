@@ -34,7 +34,8 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
     the precision they are gathered in, during a step; gradients, master weights and optimizer states stay sharded.
 
     Args:
-        algorithm: a preset's name, see `algorithms()`, or an `Algorithm`.
+        algorithm: a preset's name, see `algorithms()`, or an `Algorithm`; None is predictive coding at the largest
+            strength up to 1 that the network bears, ``ebm.algorithm("predictive-coding", nudge="auto")``.
         layers: which calls carry states, see `Learner`.
         output: "readout", "state" or "auto", see `Learner`.
         loss_reduction: how the module's loss reduces over the batch of one rank, "mean" or "sum".
@@ -52,7 +53,7 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
 
     def __init__(
         self,
-        algorithm: str | Algorithm = "predictive-coding",
+        algorithm: str | Algorithm | None = None,
         *,
         layers: Layers = None,
         output: Output = "auto",

@@ -29,7 +29,8 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
     checkpoints, loggers and callbacks work as they did.
 
     Args:
-        algorithm: a preset's name, see `algorithms()`, or an `Algorithm`.
+        algorithm: a preset's name, see `algorithms()`, or an `Algorithm`; None is predictive coding at the largest
+            strength up to 1 that the network bears, ``ebm.algorithm("predictive-coding", nudge="auto")``.
         layers: which calls carry states, see `Learner`.
         output: "readout", "state" or "auto", see `Learner`.
         loss_reduction: how the module's loss reduces over the batch, "mean" or "sum".
@@ -54,7 +55,7 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
 
     def __init__(
         self,
-        algorithm: str | Algorithm = "predictive-coding",
+        algorithm: str | Algorithm | None = None,
         *,
         layers: Layers = None,
         output: Output = "auto",
