@@ -73,6 +73,7 @@ ORDER = [
     {"arithmetic", "setup"},
     {"phases", "recorded"},
     {"blame", "coverage", "increments", "second_run"},
+    {"user_pass"},
     {"step"},
     # and on
     {"depth", "relaxed"},

@@ -86,12 +86,24 @@ def watched(root: nn.Module, recorder: Recorder, watch: Watch, replace: Replace)
     thread = threading.get_ident()  # others may call the same modules meanwhile
 
     def marks_now() -> bool:
-        return torch.is_grad_enabled() and not recorder.paused and threading.get_ident() == thread
+        return torch.is_grad_enabled() and not recorder.pausing.depth and threading.get_ident() == thread
+
+    # What the record knows of a tensor is not asked of the tensor: under a mode of torch that takes microseconds.
+    contents = recorder.contents
+
+    def is_seen(tensor: Tensor) -> bool:
+        return contents.known(tensor) is not None or not is_wrapped(tensor)
+
+    def carries(leaf: Any) -> bool:
+        if not isinstance(leaf, Tensor):
+            return False
+        known = contents.known(leaf)
+        return is_continuous(leaf.dtype) if known is None else known.is_continuous
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         drive = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if module in names and drive is not None and marks_now() and not is_wrapped(drive):
-            drives[module] = recorder.contents.value(drive)
+        if module in names and drive is not None and marks_now() and is_seen(drive):
+            drives[module] = contents.value(drive)
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if module not in names:  # a copy of a watched module took the hook along
@@ -104,29 +116,25 @@ def watched(root: nn.Module, recorder: Recorder, watch: Watch, replace: Replace)
         if not marks_now():
             return output
         leaves, rebuild = flattened(output)
-        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and is_continuous(leaf.dtype)]
         replaced = False
-        for part, i in enumerate(tensors):
+        for part, i in enumerate([i for i, leaf in enumerate(leaves) if carries(leaf)]):
             tensor = leaves[i]
-            recorder.record.transformed |= is_wrapped(tensor)
-            if recorder.contents.known(tensor) is None and (
-                is_wrapped(tensor) or (not tensor.requires_grad and module not in chosen)
-            ):
+            if not is_seen(tensor):
+                recorder.record.transformed = True
+                continue
+            if contents.known(tensor) is None and not tensor.requires_grad and module not in chosen:
                 continue
             key = StateKey(names[module], number, part)
             mark = recorder.mark(key, module, drive, tensor, weighted[module])
             state = replace(mark, tensor)
-            if (
-                state is None
-                and not tensor.requires_grad
-                and any(tensor is given for given in (*args, *kwargs.values()))
-            ):
+            handed_on = state is None and any(tensor is given for given in (*args, *kwargs.values()))
+            if handed_on and not tensor.requires_grad:
                 # An input that is handed on: what the caller computes with his own has nothing to do with the state.
                 with recorder.pausing():
                     state = tensor.clone()
-                recorder.contents.bind(tensor, mark.prediction)
+                contents.bind(tensor, mark.prediction)
             if state is not None:
-                recorder.contents.bind(state, mark.state)
+                contents.bind(state, mark.state)
                 leaves[i], replaced = state, True
         return rebuild(leaves) if replaced else output
 
@@ -183,6 +191,8 @@ def in_place(root: nn.Module, states: Mapping[StateKey, Tensor]) -> Iterator[Non
 
 def flattened(output: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """The leaves of what a module returned, and how to put others in their place. Dataclasses count as containers."""
+    if isinstance(output, Tensor):
+        return [output], operator.itemgetter(0)
     if dataclasses.is_dataclass(output) and not isinstance(output, type | dict):
         names = [f.name for f in dataclasses.fields(output)]
         leaves, structure = pytree.tree_flatten([getattr(output, name) for name in names])
@@ -194,8 +204,6 @@ def flattened(output: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
             return again
 
         return leaves, rebuild
-    if isinstance(output, Tensor):
-        return [output], operator.itemgetter(0)
     leaves, structure = pytree.tree_flatten(output)
     return leaves, lambda others: pytree.tree_unflatten(others, structure)
 

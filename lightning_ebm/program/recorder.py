@@ -388,11 +388,6 @@ class Recorder(DispatchMode):
 
     # Being active
 
-    @property
-    def paused(self) -> bool:
-        """Whether nothing is recorded."""
-        return self.pausing.depth > 0
-
     def takes_care(self, loss: Tensor, gradient: Tensor | None, options: dict[str, Any]) -> bool:
         """Whether somebody else does what a `backward` call was to do."""
         if self.on_backward is None:

@@ -78,7 +78,7 @@ class _Seams(threading.local):
     @property
     def recorder(self) -> "Recorder | None":
         """The one that records here and now."""
-        if not self._active or self._active[-1].paused:
+        if not self._active or self._active[-1].pausing.depth:
             return None
         return self._active[-1]
 

@@ -29,7 +29,7 @@ class TorchCalls(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         recorder = self._recorder
-        if recorder.paused or func not in _SEEN:
+        if recorder.pausing.depth or func not in _SEEN:
             return func(*args, **kwargs)
         if func in _DETACHES:
             before, recorder.asked = recorder.asked, True

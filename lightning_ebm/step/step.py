@@ -1,6 +1,6 @@
 """One batch: its first pass, its relaxations, and the scalar whose gradient is the update."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -23,8 +23,8 @@ from lightning_ebm.purity import untouched, without_iterators
 from lightning_ebm.questions import Questions
 from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.step.arithmetic import Arithmetic
-from lightning_ebm.step.blame import blamed, floating_tensors, spoils, total_of
-from lightning_ebm.step.closure import Closure, check_finite, checked_loss, is_number
+from lightning_ebm.step.blame import spoils
+from lightning_ebm.step.closure import Closure, checked_loss, is_number
 from lightning_ebm.step.coverage import check_coverage
 from lightning_ebm.step.increments import increments
 from lightning_ebm.step.phases import Phases
@@ -33,6 +33,7 @@ from lightning_ebm.step.report import PhaseReport
 from lightning_ebm.step.retained import Retained
 from lightning_ebm.step.second_run import in_place_of_layers, repeated, told_of_states_in_place
 from lightning_ebm.step.setup import Observer, Setup, unheard
+from lightning_ebm.step.user_pass import UserPass
 from lightning_ebm.updates import End
 from lightning_ebm.updates.base import samples_of
 
@@ -61,16 +62,12 @@ class Step:
         self._setup = setup
         self._closure = closure
         self._leading_sizes = leading_sizes
-        self._batch = batch
         self._teaches = teaches
-        self._recorder = recorder
-        self._owns_recorder = recorder is None
+        self._pass = UserPass(setup.module, recorder, batch)
         self._coded = False
         """Whether code had been made before this step."""
         self._arithmetic = Arithmetic(setup.algorithm.rule.second_derivatives)
-        self._recorded: Recorded | None = None
         self._raw_loss: Tensor | None = None
-        self._graph: tuple[Tensor, float] | None = None
         self.ran = False
         """Whether the user's own pass is over; else what failed was the free phase before it."""
         self._phases: Phases | None = None
@@ -80,7 +77,7 @@ class Step:
     @property
     def plan(self) -> Plan | None:
         """The layers of this step, once its pass is over; None for the control."""
-        return None if self._recorded is None else self._recorded.plan
+        return None if self._pass.recorded is None else self._pass.recorded.plan
 
     @property
     def network(self) -> Network | None:
@@ -102,19 +99,18 @@ class Step:
         if not self._setup.algorithm.rule.relaxes:
             yield
             return
-        self._recorder = Recorder(undoes=self._setup.module.buffers())
-        self._recorder.on_backward = on_backward
+        recorder = self._pass.begin(on_backward)
         programs = self._setup.programs
         if not self._relaxes_before():
-            with programs.recording(self._recorder), self._arithmetic.derivatives():
+            with programs.recording(recorder), self._arithmetic.derivatives():
                 yield
             return
-        with self._blaming(None):
+        with self._pass.blaming(None):
             phases = self._begun()
-            self._check_finite(phases.network.questions, None)
+            self._pass.check_finite(phases.network.questions, None)
             free = phases.relax_freely(self._teaches)
-        replaced = in_place_of_layers(self._pass().program, free.point, self._recorder)
-        with programs.recording(self._recorder, replaced), self._arithmetic.derivatives(), told_of_states_in_place():
+        replaced = in_place_of_layers(self._pass.known.program, free.point, recorder)
+        with programs.recording(recorder, replaced), self._arithmetic.derivatives(), told_of_states_in_place():
             yield
 
     def _relaxes_before(self) -> bool:
@@ -126,7 +122,7 @@ class Step:
         if latest is not None and setup.is_free_forward(latest.plan):
             return False
         plan = self.examine(again=True)
-        return not setup.is_free_forward(plan) and not self._pass().is_empty
+        return not setup.is_free_forward(plan) and not self._pass.known.is_empty
 
     def _quietly(self, find: Callable[[Recorder, Any], Found], again: bool = False) -> None:
         """A pass without side effects, and what it was, found out before they are undone.
@@ -142,7 +138,7 @@ class Step:
                 with setup.programs.recording(recorder), self._arithmetic.derivatives(), drawing:
                     returned = self._closure()
                 # While its graph can be differentiated: what that saved has not been written to.
-                self._recorded = Recorded.of(find(recorder, returned), recorder, returned)
+                self._pass.recorded = Recorded.of(find(recorder, returned), recorder, returned)
         finally:
             recorder.contents.undo()
 
@@ -163,11 +159,7 @@ class Step:
             return self._setup.programs.of(recorder, checked_loss(loss))
 
         self._quietly(find, again)
-        return self._pass().plan
-
-    def _pass(self) -> Recorded:
-        assert self._recorded is not None
-        return self._recorded
+        return self._pass.known.plan
 
     def returned(self, loss: Any) -> None:
         """Notes the loss as the user's code returned it, where `surrogate` is given a multiple of it."""
@@ -183,18 +175,17 @@ class Step:
         """
         self.ran = True
         if self._setup.clamp is not None and not is_number(loss):
-            with self._blaming(None):
+            with self._pass.blaming(None):
                 return self._without_loss(scale)
         loss = checked_loss(loss)
         if not self._setup.algorithm.rule.relaxes:
             self._setup.remember([], [], loss.detach() / scale, "plain")
             return self.unrelaxed(loss, scale)
-        with self._blaming(loss.detach()):
-            assert self._recorder is not None
-            retained = Retained(loss, self._recorder.contents.retained)
+        with self._pass.blaming(loss.detach()):
+            retained = Retained(loss, self._pass.recorder.contents.retained)
             self._note(loss)
             retained.restore()
-            if self._pass().is_empty:
+            if self._pass.known.is_empty:
                 surrogate = self._directly(scale)
             else:
                 network = self._opened(loss)
@@ -206,15 +197,15 @@ class Step:
 
     def _directly(self, scale: float) -> Tensor:
         """Nothing can relax: the loss depends on parameters directly, or on no sample."""
-        recorded = self._pass()
+        recorded = self._pass.known
         assert recorded.loss is not None
-        self._check_finite(Questions(), recorded.loss)
+        self._pass.check_finite(Questions(), recorded.loss)
         self._setup.remember([str(key) for key in recorded.plan.states], [], recorded.loss, "plain")
         return recorded.program.uncut() * scale
 
     def _surrogate(self, network: Network, scale: float) -> Tensor:
         update = self._relaxed(network) * (scale / network.loss_scale)
-        check_coverage(self._setup, self._pass(), update, network.batch_size)
+        check_coverage(self._setup, self._pass.known, update, network.batch_size)
         # The value is the loss, for hooks and loggers that look at it; the gradient is the update's.
         surrogate: Tensor = network.first_loss * scale + (update - update.detach())
         return surrogate
@@ -222,8 +213,8 @@ class Step:
     def _without_loss(self, scale: float) -> Tensor:
         """What held units alone teach: a scalar of the value min_x I, with the gradient dI/dtheta there."""
         setup = self._setup
-        assert self._recorder is not None
-        self._recorded = Recorded.of(setup.programs.without_loss(self._recorder), self._recorder, None)
+        recorder = self._pass.recorder
+        self._pass.recorded = Recorded.of(setup.programs.without_loss(recorder), recorder, None)
         network, phases = self._settled(), self._phases
         network.questions.answered()
         assert phases is not None
@@ -233,7 +224,7 @@ class Step:
         phases.ends = [End(Phase(0.0, 1.0), phases.free)]
         setup.remember(list(network.names), phases.reports(), energy / scale, network.way)
         update = network.update(setup.algorithm.rule, phases.ends) * share
-        check_coverage(setup, self._pass(), update, network.batch_size)
+        check_coverage(setup, self._pass.known, update, network.batch_size)
         return energy + (update - update.detach())
 
     @contextmanager
@@ -246,12 +237,12 @@ class Step:
             return self._setup.programs.of(recorder, checked_loss(returned))
 
         self._quietly(find)
-        if not self._pass().plan.states:
+        if not self._pass.known.plan.states:
             raise LayerDiscoveryError(
                 "No layer carries a state here, as no trainable weight lies behind another: there is no equilibrium to"
                 " find. Let the layers of interest be trained, or name them: layers=[...]."
             )
-        loss = self._pass().loss
+        loss = self._pass.known.loss
         phases = self._begun()
         yield phases, phases.equilibrium(strength), loss is not None and is_number(loss)
         self.release()
@@ -264,9 +255,9 @@ class Step:
             scale: as for `surrogate`.
         """
         setup = self._setup
-        with self._blaming(checked_loss(loss).detach()):
+        with self._pass.blaming(checked_loss(loss).detach()):
             self._note(loss)
-            if self._pass().is_empty:
+            if self._pass.known.is_empty:
                 yield self._directly(scale)
                 return
             network = self._opened(loss)
@@ -275,16 +266,15 @@ class Step:
             update = network.update(setup.algorithm.rule, ends) * (scale / network.loss_scale)
             reports = [PhaseReport.of(ends[0].strength, ends[0].found)]
             setup.remember(list(network.names), reports, network.first_loss, network.way)
-            check_coverage(setup, self._pass(), update, network.batch_size)
+            check_coverage(setup, self._pass.known, update, network.batch_size)
             yield loss.detach() + (update - update.detach())
 
     def _note(self, loss: Tensor) -> None:
         """The user's pass is over: what it was, unless a quiet one has told."""
-        assert self._recorder is not None
         loss = loss if self._raw_loss is None else self._raw_loss
         if self._phases is None:
-            found = self._setup.programs.of(self._recorder, loss, partial=not self._owns_recorder)
-            self._recorded = Recorded.of(found, self._recorder, loss)
+            recorder, partial = self._pass.recorder, not self._pass.owns_recorder
+            self._pass.recorded = Recorded.of(self._setup.programs.of(recorder, loss, partial), recorder, loss)
 
     def _opened(self, loss: Tensor) -> Network:
         """The network of this step, relaxed to its free equilibrium."""
@@ -292,49 +282,20 @@ class Step:
         if self._phases is None:
             return self._settled(loss)
         network = self._at_equilibrium(self._phases.network, loss)  # its states are in place in the user's pass
-        self._check_finite(network.questions, loss)
+        self._pass.check_finite(network.questions, loss)
         return network
 
-    def _check_finite(self, questions: Questions, loss: Tensor | None) -> None:
-        """Refuses a loss that is nan or infinite, and such a batch if no gradient survives it: it may be meant so."""
-        questions.gathers = questions.rarely
-        suspects = [*floating_tensors(self._given()), *([] if loss is None else [loss.detach()])]
-        if not suspects:
-            return
+    def undo(self) -> None:
+        """Puts back what the user's own pass wrote to (running statistics), as this step is refused."""
+        self._pass.undo()
 
-        def refuse(finite: list[float]) -> None:
-            if loss is not None and not finite[-1]:
-                check_finite(loss)
-            if not all(finite) and spoils(self.true_gradients()):
-                raise RelaxationDivergedError(
-                    "The batch holds numbers that are not finite, and no gradient survives them."
-                )
+    def unrelaxed(self, loss: Tensor, scale: float = 1.0) -> Tensor:
+        """The loss in its own graph, for a step without relaxation: the control's, or one that is thrown away."""
+        return self._pass.unrelaxed(loss, scale)
 
-        home = suspects[-1].device  # a batch may hold tensors that stay on the host
-        finite = [torch.isfinite(total_of(s)).to(home, non_blocking=True) for s in suspects]
-        questions.later(torch.stack(finite), refuse)
-
-    def _given(self) -> Any:
-        """What the module is trained on, as far as that is known."""
-        recorded = self._recorded
-        if self._batch is not None or recorded is None:
-            return self._batch
-        return recorded.program.record.arguments
-
-    @contextmanager
-    def _blaming(self, loss: Tensor | None) -> Iterator[None]:
-        """Within it, a divergence is traced to what caused it."""
-        try:
-            yield
-        except RelaxationDivergedError as error:
-            backprop = None if self._recorded is None else self._backprop
-            raise blamed(error, self._setup.module, self._buffers(), self._given(), loss, backprop) from error
-
-    def _buffers(self) -> list[tuple[str, Tensor]]:
-        """What buffers held before the user's pass."""
-        before = None if self._recorder is None else self._recorder.contents.before
-        buffers = self._setup.module.named_buffers()
-        return [(name, tensor if before is None else before.content_of(tensor)) for name, tensor in buffers]
+    def true_gradients(self) -> dict[str, Tensor]:
+        """Backprop's gradient of this very step: same batch, same random draws, same buffers. No side effects."""
+        return self._pass.true_gradients()
 
     def instead(self, algorithm: Algorithm, loss: Tensor, scale: float = 1.0) -> Tensor:
         """`surrogate` by another algorithm, of a pass that is over.
@@ -347,7 +308,7 @@ class Step:
         Raises:
             RelaxationDivergedError: it finds no update either.
         """
-        with self._blaming(loss.detach()):
+        with self._pass.blaming(loss.detach()):
             if algorithm.rule.relaxes:
                 found, other = self.again(algorithm)
                 other.release()
@@ -362,28 +323,16 @@ class Step:
 
         return with_precomputed_gradient(loss.detach(), update, [held[name] for name in found])
 
-    def _backprop(self) -> Mapping[str, Tensor]:
-        """`true_gradients`, or none where the failed step has let go of what they are computed from."""
-        try:
-            return self.true_gradients()
-        except RuntimeError:
-            return {}
-
-    def undo(self) -> None:
-        """Puts back what the user's own pass wrote to (running statistics), as this step is refused."""
-        if self._recorder is not None and self._owns_recorder:
-            self._recorder.contents.undo()
-
     def _settled(self, loss: Tensor | None = None) -> Network:
         """The network at its free equilibrium; `_relaxed` comes next.
 
         Args:
             loss: to be checked; None where that has been done.
         """
-        recorded = self._pass()
         phases = self._begun()
+        recorded = self._pass.known
         if loss is not None:
-            self._check_finite(phases.network.questions, loss)
+            self._pass.check_finite(phases.network.questions, loss)
         if recorded.is_empty:
             return phases.network
         if self._setup.is_free_forward(recorded.plan):
@@ -394,46 +343,23 @@ class Step:
 
     def _begun(self) -> Phases:
         """The phases of this step, before any of them."""
-        recorded, setup = self._pass(), self._setup
+        recorded, setup = self._pass.known, self._setup
         self._coded = bool(recorded.known.traced.codes)
         fast = recorded.is_fast(setup)
-        recorded = self._recorded = recorded.thinned(self._coded) if fast else recorded._replace(held={})
-        self._let_go_of_pass()
-        if self._batch is None:
-            self._batch = recorded.program.record.arguments
-        network = recorded.network(setup, self._arithmetic, self._batch, self._leading_sizes)
-        self._phases = Phases(setup, network, self._batch)
+        recorded = self._pass.recorded = recorded.thinned(self._coded) if fast else recorded._replace(held={})
+        self._pass.let_go()
+        network = recorded.network(setup, self._arithmetic, self._pass.given, self._leading_sizes)
+        self._phases = Phases(setup, network, self._pass.given)
         return self._phases
 
     def _at_equilibrium(self, network: Network, loss: Tensor) -> Network:
         """The network, given the user's pass with states in place."""
-        assert self._recorder is not None
-        second, _ = repeated(self._pass(), self._recorder, loss)
-        self._recorded = second = second.thinned(self._coded, states=False)
-        self._let_go_of_pass()
+        second, _ = repeated(self._pass.known, self._pass.recorder, loss)
+        self._pass.recorded = second = second.thinned(self._coded, states=False)
+        self._pass.let_go()
         network.run_again(loss.detach(), second.runner(self._arithmetic))
         network.rebind(second.program, second.binding, second.held)
         return network
-
-    def _let_go_of_pass(self) -> None:
-        """The user's pass is over, and what is needed of it has been taken."""
-        if self._recorder is not None and self._owns_recorder:
-            self._recorder.contents.release()
-
-    def unrelaxed(self, loss: Tensor, scale: float = 1.0) -> Tensor:
-        """The loss in its own graph, for a step without relaxation: the control's, or one that is thrown away."""
-        self._graph = loss, scale
-        return loss
-
-    def true_gradients(self) -> dict[str, Tensor]:
-        """Backprop's gradient of this very step: same batch, same random draws, same buffers. No side effects."""
-        module = self._setup.module
-        if self._graph is not None:
-            loss, scale = self._graph
-            found = named_gradients(module, loss, retain_graph=True)
-            return {name: gradient / scale for name, gradient in found.items()}
-        with torch.enable_grad():
-            return named_gradients(module, self._pass().program.uncut())
 
     def again(self, algorithm: Algorithm, observer: Observer | None = None) -> tuple[dict[str, Tensor], "Step"]:
         """What another algorithm would make of this very step: its update, and the step, not yet released.
@@ -443,14 +369,14 @@ class Step:
         Raises:
             ConfigurationError: this step, or the other, is the control, which has no layers to relax.
         """
-        if self._recorded is None or not algorithm.rule.relaxes:
+        if self._pass.recorded is None or not algorithm.rule.relaxes:
             raise ConfigurationError(
                 'The algorithm "backprop" relaxes nothing, so there is no other way to take this step.'
             )
         setup = replace(self._setup, algorithm=algorithm, remember=unheard, code=None, memory=None, observer=observer)
-        other = Step(setup, self._closure, self._leading_sizes, self._batch, teaches=False)
-        other._recorded = self._recorded
-        if self._recorded.is_empty:
+        other = Step(setup, self._closure, self._leading_sizes, self._pass.given, teaches=False)
+        other._pass.recorded = self._pass.recorded
+        if self._pass.recorded.is_empty:
             return self.true_gradients(), other
         network = other._settled()
         return named_gradients(setup.module, other._relaxed(network) / network.loss_scale), other
@@ -459,7 +385,7 @@ class Step:
     def at_free_equilibrium(self) -> Iterator[None]:
         """Within it the module computes with its states at the free equilibrium, and nothing is recorded."""
         self._quietly(lambda recorder, _: self._setup.programs.without_loss(recorder))
-        recorded = self._pass()
+        recorded = self._pass.known
         if self._setup.is_free_forward(recorded.plan) or recorded.is_empty:
             yield
             return
@@ -470,15 +396,9 @@ class Step:
 
     def release(self) -> None:
         """Frees the graphs and the states; `true_gradients` still works."""
-        self._phases = self._raw_loss = self._graph = None
-        self._free_pass()
-        self._let_go_of_pass()
+        self._phases = self._raw_loss = None
+        self._pass.release()
         self.held = ()
-
-    def _free_pass(self) -> None:
-        """Frees what the user's pass computed; the program is still there."""
-        if self._recorded is not None:
-            self._recorded = self._recorded._replace(held={}, loss=None)
 
     def _relaxed(self, network: Network) -> Tensor:
         """Relaxes each phase; a scalar whose gradient is the update."""
@@ -491,7 +411,7 @@ class Step:
         phases.adapt()
         table = algorithm.rule.phases(algorithm.nudge)
         self._arithmetic.is_complex = any(phase.is_complex for phase in table)
-        phases.relax(table, self._free_pass)
+        phases.relax(table, self._pass.free)
         setup.remember(list(network.names), phases.reports(), network.first_loss, network.way)
 
         def read(ends: Sequence[End]) -> Tensor:
