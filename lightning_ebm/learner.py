@@ -1,6 +1,5 @@
 """The engine: from a closure that returns a loss to local updates in `.grad`."""
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.energies.base import is_divergence
-from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
+from lightning_ebm.errors import RelaxationDivergedError
 from lightning_ebm.instruments.relaxed import (
     Relaxed,
     for_equilibrium,
@@ -28,7 +27,7 @@ from lightning_ebm.network.samples import FOUND, BatchSize, Samples, Scale
 from lightning_ebm.nudges import Nudge
 from lightning_ebm.presets import chosen
 from lightning_ebm.program.candidates import Layers
-from lightning_ebm.program.layers import Output, check_layers
+from lightning_ebm.program.layers import Output
 from lightning_ebm.program.programs import Programs
 from lightning_ebm.program.recorder import Recorder, TakesCare
 from lightning_ebm.program.wiring import Plan, named_gradients
@@ -36,14 +35,13 @@ from lightning_ebm.purity import untouched
 from lightning_ebm.relaxers import Relaxation, Relaxer
 from lightning_ebm.step.closure import Closure, is_number, refuse_backward
 from lightning_ebm.step.divergence import OnDivergence, Policy
+from lightning_ebm.step.outcome import Outcome
 from lightning_ebm.step.phases import Phases
-from lightning_ebm.step.report import PhaseReport, Report, report_of
-from lightning_ebm.step.setup import Code, Observer, Setup, unheard
+from lightning_ebm.step.report import Report
+from lightning_ebm.step.setup import Code, Observer, Setup, check_options, output_for, unheard
 from lightning_ebm.step.state_memory import StateMemory
 from lightning_ebm.step.step import Step
 from lightning_ebm.step.unsettled import Unsettled
-
-log = logging.getLogger(__name__)
 
 
 class Learner:
@@ -116,19 +114,16 @@ class Learner:
         self._evaluated = Programs(module, *self._options, like=self._programs)
         self._clamped: dict[frozenset[str], Programs] = {}
         self._memory = StateMemory()
-        self._last: tuple[list[str], list[PhaseReport], Tensor, str] | None = None
-        self._warned: set[str] = set()
         self.unsettled = Unsettled()
         """Looks at sweeps that were cut off, and says where more of them would not help."""
+        self.outcome = Outcome(self.algorithm, self.policy, self.unsettled)
         self.observer: Observer | None = None
         """Told of the network of every step before it relaxes, see `Setup.observer`; None costs nothing."""
 
     @property
     def report(self) -> Report:
         """What the last call did: a dict of plain numbers, ready for `json.dumps`. See `Report`."""
-        if self._last is None:
-            raise ConfigurationError("There is no report before the first backward() or gradients().")
-        return report_of(self.algorithm, *self._last, self.policy.counts)
+        return self.outcome.report()
 
     @property
     def plan(self) -> Plan | None:
@@ -175,7 +170,7 @@ class Learner:
                 step.undo()
             if self.policy.raises:
                 raise
-            self.gave_up(error, loss)
+            self.outcome.gave_up(error, loss)
             if fallback is None or step.ran:
                 return loss, None if fallback is None else step.instead(fallback, loss), step
         step = self.begin(closure, clamp=clamp, algorithm=fallback)  # before the user's pass there was a free phase
@@ -183,15 +178,6 @@ class Learner:
             losses = [closure()]
         surrogate = step.surrogate(losses.pop())
         return surrogate.detach(), surrogate, step
-
-    def gave_up(self, error: RelaxationDivergedError, loss: Tensor) -> None:
-        """Counts a batch that cannot relax, and says so the first time."""
-        self.policy.count()
-        self._last = ([], [], loss, "plain")
-        if "diverged" not in self._warned:
-            self._warned.add("diverged")
-            what = "is skipped" if self.policy.fallback is None else f"is taken by {self.policy.on_divergence!r}"
-            log.warning("A batch that cannot relax %s: %s (Said once; the report counts them.)", what, error)
 
     def gradients(self, closure: Closure, *, clamp: Clamp | None = None) -> dict[str, Tensor]:
         """The update of one batch as ``{parameter name: tensor}``, without those that the loss does not reach.
@@ -441,57 +427,6 @@ class Learner:
 
     def _setup(self) -> Setup:
         return Setup(
-            self.module, self.algorithm, self._programs, self._quiet, self._remember, self.loss_reduction,
+            self.module, self.algorithm, self._programs, self._quiet, self.outcome.remember, self.loss_reduction,
             self._samples, self._code, self._memory, self.observer, unsettled=self.unsettled,
         )  # fmt: skip
-
-    def _remember(self, names: list[str], phases: list[PhaseReport], loss: Tensor, way: str) -> None:
-        """Keeps how a step went, and says it once when the states ended elsewhere than at an equilibrium."""
-        self._last = (names, phases, loss, way)
-        for status, text in _UNSETTLED.items():
-            found = [phase for phase in phases if phase.status == status]
-            explained = status == "max_steps" and self.unsettled.told is not None
-            if found and status not in self._warned and not explained:
-                self._warned.add(status)
-                log.warning(text, found[0].steps, float(found[0].residual.max()))
-
-
-_UNSETTLED = {
-    "max_steps": (
-        "The states were still moving when max_steps was reached: after %d steps the force was up to %.2g of what it"
-        " started with, and the update was read there. Raise max_steps or tol, take a smaller nudge, or smaller steps"
-        " if it has grown. (Said once; the report tells it for every step.)"
-    ),
-    "stalled": (
-        "The states stalled: after %d steps no step lowered the energy any more, with a force of up to %.2g of what it"
-        " started with, and the update was read there. No kink is"
-        " there to explain it, so this is no equilibrium: take a smaller nudge, double precision, or a larger tol."
-        " (Said once; the report tells it for every step.)"
-    ),
-}
-"""What is said once of each status, with the steps taken and the largest residual."""
-
-
-def check_options(layers: Any, output: Any, loss_reduction: Any, capture: Any, compile: Any) -> None:
-    """Refuses settings that mean nothing, where they were written."""
-    check_layers(layers)
-    checked.choice("", "output", output, ("auto", "readout", "state"))
-    why = (
-        ", as your loss reduces over the batch; it decides by how much the nudge is multiplied, and a wrong one is a"
-        " factor of the batch size"
-    )
-    checked.choice("", "loss_reduction", loss_reduction, ("mean", "sum"), why)
-    checked.flag("", "capture", capture)
-    checked.flag("", "compile", compile)
-
-
-def output_for(algorithm: Algorithm, output: Output) -> Output:
-    """`output`, with "auto" resolved where the nudge holds the output and so needs it to be a state."""
-    if not algorithm.nudge.needs_output_state or not algorithm.rule.relaxes:
-        return output
-    if output == "readout":
-        raise ConfigurationError(
-            f'{algorithm.nudge!r} holds the output at a value, so the output must be a state: output="state", not'
-            ' "readout". Leave output="auto".'
-        )
-    return "state"

@@ -11,7 +11,7 @@ from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.energies.base import Energy, has_best_response
 from lightning_ebm.errors import RelaxationDivergedError
 from lightning_ebm.evaluations import Landscape, ResponseForces
-from lightning_ebm.learner import Learner, output_for
+from lightning_ebm.learner import Learner
 from lightning_ebm.nudges import Infinitesimal
 from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.program.candidates import Layers
@@ -20,6 +20,7 @@ from lightning_ebm.program.wiring import named_gradients
 from lightning_ebm.purity import untouched
 from lightning_ebm.relaxers import Anderson, FixedPoint, GradientDescent, Relaxation, Relaxer
 from lightning_ebm.step.closure import Closure, checked_loss
+from lightning_ebm.step.setup import output_for
 
 Reference = Literal["backprop", "equilibrium"]
 """Which gradient is called true."""

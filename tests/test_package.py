@@ -70,7 +70,7 @@ ORDER = [
     # lightning_ebm.step, and what looks at an equilibrium
     {"report", "spectrum", "state_memory"},
     {"divergence", "unsettled"},
-    {"arithmetic", "setup"},
+    {"arithmetic", "outcome", "setup"},
     {"phases", "recorded"},
     {"blame", "coverage", "increments", "second_run"},
     {"user_pass"},

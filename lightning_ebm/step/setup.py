@@ -1,29 +1,32 @@
 """What a learner fixes for all of its steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.energies.base import is_divergence, is_quadratic, rests_at_prediction
+from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.evaluations import Landscape
 from lightning_ebm.network.clamp import Clamp
 from lightning_ebm.network.samples import FOUND, Samples
+from lightning_ebm.program.layers import Output, check_layers
 from lightning_ebm.program.programs import Programs
 from lightning_ebm.program.wiring import Plan
 from lightning_ebm.step.report import PhaseReport
 from lightning_ebm.step.state_memory import StateMemory
 from lightning_ebm.step.unsettled import Unsettled
 
-Remember = Callable[[list[str], list[PhaseReport], Tensor, str], None]
+Remember = Callable[[Sequence[str], Sequence[PhaseReport], Tensor, str], None]
 Code = Literal["traced", "compiled"] | None
 Observer = Callable[[Landscape], Landscape]
 
 
-def unheard(names: list[str], phases: list[PhaseReport], loss: Tensor, way: str) -> None:
+def unheard(names: Sequence[str], phases: Sequence[PhaseReport], loss: Tensor, way: str) -> None:
     """Nobody asks how a step went."""
 
 
@@ -68,3 +71,28 @@ class Setup:
             return False  # the normalizer of its distribution depends on parameters
         alone = rests_at_prediction(algorithm.energy) and not any(row.parents for row in plan.rows)
         return is_divergence(algorithm.energy) or (alone and algorithm.initial_state == "forward")
+
+
+def check_options(layers: Any, output: Any, loss_reduction: Any, capture: Any, compile: Any) -> None:
+    """Refuses settings that mean nothing, where they were written."""
+    check_layers(layers)
+    checked.choice("", "output", output, ("auto", "readout", "state"))
+    why = (
+        ", as your loss reduces over the batch; it decides by how much the nudge is multiplied, and a wrong one is a"
+        " factor of the batch size"
+    )
+    checked.choice("", "loss_reduction", loss_reduction, ("mean", "sum"), why)
+    checked.flag("", "capture", capture)
+    checked.flag("", "compile", compile)
+
+
+def output_for(algorithm: Algorithm, output: Output) -> Output:
+    """`output`, with "auto" resolved where the nudge holds the output and so needs it to be a state."""
+    if not algorithm.nudge.needs_output_state or not algorithm.rule.relaxes:
+        return output
+    if output == "readout":
+        raise ConfigurationError(
+            f'{algorithm.nudge!r} holds the output at a value, so the output must be a state: output="state", not'
+            ' "readout". Leave output="auto".'
+        )
+    return "state"

@@ -17,7 +17,7 @@ from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.harmless import harmless
 from lightning_ebm.instruments.curvature import Curvature, of_step as curvature_of_step
-from lightning_ebm.learner import Learner, check_options
+from lightning_ebm.learner import Learner
 from lightning_ebm.network.samples import BatchSize, Samples
 from lightning_ebm.presets import chosen
 from lightning_ebm.program.calls import leading_sizes
@@ -32,6 +32,7 @@ from lightning_ebm.regime import Regime, of_step as regime_of_step
 from lightning_ebm.relaxers import Relaxer
 from lightning_ebm.step.closure import NoLossError
 from lightning_ebm.step.divergence import OnDivergence, Policy
+from lightning_ebm.step.setup import check_options
 from lightning_ebm.step.step import Step
 from lightning_ebm.strategies import other_backward
 from lightning_ebm.strategies.evaluation import EvaluatingStrategy
@@ -183,7 +184,7 @@ class EnergyStrategy(EvaluatingStrategy):
 
     def _gave_up(self, error: RelaxationDivergedError | None, loss: Tensor) -> None:
         """Counts the batch, and logs the count."""
-        self.learner.gave_up(error or RelaxationDivergedError("It did not relax on another rank."), loss)
+        self.learner.outcome.gave_up(error or RelaxationDivergedError("It did not relax on another rank."), loss)
         self._log_counts()
 
     def _log_counts(self) -> None:

@@ -1,0 +1,74 @@
+"""How the last step of a learner went, and what is said once of steps that did not end at an equilibrium."""
+
+import logging
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
+from lightning_ebm.step.divergence import Policy
+from lightning_ebm.step.report import PhaseReport, Report, report_of
+from lightning_ebm.step.unsettled import Unsettled
+
+log = logging.getLogger(__name__)
+
+_UNSETTLED = {
+    "max_steps": (
+        "The states were still moving when max_steps was reached: after %d steps the force was up to %.2g of what it"
+        " started with, and the update was read there. Raise max_steps or tol, take a smaller nudge, or smaller steps"
+        " if it has grown. (Said once; the report tells it for every step.)"
+    ),
+    "stalled": (
+        "The states stalled: after %d steps no step lowered the energy any more, with a force of up to %.2g of what it"
+        " started with, and the update was read there. No kink is there to explain it, so this is no equilibrium: take"
+        " a smaller nudge, double precision, or a larger tol. (Said once; the report tells it for every step.)"
+    ),
+}
+"""What is said once of each status, with the steps taken and the largest residual."""
+
+
+class Outcome:
+    """Keeps what a report is made of until somebody asks for it.
+
+    Args:
+        algorithm: of the learner.
+        policy: what is done with batches that cannot relax.
+        unsettled: looks at sweeps that were cut off, and has its own words for them.
+    """
+
+    def __init__(self, algorithm: Algorithm, policy: Policy, unsettled: Unsettled) -> None:
+        self._algorithm = algorithm
+        self._policy = policy
+        self._unsettled = unsettled
+        self._last: tuple[Sequence[str], Sequence[PhaseReport], Tensor, str] | None = None
+        self._warned: set[str] = set()
+
+    def report(self) -> Report:
+        """In plain numbers.
+
+        Raises:
+            ConfigurationError: there has been no step.
+        """
+        if self._last is None:
+            raise ConfigurationError("There is no report before the first backward() or gradients().")
+        return report_of(self._algorithm, *self._last, self._policy.counts)
+
+    def remember(self, names: Sequence[str], phases: Sequence[PhaseReport], loss: Tensor, way: str) -> None:
+        """A step is over; says it once when the states ended elsewhere than at an equilibrium."""
+        self._last = (names, phases, loss, way)
+        for status, text in _UNSETTLED.items():
+            found = [phase for phase in phases if phase.status == status]
+            explained = status == "max_steps" and self._unsettled.told is not None
+            if found and status not in self._warned and not explained:
+                self._warned.add(status)
+                log.warning(text, found[0].steps, float(found[0].residual.max()))
+
+    def gave_up(self, error: RelaxationDivergedError, loss: Tensor) -> None:
+        """Counts a batch that cannot relax, and says so the first time."""
+        self._policy.count()
+        self._last = ([], [], loss, "plain")
+        if "diverged" not in self._warned:
+            self._warned.add("diverged")
+            what = "is skipped" if self._policy.fallback is None else f"is taken by {self._policy.on_divergence!r}"
+            log.warning("A batch that cannot relax %s: %s (Said once; the report counts them.)", what, error)
