@@ -2,6 +2,7 @@
 
 import logging
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -147,3 +148,36 @@ def test_losses_that_are_not_positive_say_nothing_of_what_is_absorbed():
     learner = ebm.Learner(net, ebm.algorithm("predictive-coding", nudge="auto", relaxer=relaxer), layers=["1"])
     learner.gradients(lambda: closure() - 100.0)
     assert learner.algorithm.nudge.strength == 1.0
+
+
+class Linear(L.LightningModule):
+    """`linear_task` as a module that is trained."""
+
+    def __init__(self, curvature: float):
+        super().__init__()
+        self.net, self.loss = linear_task(curvature)
+
+    def training_step(self, batch, index):
+        return self.loss()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1.0)
+
+
+@pytest.mark.parametrize(("algorithm", "strength"), [(None, 0.25), ("predictive-coding", 1.0)])
+def test_where_no_algorithm_is_named_the_strength_is_chosen_and_by_name_it_is_one(algorithm, strength, tmp_path):
+    """At curvature 3 the update of the first layer is backprop's divided by 1 + 3 lambda."""
+    given = () if algorithm is None else (algorithm,)
+    module = Linear(3.0)
+    before, backprop = module.net[0].weight.detach().clone(), ebm.reference.backprop(module.net, module.loss)
+    learner = ebm.Learner(module.net, *given, layers=["1"])
+    assert learner.algorithm == ebm.algorithm("predictive-coding", nudge=learner.algorithm.nudge)
+    update = learner.gradients(module.loss)["0.weight"]
+    trainer = L.Trainer(
+        strategy=ebm.EBMStrategy(*given, layers=["net.1"]), max_steps=1, accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(range(8), batch_size=8))
+    for found in (update, before - module.net[0].weight.detach()):
+        expected = backprop["0.weight"] / (1 + 3.0 * strength)
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=0.0)
