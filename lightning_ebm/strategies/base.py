@@ -16,7 +16,6 @@ from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.harmless import harmless
-from lightning_ebm.instruments.curvature import Curvature, of_step as curvature_of_step
 from lightning_ebm.learner import Learner
 from lightning_ebm.network.samples import BatchSize, Samples
 from lightning_ebm.presets import chosen
@@ -27,22 +26,19 @@ from lightning_ebm.program.recorder import Recorder
 from lightning_ebm.program.seams import seams
 from lightning_ebm.program.seen_grad import SeenGrad
 from lightning_ebm.purity import shadowed
-from lightning_ebm.reference import Reference, exactly
-from lightning_ebm.regime import Regime, of_step as regime_of_step
-from lightning_ebm.relaxers import Relaxer
 from lightning_ebm.step.closure import NoLossError
 from lightning_ebm.step.divergence import OnDivergence, Policy
 from lightning_ebm.step.setup import check_options
 from lightning_ebm.step.step import Step
 from lightning_ebm.strategies import other_backward
-from lightning_ebm.strategies.evaluation import EvaluatingStrategy
 from lightning_ebm.strategies.manual import ManualOptimization
+from lightning_ebm.strategies.observed import ObservedStrategy
 from lightning_ebm.strategies.once_more import Arguments, loss_of, run_again
 from lightning_ebm.strategies.quiet import callbacks_of, print_layers, unlogged
 from lightning_ebm.strategies.resume import ExactResume
 
 
-class EnergyStrategy(EvaluatingStrategy):
+class EnergyStrategy(ObservedStrategy):
     """What the strategies of this library share; the other base says where to train.
 
     In place of the loss, `backward` hands Lightning a scalar of the same value whose gradient is the update. Whatever a
@@ -75,13 +71,10 @@ class EnergyStrategy(EvaluatingStrategy):
         self._learner: Learner | None = None
         self._step: Step | None = None
         self._increments: Iterator[Tensor] | None = None
-        self._handed: Tensor | None = None
-        """The scalar whose gradient is being asked for."""
-        self._strange: list[Tensor] = []
-        """What optimizers move and somebody else has given gradients to."""
+        self._other = other_backward.OtherBackward()
         self._manual = ManualOptimization()
         self._resume = ExactResume(self.gather, self._engine)
-        self._runs = self._looks = False
+        self._runs = False
         self._printed = False
         self._arguments: Arguments = ((), {})
 
@@ -285,7 +278,7 @@ class EnergyStrategy(EvaluatingStrategy):
             surrogate = step.surrogate(loss)
             self._print_layers()
             manual.gives(surrogate)
-            with self._handing_over(surrogate):
+            with self._other.handing_over(surrogate):
                 options["grad_tensors"] = options.pop("gradient", None)
                 torch.autograd.backward(surrogate, **options)
             step.release()
@@ -296,33 +289,13 @@ class EnergyStrategy(EvaluatingStrategy):
 
     def _module_backward(self, surrogate: Tensor, backward: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """LightningModule.backward, which may be the user's own; what hooks do after it is another matter."""
-        with self._handing_over(surrogate), SeenGrad(self._sees):
+        with self._other.handing_over(surrogate), SeenGrad(self._sees):
             backward(*args, **kwargs)
 
-    @contextmanager
-    def _handing_over(self, surrogate: Tensor) -> Iterator[None]:
-        """Within it `backward` is this strategy's own."""
-        if all(p.grad is None or not p.grad.any() for p in self._strange):  # they have been wiped
-            self._strange.clear()
-        self._handed = surrogate
-        try:
-            yield
-        finally:
-            self._handed = None
-
     def _sees(self, losses: Sequence[Tensor], inputs: Sequence[Tensor] | None) -> None:
-        """Gradients are taken outside of a record: of the update, or of something else that must not be stepped on."""
-        if not self._relaxes or self._looks:
-            return
-        if self._handed is not None:
-            other_backward.beside(self._module, self._handed, losses, inputs)
-        else:
-            moved = other_backward.parameters_of_optimizers(self.optimizers)
-            self._strange += other_backward.reached(losses, inputs, moved)
-
-    def _refuse_strange(self) -> None:
-        if any(p.grad is not None for p in self._strange):
-            raise other_backward.elsewhere()
+        """Gradients are taken outside of a record."""
+        if self._relaxes and not self._looks:
+            self._other.sees(self._module, self.optimizers, losses, inputs)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Lightning's own; under manual optimization every gradient must have come from a relaxation.
@@ -333,11 +306,11 @@ class EnergyStrategy(EvaluatingStrategy):
 
         def checked() -> Any:
             output = closure()
-            self._refuse_strange()
+            self._other.refuse()
             return output
 
         output = super().optimizer_step(optimizer, checked, model, **kwargs)
-        self._refuse_strange()  # an optimizer may not call its closure
+        self._other.refuse()  # an optimizer may not call its closure
         if is_manual:
             self._manual.check_step(self._module, optimizer)
         if (increments := self._increments) is not None and self._step is not None:
@@ -385,70 +358,15 @@ class EnergyStrategy(EvaluatingStrategy):
         """What every rank has, in the order of the ranks; on all of them."""
         return [value]
 
-    def true_gradients(self, reference: Reference = "backprop") -> dict[str, Tensor]:
-        """The true gradient on the micro-batch of the last step, scaled as Lightning scales that step's update.
-
-        Call it between `training_step` and the optimizer's step, as `on_after_backward` does. No side effects.
-
-        Args:
-            reference: "backprop", of the feed-forward network; "equilibrium", of the loss at the free equilibrium, as
-                `reference.equilibrium`. For a divergence energy that equilibrium is the forward pass: the two are one.
-        """
-        if self._step is None:
-            raise ConfigurationError("There is no training step yet whose gradient could be computed.")
-        exact = reference == "equilibrium" and self._relaxes and not is_divergence(self.algorithm.energy)
-        with self._looking():
-            if exact:
-                found, other = self._step.again(exactly(self.algorithm))
-                other.release()
-            else:
-                found = self._step.true_gradients()
-        scaler = self._scaler()
-        scale = (float(scaler.get_scale()) if scaler is not None else 1.0) / self._accumulated()
-        return {name: gradient * scale for name, gradient in found.items()} if scale != 1.0 else found
-
-    def regime(self, equilibrium: Relaxer | None = None) -> Regime:
-        """Where between backprop and equilibrium the last step's update was read, see `lightning_ebm.regime`.
-
-        Call it as `true_gradients`. It relaxes twice more, once to equilibrium. No side effects.
-        """
-        if self._step is None:
-            raise ConfigurationError("There is no training step yet whose regime could be measured.")
-        with self._looking():
-            return regime_of_step(self._step, self.algorithm, equilibrium)
-
-    @contextmanager
-    def _looking(self) -> Iterator[None]:
-        """Within it gradients are taken to look at, which nobody steps on."""
-        self._looks, before = True, self._looks
-        try:
-            yield
-        finally:
-            self._looks = before
-
-    def curvature(self, steps: int = 32) -> Curvature:
-        """Whether the states of the last step rest in a minimum, see `lightning_ebm.instruments.curvature`.
-
-        Call it as `true_gradients`. It relaxes once more. No side effects.
-        """
-        if self._step is None:
-            raise ConfigurationError("There is no training step yet whose curvature could be measured.")
-        return curvature_of_step(self._step, self.algorithm, steps)
-
     def teardown(self) -> None:
         """Lightning's own; drops the last batch and its graph."""
         seams.unwatch(self._sees)  # an error ends no training
         self._step = None
-        self._strange.clear()
+        self._other.forget()
         self._runs = False
         self._manual.forget()
         self._arguments = ((), {})
         super().teardown()
-
-    def _accumulated(self) -> int:
-        """By how much Lightning has divided the loss; read at every step, as a scheduler may change it."""
-        module = self._module
-        return module.trainer.accumulate_grad_batches if module.automatic_optimization else 1
 
     def _print_layers(self) -> None:
         """The layer table, once."""
@@ -456,9 +374,6 @@ class EnergyStrategy(EvaluatingStrategy):
         if not self._printed and plan is not None:
             self._printed = True
             print_layers(self._module, plan)
-
-    def _scaler(self) -> torch.amp.GradScaler | None:
-        return getattr(self.precision_plugin, "scaler", None)
 
     def _loss_again(self) -> Tensor:
         """The step once more, for its loss, which is checked by whoever asks."""

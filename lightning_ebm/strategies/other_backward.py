@@ -1,6 +1,7 @@
 """Gradients of the user's own beside those that the Trainer asks for: allowed where harmless, else refused."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -9,6 +10,47 @@ from torch.optim import Optimizer
 
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.program.wiring import graph_of
+
+
+class OtherBackward:
+    """Sees `backward` calls that are not recorded: of the update that is handed over, or of something else."""
+
+    def __init__(self) -> None:
+        self._handed: Tensor | None = None
+        self._strange: list[Tensor] = []
+
+    @contextmanager
+    def handing_over(self, surrogate: Tensor) -> Iterator[None]:
+        """Within it the gradient of this scalar, which is the update, is asked for."""
+        if all(p.grad is None or not p.grad.any() for p in self._strange):  # they have been wiped
+            self._strange.clear()
+        self._handed = surrogate
+        try:
+            yield
+        finally:
+            self._handed = None
+
+    def sees(
+        self,
+        module: LightningModule,
+        optimizers: Iterable[Optimizer],
+        losses: Sequence[Tensor],
+        inputs: Sequence[Tensor] | None,
+    ) -> None:
+        """Gradients of some losses are asked for: refused beside the update, else not to be stepped on."""
+        if self._handed is not None:
+            beside(module, self._handed, losses, inputs)
+        else:
+            self._strange += reached(losses, inputs, parameters_of_optimizers(optimizers))
+
+    def refuse(self) -> None:
+        """Raises `ConfigurationError` where what an optimizer moves holds a gradient of somebody else's."""
+        if any(p.grad is not None for p in self._strange):
+            raise elsewhere()
+
+    def forget(self) -> None:
+        """A run is over."""
+        self._strange.clear()
 
 
 def within_step(accumulated: int, loss: Tensor, options: dict[str, Any]) -> bool:
