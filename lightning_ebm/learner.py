@@ -297,7 +297,7 @@ class Learner:
             for parameter in self.module.parameters():
                 if parameter.is_floating_point() or parameter.is_complex():
                     parameter.requires_grad_(True)  # until `untouched` ends: what is frozen still predicts
-            with Step(setup, closure, [], teaches=False).at_equilibrium(strength) as (phases, found, has_loss):
+            with Step(setup, closure, teaches=False).at_equilibrium(strength) as (phases, found, has_loss):
                 refuse_unknown("free", free, phases.network)
                 yield phases, found, has_loss
 
@@ -363,13 +363,13 @@ class Learner:
             free: as for `relax`.
         """
         if clamp or free:
-            return Step(self._equilibrium_setup(clamp, free, False, None), run, [], teaches=False).at_free_equilibrium()
+            return Step(self._equilibrium_setup(clamp, free, False, None), run, teaches=False).at_free_equilibrium()
         if is_divergence(self.algorithm.energy) or not self.algorithm.rule.relaxes:
             return nullcontext()
         setup = replace(
             self._setup(), programs=self._evaluated, remember=unheard, samples=FOUND, memory=None, observer=None
         )
-        return Step(setup, run, [], teaches=False).at_free_equilibrium()
+        return Step(setup, run, teaches=False).at_free_equilibrium()
 
     def _scaled(self, surrogate: Tensor) -> Tensor:
         """Under Fabric with 16-bit floats, which divides gradients by its scale before the optimizer steps."""
@@ -399,7 +399,7 @@ class Learner:
     def begin(
         self,
         closure: Closure,
-        sizes: Sequence[int] = (),
+        arguments: Any = None,
         batch: Any = None,
         teaches: bool = True,
         recorder: Recorder | None = None,
@@ -410,7 +410,7 @@ class Learner:
 
         Args:
             closure: runs the pass and returns its loss, for energies that need a quiet pass before.
-            sizes: candidates for B, the batch's first dimensions; those of what the module is called with if empty.
+            arguments: what the training step is called with, see `Step`.
             batch: for `Clamped(target=...)`; what the module is called with if None.
             teaches: whether the step is taken, so that what learns beside the parameters may learn from it.
             recorder: of a pass that has begun already.
@@ -423,7 +423,7 @@ class Learner:
         if clamp:
             refuse_for_update(setup.algorithm)
             setup = replace(setup, programs=self._programs_with(checked_clamp(clamp)), clamp=clamp)
-        return Step(setup, closure, list(sizes), batch, teaches, recorder)
+        return Step(setup, closure, arguments, batch, teaches, recorder)
 
     def _setup(self) -> Setup:
         return Setup(

@@ -1,5 +1,8 @@
 """How many samples a batch has, and what factor its loss carries."""
 
+import logging
+
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -88,3 +91,62 @@ def test_a_factor_that_the_loss_carries_is_not_seen_by_the_relaxation(algorithm,
 def test_numbers_that_cannot_be_are_refused_where_they_are_written(wrong):
     with pytest.raises(ebm.ConfigurationError, match=next(iter(wrong))):
         ebm.Learner(nn.Linear(2, 2), **wrong)
+
+
+class Collocation(L.LightningModule):
+    """All of its samples are its own; the batch is there because a Trainer wants one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+        self.register_buffer("points", torch.randn(12, 2).double())
+
+    def training_step(self, batch, index):
+        return (self.net(self.points) - 1.0).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1.0)
+
+
+@pytest.mark.parametrize("dummy", [[0], [torch.zeros(3)], range(5)])
+def test_a_batch_that_nobody_reads_has_no_say(dummy, tmp_path):
+    """The oracle says how many samples there are; under the Trainer it is the record that does."""
+    module = Collocation()
+    learner = ebm.Learner(module, FINITE, batch_size=12)
+    update = learner.gradients(lambda: module.training_step(None, 0))
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    trainer = L.Trainer(
+        strategy=ebm.EBMStrategy(FINITE), max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(dummy, batch_size=len(dummy)))
+    moved = {name: before[name] - p.detach() for name, p in module.named_parameters()}
+    assert off(moved, update) < 1e-12
+    assert (
+        off(update, ebm.Learner(module, FINITE, batch_size=1).gradients(lambda: module.training_step(None, 0))) > 1e-3
+    )
+
+
+@pytest.mark.parametrize(("said", "warned"), [({}, True), ({"batch_size": 4}, False), ({"batch_size": 7}, False)])
+def test_two_readings_of_a_batch_are_warned_of_once(said, warned, caplog):
+    net = encoder(True)
+    x, mask, y = torch.randn(4, 7, 8).double(), torch.zeros(7, 7).bool(), torch.randint(3, (4, 7))
+
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, mask):
+            return self.net["head"](self.net["body"](x, mask=mask))
+
+    module = Module()
+    learner = ebm.Learner(module, FINITE, **said)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            learner.gradients(lambda: F.cross_entropy(module(x, mask).flatten(0, 1), y.flatten()))
+    told = [r.getMessage() for r in caplog.records if "could as well" in r.getMessage()]
+    assert len(told) == warned
+    if warned:
+        assert "taken for 4 samples, and could as well be 7" in told[0]

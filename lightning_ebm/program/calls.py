@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import operator
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -218,16 +218,18 @@ def clean(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def leading_sizes(batch: Any) -> list[int]:
-    """First dimension of every tensor in a batch, or in a call's arguments, that has one: candidates for B."""
-    return [t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim > 0]
+def leading_sizes(batch: Any, counts: Callable[[Tensor], bool] = lambda tensor: True) -> list[int]:
+    """First dimensions of the tensors in a batch, or in a call's arguments, that count: candidates for B."""
+    return [t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim > 0 and counts(t)]
 
 
-def batch_size_among(candidates: list[int], shapes: list[torch.Size], reduced: Collection[int] = ()) -> int:
+def batch_size_among(
+    candidates: Sequence[int], shapes: list[torch.Size], reduced: Collection[int] = ()
+) -> tuple[int, int | None]:
     """The candidate that most states have among their first two dimensions, then one that the loss reduces.
 
-    Then the most frequent, then the first. A time-major batch (T, B, ...) or a loose tensor beside the samples is
-    not mistaken for the batch size that way.
+    Then the most frequent, then the first; and another one that has as many and is as much reduced, if there is any. A
+    time-major batch (T, B, ...) or a loose tensor beside the samples is not mistaken for the batch size that way.
 
     Args:
         candidates: sizes.
@@ -236,7 +238,10 @@ def batch_size_among(candidates: list[int], shapes: list[torch.Size], reduced: C
     """
     found = candidates or [size for shape in shapes for size in shape[: 2 if len(shape) > 2 else 1]] or [1]
     carried = {size: sum(size in shape[:2] for shape in shapes) for size in found}
-    return max(found, key=lambda size: (carried[size], size in reduced, found.count(size), -found.index(size)))
+    size = max(found, key=lambda size: (carried[size], size in reduced, found.count(size), -found.index(size)))
+    rank = carried[size], size in reduced
+    rivals = [other for other in found if other != size and rank == (carried[other], other in reduced)]
+    return size, rivals[0] if rivals and candidates and carried[size] else None
 
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")

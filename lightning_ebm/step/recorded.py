@@ -1,15 +1,17 @@
 """A pass of the user's that is over: its program, what is known of it, and what it computed."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.network.network import Network
 from lightning_ebm.network.passes import Run, Start
 from lightning_ebm.network.traced import TracedNetwork
-from lightning_ebm.program.calls import batch_size_among
+from lightning_ebm.program.calls import batch_size_among, leading_sizes
 from lightning_ebm.program.interpreter import Program, at_least_float32, at_prediction
 from lightning_ebm.program.programs import Found, Known
 from lightning_ebm.program.record import Value
@@ -17,6 +19,8 @@ from lightning_ebm.program.recorder import Recorder
 from lightning_ebm.program.wiring import Plan
 from lightning_ebm.step.arithmetic import Arithmetic
 from lightning_ebm.step.setup import Setup
+
+log = logging.getLogger(__name__)
 
 
 class Recorded(NamedTuple):
@@ -28,6 +32,7 @@ class Recorded(NamedTuple):
         binding: its values, by those of the pass that was examined; None where it is that pass.
         held: what its values held, as far as that is still there.
         loss: what it returned; None where it returned none.
+        sizes: first dimensions of what the pass was given and has read, see `batch_size_among`.
     """
 
     program: Program
@@ -35,11 +40,14 @@ class Recorded(NamedTuple):
     binding: dict[Value, Value] | None
     held: Mapping[Value, Tensor]
     loss: Tensor | None
+    sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, found: Found, recorder: Recorder, loss: Any) -> "Recorded":
-        """What a recorder has seen."""
-        return cls(*found, recorder.contents.held, loss.detach() if isinstance(loss, Tensor) else None)
+    def of(cls, found: Found, recorder: Recorder, loss: Any, arguments: Any) -> "Recorded":
+        """What a recorder has seen of a pass, given what that was called with: a batch that nobody reads has no say."""
+        sizes = leading_sizes(arguments, lambda tensor: recorder.contents.known(tensor) is not None)
+        number = loss.detach() if isinstance(loss, Tensor) else None
+        return cls(*found, recorder.contents.held, number, tuple(sizes))
 
     @property
     def plan(self) -> Plan:
@@ -68,17 +76,16 @@ class Recorded(NamedTuple):
         """Runs the program with states in place."""
         return Run(self.program, arithmetic)
 
-    def network(self, setup: Setup, arithmetic: Arithmetic, batch: Any, leading_sizes: list[int]) -> Network:
+    def network(self, setup: Setup, arithmetic: Arithmetic, batch: Any) -> Network:
         """The energy of this pass as a function of its states.
 
         Args:
             setup: of the learner.
             arithmetic: how passes are run.
             batch: what the samples are counted in, where the user says how.
-            leading_sizes: candidates for B; those of what the module is called with if empty.
         """
         fast = self.is_fast(setup)
-        run, marks, record = self.runner(arithmetic), self.program.marks, self.program.record
+        run, marks = self.runner(arithmetic), self.program.marks
         if fast and self.loss is not None and all(mark.state in self.held for mark in marks):
             free = [at_least_float32(self.held[mark.state].detach()) for mark in marks]
             start = Start(self.loss, free, max((mark.rounding for mark in marks), default=0.0), None)
@@ -87,7 +94,7 @@ class Recorded(NamedTuple):
         size = setup.samples.of(batch)
         if size is None:
             shapes = [state.shape for state in start.free]
-            size = batch_size_among(leading_sizes or record.leading_sizes, shapes, self.known.reduced)
+            size = self._found_size(setup, shapes)
         loss_scale = (size if setup.loss_reduction == "mean" else 1) / setup.samples.scale()
         if setup.algorithm.nudge.per == "element":
             loss_scale *= self.elements_per_sample(setup, size)
@@ -106,6 +113,19 @@ class Recorded(NamedTuple):
             network = Network(*parts)
         network.known = self.known
         return network
+
+    def _found_size(self, setup: Setup, shapes: list[torch.Size]) -> int:
+        """B, and once a warning where the batch may as well be read in another way."""
+        size, other = batch_size_among(self.sizes or self.program.record.leading_sizes, shapes, self.known.reduced)
+        if other is not None and "samples" not in setup.programs.told:
+            setup.programs.told.add("samples")
+            log.warning(
+                "The batch is taken for %d samples, and could as well be %d: both are first dimensions of what it"
+                " holds, and of all layers. The nudge is multiplied by their number. Say batch_size=%d, or %d, or a"
+                " function of the batch. (Said once.)",
+                size, other, size, other,
+            )  # fmt: skip
+        return size
 
     def elements_per_sample(self, setup: Setup, size: int) -> float:
         """How many elements of a sample the loss is a mean over.

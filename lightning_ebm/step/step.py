@@ -44,7 +44,8 @@ class Step:
     Args:
         setup: of the learner.
         closure: runs the pass quietly, for energies whose free equilibrium is not the forward pass.
-        leading_sizes: candidates for B, see `batch_size_among`; those of what the module is called with if empty.
+        arguments: what the training step is called with; what the module is if None. Among the first dimensions of the
+            tensors in it that the pass reads B is found, see `batch_size_among`.
         batch: what the module is trained on, for nudges that look at it; what it is called with if None.
         teaches: whether the energy may learn from this step, and the memory note it: it is taken, not only looked at.
         recorder: of a pass that has begun already, as under manual optimization.
@@ -54,14 +55,14 @@ class Step:
         self,
         setup: Setup,
         closure: Closure,
-        leading_sizes: list[int],
+        arguments: Any = None,
         batch: Any = None,
         teaches: bool = True,
         recorder: Recorder | None = None,
     ) -> None:
         self._setup = setup
         self._closure = closure
-        self._leading_sizes = leading_sizes
+        self._arguments = arguments
         self._teaches = teaches
         self._pass = UserPass(setup.module, recorder, batch)
         self._coded = False
@@ -138,7 +139,7 @@ class Step:
                 with setup.programs.recording(recorder), self._arithmetic.derivatives(), drawing:
                     returned = self._closure()
                 # While its graph can be differentiated: what that saved has not been written to.
-                self._pass.recorded = Recorded.of(find(recorder, returned), recorder, returned)
+                self._pass.recorded = Recorded.of(find(recorder, returned), recorder, returned, self._arguments)
         finally:
             recorder.contents.undo()
 
@@ -214,7 +215,7 @@ class Step:
         """What held units alone teach: a scalar of the value min_x I, with the gradient dI/dtheta there."""
         setup = self._setup
         recorder = self._pass.recorder
-        self._pass.recorded = Recorded.of(setup.programs.without_loss(recorder), recorder, None)
+        self._pass.recorded = Recorded.of(setup.programs.without_loss(recorder), recorder, None, self._arguments)
         network, phases = self._settled(), self._phases
         network.questions.answered()
         assert phases is not None
@@ -274,7 +275,8 @@ class Step:
         loss = loss if self._raw_loss is None else self._raw_loss
         if self._phases is None:
             recorder, partial = self._pass.recorder, not self._pass.owns_recorder
-            self._pass.recorded = Recorded.of(self._setup.programs.of(recorder, loss, partial), recorder, loss)
+            found = self._setup.programs.of(recorder, loss, partial)
+            self._pass.recorded = Recorded.of(found, recorder, loss, self._arguments)
 
     def _opened(self, loss: Tensor) -> Network:
         """The network of this step, relaxed to its free equilibrium."""
@@ -348,7 +350,7 @@ class Step:
         fast = recorded.is_fast(setup)
         recorded = self._pass.recorded = recorded.thinned(self._coded) if fast else recorded._replace(held={})
         self._pass.let_go()
-        network = recorded.network(setup, self._arithmetic, self._pass.given, self._leading_sizes)
+        network = recorded.network(setup, self._arithmetic, self._pass.given)
         self._phases = Phases(setup, network, self._pass.given)
         return self._phases
 
@@ -374,7 +376,7 @@ class Step:
                 'The algorithm "backprop" relaxes nothing, so there is no other way to take this step.'
             )
         setup = replace(self._setup, algorithm=algorithm, remember=unheard, code=None, memory=None, observer=observer)
-        other = Step(setup, self._closure, self._leading_sizes, self._pass.given, teaches=False)
+        other = Step(setup, self._closure, self._arguments, self._pass.given, teaches=False)
         other._pass.recorded = self._pass.recorded
         if self._pass.recorded.is_empty:
             return self.true_gradients(), other

@@ -19,7 +19,6 @@ from lightning_ebm.harmless import harmless
 from lightning_ebm.learner import Learner
 from lightning_ebm.network.samples import BatchSize, Samples
 from lightning_ebm.presets import chosen
-from lightning_ebm.program.calls import leading_sizes
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
 from lightning_ebm.program.recorder import Recorder
@@ -191,8 +190,7 @@ class EnergyStrategy(ObservedStrategy):
     def _begun(self, recorder: Recorder | None = None, algorithm: Algorithm | None = None) -> Step:
         args = self._arguments[0]
         batch = args[0] if args else None
-        sizes = leading_sizes(self._arguments)
-        return self.learner.begin(self._loss_again, sizes, batch, recorder=recorder, algorithm=algorithm)
+        return self.learner.begin(self._loss_again, self._arguments, batch, recorder=recorder, algorithm=algorithm)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Relaxes, and lets Lightning run its backward on the scalar whose gradient is the update."""
