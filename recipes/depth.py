@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 import lightning_ebm as ebm
 from lightning_ebm import reference
-from lightning_ebm.recipes.data import MNIST, MNIST1D, ArrayData, Digits
+from lightning_ebm.recipes.arrays import ArrayData
+from lightning_ebm.recipes.data import MNIST, MNIST1D, Digits
 
 mpl.use("Agg")
 

@@ -342,7 +342,7 @@ MUTATIONS = [
     Mutation(
         "states in place are not known",
         "program/calls.py",
-        "recorder.contents.bind(state, mark.state)",
+        "contents.bind(state, mark.state)",
         "pass",
         "equilibrium_propagation",
     ),
@@ -691,8 +691,8 @@ MUTATIONS = [
     Mutation(
         "the pass outlives its last reader",
         "step/step.py",
-        "self._let_go_of_pass()\n        if self._batch",
-        "if self._batch",
+        "self._pass.let_go()\n        network =",
+        "network =",
         "memory",
     ),
     Mutation(

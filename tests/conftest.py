@@ -1,5 +1,6 @@
 """Settings of the machine and of loggers, for every test."""
 
+import logging
 import os
 import socket
 import sys
@@ -31,6 +32,16 @@ def not_distributed():
     os.environ.update(before)
     if (wandb := sys.modules.get("wandb")) is not None:
         wandb.run = None  # torn down by one test, it would be taken for one in progress by the next
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were():
+    """What a command of the library silences for its own process, the next test may wait to hear."""
+    names = ["lightning_ebm", *(name for name in logging.root.manager.loggerDict if name.startswith("lightning"))]
+    before = {name: logging.getLogger(name).level for name in names}
+    yield
+    for name, level in before.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 import lightning_ebm as ebm
-from lightning_ebm.recipes import data, mnist_1d, modules, nets, options, sources, sweep, training
+from lightning_ebm.recipes import arrays, data, mnist_1d, modules, nets, options, sources, sweep, training
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import one_theory
@@ -450,7 +450,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 def test_augmentation_is_a_shift_and_a_reflection():
     x = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0)) + 1
     torch.manual_seed(0)
-    seen, places = data._augmented(x), set()
+    seen, places = arrays._augmented(x), set()
     for image, made in zip(x, seen, strict=True):
         padded = torch.nn.functional.pad(image, [4] * 4)
         crops = {

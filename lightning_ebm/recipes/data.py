@@ -1,6 +1,5 @@
-"""Data modules of the recipes. All hold their arrays in memory and cut whole batches at once."""
+"""Data modules of the recipes."""
 
-from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ebm.recipes import mnist_1d
+from lightning_ebm.recipes.arrays import ArrayData, Batch
 from lightning_ebm.recipes.sources import (
     IDX_NAMES,
     DataNotFoundError,
@@ -24,133 +24,6 @@ from lightning_ebm.recipes.sources import (
     read_idx,
     read_npz,
 )
-
-Batch = tuple[Tensor, Tensor]
-
-
-class Arrays(Dataset[Batch]):
-    """Inputs ``(N, C, ...)`` and labels ``(N,)``; a batch is one indexing, so that loading costs next to nothing.
-
-    Args:
-        x: bytes, which become (x / 255 - mean) / std, or floats, which stay.
-        y: classes.
-        mean: of each channel, ``(C,)``.
-        std: of each channel, ``(C,)``.
-        augment: random crops of images padded by 4, and reflections.
-    """
-
-    def __init__(self, x: Tensor, y: Tensor, mean: Tensor, std: Tensor, augment: bool = False) -> None:
-        shape = (-1, *[1] * (x.ndim - 2))
-        self.x, self.y, self.mean, self.std, self.augment = x, y, mean.reshape(shape), std.reshape(shape), augment
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def __getitem__(self, index: int) -> Batch:
-        x, y = self.__getitems__([index])
-        return x[0], y[0]
-
-    def __getitems__(self, indices: list[int]) -> Batch:
-        """The batch; torch's loaders ask for it by this name."""
-        where = torch.as_tensor(indices)
-        x = self.x[where]
-        if x.dtype == torch.uint8:
-            x = (x.float() / 255 - self.mean) / self.std
-        return (_augmented(x) if self.augment else x), self.y[where]
-
-
-def _augmented(x: Tensor, padding: int = 4) -> Tensor:
-    """Each image ``(B, C, H, W)`` shifted by up to `padding` pixels, zeros coming in, and half of them reflected."""
-    size, _, height, width = x.shape
-    padded = torch.nn.functional.pad(x, [padding] * 4)
-    top, left = torch.randint(2 * padding + 1, (2, size, 1))
-    rows = (top + torch.arange(height)).reshape(size, 1, height, 1)
-    columns = left + torch.arange(width)
-    columns = torch.where(torch.rand(size, 1) < 0.5, columns.flip(1), columns).reshape(size, 1, 1, width)
-    return padded[torch.arange(size).reshape(-1, 1, 1, 1), torch.arange(x.shape[1]).reshape(1, -1, 1, 1), rows, columns]
-
-
-def _whole(batch: Any) -> Any:
-    return batch
-
-
-class ArrayData(L.LightningDataModule):
-    """A data set that fits into memory.
-
-    Args:
-        batch_size: of training batches.
-        eval_batch_size: of validation and test batches.
-        validation: how many training samples are held out for validation; 0: validation is the test set, as in
-            published benchmarks, and the best epoch is then one chosen on the test set.
-        mean: subtracted from images in [0, 1], one for each channel, or one for all.
-        std: what the difference is divided by.
-        drop_last: whether training leaves out an incomplete last batch.
-        limit: use only so many training samples, the first ones; for trying things out.
-        num_workers: of the loaders; the arrays are in memory, so 0 is fastest unless images are augmented.
-    """
-
-    augment: bool = False
-
-    def __init__(
-        self,
-        batch_size: int = 64,
-        eval_batch_size: int = 1000,
-        validation: int = 0,
-        mean: tuple[float, ...] = (0.5,),
-        std: tuple[float, ...] = (0.5,),
-        drop_last: bool = False,
-        limit: int | None = None,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__()
-        self.batch_size, self.eval_batch_size, self.validation = batch_size, eval_batch_size, validation
-        self.mean, self.std = torch.tensor(mean), torch.tensor(std)
-        self.drop_last, self.limit, self.num_workers = drop_last, limit, num_workers
-        self.parts: dict[str, Arrays] = {}
-
-    @abstractmethod
-    def load(self) -> Split:
-        """The arrays; inputs ``(N, C, ...)``, as bytes or as floats."""
-
-    def setup(self, stage: str) -> None:
-        """Reads the arrays once."""
-        if self.parts:
-            return
-        arrays = (torch.from_numpy(np.array(part)) for part in self.load())
-        train_x, train_y, test_x, test_y = (t.float() if t.is_floating_point() else t for t in arrays)
-        train_y, test_y = train_y.long(), test_y.long()
-        order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(0))
-        held, kept = order[: self.validation], order[self.validation :].sort().values[: self.limit]
-        scale = (self.mean, self.std)
-        self.parts = {
-            "train": Arrays(train_x[kept], train_y[kept], *scale, augment=self.augment),
-            "test": Arrays(test_x, test_y, *scale),
-        }
-        self.parts["val"] = Arrays(train_x[held], train_y[held], *scale) if self.validation else self.parts["test"]
-
-    def _loader(self, part: str) -> DataLoader[Batch]:
-        train = part == "train"
-        return DataLoader(
-            self.parts[part],
-            self.batch_size if train else self.eval_batch_size,
-            shuffle=train,
-            drop_last=train and self.drop_last,
-            collate_fn=_whole,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
-
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled batches."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """What was held out, or the test set."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """The test set, in its own order."""
-        return self._loader("test")
 
 
 class Digits(ArrayData):
