@@ -68,7 +68,8 @@ class Learner:
         compile: send that code through Inductor, which takes seconds once for every shape of batch and, on a CPU, a C++
             compiler.
         batch_size: number of samples of a batch: a number, or a function of what the module is called with; None finds
-            it: the size that most layers, and what the loss reduces, have in common.
+            it: the size that a layer with torch's `batch_first` declares, else one that the loss is reduced over, else
+            the one that most layers have in common.
         on_divergence: what is done with a batch that cannot relax, or whose loss is not finite: "raise"; "skip", which
             leaves no gradient and puts back what the pass wrote to; or a preset's name or an `Algorithm`, which takes
             that batch. The report counts them.
@@ -412,7 +413,7 @@ class Learner:
     def begin(
         self,
         closure: Closure,
-        sizes: Sequence[int] = (),
+        shapes: Sequence[torch.Size] = (),
         batch: Any = None,
         teaches: bool = True,
         recorder: Recorder | None = None,
@@ -423,7 +424,7 @@ class Learner:
 
         Args:
             closure: runs the pass and returns its loss, for energies that need a quiet pass before.
-            sizes: candidates for B, the batch's first dimensions; those of what the module is called with if empty.
+            shapes: of the tensors of the batch; those of what the module is called with if empty.
             batch: for `Clamped(target=...)`; what the module is called with if None.
             teaches: whether the step is taken, so that what learns beside the parameters may learn from it.
             recorder: of a pass that has begun already.
@@ -436,7 +437,7 @@ class Learner:
         if clamp:
             refuse_for_update(setup.algorithm)
             setup = replace(setup, programs=self._programs_with(checked_clamp(clamp)), clamp=clamp)
-        return Step(setup, closure, list(sizes), batch, teaches, recorder)
+        return Step(setup, closure, shapes, batch, teaches, recorder)
 
     def _setup(self) -> Setup:
         return Setup(

@@ -405,7 +405,7 @@ def test_a_time_major_batch_or_a_loose_tensor_is_not_the_batch_size():
     net = nn.ModuleDict({"lstm": lstm, "head": head})
     x = torch.randn(12, 5, 6, dtype=torch.float64)
     learner = ebm.Learner(net)
-    step = learner.begin(lambda: head(lstm(x)[1][0][-1]).square().mean(), [4, 12, 5])
+    step = learner.begin(lambda: head(lstm(x)[1][0][-1]).square().mean(), [torch.Size([4]), x.shape, torch.Size([5])])
     with step.first_pass():
         loss = head(lstm(x)[1][0][-1]).square().mean()
     step.surrogate(loss)

@@ -8,13 +8,14 @@ import copy
 import dataclasses
 import operator
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
@@ -103,6 +104,8 @@ def watched(root: nn.Module, recorder: Recorder, watch: Watch, replace: Replace)
         drive = drives.pop(module, None)
         if not marks_now():
             return output
+        if (size := declared_size(module, args)) is not None:
+            recorder.record.declared.add(size)
         leaves, rebuild = flattened(output)
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and is_continuous(leaf.dtype)]
         replaced = False
@@ -134,7 +137,7 @@ def watched(root: nn.Module, recorder: Recorder, watch: Watch, replace: Replace)
         if module is not root or threading.get_ident() != thread:
             return
         record = recorder.record
-        record.leading_sizes = record.leading_sizes or leading_sizes((args, kwargs))
+        record.shapes = record.shapes or shapes_in((args, kwargs))
         if record.arguments is None:
             record.arguments = args[0] if len(args) == 1 and not kwargs else (args, kwargs)
 
@@ -210,25 +213,49 @@ def clean(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def leading_sizes(batch: Any) -> list[int]:
-    """First dimension of every tensor in a batch, or in a call's arguments, that has one: candidates for B."""
-    return [t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim > 0]
+def shapes_in(batch: Any) -> list[torch.Size]:
+    """Those of all tensors in a batch, or in a call's arguments, that have a dimension: B is among them."""
+    return [t.shape for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim > 0]
 
 
-def batch_size_among(candidates: list[int], shapes: list[torch.Size], reduced: Collection[int] = ()) -> int:
-    """The candidate that most states have among their first two dimensions, then one that the loss reduces.
+def batch_size_among(
+    batch: Sequence[torch.Size],
+    states: Sequence[torch.Size],
+    reduced: Collection[int] = (),
+    declared: Collection[int] = (),
+) -> int:
+    """The size that a layer with `batch_first` declares, then one that the loss reduces, then one most states have.
 
-    Then the most frequent, then the first. A time-major batch (T, B, ...) or a loose tensor beside the samples is
-    not mistaken for the batch size that way.
+    Then the most frequent, then the first. A time-major batch (T, B, ...), nodes of several graphs, or a loose tensor
+    beside the samples is not mistaken for the samples that way. An input of a single sample, without a dimension for
+    them, has one.
 
     Args:
-        candidates: sizes.
-        shapes: of the states.
+        batch: shapes of its tensors; candidates are their first dimensions, and the second ones of those with three.
+        states: shapes.
         reduced: first dimensions of what the loss reduces to one number.
+        declared: see `declared_size`.
     """
-    found = candidates or [size for shape in shapes for size in shape[: 2 if len(shape) > 2 else 1]] or [1]
-    carried = {size: sum(size in shape[:2] for shape in shapes) for size in found}
-    return max(found, key=lambda size: (carried[size], size in reduced, found.count(size), -found.index(size)))
+    shapes = batch or states or [torch.Size([1])]
+    seconds = [shape[1] for shape in shapes if len(shape) > 1 and (len(shape) > 2 or shape[1] in declared)]
+    found = [shape[0] for shape in shapes if len(shape)] + seconds or [1]
+    carried = {size: sum(size in shape[:2] for shape in states) for size in found}
+    if not any(carried[size] or size in reduced for size in found) and all(len(shape) < 2 for shape in states):
+        return 1
+    return max(
+        found,
+        key=lambda s: (s in declared, s in reduced, carried[s], found.count(s), -found.index(s)),
+    )
+
+
+def declared_size(module: nn.Module, args: Sequence[Any]) -> int | None:
+    """The number of samples in what a module is called with that says where they are: torch's `batch_first`."""
+    first, says = (args[0] if args else None), getattr(module, "batch_first", None)
+    if isinstance(first, PackedSequence):
+        return int(first.batch_sizes[0])
+    if not isinstance(says, bool) or not isinstance(first, Tensor) or first.ndim != 3:
+        return None
+    return first.shape[0 if says else 1]
 
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")

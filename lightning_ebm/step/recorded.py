@@ -1,8 +1,9 @@
 """A pass of the user's that is over: its program, what is known of it, and what it computed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError
@@ -68,14 +69,14 @@ class Recorded(NamedTuple):
         """Runs the program with states in place."""
         return Run(self.program, arithmetic)
 
-    def network(self, setup: Setup, arithmetic: Arithmetic, batch: Any, leading_sizes: list[int]) -> Network:
+    def network(self, setup: Setup, arithmetic: Arithmetic, batch: Any, shapes: Sequence[torch.Size]) -> Network:
         """The energy of this pass as a function of its states.
 
         Args:
             setup: of the learner.
             arithmetic: how passes are run.
             batch: what the samples are counted in, where the user says how.
-            leading_sizes: candidates for B; those of what the module is called with if empty.
+            shapes: of the batch, see `batch_size_among`; those of what the module is called with if empty.
         """
         fast = self.is_fast(setup)
         run, marks, record = self.runner(arithmetic), self.program.marks, self.program.record
@@ -86,8 +87,8 @@ class Recorded(NamedTuple):
             start = Start.of(run(at_prediction()))
         size = setup.samples.of(batch)
         if size is None:
-            shapes = [state.shape for state in start.free]
-            size = batch_size_among(leading_sizes or record.leading_sizes, shapes, self.known.reduced)
+            states = [state.shape for state in start.free]
+            size = batch_size_among(shapes or record.shapes, states, self.known.reduced, record.declared)
         loss_scale = (size if setup.loss_reduction == "mean" else 1) / setup.samples.scale()
         if setup.algorithm.nudge.per == "element":
             loss_scale *= self.elements_per_sample(setup, size)

@@ -43,7 +43,7 @@ class Step:
     Args:
         setup: of the learner.
         closure: runs the pass quietly, for energies whose free equilibrium is not the forward pass.
-        leading_sizes: candidates for B, see `batch_size_among`; those of what the module is called with if empty.
+        shapes: of the batch, see `batch_size_among`; those of what the module is called with if empty.
         batch: what the module is trained on, for nudges that look at it; what it is called with if None.
         teaches: whether the energy may learn from this step, and the memory note it: it is taken, not only looked at.
         recorder: of a pass that has begun already, as under manual optimization.
@@ -53,14 +53,14 @@ class Step:
         self,
         setup: Setup,
         closure: Closure,
-        leading_sizes: list[int],
+        shapes: Sequence[torch.Size],
         batch: Any = None,
         teaches: bool = True,
         recorder: Recorder | None = None,
     ) -> None:
         self._setup = setup
         self._closure = closure
-        self._leading_sizes = leading_sizes
+        self._shapes = shapes
         self._batch = batch
         self._teaches = teaches
         self._recorder = recorder
@@ -401,7 +401,7 @@ class Step:
         self._let_go_of_pass()
         if self._batch is None:
             self._batch = recorded.program.record.arguments
-        network = recorded.network(setup, self._arithmetic, self._batch, self._leading_sizes)
+        network = recorded.network(setup, self._arithmetic, self._batch, self._shapes)
         self._phases = Phases(setup, network, self._batch)
         return self._phases
 
@@ -448,7 +448,7 @@ class Step:
                 'The algorithm "backprop" relaxes nothing, so there is no other way to take this step.'
             )
         setup = replace(self._setup, algorithm=algorithm, remember=unheard, code=None, memory=None, observer=observer)
-        other = Step(setup, self._closure, self._leading_sizes, self._batch, teaches=False)
+        other = Step(setup, self._closure, self._shapes, self._batch, teaches=False)
         other._recorded = self._recorded
         if self._recorded.is_empty:
             return self.true_gradients(), other

@@ -20,7 +20,7 @@ from lightning_ebm.instruments.curvature import Curvature, of_step as curvature_
 from lightning_ebm.learner import Learner, check_options
 from lightning_ebm.network.samples import BatchSize, Samples
 from lightning_ebm.presets import algorithm as preset
-from lightning_ebm.program.calls import leading_sizes
+from lightning_ebm.program.calls import shapes_in
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
 from lightning_ebm.program.recorder import Recorder
@@ -197,8 +197,8 @@ class EnergyStrategy(EvaluatingStrategy):
     def _begun(self, recorder: Recorder | None = None, algorithm: Algorithm | None = None) -> Step:
         args = self._arguments[0]
         batch = args[0] if args else None
-        sizes = leading_sizes(self._arguments)
-        return self.learner.begin(self._loss_again, sizes, batch, recorder=recorder, algorithm=algorithm)
+        shapes = shapes_in(self._arguments)
+        return self.learner.begin(self._loss_again, shapes, batch, recorder=recorder, algorithm=algorithm)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Relaxes, and lets Lightning run its backward on the scalar whose gradient is the update."""
