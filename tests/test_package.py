@@ -57,7 +57,7 @@ ORDER = [
     {"calls", "interpreter", "seen_grad"},
     {"candidates", "locality"},
     {"comparison", "wiring"},
-    {"nonlocal_weights"},
+    {"missing_layers", "nonlocal_weights"},
     {"check", "code", "layers", "reduction"},
     {"programs"},
     # lightning_ebm.network

@@ -7,16 +7,16 @@ drive is computed from, which parameters stand in between, and what enters the l
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import nn
 
 from lightning_ebm import checked
-from lightning_ebm.errors import LayerDiscoveryError, UnsupportedModuleError
+from lightning_ebm.errors import LayerDiscoveryError
 from lightning_ebm.program.calls import clean
 from lightning_ebm.program.candidates import ACTIVATIONS, Layers, chosen_by, found_in
 from lightning_ebm.program.locality import Judged, Locality, Products, self_gates
+from lightning_ebm.program.missing_layers import absent_from, is_read, refuse_all, shown, skipped_in
 from lightning_ebm.program.module_walk import modules_of, parameters_of
 from lightning_ebm.program.nonlocal_weights import say_what_goes_around, say_what_is_left_in_one_drive
 from lightning_ebm.program.record import Mark, Record, StateKey, Value
@@ -145,11 +145,13 @@ class LayerFinder:
         else:
             compared = self._compared(record, loss, products)
             option = self._best(compared)
-        if not option.cut and self._is_local_already(record, loss, products, partial):
+        if not option.cut and (
+            self._leaves_all_out(option, record) or self._is_local_already(record, loss, products, partial)
+        ):
             return replace(Wiring(self._module, record, [], loss).plan(), chosen="nothing"), []
         if not option.cut:
             told = [f"{o.what}: {len(o.candidates)}, called {o.calls} times{o.told()}" for o in compared]
-            _refuse(self._module, told, any(o.calls for o in compared), record)
+            refuse_all(self._module, told, any(o.calls for o in compared), record)
         plan = Wiring(self._module, record, option.cut, loss).plan()
         judged = [(o.what, len(o.cut), *o.locality) for o in compared if o.cut and self._layers is None]
         plan = replace(plan, locality=option.locality, compared=tuple(Judged(*j) for j in judged), chosen=option.what)
@@ -157,11 +159,26 @@ class LayerFinder:
         if self._layers is None:
             say_what_is_left_in_one_drive(plan, self._module)
         self._carried |= {key.name for key in plan.states}
-        absent = _absent(option.candidates, self._layers, plan, option.why_not)
+        skipped = skipped_in(self._module, record) if self._layers is not None else ()
+        asked = {m: name for m, name in option.candidates.items() if name not in skipped}
+        absent = absent_from(asked, self._layers, plan, option.why_not)
         self._latest = option.what
         if partial is not None:
             self._complain({n: why for n, why in absent.items() if n not in self._carried}, partial)
         return plan, option.cut
+
+    def _leaves_all_out(self, option: "_Option", record: Record) -> bool:
+        """Whether a pass calls none of the layers that were asked for, of which others have called some."""
+        if self._layers is None or not self._carried or option.calls or is_read(option.candidates, record):
+            return False
+        if not self._said:
+            self._said = True
+            log.warning(
+                "This pass of %s has left out every layer that was asked for: nothing relaxes, and what it did call"
+                " learns by the loss's own gradient. (Said once.)",
+                type(self._module).__name__,
+            )
+        return True
 
     def _is_local_already(self, record: Record, loss: Value, products: Products, partial: bool | None) -> bool:
         """Whether nothing need carry a state here: no weight is behind another, and `dL/dtheta` is the update.
@@ -261,7 +278,7 @@ class LayerFinder:
             log.warning("Layers that were asked for carry no state as things are, and no error. %s.", told)
             return
         raise LayerDiscoveryError(
-            f"layers={_shown(self._layers)}: what was asked for carries no state. {told}. States move, and their errors"
+            f"layers={shown(self._layers)}: what was asked for carries no state. {told}. States move, and their errors"
             " train what lies below; a layer without one would silently be a part of the next. Leave it out of"
             " layers=...; under closures that reach different parts of a module, take a learner for each."
         )
@@ -270,65 +287,6 @@ class LayerFinder:
 def _module_of(state: str) -> str:
     """The name of the module, of that of a state."""
     return state.partition("#")[0].partition("[")[0]
-
-
-def _refuse(module: nn.Module, tried: list[str], called: bool, record: Record) -> NoReturn:
-    scripted = [name for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
-    if scripted:
-        raise UnsupportedModuleError(
-            f"No layer of {type(module).__name__} can carry a state, as {clean(scripted[0]) or 'it'!r} is compiled by"
-            " torch.jit.script: calls inside of it cannot be seen. Train the module as it was before scripting."
-        )
-    if any(mark.prediction.is_complex for mark in record.marks):
-        raise UnsupportedModuleError(
-            f"No layer of {type(module).__name__} can carry a state: its layers return complex numbers, and an energy"
-            " is a function of real states. Write the complex layers as real ones on pairs (torch.view_as_real), or"
-            " give states to layers that return real numbers: layers=[...]."
-        )
-    if record.transformed:
-        raise LayerDiscoveryError(
-            f"The layers of {type(module).__name__} are called within a transform of torch.func (vmap, jvp, grad,"
-            " hessian), where none can carry a state. Call the module on the batch itself, without vmap, and take"
-            " slopes by torch.autograd.grad(..., create_graph=True)."
-        )
-    if not called and any(True for _ in module.children()):
-        raise LayerDiscoveryError(
-            f"No layer of {type(module).__name__} was called while the loss was computed, so there is nothing that can"
-            " relax. Does the loss come from this very module, or from a copy, another module, or values computed"
-            " before? Call the module inside the closure, or inside training_step."
-        )
-    raise LayerDiscoveryError(
-        f"No layer of {type(module).__name__} can carry a state (tried: {'; '.join(tried) or 'nothing'}): a layer is"
-        " a call of an activation module, or of a module you name, that the loss depends on and that trainable"
-        " parameters feed. Without one nothing relaxes and the update would be plain backprop. If the network has a"
-        ' single weighted layer, give its output a state with output="state"; if its nonlinearities are functions'
-        ' (F.relu), name the modules in front of them: layers=["fc1", "fc2"] or layers=nn.Linear.'
-    )
-
-
-def _absent(
-    candidates: Mapping[nn.Module, str], layers: Layers, plan: Plan, why_not: Mapping[str, str]
-) -> dict[str, str]:
-    """Names that were asked for and carry no state; of types, one module of each of which none does. And why."""
-    kinds: tuple[Any, ...] = layers if isinstance(layers, tuple) else (layers,)
-    if isinstance(layers, list) or all(isinstance(kind, str) for kind in kinds):
-        groups = [[name] for name in candidates.values()]
-    elif all(isinstance(kind, type) for kind in kinds):
-        groups = [[name for m, name in candidates.items() if isinstance(m, kind)] for kind in kinds]
-    else:  # found, or by a predicate, which asks for none in particular
-        return {}
-    carrying = {key.name for key in plan.states}
-    return {
-        group[0]: why_not.get(group[0], "it is no layer of this pass")
-        for group in groups
-        if group and not carrying & set(group)
-    }
-
-
-def _shown(layers: Layers) -> str:
-    kinds = layers if isinstance(layers, tuple) else (layers,)
-    names = [kind.__name__ for kind in kinds if isinstance(kind, type)]
-    return ", ".join(names) if len(names) == len(kinds) else repr(layers)
 
 
 def _carrying(wiring: Wiring, output: Output) -> set[StateKey]:
