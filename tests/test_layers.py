@@ -405,7 +405,7 @@ def test_a_time_major_batch_or_a_loose_tensor_is_not_the_batch_size():
     net = nn.ModuleDict({"lstm": lstm, "head": head})
     x = torch.randn(12, 5, 6, dtype=torch.float64)
     learner = ebm.Learner(net)
-    step = learner.begin(lambda: head(lstm(x)[1][0][-1]).square().mean(), [4, 12, 5])
+    step = learner.begin(lambda: head(lstm(x)[1][0][-1]).square().mean(), [torch.Size([4]), x.shape, torch.Size([5])])
     with step.first_pass():
         loss = head(lstm(x)[1][0][-1]).square().mean()
     step.surrogate(loss)
@@ -519,6 +519,92 @@ def test_what_matches_nothing_useful_is_an_error_with_the_reason(asked):
     net = Branches()
     with pytest.raises(ebm.LayerDiscoveryError, match=r"No layer.*'gate': no trainable parameter feeds it"):
         ebm.Learner(net, layers=asked).gradients(lambda: net(X).square().mean())
+
+
+class Routed(nn.Module):
+    """Each batch goes through the blocks that it names."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)])
+        self.double()
+
+    def forward(self, x, way):
+        h = self.first(x)
+        for index in way:
+            h = h + self.blocks[index](h)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("asked", [["blocks.0", "blocks.1", "blocks.2"], ["blocks.0.1", "blocks.1.1", "blocks.2.1"]])
+def test_named_blocks_may_be_left_out_of_a_pass(asked, capture):
+    """From the first pass on, and all of them later; each time as a learner that was asked for those alone."""
+    net = Routed()
+    learner = ebm.Learner(net, "predictive-coding", layers=asked, capture=capture)
+    for way in ([1], [0, 2], [], [2, 1, 0], [1], []):
+        found = learner.gradients(lambda way=way: net(X, way).square().mean())
+        named = [asked[k] for k in way]
+        if named:
+            closure = lambda way=way: net(X, way).square().mean()  # noqa: E731
+            wanted = ebm.Learner(net, "predictive-coding", layers=named, capture=capture).gradients(closure)
+        else:
+            parameters = [*net.first.named_parameters(prefix="first"), *net.head.named_parameters(prefix="head")]
+            slopes = torch.autograd.grad(net(X, way).square().mean(), [p for _, p in parameters])
+            wanted = {name: slope for (name, _), slope in zip(parameters, slopes, strict=True)}
+        assert learner.report["layers"] == named
+        assert found.keys() == wanted.keys()
+        assert all(torch.allclose(found[name], wanted[name], rtol=0, atol=1e-12) for name in wanted)
+
+
+def test_a_named_block_whose_weights_are_used_without_calling_it_is_refused():
+    """It would be a part of the next layer, and nobody would know."""
+    net = Routed()
+
+    def closure():
+        h = F.linear(net.first(X), net.blocks[0][0].weight)
+        return net.head(h + net.blocks[1](h)).square().mean()
+
+    with pytest.raises(ebm.LayerDiscoveryError, match=r"'blocks\.0': it was not called"):
+        ebm.Learner(net, layers=["blocks.0", "blocks.1"]).gradients(closure)
+
+
+def test_blocks_none_of_which_is_ever_called_are_refused():
+    net = Routed()
+    with pytest.raises(ebm.LayerDiscoveryError, match=r"blocks\.0"):
+        ebm.Learner(net, layers=["blocks.0", "blocks.1"]).gradients(lambda: net(X, []).square().mean())
+
+
+class ByTensors(nn.Module):
+    """Weights as bare tensors and functions of torch."""
+
+    def __init__(self, marked):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(8, 8))
+        self.last = nn.Parameter(torch.randn(8, 2))
+        self.one, self.two = (nn.Identity(), nn.Identity()) if marked else (lambda h: h, lambda h: h)
+        self.double()
+
+    def forward(self, x):
+        h = self.one(torch.tanh(x @ self.first))
+        return self.two(torch.tanh(h @ self.second)) @ self.last
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_networks_without_calls_are_told_how_to_mark_layers_and_the_remedy_works(linear):
+    net: nn.Module = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2)).double() if linear else ByTensors(False)
+    run = (lambda: F.linear(F.linear(X, net[0].weight).relu(), net[1].weight)) if linear else lambda: net(X)
+    with pytest.raises(ebm.LayerDiscoveryError, match=r"used directly.*nn\.Identity\(\).*layers="):
+        ebm.Learner(net).gradients(lambda: run().square().mean())
+    marked = ByTensors(True)
+    learner = ebm.Learner(marked, "zero-divergence", layers=["one", "two"])
+    found = learner.gradients(lambda: marked(X).square().mean())
+    assert learner.report["layers"] == ["one", "two"]
+    slopes = torch.autograd.grad(marked(X).square().mean(), list(marked.parameters()))
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(found.values(), slopes, strict=True))
 
 
 def test_an_input_that_is_named_carries_a_state():

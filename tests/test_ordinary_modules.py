@@ -195,6 +195,52 @@ class FirstOrderMaml(Base):
         return F.cross_entropy(torch.func.functional_call(self.net, fast, (x[4:],)), y[4:])
 
 
+class FrozenAfterwards(ByHand):
+    """A critic that is frozen once its verdict is there, and thawed before its own turn."""
+
+    def build(self):
+        self.critic = mlp(3, 6, 1)
+
+    def by_hand(self, optimizer, x, y):
+        out = self.net(x)
+        loss = F.cross_entropy(out, y) - 0.1 * self.critic(out).mean()
+        self.critic.requires_grad_(False)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        assert all(p.grad is None or not p.grad.any() for p in self.critic.parameters())
+        optimizer.step()
+        self.critic.requires_grad_(True)
+        optimizer.zero_grad()
+        self.manual_backward((self.critic(out.detach()) - 1).square().mean())
+        optimizer.step()
+        self.log("loss", loss)
+
+
+class FrozenInClosure(Base):
+    """The first layer is frozen after it was used."""
+
+    def training_step(self, batch, batch_idx):
+        self.net.requires_grad_(True)
+        loss = super().training_step(batch, batch_idx)
+        self.net[0].requires_grad_(False)
+        return loss
+
+
+class ClippedByHooks(Base):
+    def build(self):
+        self.heard = 0
+
+        def clip(gradient):
+            self.heard += 1
+            return gradient.clamp(-0.05, 0.05)
+
+        for parameter in self.net.parameters():
+            parameter.register_hook(clip)
+
+    def on_train_end(self):
+        assert self.heard == 6 * self.calls
+
+
 class Jacobian(Base):
     def loss(self, x, y):
         slope = torch.func.vmap(torch.func.jacrev(self.net))(x[:3])
@@ -516,6 +562,13 @@ class HardExamples(Base):
     def loss(self, x, y):
         ce = F.cross_entropy(self.net(x), y, reduction="none")
         return ce.topk(3 + self.calls % 2).values.mean() + ce[ce > ce.median()].mean()
+
+
+class Hardest(Base):
+    """The largest losses of a batch, which others become when these have fallen."""
+
+    def loss(self, x, y):
+        return F.cross_entropy(self.net(x), y, reduction="none").topk(3).values.mean()
 
 
 class Contrastive(Base):

@@ -522,3 +522,43 @@ def test_a_scripted_block_whose_optimized_code_cannot_be_seen_is_refused_by_name
         except ebm.UnsupportedModuleError as error:
             said = str(error)
     assert "'1' is compiled by torch.jit.script" in said
+
+
+class AfterTheStep(Net):
+    """Manual optimization that differentiates in a hook: the loss of the step, or one of its own."""
+
+    own = False
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.kept = None if self.own else self.loss(batch)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch) if self.own else self.kept)
+        optimizer.step()
+
+
+class LossOfItsOwn(AfterTheStep):
+    own = True
+
+
+class BeforeTheStep(LossOfItsOwn):
+    def on_train_batch_start(self, batch, batch_idx):
+        self.on_train_batch_end(None, batch, batch_idx)
+
+
+@pytest.mark.parametrize("make", [AfterTheStep, LossOfItsOwn, BeforeTheStep])
+@pytest.mark.parametrize("preset", ["zero-divergence", "predictive-coding", "equilibrium-propagation"])
+def test_manual_backward_in_a_hook_is_refused_by_name(make, preset):
+    with pytest.raises(ebm.ConfigurationError, match=r"outside of training_step.*Call it in training_step"):
+        fit(make, ebm.EBMStrategy(preset))
+
+
+@pytest.mark.parametrize("make", [AfterTheStep, LossOfItsOwn])
+def test_the_control_differentiates_in_hooks_as_stock_does(make):
+    assert farthest(fit(make), fit(make, ebm.EBMStrategy("backprop"))) == 0

@@ -49,7 +49,7 @@ ORDER = [
     {"samples", "tensor_version", "module_walk"},
     {"algorithm", "closure", "plain_state", "purity"},
     # lightning_ebm.program
-    {"at_value", "complex_ops", "dispatch", "named", "operations", "pause", "record"},
+    {"at_value", "complex_ops", "dispatch", "named", "operations", "parameter_hooks", "pause", "record"},
     {"aliasing", "before", "following", "numbers", "products", "random_draws"},
     {"schedule", "seams", "stage", "torch_calls"},
     {"contents"},
@@ -57,9 +57,8 @@ ORDER = [
     {"calls", "interpreter", "seen_grad"},
     {"candidates", "locality"},
     {"comparison", "wiring"},
-    {"nonlocal_weights"},
-    {"check", "code", "no_layers", "reduction"},
-    {"layers"},
+    {"missing_layers", "nonlocal_weights"},
+    {"check", "code", "layers", "reduction"},
     {"programs"},
     # lightning_ebm.network
     {"analytic", "precomputed_gradient", "geometry", "top_down"},

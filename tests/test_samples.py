@@ -44,13 +44,122 @@ def test_time_comes_first_or_samples_do(samples, times, pooled):
                 return F.cross_entropy(out.flatten(0, 1), labels.flatten())
             return F.cross_entropy(out, y)
 
-        said = {} if pooled != "all" else {"batch_size": samples}  # then both readings are possible
-        learner = ebm.Learner(net, FINITE, **said)
+        learner = ebm.Learner(net, FINITE)
         found = learner.gradients(closure)
         assert len(learner.report["residual"]) == samples
         return found
 
     assert off(update(True), update(False)) < 1e-9
+
+
+class Tagger(nn.Module):
+    def __init__(self, kind, batch_first):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(11, 6)
+        self.body, self.head = kind(6, 8, batch_first=batch_first), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.body(self.words(x))[0])
+
+
+@pytest.mark.parametrize(("samples", "times"), [(4, 7), (7, 4)])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("reads", ["all", "last"])
+def test_a_layer_says_where_samples_are(kind, samples, times, reads):
+    """Word by word, as many labels as words: only `batch_first` tells (T, B) from (B, T)."""
+    words, labels = torch.randint(11, (samples, times)), torch.randint(5, (samples, times))
+
+    def update(batch_first):
+        net = Tagger(kind, batch_first).double()
+        x, y = (words, labels) if batch_first else (words.T, labels.T)
+
+        def closure():
+            out = net(x)
+            if reads == "last":
+                return F.cross_entropy(out[:, -1] if batch_first else out[-1], labels[:, -1])
+            return F.cross_entropy(out.flatten(0, 1), y.flatten())
+
+        learner = ebm.Learner(net, FINITE)
+        found = learner.gradients(closure)
+        assert len(learner.report["residual"]) == samples
+        return found
+
+    assert off(update(True), update(False)) < 1e-9
+
+
+def test_packed_sequences_have_as_many_samples_as_the_first_time_has():
+    x, lengths = torch.randn(5, 3, 6).double(), torch.tensor([5, 2, 4])
+    net = Tagger(nn.GRU, True).double()
+
+    def closure():
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        out, _ = nn.utils.rnn.pad_packed_sequence(net.body(packed)[0])
+        return net.head(out.sum(0)).square().mean()
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return closure()
+
+    module = Whole()
+    learner = ebm.Learner(module, FINITE)
+    learner.gradients(lambda: module(x))
+    assert len(learner.report["residual"]) == 3
+
+
+class Graphs(L.LightningModule):
+    """Nodes of several graphs in one tensor, and one label a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.nodes = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+        self.head = nn.Linear(8, 3)
+
+    def training_step(self, batch, batch_idx):
+        x, owner, y = batch
+        pooled = torch.zeros(len(y), 8, dtype=x.dtype).index_add(0, owner, self.nodes(x))
+        return F.cross_entropy(self.head(pooled), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("sizes", [(3, 4, 5), (4, 4, 4), (1, 10, 2)])
+def test_a_batch_of_graphs_has_as_many_samples_as_its_loss_has_terms(sizes):
+    """Against the same training told the number of graphs."""
+    x = torch.randn(sum(sizes), 4).double()
+    owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    data = [(x, owner, torch.arange(len(sizes)) % 3)]
+
+    def trained(**told):
+        torch.manual_seed(0)
+        module = Graphs().double()
+        strategy = ebm.EBMStrategy(FINITE, **told)
+        trainer = L.Trainer(
+            max_epochs=2, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, strategy=strategy,
+        )  # fmt: skip
+        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))
+        assert len(strategy.learner.report["residual"]) == len(sizes)
+        return dict(module.named_parameters())
+
+    assert off(trained(), trained(batch_size=len(sizes))) == 0
+
+
+def test_one_observation_without_a_dimension_for_samples_is_one_sample():
+    """As policies are called in loops of reinforcement learning; against the same observation as a batch of one."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x = torch.randn(5).double()
+
+    def update(observation):
+        return ebm.Learner(net, FINITE).gradients(lambda: -F.log_softmax(net(observation), -1)[..., 1].sum())
+
+    assert off(update(x), update(x[None])) < 1e-12
 
 
 def test_the_number_of_samples_may_be_a_function_of_what_the_module_is_called_with():
@@ -130,22 +239,14 @@ def test_a_batch_that_nobody_reads_has_no_say(dummy, tmp_path):
 
 @pytest.mark.parametrize(("said", "warned"), [({}, True), ({"batch_size": 4}, False), ({"batch_size": 7}, False)])
 def test_two_readings_of_a_batch_are_warned_of_once(said, warned, caplog):
-    net = encoder(True)
-    x, mask, y = torch.randn(4, 7, 8).double(), torch.zeros(7, 7).bool(), torch.randint(3, (4, 7))
-
-    class Module(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = net
-
-        def forward(self, x, mask):
-            return self.net["head"](self.net["body"](x, mask=mask))
-
-    module = Module()
-    learner = ebm.Learner(module, FINITE, **said)
+    """Words of sentences, each with a label: nothing in the record tells words from sentences."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(4, 7, 8).double(), torch.randint(0, 3, (4, 7))
+    learner = ebm.Learner(net, FINITE, **said)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            learner.gradients(lambda: F.cross_entropy(module(x, mask).flatten(0, 1), y.flatten()))
+            learner.gradients(lambda: F.cross_entropy(net(x).flatten(0, 1), y.flatten()))
     told = [r.getMessage() for r in caplog.records if "could as well" in r.getMessage()]
     assert len(told) == warned
     if warned:

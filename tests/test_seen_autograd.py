@@ -166,3 +166,70 @@ def test_torch_is_as_it_was_when_nothing_records() -> None:
     with pytest.raises(ebm.UnsupportedModuleError):
         steps(on_the_results)
     assert torch.autograd.backward is before
+
+
+def updates(algorithm: str, capture: bool, hook: Callable[[Tensor], Any] | None, hooked: Callable[[str], bool]) -> Any:
+    """Gradients of four batches, and how often hooks were called in each."""
+    torch.manual_seed(0)
+    act = nn.Tanh if algorithm in ("holomorphic-ep", "infinitesimal") else nn.Hardsigmoid
+    net = nn.Sequential(nn.Linear(4, 8), act(), nn.Linear(8, 6), act(), nn.Linear(6, 3)).double()
+    called: list[str] = []
+    for name, parameter in net.named_parameters():
+        if hook is not None and hooked(name):
+
+            def one(gradient: Tensor, name: str = name) -> Any:
+                called.append(name)
+                return hook(gradient)
+
+            parameter.register_hook(one)
+    learner, found, counts = ebm.Learner(net, algorithm, capture=capture), [], []
+    for index in range(4):
+        net.zero_grad()
+        torch.manual_seed(index)
+        x, y = batch(index)
+        target = F.one_hot(y, 3).double()
+        learner.backward(lambda x=x, target=target: 0.5 * (net(x) - target).square().sum(1).mean())
+        found.append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
+        counts.append(sorted(called))
+        called.clear()
+    return found, counts
+
+
+HOOKED: dict[str, Callable[[str], bool]] = {
+    "all of them": lambda name: True,
+    "biases": lambda name: "bias" in name,
+}
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("which", HOOKED)
+@pytest.mark.parametrize("algorithm", ebm.algorithms())
+def test_hooks_on_parameters_act_once_and_on_the_update(algorithm: str, which: str, capture: bool) -> None:
+    """As gradients are clipped by hooks, or watched by loggers; against the same rule without hooks."""
+    hooked = HOOKED[which]
+    plain, _ = updates(algorithm, capture, None, hooked)
+    clipped, counts = updates(algorithm, capture, lambda g: g.clamp(-0.01, 0.01), hooked)
+    seen, again = updates(algorithm, capture, lambda g: None, hooked)
+    for without, clamped, looked, names in zip(plain, clipped, seen, counts, strict=True):
+        assert names == sorted(name for name in without if hooked(name))
+        for name, gradient in without.items():
+            wanted = gradient.clamp(-0.01, 0.01) if hooked(name) else gradient
+            assert torch.equal(clamped[name], wanted)
+            assert torch.equal(looked[name], gradient)
+    assert again == counts
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_the_first_step_is_checked_where_every_parameter_has_a_hook(capture: bool) -> None:
+    """A hook on a node that changes gradients is found, though no parameter is without a hook of its own."""
+    net = net_of()
+    for parameter in net.parameters():
+        parameter.register_hook(lambda g: g)
+
+    def loss() -> Tensor:
+        h = net[:2](batch(0)[0])
+        h.grad_fn.register_prehook(lambda g: (2 * g[0],))
+        return F.cross_entropy(net[2:](h), batch(0)[1])
+
+    with pytest.raises(ebm.UnsupportedModuleError, match="grad_fn"):
+        ebm.Learner(net, "zero-divergence", capture=capture).gradients(loss)

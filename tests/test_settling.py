@@ -119,7 +119,31 @@ def hinge(out: Tensor) -> Tensor:
     return out.square().mean() + torch.relu(1e-9 - torch.cdist(out, out) - torch.eye(len(out))).sum()
 
 
+def hardest(out: Tensor) -> Tensor:
+    """Hard examples: the largest losses of a batch."""
+    return F.cross_entropy(out, torch.arange(len(out)) % 3, reduction="none").topk(2).values.mean()
+
+
+def easiest(out: Tensor) -> Tensor:
+    """As networks that teach each other on noisy labels do."""
+    each = F.cross_entropy(out, torch.arange(len(out)) % 3, reduction="none")
+    return each[each.argsort()[:4]].mean()
+
+
+def worst(out: Tensor) -> Tensor:
+    return F.cross_entropy(out, torch.arange(len(out)) % 3, reduction="none").max()
+
+
+def weighted(out: Tensor) -> Tensor:
+    """A weight of its own for every sample."""
+    return (torch.arange(1, len(out) + 1) * out.square().mean(1)).mean()
+
+
 NETS = {
+    "the hardest of a batch": (lambda: mlp(8, 6, 6, 3), hardest, True),
+    "the easiest of a batch": (lambda: mlp(8, 6, 6, 3), easiest, True),
+    "the worst of a batch": (lambda: mlp(8, 6, 6, 3), worst, True),
+    "weights of samples": (lambda: mlp(8, 6, 6, 3), weighted, False),
     "linear layers": (lambda: mlp(8, 6, 6, 3), None, False),
     "BatchNorm": (lambda: mlp(8, 6, 6, 3, norm=True), None, True),
     "BatchNorm in evaluation": (lambda: mlp(8, 6, 6, 3, norm=True).eval(), None, False),
@@ -219,3 +243,17 @@ def test_the_default_costs_no_more_than_its_budget_and_says_when_that_was_too_li
     start, end = (learner.report["phases"][0]["energies"][k] for k in (0, -1))
     if learner.report["result"] == "kink":
         assert end - lowest(net, x, y, nn.ReLU) < 2e-3 * (start - end)
+
+
+@pytest.mark.parametrize("choose", [hardest, worst])
+@pytest.mark.parametrize("lam", [0.1, 1.0])
+def test_a_loss_that_chooses_among_samples_relaxes_though_others_come_in(choose, lam):
+    """A sample without a force at the start has one when the loss of others has fallen: no runaway."""
+    torch.manual_seed(0)
+    net, x = mlp(4, 8, 6, 3), torch.randn(8, 4, dtype=torch.float64)
+    learner = ebm.Learner(net, ebm.algorithm("predictive-coding", nudge=ebm.OneSided(lam)))
+    learner.gradients(lambda: choose(net(x)))
+    report = learner.report
+    with torch.no_grad():
+        start = lam * 8 * float(choose(net(x)))
+    assert report["energy_nudged"] < start

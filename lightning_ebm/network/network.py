@@ -88,10 +88,11 @@ class Network(Passes):
 
     @property
     def samples_interact(self) -> bool:
-        """See `Landscape.samples_interact`. Asked of each program once: a state of one sample is nan, whose force is?
+        """See `Landscape.samples_interact`. Asked of each program once: the first sample is nan, then all others are.
 
         Almost every operation passes nan on, whatever the numbers beside it, so that this tells what depends on what,
-        where a small change could be lost in a hinge that happens to be inactive.
+        where a small change could be lost in a hinge that happens to be inactive. What only chooses among samples, as
+        the largest k losses of a batch, gives other samples another force: nan is the largest number.
         """
         if self.known is None:
             return self._reaches_others()
@@ -102,14 +103,20 @@ class Network(Passes):
     def _reaches_others(self) -> bool:
         if self.batch_size == 1:
             return False
-        poisoned = torch.zeros(self.batch_size, dtype=self.free[0].real.dtype, device=self.free[0].device)
-        poisoned[0] = math.nan
-        states = [x + p for x, p in zip(self.free, self.spread(poisoned, self.free), strict=True)]
+        rows = torch.arange(self.batch_size, device=self.free[0].device)
         try:
-            forces = Forces().at(self, states, 1.0)
+            free = self._norms_with(torch.zeros_like(rows, dtype=torch.bool))
+            changed = [(self._norms_with(nan) - free)[~nan] for nan in (rows == 0, rows > 0)]
         except (RuntimeError, ValueError):  # decompositions refuse nan, and relaxing as one is never wrong
             return True
-        return bool(self.norms(forces.gradients)[1:].isnan().any())
+        far = 1e4 * max(self.rounding, torch.finfo(free.dtype).eps) * free.amax()
+        return not bool((torch.cat(changed).abs() <= far).all())
+
+    def _norms_with(self, poisoned: Tensor) -> Tensor:
+        """Forces of the free states where some samples are nan, ``(B,)``."""
+        added = torch.where(poisoned, math.nan, 0.0).to(self.free[0].real.dtype)
+        states = [x + p for x, p in zip(self.free, self.spread(added, self.free), strict=True)]
+        return self.norms(Forces().at(self, states, 1.0).gradients)
 
     def evaluate(self, what: Evaluation[Result], point: Sequence[Tensor], strength: complex) -> Result:
         """See `Landscape.evaluate`."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
@@ -115,6 +116,8 @@ def watched(root: nn.Module, recorder: Recorder, watch: Watch, replace: Replace)
         drive = drives.pop(module, None)
         if not marks_now():
             return output
+        if (size := declared_size(module, args)) is not None:
+            recorder.record.declared.add(size)
         leaves, rebuild = flattened(output)
         replaced = False
         for part, i in enumerate([i for i, leaf in enumerate(leaves) if carries(leaf)]):
@@ -142,7 +145,7 @@ def watched(root: nn.Module, recorder: Recorder, watch: Watch, replace: Replace)
         if module is not root or threading.get_ident() != thread:
             return
         record = recorder.record
-        record.leading_sizes = record.leading_sizes or leading_sizes((args, kwargs))
+        record.shapes = record.shapes or shapes_in((args, kwargs))
         if record.arguments is None:
             record.arguments = args[0] if len(args) == 1 and not kwargs else (args, kwargs)
 
@@ -218,30 +221,49 @@ def clean(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def leading_sizes(batch: Any, counts: Callable[[Tensor], bool] = lambda tensor: True) -> list[int]:
-    """First dimensions of the tensors in a batch, or in a call's arguments, that count: candidates for B."""
-    return [t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim > 0 and counts(t)]
+def shapes_in(batch: Any, counts: Callable[[Tensor], bool] = lambda tensor: True) -> list[torch.Size]:
+    """Those of all tensors in a batch, or in a call's arguments, that have a dimension and count: B is among them."""
+    return [t.shape for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim > 0 and counts(t)]
 
 
 def batch_size_among(
-    candidates: Sequence[int], shapes: list[torch.Size], reduced: Collection[int] = ()
+    batch: Sequence[torch.Size],
+    states: Sequence[torch.Size],
+    reduced: Collection[int] = (),
+    declared: Collection[int] = (),
 ) -> tuple[int, int | None]:
-    """The candidate that most states have among their first two dimensions, then one that the loss reduces.
+    """The size that a layer with `batch_first` declares, then one that the loss reduces, then one most states have.
 
-    Then the most frequent, then the first; and another one that has as many and is as much reduced, if there is any. A
-    time-major batch (T, B, ...) or a loose tensor beside the samples is not mistaken for the batch size that way.
+    Then the most frequent, then the first. A time-major batch (T, B, ...), nodes of several graphs, or a loose tensor
+    beside the samples is not mistaken for the samples that way. An input of a single sample, without a dimension for
+    them, has one. And another size that has as good a claim, if there is any.
 
     Args:
-        candidates: sizes.
-        shapes: of the states.
+        batch: shapes of its tensors; candidates are their first dimensions, and the second ones of those with three.
+        states: shapes.
         reduced: first dimensions of what the loss reduces to one number.
+        declared: see `declared_size`.
     """
-    found = candidates or [size for shape in shapes for size in shape[: 2 if len(shape) > 2 else 1]] or [1]
-    carried = {size: sum(size in shape[:2] for shape in shapes) for size in found}
-    size = max(found, key=lambda size: (carried[size], size in reduced, found.count(size), -found.index(size)))
-    rank = carried[size], size in reduced
-    rivals = [other for other in found if other != size and rank == (carried[other], other in reduced)]
-    return size, rivals[0] if rivals and candidates and carried[size] else None
+    shapes = batch or states or [torch.Size([1])]
+    seconds = [shape[1] for shape in shapes if len(shape) > 1 and (len(shape) > 2 or shape[1] in declared)]
+    found = [shape[0] for shape in shapes if len(shape)] + seconds or [1]
+    carried = {size: sum(size in shape[:2] for shape in states) for size in found}
+    if not any(carried[size] or size in reduced for size in found) and all(len(shape) < 2 for shape in states):
+        return 1, None
+    claims = {size: (size in declared, size in reduced, carried[size]) for size in found}
+    size = max(found, key=lambda s: (*claims[s], found.count(s), -found.index(s)))
+    rivals = [other for other in found if other != size and claims[other] == claims[size]]
+    return size, rivals[0] if rivals and batch and carried[size] else None
+
+
+def declared_size(module: nn.Module, args: Sequence[Any]) -> int | None:
+    """The number of samples in what a module is called with that says where they are: torch's `batch_first`."""
+    first, says = (args[0] if args else None), getattr(module, "batch_first", None)
+    if isinstance(first, PackedSequence):
+        return int(first.batch_sizes[0])
+    if not isinstance(says, bool) or not isinstance(first, Tensor) or first.ndim != 3:
+        return None
+    return first.shape[0 if says else 1]
 
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")

@@ -17,7 +17,7 @@ ACTIVATIONS: tuple[type[nn.Module], ...] = (
     nn.LogSigmoid, nn.Mish, nn.PReLU, nn.RReLU, nn.ReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink,
     nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold,
 )  # fmt: skip
-_WEIGHTED: tuple[type[nn.Module], ...] = (
+WEIGHTED: tuple[type[nn.Module], ...] = (
     nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention,
 )  # fmt: skip
 
@@ -71,7 +71,7 @@ def found_in(module: nn.Module) -> dict[str, dict[nn.Module, str]]:
         "activations": {m for m in named if isinstance(m, ACTIVATIONS)},
         "blocks": outer,
         "inner blocks": inner if inner != outer else set(),
-        "weighted modules": {m for m in named if isinstance(m, _WEIGHTED)},
+        "weighted modules": {m for m in named if isinstance(m, WEIGHTED)},
     }
     return {what: {m: name for m, name in named.items() if m in chosen} for what, chosen in found.items() if chosen}
 

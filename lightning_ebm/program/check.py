@@ -10,6 +10,7 @@ from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.calls import clean
 from lightning_ebm.program.interpreter import Pass, Program, at_prediction
 from lightning_ebm.program.named import named
+from lightning_ebm.program.parameter_hooks import without_hooks
 from lightning_ebm.program.seams import hooked_input, hooked_output
 from lightning_ebm.program.wiring import Plan, graph_of
 
@@ -30,7 +31,14 @@ def check_against_autograd(module: nn.Module, program: Program, plan: Plan, loss
         UnsupportedModuleError: they differ, or the record reaches other parameters.
     """
     names = {id(p): clean(name) for name, p in module.named_parameters()}
-    leaves = [leaf for leaf in graph_of([loss])[0] if not leaf._backward_hooks]
+    leaves = graph_of([loss])[0]
+    with without_hooks(leaves):
+        _compare(names, module, program, plan, loss, leaves)
+
+
+def _compare(
+    names: dict[int, str], module: nn.Module, program: Program, plan: Plan, loss: Tensor, leaves: Sequence[Tensor]
+) -> None:
     seen = program.run(at_prediction())
     ours = exact_rule(seen, plan, leaves)
     ours = [None if g is None else g.to_dense() for g in ours]

@@ -16,8 +16,8 @@ from lightning_ebm.errors import LayerDiscoveryError
 from lightning_ebm.program.calls import clean
 from lightning_ebm.program.candidates import ACTIVATIONS, Layers, chosen_by, found_in
 from lightning_ebm.program.locality import Judged, Locality, Products, self_gates
+from lightning_ebm.program.missing_layers import absent_from, is_read, refuse_all, shown, skipped_in
 from lightning_ebm.program.module_walk import modules_of, parameters_of
-from lightning_ebm.program.no_layers import absent, refuse, shown
 from lightning_ebm.program.nonlocal_weights import say_what_goes_around, say_what_is_left_in_one_drive
 from lightning_ebm.program.record import Mark, Record, StateKey, Value
 from lightning_ebm.program.wiring import Plan, Region, Wiring
@@ -145,11 +145,13 @@ class LayerFinder:
         else:
             compared = self._compared(record, loss, products)
             option = self._best(compared)
-        if not option.cut and self._is_local_already(record, loss, products, partial):
+        if not option.cut and (
+            self._leaves_all_out(option, record) or self._is_local_already(record, loss, products, partial)
+        ):
             return replace(Wiring(self._module, record, [], loss).plan(), chosen="nothing"), []
         if not option.cut:
             told = [f"{o.what}: {len(o.candidates)}, called {o.calls} times{o.told()}" for o in compared]
-            refuse(self._module, told, any(o.calls for o in compared), record)
+            refuse_all(self._module, told, any(o.calls for o in compared), record)
         plan = Wiring(self._module, record, option.cut, loss).plan()
         judged = [(o.what, len(o.cut), *o.locality) for o in compared if o.cut and self._layers is None]
         plan = replace(plan, locality=option.locality, compared=tuple(Judged(*j) for j in judged), chosen=option.what)
@@ -157,11 +159,26 @@ class LayerFinder:
         if self._layers is None:
             say_what_is_left_in_one_drive(plan, self._module)
         self._carried |= {key.name for key in plan.states}
-        missing = absent(option.candidates, self._layers, plan, option.why_not)
+        skipped = skipped_in(self._module, record) if self._layers is not None else ()
+        asked = {m: name for m, name in option.candidates.items() if name not in skipped}
+        missing = absent_from(asked, self._layers, plan, option.why_not)
         self._latest = option.what
         if partial is not None:
             self._complain({n: why for n, why in missing.items() if n not in self._carried}, partial)
         return plan, option.cut
+
+    def _leaves_all_out(self, option: "_Option", record: Record) -> bool:
+        """Whether a pass calls none of the layers that were asked for, of which others have called some."""
+        if self._layers is None or not self._carried or option.calls or is_read(option.candidates, record):
+            return False
+        if not self._said:
+            self._said = True
+            log.warning(
+                "This pass of %s has left out every layer that was asked for: nothing relaxes, and what it did call"
+                " learns by the loss's own gradient. (Said once.)",
+                type(self._module).__name__,
+            )
+        return True
 
     def _is_local_already(self, record: Record, loss: Value, products: Products, partial: bool | None) -> bool:
         """Whether nothing need carry a state here: no weight is behind another, and `dL/dtheta` is the update.

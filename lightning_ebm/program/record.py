@@ -154,7 +154,8 @@ class Record:
         reads: operations that turned tensors into Python numbers, with the value that was read.
         reads_graph: whether the pass looked at the graph that autograd made of it, where hooks can be put unseen.
         transformed: whether layers were called within a transform of torch.func, where they can carry no state.
-        leading_sizes: first dimensions of what the module was called with, if it was.
+        shapes: of the tensors that the module was called with, if it was.
+        declared: sizes of batches, by modules that say where samples are, see `declared_size`.
         arguments: what it was called with first: the one positional argument, or all of them.
     """
 
@@ -167,7 +168,8 @@ class Record:
     reads: list[tuple[str, Value]] = field(default_factory=list)
     reads_graph: bool = False
     transformed: bool = False
-    leading_sizes: list[int] = field(default_factory=list)
+    shapes: list[torch.Size] = field(default_factory=list)
+    declared: set[int] = field(default_factory=set)
     arguments: Any = None
 
 

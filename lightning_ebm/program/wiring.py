@@ -259,7 +259,8 @@ def graph_of(tensors: Iterable[Tensor], stops: Collection[Any] = ()) -> tuple[li
             continue
         seen.add(node)
         if (leaf := getattr(node, "variable", None)) is not None:
-            found[id(leaf)] = leaf
+            if leaf.requires_grad:  # else it has been frozen since, and takes none
+                found[id(leaf)] = leaf
         else:
             queue.extend(n for n, _ in node.next_functions if n is not None)
     return list(found.values()), seen

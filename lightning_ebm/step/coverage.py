@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.nudges.base import without_draw
+from lightning_ebm.program.calls import clean
 from lightning_ebm.program.reduction import sums_over_batch
 from lightning_ebm.program.wiring import reached_parameters
 from lightning_ebm.step.recorded import Recorded
@@ -32,7 +33,8 @@ def check_coverage(setup: Setup, recorded: Recorded, update: Tensor, batch_size:
             batch_size,
         )
     _say_how_weak(setup, recorded, batch_size)
-    missing = known.plan.reached - reached_parameters(setup.module, update)
+    live = {clean(name) for name, p in setup.module.named_parameters() if p.requires_grad}  # also after the pass
+    missing = (known.plan.reached & live) - reached_parameters(setup.module, update)
     if missing:
         raise ConfigurationError(
             f"Backprop would train {', '.join(sorted(missing))}, and no term of the energy"

@@ -11,7 +11,7 @@ from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.network.network import Network
 from lightning_ebm.network.passes import Run, Start
 from lightning_ebm.network.traced import TracedNetwork
-from lightning_ebm.program.calls import batch_size_among, leading_sizes
+from lightning_ebm.program.calls import batch_size_among, shapes_in
 from lightning_ebm.program.interpreter import Program, at_least_float32, at_prediction
 from lightning_ebm.program.programs import Found, Known
 from lightning_ebm.program.record import Value
@@ -32,7 +32,7 @@ class Recorded(NamedTuple):
         binding: its values, by those of the pass that was examined; None where it is that pass.
         held: what its values held, as far as that is still there.
         loss: what it returned; None where it returned none.
-        sizes: first dimensions of what the pass was given and has read, see `batch_size_among`.
+        shapes: of what the pass was given and has read, see `batch_size_among`.
     """
 
     program: Program
@@ -40,14 +40,14 @@ class Recorded(NamedTuple):
     binding: dict[Value, Value] | None
     held: Mapping[Value, Tensor]
     loss: Tensor | None
-    sizes: tuple[int, ...]
+    shapes: tuple[torch.Size, ...]
 
     @classmethod
     def of(cls, found: Found, recorder: Recorder, loss: Any, arguments: Any) -> "Recorded":
         """What a recorder has seen of a pass, given what that was called with: a batch that nobody reads has no say."""
-        sizes = leading_sizes(arguments, lambda tensor: recorder.contents.known(tensor) is not None)
+        shapes = shapes_in(arguments, lambda tensor: recorder.contents.known(tensor) is not None)
         number = loss.detach() if isinstance(loss, Tensor) else None
-        return cls(*found, recorder.contents.held, number, tuple(sizes))
+        return cls(*found, recorder.contents.held, number, tuple(shapes))
 
     @property
     def plan(self) -> Plan:
@@ -93,8 +93,7 @@ class Recorded(NamedTuple):
             start = Start.of(run(at_prediction()))
         size = setup.samples.of(batch)
         if size is None:
-            shapes = [state.shape for state in start.free]
-            size = self._found_size(setup, shapes)
+            size = self._found_size(setup, [state.shape for state in start.free])
         loss_scale = (size if setup.loss_reduction == "mean" else 1) / setup.samples.scale()
         if setup.algorithm.nudge.per == "element":
             loss_scale *= self.elements_per_sample(setup, size)
@@ -114,9 +113,10 @@ class Recorded(NamedTuple):
         network.known = self.known
         return network
 
-    def _found_size(self, setup: Setup, shapes: list[torch.Size]) -> int:
+    def _found_size(self, setup: Setup, states: list[torch.Size]) -> int:
         """B, and once a warning where the batch may as well be read in another way."""
-        size, other = batch_size_among(self.sizes or self.program.record.leading_sizes, shapes, self.known.reduced)
+        record = self.program.record
+        size, other = batch_size_among(self.shapes or record.shapes, states, self.known.reduced, record.declared)
         if other is not None and "samples" not in setup.programs.told:
             setup.programs.told.add("samples")
             log.warning(

@@ -38,7 +38,7 @@ def repeated(first: Recorded, recorder: Recorder, loss: Tensor) -> tuple[Recorde
     found = first.known.outline.repeated_by(record, value)
     if not isinstance(found, str):
         second = Recorded(
-            Program(record, found[0], value), first.known, found[1], recorder.contents.held, loss.detach(), first.sizes
+            Program(record, found[0], value), first.known, found[1], recorder.contents.held, loss.detach(), first.shapes
         )
         if _fix_the_same(first, second):
             return second, list(found[0])

@@ -249,6 +249,12 @@ class EnergyStrategy(ObservedStrategy):
 
     def _found(self, closure_loss: Tensor) -> Tensor:
         if not self._module.automatic_optimization:
+            if self._manual.recorder is None and self._relaxes:
+                raise ConfigurationError(
+                    f"{type(self._module).__name__} called manual_backward outside of training_step, as from a hook"
+                    " such as on_train_batch_end: what is computed there is not recorded, and what training_step had"
+                    " computed is gone with it, so that no states could relax. Call it in training_step."
+                )
             self._step = self._begun(self._manual.recorder)
         if self._step is None:
             raise ConfigurationError("EBMStrategy.backward was called outside a training step: nothing to relax.")

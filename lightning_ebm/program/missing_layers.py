@@ -1,6 +1,6 @@
-"""What is said where no layer, or not the ones that were asked for, can carry a state."""
+"""Layers that were asked for, or looked for, and that a pass does not have: which, why, and what to do."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -8,23 +8,24 @@ from torch import nn
 
 from lightning_ebm.errors import LayerDiscoveryError, UnsupportedModuleError
 from lightning_ebm.program.calls import clean
-from lightning_ebm.program.candidates import Layers
+from lightning_ebm.program.candidates import WEIGHTED, Layers
+from lightning_ebm.program.module_walk import modules_of, parameters_of
 from lightning_ebm.program.record import Record
 from lightning_ebm.program.wiring import Plan
 
 
-def refuse(module: nn.Module, tried: list[str], called: bool, record: Record) -> NoReturn:
-    """Says why no layer of a pass can carry a state.
+def refuse_all(module: nn.Module, tried: list[str], called: bool, record: Record) -> NoReturn:
+    """No call can carry a state: why, and what to do.
 
     Args:
         module: the user's.
-        tried: what was looked at, and why it did not do.
-        called: whether any of its layers was called.
+        tried: sets of modules, and what became of them, in words.
+        called: whether any of them was called.
         record: of the pass.
 
     Raises:
-        LayerDiscoveryError: there is none.
-        UnsupportedModuleError: there are some that cannot be seen, or hold complex numbers.
+        LayerDiscoveryError: always, or its kin that names the cause.
+        UnsupportedModuleError: layers are scripted, or return complex numbers.
     """
     scripted = [name for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
     if scripted:
@@ -44,7 +45,15 @@ def refuse(module: nn.Module, tried: list[str], called: bool, record: Record) ->
             " hessian), where none can carry a state. Call the module on the batch itself, without vmap, and take"
             " slopes by torch.autograd.grad(..., create_graph=True)."
         )
-    if not called and any(True for _ in module.children()):
+    inside = any(mark.module is not module or isinstance(module, WEIGHTED) for mark in record.marks)
+    if not inside and is_read([module], record):
+        raise LayerDiscoveryError(
+            f"The loss is computed from parameters of {type(module).__name__}, and no layer of it was called: its"
+            " tensors are used directly (x @ self.W, F.linear(x, layer.weight), torch.tanh), so that nothing says"
+            " where a layer ends. Call modules there (nn.Linear, nn.Tanh), or hand the output of each layer through"
+            " an nn.Identity() of its own and name these: layers=[...]."
+        )
+    if not called and not inside and any(True for _ in module.children()):
         raise LayerDiscoveryError(
             f"No layer of {type(module).__name__} was called while the loss was computed, so there is nothing that can"
             " relax. Does the loss come from this very module, or from a copy, another module, or values computed"
@@ -59,7 +68,40 @@ def refuse(module: nn.Module, tried: list[str], called: bool, record: Record) ->
     )
 
 
-def absent(
+def skipped_in(module: nn.Module, record: Record) -> set[str]:
+    """Names of blocks that a pass has left out of a list of them, and of all in them.
+
+    So do stochastic depth, and experts that no sample is sent to: of a block in an `nn.ModuleList` or `nn.ModuleDict`
+    no parameter has been read, and of another one of its kind some have. Nothing of it is a part of another layer.
+    """
+    read = _read_by(record)
+    found: set[str] = set()
+    for name, container in module.named_modules():
+        if not isinstance(container, nn.ModuleList | nn.ModuleDict):
+            continue
+        held = {child: parameters_of(modules_of(child)) for child in container.children()}
+        called = {child: any(id(p) in read for p in parameters) for child, parameters in held.items()}
+        kinds = {type(child) for child, was in called.items() if was}
+        out = {child for child, was in called.items() if held[child] and not was and type(child) in kinds}
+        for part, child in container.named_children():
+            if child in out:
+                first = f"{name}.{part}" if name else part
+                found.update(clean(f"{first}.{inner}" if inner else first) for inner, _ in child.named_modules())
+    return found
+
+
+def is_read(modules: Iterable[nn.Module], record: Record) -> bool:
+    """Whether a pass has read any parameter of these modules, or of those in them."""
+    read = _read_by(record)
+    return any(id(p) in read for module in modules for p in parameters_of(modules_of(module)))
+
+
+def _read_by(record: Record) -> set[int]:
+    """Of what was there before the pass, what it has read."""
+    return {id(tensor) for tensors in (record.leaves, record.inputs) for tensor in tensors.values()}
+
+
+def absent_from(
     candidates: Mapping[nn.Module, str], layers: Layers, plan: Plan, why_not: Mapping[str, str]
 ) -> dict[str, str]:
     """Names that were asked for and carry no state; of types, one module of each of which none does. And why."""
@@ -79,7 +121,7 @@ def absent(
 
 
 def shown(layers: Layers) -> str:
-    """`layers` as the user wrote it."""
+    """What was asked for, as the user wrote it."""
     kinds = layers if isinstance(layers, tuple) else (layers,)
     names = [kind.__name__ for kind in kinds if isinstance(kind, type)]
     return ", ".join(names) if len(names) == len(kinds) else repr(layers)
