@@ -114,36 +114,36 @@ def linear_task(curvature: float):
     return net, lambda: 0.5 * curvature * (net(x) - y).square().sum(1).mean()
 
 
-@pytest.mark.parametrize("curvature", [0.9, 1.1, 3.0, 9.0, 70.0])
-def test_states_absorb_no_more_than_half_of_the_loss(curvature):
+@pytest.mark.parametrize("curvature", [0.3, 0.36, 1.0, 3.0, 70.0])
+def test_states_absorb_no_more_than_a_quarter_of_the_loss(curvature):
     """With |w| = 1 the state feels the curvature lambda c, absorbs lambda c / (1 + lambda c) of lambda L, and sends on
-    the error divided by 1 + lambda c: the strength is the largest power of 1/2 with lambda c <= 1.
+    the error divided by 1 + lambda c: the strength is the largest power of 1/2 with lambda c <= 1/3.
     """
     net, closure = linear_task(curvature)
     relaxer = ebm.ErrorCoordinates(max_steps=60, tol=1e-8)
     learner = ebm.Learner(net, ebm.algorithm("predictive-coding", nudge="auto", relaxer=relaxer), layers=["1"])
     found = learner.gradients(closure)
     strength = learner.algorithm.nudge.strength
-    assert strength == max(2.0**-k for k in range(10) if 2.0**-k * curvature <= 1)
+    assert strength == max(2.0**-k for k in range(10) if 2.0**-k * curvature <= 1 / 3)
     backprop = ebm.reference.backprop(net, closure)
     ratio = found["0.weight"] / backprop["0.weight"]
     torch.testing.assert_close(ratio, torch.full_like(ratio, 1 / (1 + strength * curvature)), rtol=1e-6, atol=0.0)
 
 
 def test_when_training_makes_states_absorb_more_the_strength_is_halved():
-    net, closure = linear_task(0.9)
+    net, closure = linear_task(0.3)
     relaxer = ebm.ErrorCoordinates(max_steps=60, tol=1e-8)
     learner = ebm.Learner(net, ebm.algorithm("predictive-coding", nudge="auto", relaxer=relaxer), layers=["1"])
     learner.gradients(closure)
     assert learner.algorithm.nudge.strength == 1.0
     with torch.no_grad():
-        net[2].weight.mul_(1.2)  # lambda c |w|^2 = 1.296
+        net[2].weight.mul_(1.2)  # lambda c |w|^2 = 0.432
     learner.gradients(closure)
     assert learner.algorithm.nudge.strength == 0.5
 
 
 def test_losses_that_are_not_positive_say_nothing_of_what_is_absorbed():
-    net, closure = linear_task(0.5)
+    net, closure = linear_task(0.2)
     relaxer = ebm.ErrorCoordinates(max_steps=60, tol=1e-8)
     learner = ebm.Learner(net, ebm.algorithm("predictive-coding", nudge="auto", relaxer=relaxer), layers=["1"])
     learner.gradients(lambda: closure() - 100.0)
@@ -164,7 +164,7 @@ class Linear(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 1.0)
 
 
-@pytest.mark.parametrize(("algorithm", "strength"), [(None, 0.25), ("predictive-coding", 1.0)])
+@pytest.mark.parametrize(("algorithm", "strength"), [(None, 0.0625), ("predictive-coding", 1.0)])
 def test_where_no_algorithm_is_named_the_strength_is_chosen_and_by_name_it_is_one(algorithm, strength, tmp_path):
     """At curvature 3 the update of the first layer is backprop's divided by 1 + 3 lambda."""
     given = () if algorithm is None else (algorithm,)

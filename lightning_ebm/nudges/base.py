@@ -75,7 +75,7 @@ class Nudge(ABC):
 
         Args:
             relax: relaxes a phase on this batch for trial, without a trace, and says how that ended: a status,
-                "diverged", or "absorbed" where more than half of lambda L was gained.
+                "diverged", or "absorbed" where more than a quarter of lambda L was gained.
         """
 
     def note(self, statuses: Sequence[str]) -> None:  # noqa: B027

@@ -17,13 +17,13 @@ _WEAKEST = 2.0**-13
 
 
 class Strongest(Nudge):
-    """`max {lambda = 1, 1/2, 1/4, ... : every phase settles, and leaves half of lambda L}`, in the table of a template.
+    """`max {lambda = 1, 1/2, 1/4, ... : every phase settles, and leaves 3/4 of lambda L}`, in the table of a template.
 
     On the first batch the strengths are tried from the strongest down. The first is kept under which the relaxation of
     each phase ends as "converged", "kink" or "fixed" within the relaxer's budget, and lowers the energy by no more than
-    half of what it starts at, lambda L: parameters do not learn from what states absorb. For a quadratic loss, with k
-    its curvature as the states feel it, lambda k / (1 + lambda k) of lambda L is absorbed, and errors are sent on
-    divided by 1 + lambda k, so that half is where the update is halved.
+    a quarter of what it starts at, lambda L: parameters do not learn from what states absorb. For a quadratic loss,
+    with k its curvature as the states feel it, lambda k / (1 + lambda k) of lambda L is absorbed, and errors are sent on
+    divided by 1 + lambda k, 4/3 at most.
 
     When training makes states absorb more, the strength is halved; when it makes a batch not settle, at the first such
     batch, the second, the fourth, the eighth, so that a network on which nothing settles is not left without a nudge.
@@ -83,7 +83,7 @@ class Strongest(Nudge):
         strength = 1.0
         while strength > _WEAKEST and not self._settles(strength, relax):
             strength /= 2
-        self._choose(strength, "the largest under which the first batch settles and leaves half of its loss")
+        self._choose(strength, "the largest under which the first batch settles and leaves three quarters of its loss")
 
     def _settles(self, strength: float, relax: Callable[[Phase], str]) -> bool:
         nudged = [phase for phase in table_of(self._at(strength)) if phase.is_nudged]
@@ -94,7 +94,7 @@ class Strongest(Nudge):
         if self.strength is None or all(status in _SETTLED for status in statuses):
             return
         if "absorbed" in statuses and self.strength > _WEAKEST:
-            self._choose(self.strength / 2, f"states absorb more than half of the loss at {self.strength:g}")
+            self._choose(self.strength / 2, f"states absorb more than a quarter of the loss at {self.strength:g}")
             return
         self._failures += 1
         if self._failures & (self._failures - 1) == 0 and self.strength > _WEAKEST:  # a power of 2

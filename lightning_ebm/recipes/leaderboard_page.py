@@ -172,10 +172,11 @@ _COLORS = ("#1f4e79", "#c05621", "#2f855a", "#805ad5", "#b7791f", "#c53030", "#0
 
 def figure(groups: Sequence[Sequence[Row]]) -> Figure:
     """Results against cost, a panel for each network; bars are the standard deviation over seeds."""
-    columns = min(4 if len(groups) > 6 else 3, len(groups)) or 1
+    columns = min(3, len(groups)) or 1
     lines = math.ceil(len(groups) / columns) or 1
     names = list(dict.fromkeys(row.algorithm for group in groups for row in group if row.good))
-    drawn = Figure(figsize=(4.4 * columns, 3.6 * lines + 0.26 * math.ceil(len(names) / 4)), layout="constrained")
+    # So small that its letters are those of the page that it is shown on.
+    drawn = Figure(figsize=(3.1 * columns, 2.8 * lines + 0.24 * math.ceil(len(names) / 3)), layout="constrained")
     panels = drawn.subplots(lines, columns, squeeze=False).flatten()
     for panel, group in zip(panels, groups, strict=False):
         for row in group:
@@ -187,7 +188,7 @@ def figure(groups: Sequence[Sequence[Row]]) -> Figure:
                 marker=_MARKERS[place % len(_MARKERS)], color=_COLORS[place % len(_COLORS)], markersize=6,
                 linestyle="none", elinewidth=1, alpha=0.9, label=row.algorithm,
             )  # fmt: skip
-        panel.set(xscale="log", xlabel="cost of a batch, in backprop's", ylabel=group[0].monitor)
+        panel.set(xscale="log", xlabel="cost, in backprop's", ylabel=group[0].monitor)
         panel.set_title(f"{group[0].data}, {group[0].network}", fontsize=10)
         if "loss" in group[0].monitor:
             panel.invert_yaxis()  # up is better everywhere
@@ -201,6 +202,6 @@ def figure(groups: Sequence[Sequence[Row]]) -> Figure:
     }
     shown = [name for name in names if name in handles]
     drawn.legend(
-        [handles[name] for name in shown], shown, loc="outside lower center", ncols=4, fontsize=8, frameon=False
+        [handles[name] for name in shown], shown, loc="outside lower center", ncols=3, fontsize=9, frameon=False
     )
     return drawn

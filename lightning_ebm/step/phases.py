@@ -19,6 +19,9 @@ from lightning_ebm.step.report import PhaseReport
 from lightning_ebm.step.setup import Setup
 from lightning_ebm.updates import End
 
+_LEFT = 0.75
+"""Of lambda L: on ReLU convolutions a network learns as by backprop where it is left, and not where a half is."""
+
 
 class Phases:
     """Relaxes one network as the algorithm says.
@@ -154,7 +157,7 @@ class Phases:
             self.network.questions.answered()
 
     def _ended(self, ends: Sequence[End]) -> list[str]:
-        """How phases ended: their statuses, or "absorbed" where states took more than half of lambda L for themselves.
+        """How phases ended: their statuses, or "absorbed" where states took more than a quarter of lambda L.
 
         Of a divergence energy under a positive nudge lambda L is what a relaxation starts at.
         """
@@ -174,7 +177,7 @@ class Phases:
 
             self.network.questions.later(torch.stack(shares), read)
         self.network.questions.answered()
-        return ["absorbed" if share < 0.5 else end.found.status for share, end in zip(left, ends, strict=True)]
+        return ["absorbed" if share < _LEFT else end.found.status for share, end in zip(left, ends, strict=True)]
 
     def reports(self) -> list[PhaseReport]:
         """How they went, the free phase first."""
