@@ -19,11 +19,11 @@ _WEAKEST = 2.0**-13
 class Strongest(Nudge):
     """`max {lambda = 1, 1/2, 1/4, ... : every phase settles, and leaves 3/4 of lambda L}`, in the table of a template.
 
-    On the first batch the strengths are tried from the strongest down. The first is kept under which the relaxation of
-    each phase ends as "converged", "kink" or "fixed" within the relaxer's budget, and lowers the energy by no more than
-    a quarter of what it starts at, lambda L: parameters do not learn from what states absorb. For a quadratic loss,
-    with k its curvature as the states feel it, lambda k / (1 + lambda k) of lambda L is absorbed, and errors are sent on
-    divided by 1 + lambda k, 4/3 at most.
+    On the first batch the strengths are tried from the strongest down. The first is kept under which the relaxation
+    of each phase ends as "converged", "kink" or "fixed" within the relaxer's budget, and lowers the energy by no more
+    than a quarter of what it starts at, lambda L: parameters do not learn from what states absorb. For a quadratic
+    loss, with k its curvature as the states feel it, lambda k / (1 + lambda k) of lambda L is absorbed, and errors
+    are sent on divided by 1 + lambda k, 4/3 at most.
 
     When training makes states absorb more, the strength is halved; when it makes a batch not settle, at the first such
     batch, the second, the fourth, the eighth, so that a network on which nothing settles is not left without a nudge.
