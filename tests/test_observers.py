@@ -6,7 +6,7 @@ import math
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning_modules import Template
 
@@ -129,3 +129,20 @@ def test_a_run_file_holds_what_json_cannot(tmp_path):
     file.add({"x": object()})
     file.add({"x": 1.0})
     assert [json.loads(line) for line in file.path.read_text().splitlines()] == [{"x": [None, 1e308]}, {"x": 1.0}]
+
+
+def test_mlflow_keeps_every_figure_and_picture(tmp_path):
+    """Read back from its files, where a metric cannot have the name of a folder; against what CSV was told."""
+    mlflow = pytest.importorskip("mlflow")
+    logger = MLFlowLogger(tracking_uri=f"file:{tmp_path / 'mlruns'}")
+    csv = CSVLogger(tmp_path)
+    fit(tmp_path, [logger, csv], observers(), enable_progress_bar=False)
+    told = {key: series[-1][1] for key, series in runs.read(csv.log_dir).metrics.items() if "/" in key}
+    client = mlflow.tracking.MlflowClient(f"file:{tmp_path / 'mlruns'}")
+    kept = client.get_run(logger.run_id).data.metrics
+    folders = {key.rpartition("/")[0] for key in told}
+    for key in [key for key in told if key.startswith(("alignment/", "ebm/"))]:
+        own = f"{key}/all" if key in folders or any(other.startswith(f"{key}/") for other in told) else key
+        assert kept[own] == pytest.approx(told[key], rel=1e-5), key
+    pictures = [file.path for folder in ("alignment", "ebm") for file in client.list_artifacts(logger.run_id, folder)]
+    assert {"alignment/heatmap.png", "ebm/energy_curves.png"} <= set(pictures)

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from lightning_ebm.harmless import harmless
 
@@ -50,7 +50,20 @@ def log_scalars(
     trainer.callback_metrics.update({key: torch.tensor(value, dtype=torch.float32) for key, value in known.items()})
     for logger in trainer.loggers:
         with observing(trainer, f"Logging metrics to {type(logger).__name__}"):
-            logger.log_metrics(known, step=trainer.global_step)
+            logger.log_metrics(_named_for(logger, known), step=trainer.global_step)
+
+
+def _named_for(logger: Logger, values: Mapping[str, float]) -> dict[str, float]:
+    """MLflow keeps metrics as files in folders, and "alignment/cosine" cannot be both: it is "alignment/cosine/all"."""
+    if not isinstance(logger, MLFlowLogger):
+        return dict(values)
+    folders = {parent for key in values for parent in _parents(key)}
+    return {f"{key}/all" if key in folders else key: value for key, value in values.items()}
+
+
+def _parents(key: str) -> list[str]:
+    parts = key.split("/")
+    return ["/".join(parts[:k]) for k in range(1, len(parts))]
 
 
 def tell_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:
