@@ -81,9 +81,10 @@ class Strongest(Nudge):
         if self.strength is not None:
             return
         strength = 1.0
-        while strength > _WEAKEST and not self._settles(strength, relax):
+        while not (settles := self._settles(strength, relax)) and strength > _WEAKEST:
             strength /= 2
-        self._choose(strength, "the largest under which the first batch settles and leaves three quarters of its loss")
+        why = "the largest under which the first batch settles and leaves three quarters of its loss"
+        self._choose(strength, why if settles else "the first batch settles under no larger one, nor under this")
 
     def _settles(self, strength: float, relax: Callable[[Phase], str]) -> bool:
         nudged = [phase for phase in table_of(self._at(strength)) if phase.is_nudged]
