@@ -243,14 +243,14 @@ MUTATIONS = [
     ),
     Mutation(
         "who writes to its input is trusted",
-        "program/recorder.py",
+        "program/custom_calls.py",
         "if id(tensor) in before and tensor._version:",
         "if False:",
         "programs",
     ),
     Mutation(
         "reentrant checkpoints run unseen",
-        "program/recorder.py",
+        "program/custom_calls.py",
         'if function.__module__ == "torch.utils.checkpoint":',
         "if False:",
         "programs",
@@ -593,8 +593,8 @@ MUTATIONS = [
     Mutation(
         "followed inputs are not compared",
         "program/following.py",
-        "            if value is known:\n",
-        "            if value is not None:\n",
+        "            return value is known\n",
+        "            return True\n",
         "following",
     ),
     Mutation(
@@ -635,15 +635,15 @@ MUTATIONS = [
     Mutation(
         "a call of another module is followed",
         "program/following.py",
-        "was != (module, drive or prediction, rounding, weighted)",
-        "False",
+        "was == (module, drive or prediction, rounding, weighted)",
+        "True",
         "following",
     ),
     Mutation(
         "a number stays that of the first step",
         "program/following.py",
-        "            self._take_number(known, arg)\n",
-        "            self._take_number(known, arg) if self._at < 0 else self._take_number(known, known.number(1))\n",
+        "            hold(known, arg, self._record)\n",
+        "            hold(known, known.number(1), self._record)\n",
         "numbers",
     ),
     Mutation(

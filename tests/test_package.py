@@ -50,9 +50,10 @@ ORDER = [
     {"algorithm", "closure", "plain_state", "purity"},
     # lightning_ebm.program
     {"at_value", "complex_ops", "dispatch", "named", "operations", "parameter_hooks", "pause", "record"},
-    {"aliasing", "before", "following", "numbers", "products", "random_draws"},
+    {"aliasing", "before", "custom_calls", "numbers", "products", "random_draws"},
     {"schedule", "seams", "stage", "torch_calls"},
     {"contents"},
+    {"following"},
     {"recorder"},
     {"calls", "interpreter", "seen_grad"},
     {"candidates", "locality"},

@@ -8,12 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_ebm.program.contents import Contents
+from lightning_ebm.program.numbers import hold
+from lightning_ebm.program.operations import (
+    BATCH_NORMS,
+    PUT_BY_MASK,
+    Traits,
+    functional_form,
+    overwritten,
+    without_statistics,
+)
 from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value, meta_of, outside_meta_of, stands_for
-
-Read = Callable[[Tensor], Value | None]
-"""What a tensor holds, as far as this pass has seen it."""
-Take = Callable[[Tensor, Value], object]
-"""Notes that a tensor from outside holds a value."""
 
 
 class Trail:
@@ -29,67 +34,108 @@ class Trail:
         self.leaves = {value: weakref.ref(tensor) for value, tensor in record.leaves.items()}
 
 
-class Follower:
+class Following:
     """Compares a pass with a known one, operation by operation, and hands out the nodes of that one.
 
     What it has handed out is equal in operations, constants, shapes, strides, kinds of numbers, devices, parameters and
-    in what is computed from what. Where a pass does something else it is told None once, and follows no more: it goes
-    on from the nodes that it was given.
+    in what is computed from what. Where a pass does something else it follows no more: the pass goes on from the nodes
+    that it was given.
 
     Args:
-        trail: of the known pass.
-        read: see `Read`.
-        take: see `Take`.
-        take_number: notes which number an input is.
+        record: of this pass.
+        contents: what its tensors hold.
     """
 
-    def __init__(self, trail: Trail, read: Read, take: Take, take_number: Callable[[Value, complex], None]) -> None:
-        self._nodes = trail.nodes
-        self._trail = trail
+    def __init__(self, record: Record, contents: Contents) -> None:
+        self._record = record
+        self._contents = contents
+        self._trail: Trail | None = None
         self._at = 0
-        self._read = read
-        self._take = take
-        self._take_number = take_number
         self._taken: set[Value] = set()
+        self._drawn: set[Value] = set()
+        """What was drawn while a known pass is followed, and nothing has read yet."""
+
+    @property
+    def follows(self) -> bool:
+        """Whether the pass has been the known one so far."""
+        return self._trail is not None
+
+    def begin(self, trail: Trail) -> None:
+        """From its beginning on, the pass is compared with a known one, whose nodes and values it takes over."""
+        self._trail = trail
+
+    def stop(self) -> None:
+        """The pass does something else, or is over."""
+        self._trail = None
 
     def operation(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Node | None:
-        """The node of an operation that is about to run."""
-        if self._at == len(self._nodes):
+        """The node of an operation that is about to run; None if the known pass did something else here."""
+        node = self._next()
+        if node is None or not self._is_same(node, func, args, kwargs):
+            self.stop()
             return None
-        node = self._nodes[self._at]
-        if node.func is not func or len(args) != len(node.args) or len(kwargs) != len(node.kwargs):
-            return None
-        for arg, known in zip(args, node.args, strict=True):
-            if not self._same(arg, known):
-                return None
-        for name, arg in kwargs.items():
-            if name not in node.kwargs or not self._same(arg, node.kwargs[name]):
-                return None
         self._at += 1
         return node
 
     def mark(
         self, key: StateKey, module: Any, drive: Value | None, prediction: Value, rounding: float, weighted: bool
     ) -> Mark | None:
-        """The mark of a call that has returned."""
-        node = self._nodes[self._at] if self._at < len(self._nodes) else None
-        if node is None or node.func is not stands_for or node.args[0] is not prediction or node.args[1] != key:
+        """The mark of a call that has returned; None if the known pass did something else here."""
+        node, trail = self._next(), self._trail
+        same = node is not None and node.func is stands_for and node.args[0] is prediction and node.args[1] == key
+        if same and trail is not None and node is not None:
+            mark = trail.marks[node]
+            was = mark.module, mark.drive, mark.rounding, mark.weighted
+            if was == (module, drive or prediction, rounding, weighted):
+                self._at += 1
+                return mark
+        self.stop()
+        return None
+
+    def alike(self, func: Any, kind: Traits, args: Any, written: Sequence[Tensor]) -> tuple[Any, Any] | None:
+        """An operation that writes, as the record has it; None where more goes on than one operation could say."""
+        if kind.name in BATCH_NORMS:
+            return func, without_statistics(args) if written else args
+        functional = None if kind.random or not written else functional_form(func, kind)
+        if functional in (None, overwritten) or kind.name in PUT_BY_MASK or self._contents.others(written[0]):
             return None
-        mark = self._trail.marks[node]
-        was = mark.module, mark.drive, mark.rounding, mark.weighted
-        if was != (module, drive or prediction, rounding, weighted):
-            return None
-        self._at += 1
-        return mark
+        return functional, args
+
+    def takes(self, node: Node, results: Sequence[Any], keeps: Callable[[Tensor], bool]) -> bool:
+        """An operation that was handed out is over: whether it gave what it gave before, which is bound if so."""
+        if not same_results(node, results):
+            self.stop()
+            return False
+        self._record.nodes.append(node)
+        for value, tensor in zip(node.results, results, strict=True):
+            if value is not None:
+                self._contents.bind(tensor, value, keeps=keeps(tensor))
+        return True
+
+    def drew(self, tensor: Tensor) -> None:
+        """A constant was drawn: what it corresponds to shows when it is used."""
+        value = self._contents.constant(tensor)
+        if self.follows:
+            self._drawn.add(value)
+
+    def _next(self) -> Node | None:
+        trail = self._trail
+        return trail.nodes[self._at] if trail is not None and self._at < len(trail.nodes) else None
+
+    def _is_same(self, node: Node, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        if node.func is not func or len(args) != len(node.args) or len(kwargs) != len(node.kwargs):
+            return False
+        for arg, known in zip(args, node.args, strict=True):
+            if not self._same(arg, known):
+                return False
+        for name, arg in kwargs.items():
+            if name not in node.kwargs or not self._same(arg, node.kwargs[name]):
+                return False
+        return True
 
     def _same(self, arg: Any, known: Any) -> bool:
         if isinstance(arg, Tensor):
-            if type(known) is not Value:
-                return False
-            value = self._read(arg)
-            if value is known:
-                return True
-            return value is None and known.node is None and known not in self._taken and self._is_again(arg, known)
+            return type(known) is Value and self._holds(arg, known)
         if isinstance(arg, list | tuple):
             return type(known) is tuple and len(arg) == len(known) and all(map(self._same, arg, known))
         if isinstance(arg, torch.Generator):
@@ -97,17 +143,32 @@ class Follower:
         if type(known) is Value and known.number is not None:
             if not isinstance(arg, int | float) or type(arg) is not known.number:
                 return False
-            self._take_number(known, arg)
+            hold(known, arg, self._record)
             return True
         return same_constant(arg, known)
 
-    def _is_again(self, tensor: Tensor, known: Value) -> bool:
-        """Whether a tensor that this pass has not seen yet may be what the known pass read from outside."""
+    def _holds(self, tensor: Tensor, known: Value) -> bool:
+        """Whether a tensor holds what the known pass read here."""
+        value = self._contents.known(tensor)
+        if value is not None and value not in self._drawn:
+            if value.node is None and value.meta[-1] is not (tensor.requires_grad and tensor.is_leaf):
+                return False  # it has been frozen, or set free, since
+            return value is known
+        return known.node is None and known not in self._taken and self._is_again(tensor, known, value)
+
+    def _is_again(self, tensor: Tensor, known: Value, drawn: Value | None) -> bool:
+        """Whether a tensor that nothing has read yet may be what the known pass read from outside."""
+        assert self._trail is not None
         leaf = self._trail.leaves.get(known)
         if known.meta != outside_meta_of(tensor) or (leaf is not None and leaf() is not tensor):
             return False
         self._taken.add(known)
-        self._take(tensor, known)
+        if drawn is None:
+            self._contents.from_outside(tensor, known)
+            return True
+        self._drawn.discard(drawn)
+        self._record.inputs[known] = self._record.inputs.pop(drawn)
+        self._contents.bind(tensor, known)
         return True
 
 

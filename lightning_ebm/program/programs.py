@@ -117,7 +117,7 @@ class Programs:
     def recording(self, recorder: Recorder, replace: Replace = nothing_in_place) -> Iterator[None]:
         """Records what runs within."""
         if self._known:
-            recorder.follow(self._known[0].outline.trail)
+            recorder.following.begin(self._known[0].outline.trail)
         with watched(self._module, recorder, self._watch, replace), recorder:
             yield
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import BackwardHook
 
+from lightning_ebm.program.custom_calls import record_function, record_hooked
 from lightning_ebm.program.named import named
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     recorder = seams.recorder
     if recorder is None or not torch.is_grad_enabled():
         return plain(*args, **kwargs)
-    return recorder.function(cls, plain, args, kwargs)
+    return record_function(recorder, cls, plain, args, kwargs)
 
 
 def _enter_hooks(self: saved_tensors_hooks) -> None:
@@ -138,13 +139,13 @@ def _setup_input(self: BackwardHook, args: Any) -> Any:
     if (recorder := seams.recorder) is None or not torch.is_grad_enabled():
         return _SETUP_INPUT(self, args)
     call = _calls[id(self)] = HookedCall(self)
-    return recorder.hooked(hooked_input, call, partial(_SETUP_INPUT, self), args)
+    return record_hooked(recorder, hooked_input, call, partial(_SETUP_INPUT, self), args)
 
 
 def _setup_output(self: BackwardHook, args: Any) -> Any:
     if (recorder := seams.recorder) is None or (call := _calls.pop(id(self), None)) is None:
         return _SETUP_OUTPUT(self, args)
-    return recorder.hooked(hooked_output, call, partial(_SETUP_OUTPUT, self), args)
+    return record_hooked(recorder, hooked_output, call, partial(_SETUP_OUTPUT, self), args)
 
 
 def _backward(tensors: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,88 @@
+"""Calls that are one operation of a record: custom autograd functions, and what hooks of modules do with tensors."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from lightning_ebm.errors import UnsupportedModuleError
+from lightning_ebm.program.record import Node, Value, meta_of
+
+if TYPE_CHECKING:
+    from lightning_ebm.program.recorder import Recorder
+
+
+def record_function(
+    recorder: "Recorder", function: type[torch.autograd.Function], run: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    """A custom function is one node: its forward runs while gradients are off, and its backward is in no record."""
+    if function.__module__.startswith("torch.distributed") and ".fsdp" not in function.__module__:
+        raise collective(function.__name__)
+    if function.__module__.startswith("torch.distributed"):  # it tells FSDP when gradients are there
+        with recorder.pausing():
+            result = run(*args, **kwargs)
+        pairs = zip(tensors_in((args, kwargs)), tensors_in(result), strict=False)
+        for old, new in pairs:
+            recorder.contents.bind(new, recorder.contents.value(old))
+        return result
+    if function.__module__ == "torch.utils.checkpoint":
+        raise UnsupportedModuleError(
+            "torch.utils.checkpoint with use_reentrant=True runs the layers where nothing can be recorded, so that"
+            " they could not relax and their parameters would not learn. Use use_reentrant=False."
+        )
+    recorder.following.stop()
+    node = Node(run, recorder.seen(args), recorder.seen_by_name(kwargs))
+    before = {id(t) for t in tensors_in((args, kwargs))}
+    with recorder.pausing():
+        result = run(*args, **kwargs)
+    results = result if isinstance(result, tuple) else (result,)
+    for tensor in results:
+        if not isinstance(tensor, Tensor):
+            node.results.append(None)
+            continue
+        if id(tensor) in before and tensor._version:
+            raise UnsupportedModuleError(
+                f"The custom autograd function {function.__name__} writes to its input and returns it (mark_dirty):"
+                " what it computes cannot be repeated at other states. Return a new tensor."
+            )
+        value = Value(node, meta_of(tensor))
+        node.results.append(value)
+        recorder.contents.bind(tensor, value, keeps=True)
+    recorder.record.nodes.append(node)
+    return result
+
+
+def record_hooked(
+    recorder: "Recorder", func: Callable[..., Any], call: Any, run: Callable[[Any], Any], args: Any
+) -> Any:
+    """Tensors on their way into, or out of, a module that has backward hooks."""
+    with recorder.pausing():
+        result = run(args)
+    before = args if isinstance(args, tuple) else (args,)
+    after = result if isinstance(result, tuple) else (result,)
+    pairs = [(old, new) for old, new in zip(before, after, strict=True) if isinstance(old, Tensor)]
+    if any(new is not old for old, new in pairs):
+        recorder.following.stop()
+        node = Node(func, (call, *recorder.seen([old for old, _ in pairs])), {})
+        for _, tensor in pairs:
+            value = Value(node, meta_of(tensor))
+            node.results.append(value)
+            recorder.contents.bind(tensor, value)
+        recorder.record.nodes.append(node)
+    return result
+
+
+def collective(name: str) -> UnsupportedModuleError:
+    """For a step that differentiates through a collective."""
+    return UnsupportedModuleError(
+        f"The step differentiates through a collective ({name}): it would have to run at every state of a relaxation,"
+        " and every rank takes as many as its own batch needs, so that ranks would wait for each other for ever. Gather"
+        " what is a constant (torch.no_grad, or all_gather without sync_grads), or compute the loss locally."
+    )
+
+
+def tensors_in(held: Any) -> list[Tensor]:
+    """Those among the arguments, or the results, of an operation."""
+    return [leaf for leaf in tree_leaves(held) if isinstance(leaf, Tensor)]
