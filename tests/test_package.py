@@ -49,7 +49,7 @@ ORDER = [
     {"samples", "tensor_version", "module_walk"},
     {"algorithm", "closure", "plain_state", "purity"},
     # lightning_ebm.program
-    {"at_value", "complex_ops", "dispatch", "named", "operations", "parameter_hooks", "pause", "record"},
+    {"at_value", "complex_ops", "dispatch", "named", "operations", "pause", "record", "user_hooks"},
     {"aliasing", "before", "following", "numbers", "products", "random_draws"},
     {"schedule", "seams", "stage", "torch_calls"},
     {"contents"},

@@ -354,6 +354,7 @@ class Recorder(DispatchMode):
         pairs = [(old, new) for old, new in zip(before, after, strict=True) if isinstance(old, Tensor)]
         if any(new is not old for old, new in pairs):
             self._follower = None
+            self.record.has_hooks = True
             node = Node(func, (call, *self._seen([old for old, _ in pairs])), {})
             for _, tensor in pairs:
                 value = Value(node, meta_of(tensor))
