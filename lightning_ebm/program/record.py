@@ -190,7 +190,8 @@ def depending(values: set[Value], order: Sequence[Node]) -> set[Value]:
 
 
 def meta_of(tensor: Tensor) -> Meta:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    dense = tensor.layout is torch.strided
+    return tensor.shape, tensor.stride() if dense else tensor.layout, tensor.dtype, tensor.device
 
 
 def outside_meta_of(tensor: Tensor) -> Meta:

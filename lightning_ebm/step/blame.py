@@ -100,7 +100,7 @@ def _spoiled_in(batch: Any) -> list[str]:
 def _tensors(batch: Any, where: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a batch that can hold nan, and how to get at them."""
     if isinstance(batch, Tensor):
-        if (batch.is_floating_point() or batch.is_complex()) and not batch.is_meta and not batch.is_sparse:
+        if (batch.is_floating_point() or batch.is_complex()) and not batch.is_meta and batch.layout is torch.strided:
             try:
                 found = batch.detach()
             except RuntimeError:  # what a call within torch.func was handed cannot be looked at outside of it

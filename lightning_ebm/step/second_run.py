@@ -65,9 +65,15 @@ def _fix_the_same(first: Recorded, second: Recorded) -> bool:
         if value in before.record.leaves or other is None:
             continue
         one, another = before.content(value), now.content(other)
-        if one.data_ptr() != another.data_ptr() and not torch.equal(one, another):
+        if not _is_same(one, another):
             return bool(one.is_floating_point() and one.isnan().any())
     return True
+
+
+def _is_same(one: Tensor, another: Tensor) -> bool:
+    if one.layout is not torch.strided:
+        return not bool((one - another).to_sparse_coo().coalesce().values().any())
+    return one.data_ptr() == another.data_ptr() or torch.equal(one, another)
 
 
 @contextmanager
