@@ -696,7 +696,7 @@ MUTATIONS = [
         "memory",
     ),
     Mutation(
-        "means are sums", "program/reduction.py", "return reduction == _SUM and", "return reduction and", "reduction"
+        "means are sums", "program/batch_sums.py", "return reduction == SUM and", "return reduction and", "reduction"
     ),
     Mutation(
         "rows of folded samples take each other's steps",

@@ -59,6 +59,7 @@ ORDER = [
     {"comparison", "wiring"},
     {"missing_layers", "nonlocal_weights"},
     {"check", "code", "layers", "reduction"},
+    {"batch_sums"},
     {"programs"},
     # lightning_ebm.network
     {"analytic", "precomputed_gradient", "geometry", "top_down"},
