@@ -237,7 +237,7 @@ MUTATIONS = [
     Mutation(
         "gradient hooks are forgotten",
         "program/torch_calls.py",
-        "recorder.record.hooks.setdefault(value, []).append(hook)",
+        "recorder.record.hooks.setdefault(value, []).append(heard)",
         "pass",
         "programs",
     ),
@@ -656,7 +656,7 @@ MUTATIONS = [
     Mutation(
         "a known program is never checked again",
         "program/programs.py",
-        "if record.reads_graph:",
+        "if record.reads_graph or record.has_hooks:",
         "if False:",
         "seen_autograd",
     ),
@@ -696,7 +696,7 @@ MUTATIONS = [
         "memory",
     ),
     Mutation(
-        "means are sums", "program/reduction.py", "return reduction == _SUM and", "return reduction and", "reduction"
+        "means are sums", "program/batch_sums.py", "return reduction == SUM and", "return reduction and", "reduction"
     ),
     Mutation(
         "rows of folded samples take each other's steps",

@@ -82,6 +82,28 @@ def test_an_infinite_number_that_is_meant_is_none_of_our_business():
         torch.testing.assert_close(found[f"net.{name}"], gradient, rtol=1e-4, atol=1e-6)
 
 
+SLOPELESS = {
+    "root of zeros": lambda out: out.square().mean() + (out - out).square().sum(1).sqrt().mean(),
+    "power of zeros": lambda out: out.square().mean() + (0 * out).abs().pow(0.5).mean(),
+    "left out by where": lambda out: torch.where(torch.ones_like(out) > 0, out.square(), (0 * out).sqrt()).mean(),
+    "left out by nanmean": lambda out: (
+        out * torch.full_like(out, math.nan).index_fill(1, torch.tensor([0]), 1.0)
+    ).nanmean(),
+}
+
+
+@pytest.mark.parametrize("case", SLOPELESS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "fixed-prediction"])
+def test_a_finite_loss_without_a_slope_is_told_from_one_that_overflows(name, case):
+    module = net()
+    before = held(module)
+    with pytest.raises(
+        ebm.RelaxationDivergedError, match=r"loss is finite, and its own gradient is nan in .*fill what"
+    ):
+        ebm.Learner(module, name).backward(lambda: SLOPELESS[case](module(X)))
+    assert same(held(module), before)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_each_cause_has_its_own_remedy(name):
     def message(module, x=X, y=Y, loss=F.cross_entropy):

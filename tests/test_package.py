@@ -49,7 +49,7 @@ ORDER = [
     {"samples", "tensor_version", "module_walk"},
     {"algorithm", "closure", "plain_state", "purity"},
     # lightning_ebm.program
-    {"at_value", "complex_ops", "dispatch", "named", "operations", "parameter_hooks", "pause", "record"},
+    {"at_value", "complex_ops", "dispatch", "named", "operations", "pause", "record", "user_hooks"},
     {"aliasing", "before", "custom_calls", "numbers", "products", "random_draws"},
     {"schedule", "seams", "stage", "torch_calls"},
     {"contents"},
@@ -60,6 +60,7 @@ ORDER = [
     {"comparison", "wiring"},
     {"missing_layers", "nonlocal_weights"},
     {"check", "code", "layers", "reduction"},
+    {"batch_sums"},
     {"programs"},
     # lightning_ebm.network
     {"analytic", "precomputed_gradient", "geometry", "top_down"},

@@ -1144,12 +1144,64 @@ def test_a_tensor_with_a_graph_from_before_the_step_is_refused() -> None:
         learner.gradients(lambda: F.cross_entropy(net(x) + shift, y))
 
 
-def test_sparse_tensors_are_refused() -> None:
+def _neighbors(index: int, count: int = 8) -> Tensor:
+    generator = torch.Generator().manual_seed(index)
+    return (torch.rand(count, count, generator=generator, dtype=torch.float64) > 0.5).double() + torch.eye(count)
+
+
+def _on_edges(h: Tensor, index: int) -> Tensor:
+    """Edges of another graph in every batch, with weights that states have a part in."""
+    edges = _neighbors(index, len(h)).to_sparse().coalesce()
+    weights = edges.values() * torch.sigmoid(h[edges.indices()[0]].sum(1))
+    return torch.sparse.mm(torch.sparse_coo_tensor(edges.indices(), weights, edges.shape).coalesce().t(), h)
+
+
+SPARSE = {
+    "coordinates": lambda h, index: torch.sparse.mm(_neighbors(index, len(h)).to_sparse(), h),
+    "compressed rows": lambda h, index: _neighbors(index, len(h)).to_sparse_csr() @ h,
+    "edges": _on_edges,
+    "of states": lambda h, index: torch.relu(h - 0.1).to_sparse().to_dense(),
+}
+
+
+@pytest.mark.parametrize("way", SPARSE)
+def test_sparse_matrices(way: str) -> None:
+    agrees(mlp, between(SPARSE[way]), weak=BY_COUNT)
+
+
+@pytest.mark.parametrize("layout", ["coordinates", "compressed rows"])
+@pytest.mark.parametrize("capture", [True, False])
+def test_sparse_matrices_from_outside_of_the_step(layout: str, capture: bool) -> None:
+    """A graph that the module holds, and batches that are sparse themselves, with other elements in each."""
+    to_sparse = Tensor.to_sparse if layout == "coordinates" else Tensor.to_sparse_csr
+    net, graph = mlp().double(), to_sparse(_neighbors(0))
+    learner = ebm.Learner(net, "zero-divergence", capture=capture)
+    for index in range(6):
+        x, y = batch(index)
+        given = to_sparse(x * (x > 0))
+
+        def loss(given: Tensor = given, y: Tensor = y) -> Tensor:
+            h = given @ net[0].weight.T + net[0].bias
+            return F.cross_entropy(net[2:]((graph @ net[1](h).T).T), y)
+
+        found = learner.gradients(loss)
+        true = torch.autograd.grad(loss(), list(net.parameters()))
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(found.values(), true, strict=True))
+
+
+class Image(Tensor):
+    """As libraries of pictures have them: a tensor with a name."""
+
+
+def test_subclasses_of_tensors_are_told_from_graphs_of_before() -> None:
     net, (x, y) = mlp().double(), batch(0)
-    sparse = torch.eye(6, dtype=torch.float64).to_sparse()
-    learner = ebm.Learner(net, "zero-divergence")
-    with pytest.raises(ebm.UnsupportedModuleError, match="layout"):
-        learner.gradients(lambda: F.cross_entropy(net[2:](torch.sparse.mm(sparse, net[:2](x))), y))
+    picture = x.as_subclass(Image)
+    with pytest.raises(ebm.UnsupportedModuleError, match=r"class Image.*as_subclass\(torch\.Tensor\)"):
+        ebm.Learner(net, "zero-divergence").gradients(lambda: F.cross_entropy(net(picture), y))
+    plain = lambda: F.cross_entropy(net(picture.as_subclass(Tensor)), y)  # noqa: E731
+    found = ebm.Learner(net, "zero-divergence").gradients(plain)
+    true = torch.autograd.grad(plain(), list(net.parameters()))
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(found.values(), true, strict=True))
 
 
 @pytest.mark.parametrize("way", ["log", "metric", "print"])

@@ -19,6 +19,20 @@ SUMS = {
     "each sample, then all": lambda out, net: (out - Y).square().mean(1).sum(),
     "likelihood": lambda out, net: -out.log_softmax(1).gather(1, CLASSES[:, None]).sum(),
     "with a mean beside it": lambda out, net: F.cross_entropy(out, CLASSES) + F.mse_loss(out, Y, reduction="sum"),
+    "half of the squares": lambda out, net: 0.5 * (out - Y).square().sum(),
+    "squares, divided by two": lambda out, net: (out - Y).square().sum() / 2,
+    "three times as strong": lambda out, net: 3 * F.cross_entropy(out, CLASSES, reduction="sum"),
+    "by a factor that is a tensor": lambda out, net: torch.tensor(0.5) * F.mse_loss(out, Y, reduction="sum"),
+    "by Python's sum": lambda out, net: sum((out - Y).square().sum(1)),
+    "sample by sample": lambda out, net: sum(F.cross_entropy(out[k : k + 1], CLASSES[k : k + 1]) for k in range(12)),
+    "sample by sample, halved": lambda out, net: 0.5 * sum((o - y).square().sum() for o, y in zip(out, Y, strict=True)),
+    "a scalar product": lambda out, net: torch.dot((out - Y).flatten(), (out - Y).flatten()),
+    "in Einstein's way": lambda out, net: torch.einsum("bi,bi->", out - Y, out - Y),
+    "a trace": lambda out, net: ((out - Y) @ (out - Y).T).trace(),
+    "the square of a norm": lambda out, net: (out - Y).norm() ** 2,
+    "flattened": lambda out, net: (out - Y).flatten().square().sum(),
+    "without nan": lambda out, net: (out - Y).square().nansum(),
+    "masked": lambda out, net: ((out - Y).square() * (Y > 0)).sum(),
     "in double": lambda out, net: F.smooth_l1_loss(out, Y, reduction="sum").double(),
 }
 MEANS = {
@@ -26,6 +40,19 @@ MEANS = {
     "units summed, samples not": lambda out, net: (out - Y).square().sum(1).mean(),
     "divided by hand": lambda out, net: (out - Y).square().sum() / len(X),
     "divided by what was divided": lambda out, net: (out - Y).square().sum() / torch.tensor(12.0),
+    "half, divided by hand": lambda out, net: 0.5 * (out - Y).square().sum() / len(X),
+    "multiplied by one over it": lambda out, net: (out - Y).square().sum() * (1 / len(X)),
+    "sample by sample": lambda out, net: (
+        sum(F.cross_entropy(out[k : k + 1], CLASSES[k : k + 1]) for k in range(12)) / 12
+    ),
+    "stacked": lambda out, net: torch.stack([(o - y).square().sum() for o, y in zip(out, Y, strict=True)]).mean(),
+    "weights that add up to one": lambda out, net: (
+        F.cross_entropy(out, CLASSES, reduction="none") * torch.softmax(X[:, 0], 0)
+    ).sum(),
+    "masked, over the number that is left": lambda out, net: ((out - Y).square() * (Y > 0)).sum() / (Y > 0).sum(),
+    "masked, over Python's number": lambda out, net: ((out - Y).square() * (Y > 0)).sum() / int((Y > 0).sum()),
+    "a scalar product, divided": lambda out, net: torch.dot((out - Y).flatten(), (out - Y).flatten()) / 12,
+    "a last sample alone": lambda out, net: (out[-1] - Y[-1]).square().sum(),
     "samples first": lambda out, net: (out - Y).square().mean(0).sum(),
     "a penalty on weights": lambda out, net: F.mse_loss(out, Y) + sum(p.square().sum() for p in net.parameters()),
     "a penalty of as many elements": lambda out, net: F.mse_loss(out, Y) + net[0].bias.square().sum(),

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.aliasing import Aliasing
@@ -67,10 +67,12 @@ class Contents:
 
     def from_outside(self, tensor: Tensor, value: Value | None = None) -> Value:
         """Notes what a tensor holds that nothing here computed: a new value, or that of a known pass."""
-        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or tensor.layout is not torch.strided:
+        sparse = tensor.layout is not torch.strided
+        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or (sparse and tensor.requires_grad):
             raise UnsupportedModuleError(
-                f"The step computes with a tensor of class {type(tensor).__name__} and layout {tensor.layout}; what is"
-                " computed with it cannot be repeated at other states. Use ordinary dense tensors in training_step."
+                f"The step computes with a tensor of class {type(tensor).__name__} and layout {tensor.layout}"
+                f"{', which requires a gradient' if sparse and tensor.requires_grad else ''}; what is computed with it"
+                " cannot be repeated at other states. Use ordinary dense tensors in training_step."
             )
         if tensor.requires_grad and not tensor.is_leaf:
             _refuse_unrecorded(tensor)
@@ -79,7 +81,7 @@ class Contents:
         self._record.inputs[value] = tensor
         if tensor.requires_grad:
             self._record.leaves[value] = tensor
-        elif not tensor.untyped_storage().resizable():  # NumPy's memory, or other processes'
+        elif not sparse and not tensor.untyped_storage().resizable():  # NumPy's memory, or other processes'
             with self._pausing():
                 self._record.inputs[value] = tensor.detach().clone(memory_format=torch.preserve_format)
         return value
@@ -241,6 +243,12 @@ class Contents:
 
 def _refuse_unrecorded(tensor: Tensor) -> None:
     name = type(tensor.grad_fn).__name__
+    if type(tensor) not in (Tensor, nn.Parameter):
+        raise UnsupportedModuleError(
+            f"The step computes with tensors of class {type(tensor).__name__}, a subclass of Tensor that makes other"
+            " objects of results, which cannot be told from what was there before. Hand plain tensors to the network:"
+            " x.as_subclass(torch.Tensor)."
+        )
     if isinstance(tensor.grad_fn, torch.autograd.function.BackwardCFunction):
         raise UnsupportedModuleError(
             f"The step uses a custom autograd function ({name}) through a reference to its `apply` that was taken"

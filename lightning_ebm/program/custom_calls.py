@@ -65,6 +65,7 @@ def record_hooked(
     pairs = [(old, new) for old, new in zip(before, after, strict=True) if isinstance(old, Tensor)]
     if any(new is not old for old, new in pairs):
         recorder.following.stop()
+        recorder.record.has_hooks = True
         node = Node(func, (call, *recorder.seen([old for old, _ in pairs])), {})
         for _, tensor in pairs:
             value = Value(node, meta_of(tensor))

@@ -18,6 +18,7 @@ from lightning_ebm.program.named import named
 from lightning_ebm.program.products import Product, products_of, sent_back_by
 from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value, depending
 from lightning_ebm.program.seams import hooked_input, hooked_output
+from lightning_ebm.program.user_hooks import those_that_change
 
 StateOf = Callable[[StateKey, Tensor], Tensor | None]
 """Chooses x_l from the key and the prediction; None leaves the call alone."""
@@ -248,7 +249,7 @@ class Held:
 
     def hand_out(self, value: Value, state: Tensor) -> None:
         """A state to those downstream, with the hooks that the user put on what the layer returned."""
-        hooks = self._record.hooks.get(value)
+        hooks = those_that_change(self._record.hooks.get(value, ()))
         if hooks and state.requires_grad:
             state = state.view_as(state)
             for hook in hooks:
@@ -283,7 +284,7 @@ class Held:
             if value in self._record.leaves:
                 tensor = self._record.leaves[value]  # a leaf that the pass made: x.clone().requires_grad_()
             elif (hooks := self._record.hooks.get(value)) is not None and tensor.requires_grad:
-                for hook in hooks:
+                for hook in those_that_change(hooks):
                     tensor.register_hook(hook)
             self._tensors[value] = tensor
 

@@ -143,7 +143,7 @@ class Programs:
                 before = known.uses
                 break
             if not isinstance(found, str):
-                if record.reads_graph:
+                if record.reads_graph or record.has_hooks:
                     self._check(recorder, Program(record, found[0], value), known.plan, loss)
                 self._known.remove(known)
                 self._known.insert(0, known)

@@ -153,6 +153,7 @@ class Record:
         hooks: gradient hooks on values, see `Tensor.register_hook`.
         reads: operations that turned tensors into Python numbers, with the value that was read.
         reads_graph: whether the pass looked at the graph that autograd made of it, where hooks can be put unseen.
+        has_hooks: whether the user's gradient hooks stand between its operations.
         transformed: whether layers were called within a transform of torch.func, where they can carry no state.
         shapes: of the tensors that the module was called with, if it was.
         declared: sizes of batches, by modules that say where samples are, see `declared_size`.
@@ -167,6 +168,7 @@ class Record:
     hooks: dict[Value, list[Any]] = field(default_factory=dict)
     reads: list[tuple[str, Value]] = field(default_factory=list)
     reads_graph: bool = False
+    has_hooks: bool = False
     transformed: bool = False
     shapes: list[torch.Size] = field(default_factory=list)
     declared: set[int] = field(default_factory=set)
@@ -188,7 +190,8 @@ def depending(values: set[Value], order: Sequence[Node]) -> set[Value]:
 
 
 def meta_of(tensor: Tensor) -> Meta:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    dense = tensor.layout is torch.strided
+    return tensor.shape, tensor.stride() if dense else tensor.layout, tensor.dtype, tensor.device
 
 
 def outside_meta_of(tensor: Tensor) -> Meta:

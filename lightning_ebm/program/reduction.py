@@ -9,9 +9,9 @@ from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.named import named
 from lightning_ebm.program.record import Node, Value, depending
 
-_MEAN, _SUM = 1, 2
+_MEAN, SUM = 1, 2
 """torch's numbers for reduction="mean" and "sum"."""
-_TRANSPARENT = {
+TRANSPARENT = {
     "add",
     "sub",
     "neg",
@@ -25,26 +25,6 @@ _TRANSPARENT = {
     "stack",
     "sum",
 }
-
-
-def sums_over_batch(program: Program, batch_size: int) -> bool:
-    """True where between the loss and a sum over the samples of what the states give nothing divides.
-
-    Sums, and losses with ``reduction="sum"``, behind signs, additions and changes of shape or number format alone. What
-    is divided or multiplied by something after its sum is not found.
-    """
-    moving = depending({mark.state for mark in program.marks}, program.order)
-    queue, seen = [program.loss], set[Value]()
-    while queue:
-        value = queue.pop()
-        if value is None or value in seen or value not in moving or value.node is None:
-            continue
-        seen.add(value)
-        if _is_sum(value.node, batch_size):
-            return True
-        if _name(value.node) in _TRANSPARENT:
-            queue.extend(value.node.values())
-    return False
 
 
 def reduced_sizes(program: Program) -> frozenset[int]:
@@ -78,11 +58,11 @@ def averaged_elements(program: Program) -> int | None:
         if value not in moving or node is None:
             continue
         behind = [read for read in node.values() if read in moving]
-        name, reduced = _name(node), _averaged_by(node, behind)
+        name, reduced = name_of(node), _averaged_by(node, behind)
         if name in ("mul", "div") and len(behind) == 1:
             queue.append((behind[0], count, divided or name == "div"))
-        elif reduced is not None or name in _TRANSPARENT:
-            if divided and (name == "sum" or _reduction(node) == _SUM):
+        elif reduced is not None or name in TRANSPARENT:
+            if divided and (name == "sum" or reduction_of(node) == SUM):
                 return None
             so_far = count if reduced is None else (count or 1) * reduced
             ends = reduced is not None and name not in ("mean", "sum")
@@ -95,17 +75,17 @@ def averaged_elements(program: Program) -> int | None:
 
 def _averaged_by(node: Node, behind: Sequence[Value]) -> int | None:
     """How many elements each of its results is a mean over, 1 for sums; None where it does not reduce."""
-    name, reduction, result = _name(node), _reduction(node), node.results[0] if node.results else None
-    if reduction in (_MEAN, _SUM) and behind:
+    name, reduction, result = name_of(node), reduction_of(node), node.results[0] if node.results else None
+    if reduction in (_MEAN, SUM) and behind:
         # A likelihood of classes has one element a target.
         targets = [value for value in node.values() if not value.is_continuous] if name.startswith("nll_loss") else []
-        return 1 if reduction == _SUM else (targets or behind)[0].shape.numel()
+        return 1 if reduction == SUM else (targets or behind)[0].shape.numel()
     if name in ("mean", "sum") and behind and result is not None:
         return 1 if name == "sum" else behind[0].shape.numel() // max(1, result.shape.numel())
     return None
 
 
-def _reduction(node: Node) -> int | None:
+def reduction_of(node: Node) -> int | None:
     """Its argument of that name, if it has one."""
     if not isinstance(node.func, torch._ops.OpOverload):
         return None
@@ -117,18 +97,7 @@ def _reduction(node: Node) -> int | None:
     return None
 
 
-def _name(node: Node) -> str:
+def name_of(node: Node) -> str:
+    """Of its operation, or its function."""
     func = node.func
     return func.overloadpacket.__name__ if isinstance(func, torch._ops.OpOverload) else named(func).name
-
-
-def _is_sum(node: Node, batch_size: int) -> bool:
-    if not isinstance(node.func, torch._ops.OpOverload):
-        return False
-    if (reduction := _reduction(node)) is not None:
-        return reduction == _SUM and any(batch_size in value.shape for value in node.values())
-    first = next(node.values(), None)
-    result = node.results[0]
-    if first is None or result is None or _name(node) != "sum":
-        return False
-    return batch_size in first.shape and batch_size not in result.shape

@@ -16,6 +16,7 @@ from torch.utils.hooks import BackwardHook
 
 from lightning_ebm.program.custom_calls import record_function, record_hooked
 from lightning_ebm.program.named import named
+from lightning_ebm.program.user_hooks import Heard, those_that_change
 
 if TYPE_CHECKING:
     from lightning_ebm.program.recorder import Recorder
@@ -109,6 +110,7 @@ class HookedCall:
     def __init__(self, of: BackwardHook) -> None:
         self._parts = of.module, of.user_hooks, of.user_pre_hooks
         self.hook = of
+        self._begun = False
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, HookedCall) and all(
@@ -117,7 +119,16 @@ class HookedCall:
 
     def renew(self) -> None:
         """The next run is another backward pass."""
-        self.hook = BackwardHook(*self._parts)
+        module, *hooks = self._parts
+        n_inputs, self.hook = self.hook.n_inputs, BackwardHook(module, *map(those_that_change, hooks))
+        self.hook.n_inputs, self._begun = n_inputs, True
+
+    def ended(self) -> BackwardHook:
+        """The hook for what the call returned, whose input may have had no gradient and be in no record."""
+        if not self._begun:
+            self.renew()
+        self._begun = False
+        return self.hook
 
 
 def hooked_input(call: HookedCall, *tensors: Tensor) -> Any:
@@ -128,7 +139,7 @@ def hooked_input(call: HookedCall, *tensors: Tensor) -> Any:
 
 def hooked_output(call: HookedCall, *tensors: Tensor) -> Any:
     """What a module with backward hooks returned."""
-    return _SETUP_OUTPUT(call.hook, tensors)
+    return _SETUP_OUTPUT(call.ended(), tensors)
 
 
 _calls: dict[int, HookedCall] = {}
@@ -138,6 +149,7 @@ _calls: dict[int, HookedCall] = {}
 def _setup_input(self: BackwardHook, args: Any) -> Any:
     if (recorder := seams.recorder) is None or not torch.is_grad_enabled():
         return _SETUP_INPUT(self, args)
+    self.user_hooks, self.user_pre_hooks = [*map(Heard, self.user_hooks)], [*map(Heard, self.user_pre_hooks)]
     call = _calls[id(self)] = HookedCall(self)
     return record_hooked(recorder, hooked_input, call, partial(_SETUP_INPUT, self), args)
 

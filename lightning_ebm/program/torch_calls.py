@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.named import named
+from lightning_ebm.program.user_hooks import Heard
 
 if TYPE_CHECKING:
     from lightning_ebm.program.recorder import Recorder
@@ -78,7 +79,10 @@ class TorchCalls(TorchFunctionMode):
             if owner.startswith("torch.distributed."):  # it tells FSDP when gradients are about to come
                 return func(*args, **kwargs)
             if value is not None and value.node is not None and tensor.requires_grad:
-                recorder.record.hooks.setdefault(value, []).append(hook)
+                heard = Heard(hook)
+                recorder.record.hooks.setdefault(value, []).append(heard)
+                recorder.record.has_hooks = True
+                return func(tensor, heard)
             return func(*args, **kwargs)
         return func(*args, **kwargs)
 

@@ -65,6 +65,13 @@ def blamed(
             " is nothing finite to relax towards. Look at the labels, and for log(0) or 0/0 in the loss; if it has"
             f" grown over the last steps, lower the learning rate of the parameters, or clip.{_SKIP}"
         )
+    elif backprop is not None and (nan := [name for name, g in backprop().items() if bool(g.isnan().any())]):
+        text = (
+            f"The loss is finite, and its own gradient is nan in {_listed(nan)}, by backprop as well: an operation of"
+            " the step has no slope where it was evaluated. Such are the root, norm or standard deviation of zeros, and"
+            " 0 * nan on the way back from what torch.where, nanmean or a mask has left out. Add a small number under"
+            f" the root, and fill what is left out before anything is computed with it.{_SKIP}"
+        )
     elif backprop is not None and (overflown := _spoiled(_squares(backprop()))):
         text = (
             f"The loss is finite, and the square of its own gradient is not: it overflows in {_listed(overflown)}, so"
@@ -93,7 +100,7 @@ def _spoiled_in(batch: Any) -> list[str]:
 def _tensors(batch: Any, where: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a batch that can hold nan, and how to get at them."""
     if isinstance(batch, Tensor):
-        if (batch.is_floating_point() or batch.is_complex()) and not batch.is_meta and not batch.is_sparse:
+        if (batch.is_floating_point() or batch.is_complex()) and not batch.is_meta and batch.layout is torch.strided:
             try:
                 found = batch.detach()
             except RuntimeError:  # what a call within torch.func was handed cannot be looked at outside of it

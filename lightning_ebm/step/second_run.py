@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_ebm.errors import EBMError, UnsupportedModuleError
 from lightning_ebm.program.at_value import at_value
 from lightning_ebm.program.calls import Replace
+from lightning_ebm.program.check import told_to_hooks
 from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.record import Mark, Value
 from lightning_ebm.program.recorder import Recorder
@@ -41,6 +42,9 @@ def repeated(first: Recorded, recorder: Recorder, loss: Tensor) -> tuple[Recorde
             Program(record, found[0], value), first.known, found[1], recorder.contents.held, loss.detach(), first.shapes
         )
         if _fix_the_same(first, second):
+            if record.has_hooks:
+                with recorder.pausing():
+                    told_to_hooks(loss)
             return second, list(found[0])
         found = "what they were given"
     raise UnsupportedModuleError(
@@ -61,9 +65,15 @@ def _fix_the_same(first: Recorded, second: Recorded) -> bool:
         if value in before.record.leaves or other is None:
             continue
         one, another = before.content(value), now.content(other)
-        if one.data_ptr() != another.data_ptr() and not torch.equal(one, another):
+        if not _is_same(one, another):
             return bool(one.is_floating_point() and one.isnan().any())
     return True
+
+
+def _is_same(one: Tensor, another: Tensor) -> bool:
+    if one.layout is not torch.strided:
+        return not bool((one - another).to_sparse_coo().coalesce().values().any())
+    return one.data_ptr() == another.data_ptr() or torch.equal(one, another)
 
 
 @contextmanager

@@ -1,0 +1,196 @@
+"""Gradient hooks inside of the network: who only looks is told once, of what stock would tell him; who changes acts."""
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_ebm as ebm
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+X = torch.randn(20, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+Y = torch.arange(20) % 3
+
+
+class Net(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Linear(4, 8), nn.Hardtanh(), nn.Linear(8, 6), nn.Hardtanh(), nn.Linear(6, 3)
+        ).double()
+        self.heard = []
+        self.build()
+
+    def build(self):
+        pass
+
+    def note(self, gradient):
+        self.heard.append(gradient.detach().clone())
+
+    def loss(self, x, y):
+        return F.cross_entropy(self.net(x), y)
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(*batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class OnHidden(Net):
+    def loss(self, x, y):
+        h = self.net[:3](x)
+        h.register_hook(self.note)
+        return F.cross_entropy(self.net[3:](h), y)
+
+
+class OnLayers(Net):
+    """On what layers return, by forward hooks, as pictures of what a network looks at are made."""
+
+    def build(self):
+        for module in self.net:
+            module.register_forward_hook(lambda module, args, out: out.register_hook(self.note) and None)
+
+
+class OnModules(Net):
+    """On every module, the first included, whose input has no gradient."""
+
+    def build(self):
+        for module in self.net:
+            module.register_full_backward_hook(lambda module, given, taken: self.note(taken[0]))
+
+
+class BeforeModules(Net):
+    def build(self):
+        for module in self.net:
+            module.register_full_backward_pre_hook(lambda module, taken: self.note(taken[0]))
+
+
+class GivesItBack(Net):
+    """Hooks that return what they were given."""
+
+    def loss(self, x, y):
+        h = self.net[:2](x)
+        h.register_hook(lambda g: self.note(g) or g)
+        return F.cross_entropy(self.net[2:](h), y)
+
+
+class ByHand(OnHidden):
+    """Two losses, each of which tells."""
+
+    def build(self):
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        h = self.net[:3](batch[0])
+        h.register_hook(self.note)
+        out = self.net[3:](h)
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(out, batch[1]), retain_graph=True)
+        self.manual_backward(out.square().mean())
+        optimizer.step()
+
+
+class AndChanges(Net):
+    """One looks, another changes, and below it one looks again."""
+
+    def loss(self, x, y):
+        h = self.net[2](self.net[:2](x))
+        h.register_hook(self.note)
+        low = self.net[3](h)
+        low.register_hook(lambda g: 0.3 * g)
+        return F.cross_entropy(self.net[4](low), y)
+
+
+class ChangesLater(Net):
+    """It looks for an epoch, and then changes."""
+
+    def loss(self, x, y):
+        h = self.net[:3](x) * 1.0
+        h.register_hook(lambda g: 0.5 * g if self.current_epoch else None)
+        return F.cross_entropy(self.net[3:](h), y)
+
+
+class Erratic(Net):
+    """Its answer hangs on the digits of what it is told."""
+
+    def loss(self, x, y):
+        h = self.net[:3](x) * 1.0
+        h.register_hook(lambda g: 0.5 * g if int(1e6 * float(g.norm())) % 2 else None)
+        return F.cross_entropy(self.net[3:](h), y)
+
+
+def fitted(make, strategy="auto", **options):
+    module = make()
+    trainer = L.Trainer(
+        max_epochs=3, strategy=strategy, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, **options,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(TensorDataset(X, Y), 8))
+    return module
+
+
+LOOK = [OnHidden, OnLayers, OnModules, BeforeModules, GivesItBack, ByHand, AndChanges]
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("make", [*LOOK, ChangesLater])
+def test_under_an_exact_rule_hooks_are_told_and_act_as_in_stock(make, capture):
+    stock, ours = fitted(make), fitted(make, ebm.EBMStrategy("zero-divergence", capture=capture))
+    assert len(ours.heard) == len(stock.heard)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(ours.heard, stock.heard, strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(ours.parameters(), stock.parameters(), strict=True)
+    )
+
+
+def test_one_whose_answer_cannot_be_had_again_is_refused():
+    with pytest.raises(ebm.UnsupportedModuleError, match=r"[Hh]ook"):
+        fitted(Erratic, ebm.EBMStrategy("zero-divergence"))
+
+
+@pytest.mark.parametrize("make", [OnHidden, OnModules])
+def test_under_accumulation_too(make):
+    stock = fitted(make, accumulate_grad_batches=2)
+    ours = fitted(make, ebm.EBMStrategy("zero-divergence"), accumulate_grad_batches=2)
+    assert len(ours.heard) == len(stock.heard)
+
+
+@pytest.mark.parametrize("algorithm", ["predictive-coding", "pc-nudge", "incremental-pc", "fixed-prediction"])
+@pytest.mark.parametrize("make", [make for make in LOOK if make is not ByHand])
+def test_under_any_rule_they_are_told_once_of_what_autograd_has_for_the_pass(make, algorithm):
+    stock, ours = fitted(make), fitted(make, ebm.EBMStrategy(algorithm))
+    assert len(ours.heard) == len(stock.heard)
+    first = len(stock.heard) // 9
+    for told, wanted in zip(ours.heard[:first], stock.heard[:first], strict=True):
+        assert torch.allclose(told, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [OnHidden, OnLayers, OnModules, ByHand])
+def test_where_the_step_runs_twice_they_are_told_once(make):
+    algorithm = ebm.algorithm("equilibrium-propagation", relaxer=ebm.FixedPoint(10))
+    assert len(fitted(make, ebm.EBMStrategy(algorithm)).heard) == len(fitted(make).heard)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_one_that_begins_to_clip_is_refused_at_that_step(capture):
+    """Clipped errors are not in the scale of the loss: found out on every program with hooks, not on new ones alone."""
+    module = Net()
+    learner = ebm.Learner(module.net, "zero-divergence", capture=capture)
+    bound = [1e9]
+
+    def loss():
+        h = module.net[:3](X[:8]) * 1.0
+        h.register_hook(lambda g: g.clamp(-bound[0], bound[0]) if bound[0] < 1 else None)
+        return F.cross_entropy(module.net[3:](h), Y[:8])
+
+    for _ in range(4):
+        learner.gradients(loss)
+    bound[0] = 1e-3
+    with pytest.raises(ebm.UnsupportedModuleError, match="proportional"):
+        learner.gradients(loss)
