@@ -423,7 +423,6 @@ REFUSED = [
     (lambda net, h: alias(h), "MyFunction.apply"),
     (dirty, "mark_dirty"),
     (lambda net, h: h * net.before, "before it began"),
-    (lambda net, h: torch.sparse.mm(net.sparse, h), "dense tensors"),
 ]
 
 
