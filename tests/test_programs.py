@@ -431,7 +431,6 @@ def test_what_is_refused_says_what_to_do(between, words, batch):
     x, y = batch
     net = Net(between)
     net.before = net.above.weight.sum() * 2
-    net.sparse = torch.eye(8).double().to_sparse()
     with pytest.raises(ebm.UnsupportedModuleError, match=words):
         ebm.Learner(net, EULER).backward(lambda: F.mse_loss(net(x), y))
 
