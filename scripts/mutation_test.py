@@ -473,23 +473,23 @@ MUTATIONS = [
     ),
     Mutation(
         "writes are traced as they come",
-        "program/code.py",
+        "program/tracer.py",
         "if functional is None or not self._is_own(tensors[0]):",
         "if functional is None:",
         "code fuzz",
     ),
     Mutation(
         "kinds of numbers are one to code",
-        "program/code.py",
+        "program/tracer.py",
         "repr([type(a).__name__ for a in args])",
         '""',
         "code fuzz",
     ),
     Mutation(
         "random numbers are drawn once in code",
-        "program/code.py",
-        'key = None if kind.random or kind.name == "clone" else _key',
-        "key = _key",
+        "program/tracer.py",
+        'key = None if kind.random or kind.name == "clone" else key_of',
+        "key = key_of",
         "code",
     ),
     Mutation(
@@ -683,7 +683,7 @@ MUTATIONS = [
     ),
     Mutation(
         "all elements are the first one's number",
-        "program/code.py",
+        "program/tracer.py",
         "return spreads and all(self.node(tensor) in self._uniform for tensor in tensors)",
         "return True",
         "code",

@@ -55,7 +55,7 @@ ORDER = [
     {"contents"},
     {"following"},
     {"recorder"},
-    {"calls", "interpreter", "seen_grad"},
+    {"calls", "interpreter", "seen_grad", "tracer"},
     {"candidates", "locality"},
     {"comparison", "wiring"},
     {"missing_layers", "nonlocal_weights"},
