@@ -57,6 +57,10 @@ as somebody must learn that it is over; fixed numbers of steps and exact rules n
 -: no equilibrium, or an activation that the algorithm does not take."""
 
 OPERATIONS = """
+Linear response asks at every step of its conjugate gradients, an incremental update before every step of the
+optimizer. `QuasiNewton`, `Anderson`, `Langevin` and batches whose samples see each other, which relax as one with a
+line search, ask at every step, too.
+
 Operations of torch that compute, as recorded (`capture=True`, before any compiler): what one more relaxation step
 adds, per layer with a state and, for loss, energy and the decision to stop, per step whatever the depth. Found from
 counts at two depths and two numbers of steps, on ReLU. Least is what the formula asks of torch for a layer: two
