@@ -29,8 +29,8 @@ ALGORITHMS: dict[str, tuple[str | ebm.Algorithm | None, bool]] = {
     "default": (None, True),
     "error-pc": ("error-pc", True),
     "PC, 5 Euler steps": (euler(5), True),
-    "PC, 200 Euler steps": (euler(200), True),
-    "PC, 200 Euler steps, capture=False": (euler(200), False),
+    "PC, 50 Euler steps": (euler(50), True),
+    "PC, 50 Euler steps, capture=False": (euler(50), False),
     "equilibrium-propagation": ("equilibrium-propagation", True),
     "dual-propagation": ("dual-propagation", True),
 }
