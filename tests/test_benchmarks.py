@@ -107,6 +107,7 @@ def test_every_row_takes_a_step_on_every_network(net):
 def test_a_library_that_is_not_installed_is_named_and_left_out(monkeypatch):
     monkeypatch.setattr(other_libraries, "NETS", dict.fromkeys(list(networks.NETS)[:2], SMALL))
     monkeypatch.setattr(peers, "PEERS", ("no_such_library",))
+    monkeypatch.setattr(other_libraries, "threads", contextlib.nullcontext)
     text = "\n".join(other_libraries.other_libraries(page.Settings(1, False, [sys.executable])))
     assert "Not installed here, and so not measured: no_such_library." in text
     assert text.count("| this library |") == text.count("| torch by hand |") == 4
