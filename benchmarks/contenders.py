@@ -35,7 +35,7 @@ DEFAULT, EP = "default", "equilibrium-propagation"
 """No algorithm named, which is `nudge="auto"`; and the preset that not every network has an equilibrium for."""
 
 
-def rows(net: Net, compile: bool) -> dict[str, Row]:
+def rows(net: Net) -> dict[str, Row]:
     """Those of this library, for one network."""
     published = euler(net.steps, net.lr)
     found: dict[str, Row] = {
@@ -47,8 +47,6 @@ def rows(net: Net, compile: bool) -> dict[str, Row]:
         f"PC, {net.steps} Euler steps": (published, {}),
         EP: (EP, {}),
     }
-    if compile:
-        found[f"PC, {net.steps} Euler steps, compile=True"] = (published, {"compile": True})
     return found
 
 

@@ -33,7 +33,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="parts of the page")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--compile", action="store_true", help="also through torch.compile, minutes of compiling")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="also through torch.compile: in ep, peers and first, some 7 minutes of compiling",
+    )
     parser.add_argument("--python", action="append", default=[], help="an interpreter that has another library")
     parser.add_argument("--page", type=Path, help="where the page is; of its parts, those of this run are replaced")
     given = parser.parse_args(arguments)

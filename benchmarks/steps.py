@@ -48,7 +48,7 @@ def steps(given: Settings) -> Lines:
         for count, (activation, trained_for) in itertools.product((1, 2), COLUMNS):
             with threads(count):
                 contest = Contest(sized(net, activation, trained_for), lr=0.0)
-                names = ["backprop", *_added(contest, net, given, with_ep=title == next(iter(NETS)))]
+                names = ["backprop", *_added(contest, net, with_ep=title == next(iter(NETS)))]
                 found.append(contest.medians(_turns(contest, given.repeats)))
             told.append({name: ended_as(learner) for name, learner in contest.learners.items()})
         for name in names:
@@ -60,9 +60,9 @@ def steps(given: Settings) -> Lines:
     yield from ended
 
 
-def _added(contest: Contest, net: Net, given: Settings, with_ep: bool) -> list[str]:
+def _added(contest: Contest, net: Net, with_ep: bool) -> list[str]:
     """The rows; those that the network is refused by are not in the contest."""
-    offered = {name: row for name, row in rows(net, given.compile).items() if with_ep or name != EP}
+    offered = {name: row for name, row in rows(net).items() if with_ep or name != EP}
     for name, (algorithm, options) in offered.items():
         contest.add(name, algorithm, **options)
         try:

@@ -74,7 +74,7 @@ def test_the_table_that_the_page_opens_with_has_trained_beside_fresh_and_what_is
     monkeypatch.setattr(steps, "threads", lambda count: contextlib.nullcontext(counts.append(count)))
     text = list(steps.steps(page.Settings(1, False, [])))
     rows = {cells[2].strip(): cells[3:-1] for cells in (line.split("|") for line in text[2:]) if len(cells) == 12}
-    assert list(rows) == ["backprop", *contenders.rows(networks.chain(8, 784, 8, 8, 10, steps=2), False)]
+    assert list(rows) == ["backprop", *contenders.rows(networks.chain(8, 784, 8, 8, 10, steps=2))]
     assert all(cell.endswith(" ms ") for cell in rows["backprop"])
     assert all(float(cell) > 0 for cell in rows["zero-divergence"])
     assert counts == [1] * 4 + [2] * 4
@@ -96,7 +96,7 @@ def test_momentum_finds_the_equilibrium_it_is_compared_at():
 def test_every_row_takes_a_step_on_every_network(net):
     """Of the smallest batch; each from the same weights, and none leaves them where they were."""
     contest = timing.Contest(networks.Net(net.make, (1, *net.shape[1:]), 2, net.lr))
-    for name, (algorithm, options) in contenders.rows(net, compile=False).items():
+    for name, (algorithm, options) in contenders.rows(net).items():
         contest.add(name, algorithm, **options)
     assert list(contest.medians(1)) == ["backprop", *contest.learners]
     for learner in contest.learners.values():
