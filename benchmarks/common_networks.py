@@ -177,7 +177,7 @@ class GPT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, T)`` to ``(B, T, letters)``."""
-        logits: Tensor = self.head(self.norm(self.blocks(self.letters(x) + self.places)))
+        logits: Tensor = self.head(self.norm(self.blocks(self.letters(x) + self.places[: x.shape[1]])))
         return logits
 
 

@@ -10,7 +10,7 @@ import lightning_ebm as ebm
 from lightning_ebm.evaluations import ErrorForces, Landscape
 from lightning_ebm.relaxers.base import force_norm
 
-Row = tuple[ebm.Algorithm, dict[str, bool]]
+Row = tuple[str | ebm.Algorithm | None, dict[str, bool]]
 """An algorithm, and the options of `ebm.Learner`."""
 
 
@@ -31,23 +31,22 @@ def sweeps(free: int, nudged: int, damping: float = 0.0) -> ebm.Algorithm:
     return ebm.algorithm("equilibrium-propagation", **relaxers)
 
 
-def rows(net: Net, compile: bool) -> dict[str, Row]:
+DEFAULT, EP = "default", "equilibrium-propagation"
+"""No algorithm named, which is `nudge="auto"`; and the preset that not every network has an equilibrium for."""
+
+
+def rows(net: Net) -> dict[str, Row]:
     """Those of this library, for one network."""
     published = euler(net.steps, net.lr)
     found: dict[str, Row] = {
+        "zero-divergence": ("zero-divergence", {}),
+        "pc-nudge": ("pc-nudge", {}),
+        DEFAULT: (None, {}),
+        "predictive-coding": ("predictive-coding", {}),
+        "error-pc": ("error-pc", {}),
         f"PC, {net.steps} Euler steps": (published, {}),
-        f"PC, {net.steps} Euler steps, capture=False": (published, {"capture": False}),
-        "predictive-coding": (ebm.algorithm("predictive-coding"), {}),
-        "predictive-coding, capture=False": (ebm.algorithm("predictive-coding"), {"capture": False}),
-        "predictive-coding to 1e-4": (settled(1e-4), {}),
-        'predictive-coding, relaxer="auto"': (ebm.algorithm("predictive-coding", relaxer="auto"), {}),
-        "error-pc": (ebm.algorithm("error-pc"), {}),
-        "pc-nudge": (ebm.algorithm("pc-nudge"), {}),
-        "pc-nudge, centered": (ebm.algorithm("pc-nudge", nudge=ebm.Centered(1e-2)), {}),
-        "zero-divergence": (ebm.algorithm("zero-divergence"), {}),
+        EP: (EP, {}),
     }
-    if compile:
-        found[f"PC, {net.steps} Euler steps, compile=True"] = (published, {"compile": True})
     return found
 
 

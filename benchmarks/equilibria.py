@@ -1,10 +1,6 @@
-"""How the default and "pc-nudge" settle on networks that people bring, fresh and after training: a table of Markdown.
+"""How steps settle on networks that people bring, fresh and after training: a table of Markdown.
 
 python benchmarks/equilibria.py [words of names] [--trained 200] [--repeats 5]
-
-Costs are steps of backprop on the same network in the same run, forward and backward pass, by process CPU time. `gap`
-is the energy that momentum descent on the same errors finds below the end, over the energy gained; `left` the largest
-force over the first. The error of "pc-nudge" is |update - backprop| over |backprop|.
 """
 
 import argparse
@@ -15,10 +11,21 @@ from typing import ClassVar
 
 import torch
 from common_networks import CASES, Case, trained
+from page import Lines, Settings, line, table
 from timing import machine, medians, timed
 from torch import Tensor, nn
 
 import lightning_ebm as ebm
+
+TRAINED, MOMENTUM = 200, 300
+HEAD = f"""## Networks that people have
+
+Forward and backward pass, with no optimizer, in backprop steps of the same network in the same run, CPU time at 1
+thread; fresh, and after {TRAINED} steps of backprop with Adam. "error" is |update - backprop| / |backprop| of
+"pc-nudge". "default" is `ebm.Learner(net)` with no algorithm named; lambda is the strength that it chose,
+"evaluations" those after the first. "gap" is the energy that {{momentum}} steps of momentum descent on the same
+errors, at that strength, find below its end, over the energy gained; "left" the largest force at the end over the
+first. "as layers": states at whole blocks."""
 
 
 class Momentum(ebm.Relaxer):
@@ -46,6 +53,15 @@ class Momentum(ebm.Relaxer):
         return ebm.Relaxation(list(landscape.no_errors), "errors", "fixed", 0, still)
 
 
+PRESETS: dict[str, str | None] = {
+    "zero-divergence": "zero-divergence", "error-pc": "error-pc", "pc-nudge": "pc-nudge", "default": None,
+}  # fmt: skip
+COLUMNS = (
+    "network", "weights", "backprop, ms", "zero-divergence", "error-pc", "pc-nudge", "error", "ended", "default",
+    "lambda", "evaluations", "ended", "gap", "left",
+)  # fmt: skip
+
+
 def row(name: str, case: Case, steps: int, repeats: int, momentum: int) -> str:
     """One line of the table."""
     net = trained(case, steps)
@@ -55,9 +71,9 @@ def row(name: str, case: Case, steps: int, repeats: int, momentum: int) -> str:
     def closure() -> Tensor:
         return case.loss(net(x), y)
 
-    learners = {preset: ebm.Learner(net, preset, layers=case.layers) for preset in ("pc-nudge", "predictive-coding")}
+    learners = {shown: ebm.Learner(net, preset, layers=case.layers) for shown, preset in PRESETS.items()}
     contenders = {"backprop": timed(lambda: torch.autograd.backward(closure()))}
-    contenders |= {preset: timed(partial(own.backward, closure)) for preset, own in learners.items()}
+    contenders |= {shown: timed(partial(own.backward, closure)) for shown, own in learners.items()}
     frozen = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for module in frozen:  # its running statistics are no part of what is measured
         module.momentum = 0.0
@@ -65,38 +81,50 @@ def row(name: str, case: Case, steps: int, repeats: int, momentum: int) -> str:
     net.zero_grad()
     true = ebm.reference.backprop(net, closure)
     error = ebm.metrics.alignment(learners["pc-nudge"].gradients(closure), true)["relative_error"]
-    learners["predictive-coding"].gradients(closure)
-    report, weak = learners["predictive-coding"].report, learners["pc-nudge"].report
-    start, end = (report["phases"][0]["energies"][k] for k in (0, -1))
-    ebm_momentum = Momentum(momentum)
-    below = ebm.algorithm("predictive-coding", relaxer=ebm_momentum)
-    ebm.Learner(net, below, layers=case.layers).gradients(closure)
-    gap = max(end - ebm_momentum.lowest, 0.0) / max(start - min(end, ebm_momentum.lowest), 1e-30)
-    cells = (
-        name, "fresh" if not steps else f"{steps} steps",
-        f"{cost['pc-nudge'] / cost['backprop']:.1f}", f"{error:.1e}", weak["result"],
-        f"{cost['predictive-coding'] / cost['backprop']:.1f}", str(report["steps"]), report["result"], f"{gap:.0e}",
-        f"{max(report['residual']):.2g}",
+    learners["default"].gradients(closure)
+    report, weak = learners["default"].report, learners["pc-nudge"].report
+    strength = float(report["phases"][0]["nudge"])
+    gap = _gap(net, case, report["phases"][0]["energies"], strength, momentum, (x, y))
+    ratios = {shown: cost[shown] / cost["backprop"] for shown in PRESETS}
+    return line(
+        name, "fresh" if not steps else f"{steps} steps", cost["backprop"], ratios["zero-divergence"],
+        ratios["error-pc"], ratios["pc-nudge"], f"{error:.1e}", weak["result"], ratios["default"], f"{strength:g}",
+        report["steps"], report["result"], f"{gap:.0e}", f"{max(report['residual']):.2g}",
     )  # fmt: skip
-    return f"| {' | '.join(cells)} |"
+
+
+def _gap(
+    net: nn.Module, case: Case, energies: Sequence[float], strength: float, steps: int, batch: tuple[Tensor, Tensor]
+) -> float:
+    """What momentum descent finds below the last of the energies, over what was gained since the first."""
+    below = Momentum(steps)
+    algorithm = ebm.algorithm("predictive-coding", nudge=ebm.OneSided(strength), relaxer=below)
+    ebm.Learner(net, algorithm, layers=case.layers).gradients(lambda: case.loss(net(batch[0]), batch[1]))
+    start, end = energies[0], energies[-1]
+    return max(end - below.lowest, 0.0) / max(start - min(end, below.lowest), 1e-30)
+
+
+def networks_people_have(given: Settings, names: Sequence[str] = ("",), momentum: int = MOMENTUM) -> Lines:
+    """Fresh and trained."""
+    yield HEAD.format(momentum=momentum)
+    yield table(*COLUMNS)
+    for name, case in CASES.items():
+        if any(part in name for part in names):
+            for steps in (0, TRAINED):
+                yield row(name, case, steps, max(1, given.repeats // 3), momentum)
 
 
 def main() -> None:
     """Prints the table, a line as soon as it is measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="parts of names; none: all")
-    parser.add_argument("--trained", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--momentum", type=int, default=300, help="steps of momentum descent")
+    parser.add_argument("names", nargs="*", default=[""], help="parts of names; none: all")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--momentum", type=int, default=MOMENTUM, help="steps of momentum descent")
     given = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{machine()}\n")
-    print('| network | weights | "pc-nudge" | error | ended | default | evaluations | ended | gap | left |')
-    print("| --- " * 10 + "|")
-    for name, case in CASES.items():
-        if not given.names or any(part in name for part in given.names):
-            for steps in (0, given.trained):
-                print(row(name, case, steps, given.repeats, given.momentum), flush=True)
+    for text in networks_people_have(Settings(given.repeats, False, []), given.names, given.momentum):
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

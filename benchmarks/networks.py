@@ -14,11 +14,12 @@ class Net:
     """A network, and what it is trained on.
 
     Args:
-        make: makes one, freshly initialized.
+        make: makes one.
         shape: of the batch, ``(B, ...)``; labels are 10 classes.
         steps: Euler steps of predictive coding.
         lr: their size.
         widths: of a chain of linear and tanh layers, which others can build and which is written out by hand.
+        data: so many samples and their labels; noise if not given.
     """
 
     make: Callable[[], nn.Module]
@@ -26,9 +27,12 @@ class Net:
     steps: int = 20
     lr: float = 0.1
     widths: tuple[int, ...] | None = None
+    data: Callable[[int], tuple[Tensor, Tensor]] | None = None
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Inputs and labels."""
+        if self.data is not None:
+            return self.data(self.shape[0])
         return torch.randn(self.shape), torch.randint(0, 10, self.shape[:1])
 
 
@@ -69,24 +73,9 @@ class Block(nn.Module):
         return changed
 
 
-class Transformer(nn.Module):
-    """Blocks over a sequence of vectors, their mean, ten classes. The activation of each block carries a state."""
-
-    def __init__(self, width: int = 128, blocks: int = 4) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(blocks)))
-        self.head = nn.Linear(width, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, T, width)`` to ``(B, 10)``."""
-        logits: Tensor = self.head(self.blocks(x).mean(1))
-        return logits
-
-
 NETS: dict[str, Net] = {
     "784-256x3-10, batch 64": chain(64, 784, 256, 256, 256, 10),
     "784-512x4-10, batch 256": chain(256, 784, 512, 512, 512, 512, 10),
     "20 layers of 128, batch 64": chain(64, 784, *[128] * 20, 10),
     "conv 32-64-128-128, batch 16": Net(conv_net, (16, 3, 32, 32), 8, 0.02),
-    "transformer, 4 blocks of 128, 16 x 32 tokens": Net(Transformer, (16, 32, 128), 8, 0.02),
 }

@@ -2,9 +2,9 @@
 
     python benchmarks/run.py --page docs/benchmarks.md
 
-Twenty minutes on one CPU core. Every figure is process CPU time of whole training steps (zero_grad, gradients, Adam),
-medians over repeats in which all contenders take turns, so that what else the machine does falls on all of them.
-Other libraries live in interpreters of their own, ``--python venv/bin/python``, any number of them.
+About 25 minutes on one CPU core; what is measured at two threads needs two that nobody else uses. All contenders of a
+table take turns, so that what else the machine does falls on all of them. Other libraries live in interpreters of their
+own, ``--python venv/bin/python``, any number of them: one with jax, optax and fabricpc, one with pcx.
 """
 
 import argparse
@@ -15,15 +15,17 @@ import warnings
 from pathlib import Path
 
 import torch
-from sections import SECTIONS, Settings
+from page import Settings
+from sections import SECTIONS
 from timing import machine
 
 HEAD = """# Benchmarks
 
-Process CPU time of whole training steps with Adam, float32, medians of up to {repeats} turns, with all contenders
-in an order that changes. "Backprop steps" is the ratio to backprop on the same network with the same optimizer in the
-same run; on a machine that others use, ratios are to be trusted more than milliseconds. Made by
-`python benchmarks/run.py`."""
+Whole training steps in float32 unless a section says otherwise, medians of up to {repeats} turns, with all
+contenders in an order that changes. "Backprop steps" is the ratio to backprop on the same network with the same
+optimizer in the same run. At one thread it is CPU time of the process, at two wall time. On a machine that others
+use, ratios are to be trusted more than milliseconds. Each section says when it was measured, and where. Made by
+`python benchmarks/run.py --page docs/benchmarks.md`."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -31,7 +33,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="parts of the page")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--compile", action="store_true", help="also through torch.compile, minutes of compiling")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="also through torch.compile: in ep, peers and first, some 7 minutes of compiling",
+    )
     parser.add_argument("--python", action="append", default=[], help="an interpreter that has another library")
     parser.add_argument("--page", type=Path, help="where the page is; of its parts, those of this run are replaced")
     given = parser.parse_args(arguments)

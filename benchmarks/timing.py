@@ -1,4 +1,8 @@
-"""Process CPU time of whole training steps, all contenders taking turns."""
+"""Time of whole training steps, all contenders taking turns.
+
+At one thread it is the CPU time of the process, which does not count what else the machine does; at more it is wall
+time, as the CPU time of several threads also counts those that wait.
+"""
 
 import copy
 import os
@@ -6,12 +10,12 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from by_hand import by_hand
 from networks import Net
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,20 +23,35 @@ from torch.nn import functional as F
 import lightning_ebm as ebm
 
 Timed = Callable[[], float]
-"""Takes a step, and tells how many milliseconds of CPU that took."""
+"""Takes a step, and tells how many milliseconds that took."""
+
+ByHand = Callable[[nn.Module, Tensor, Tensor], None]
+"""Adds its update of a network on a batch to `.grad`."""
 
 WARM_UP = 4
 
 
 def timed(step: Callable[[], object]) -> Timed:
-    """Clocks a step of this process."""
+    """Clocks a step of this process, on as many threads as torch now has."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
     def run() -> float:
-        start = time.process_time()
+        start = clock()
         step()
-        return 1e3 * (time.process_time() - start)
+        return 1e3 * (clock() - start)
 
     return run
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within it torch computes on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def cross_entropy(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -44,7 +63,7 @@ class Contest:
     """One network, and everybody who trains it: each on a copy of its own, with an Adam of its own.
 
     Args:
-        net: which.
+        net: which, on which data.
         gain: factor on the freshly drawn weights; above 1 as after some training, where relaxations take longer.
         lr: of Adam; 0 does all its arithmetic on weights that stay as they are.
         fused: Adam in one kernel, as others have it.
@@ -52,11 +71,10 @@ class Contest:
 
     def __init__(self, net: Net, gain: float = 1.0, lr: float = 1e-4, fused: bool = False) -> None:
         torch.manual_seed(0)
-        self.net = net
         self._adam: dict[str, Any] = {"lr": lr, "fused": fused}
-        self._module = net.make()
+        self.module = net.make()
         with torch.no_grad():
-            for parameter in self._module.parameters():
+            for parameter in self.module.parameters():
                 parameter.mul_(gain if parameter.ndim > 1 else 1.0)
         self.x, self.y = net.batch()
         self.steps: dict[str, Timed] = {}
@@ -66,9 +84,9 @@ class Contest:
     @property
     def resident(self) -> int:
         """Bytes that one of them holds between steps: weights, Adam's two moments, the batch."""
-        return 3 * sum(p.nbytes for p in self._module.parameters()) + self.x.nbytes + self.y.nbytes
+        return 3 * sum(p.nbytes for p in self.module.parameters()) + self.x.nbytes + self.y.nbytes
 
-    def add(self, name: str, algorithm: ebm.Algorithm, **options: bool) -> None:
+    def add(self, name: str, algorithm: str | ebm.Algorithm | None, **options: bool) -> None:
         """One of this library."""
 
         def learning(own: nn.Module) -> Callable[[], object]:
@@ -78,13 +96,24 @@ class Contest:
 
         self._add(name, learning)
 
-    def add_by_hand(self, name: str) -> None:
-        """The update of a chain in plain torch."""
-        x, y, net = self.x, self.y, self.net
-        self._add(name, lambda own: lambda: by_hand(own, x, y, net.steps, net.lr))  # type: ignore[arg-type]
+    def add_by_hand(self, name: str, update: ByHand) -> None:
+        """An update in plain torch."""
+        self._add(name, lambda own: lambda: update(own, self.x, self.y))
+
+    def update(self, algorithm: ebm.Algorithm) -> dict[str, Tensor]:
+        """What an algorithm makes of the batch, at the weights that all of them start from."""
+        own = copy.deepcopy(self.module)
+        return ebm.Learner(own, algorithm).gradients(lambda: cross_entropy(own, self.x, self.y))
+
+    def distance(self, algorithm: ebm.Algorithm, by_hand: ByHand) -> float:
+        """|a - b| / |b| of the updates of an algorithm and of what is written by hand, over all parameters."""
+        own = copy.deepcopy(self.module)
+        by_hand(own, self.x, self.y)
+        expected = {name: p.grad for name, p in own.named_parameters() if p.grad is not None}
+        return ebm.metrics.alignment(self.update(algorithm), expected)["relative_error"]
 
     def _add(self, name: str, gradients: Callable[[nn.Module], Callable[[], object]]) -> None:
-        own = copy.deepcopy(self._module)
+        own = copy.deepcopy(self.module)
         optimizer = torch.optim.Adam(own.parameters(), **self._adam)
         fill = gradients(own)
 
@@ -117,12 +146,8 @@ def medians(steps: dict[str, Timed], repeats: int) -> dict[str, float]:
 
 
 def machine() -> str:
-    """The processor, the threads in use, and how busy it is."""
+    """The processor, and how busy it is."""
     table = Path("/proc/cpuinfo")
     lines = table.read_text().splitlines() if table.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    threads = torch.get_num_threads()
-    return (
-        f"{name}, {threads} thread{'s' * (threads > 1)} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch"
-        f" {torch.__version__}"
-    )
+    return f"{name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"

@@ -1,12 +1,17 @@
 """What a training step asks its device, counted on the CPU; asked rarely or always, it ends the same."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from questions import questions
 from torch import nn
 from torch.nn import functional as F
 
 import lightning_ebm as ebm
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from questions import RARELY, questions
 
 SWEEPS = ebm.FixedPoint(200, tol=1e-4)
 FIXED = {
@@ -54,7 +59,7 @@ def trained(algorithm, activation, steps=4):
 
 
 def rarely(monkeypatch):
-    monkeypatch.setattr("lightning_ebm.network.network.runs_behind", lambda device: True)
+    monkeypatch.setattr(*RARELY)
 
 
 @pytest.mark.parametrize("case", FIXED)
