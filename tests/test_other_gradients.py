@@ -511,6 +511,13 @@ def test_a_scripted_layer_among_others_is_exact(index):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda net: torch.jit.trace(net, X[:2])])
+def test_a_network_that_is_scripted_as_a_whole_is_refused_by_name(compiled):
+    net = compiled(Net().net)
+    with pytest.raises(ebm.UnsupportedModuleError, match=r"torch\.jit\.script.*before scripting"):
+        ebm.Learner(net, EXACT).gradients(lambda: F.cross_entropy(net(X), Y))
+
+
 def test_a_scripted_block_whose_optimized_code_cannot_be_seen_is_refused_by_name():
     net = Net().net
     net = nn.Sequential(net[:2], torch.jit.script(net[2:4]), net[4])

@@ -144,7 +144,8 @@ def watched(root: nn.Module, recorder: Recorder, watch: Watch, replace: Replace)
     hooks = _Hooks()
     with ExitStack() as stack:
         stack.callback(hooks.remove)
-        hooks.add(root, root.register_forward_pre_hook(note_batch, with_kwargs=True))
+        if not isinstance(root, torch.jit.ScriptModule):  # which takes no hooks, and whose layers nobody sees
+            hooks.add(root, root.register_forward_pre_hook(note_batch, with_kwargs=True))
         for module in names:
             hooks.add(module, module.register_forward_hook(after, with_kwargs=True))
         for module in watch.activations:
