@@ -206,7 +206,7 @@ class Learner:
             step = self.begin(closure, teaches=False, clamp=clamp)
             with step.first_pass():
                 loss = closure()
-            found = named_gradients(self.module, step.surrogate(loss))
+            found = named_gradients(self.module, step.surrogate(loss), hooked=True)
             step.release()
             return found
 

@@ -194,3 +194,29 @@ def test_one_that_begins_to_clip_is_refused_at_that_step(capture):
     bound[0] = 1e-3
     with pytest.raises(ebm.UnsupportedModuleError, match="proportional"):
         learner.gradients(loss)
+
+
+class OnParameters(Net):
+    """Hooks that keep what they are told, and scale it."""
+
+    def build(self):
+        for parameter in self.net.parameters():
+            parameter.register_hook(lambda g: self.note(g) or 0.5 * g)
+
+
+@pytest.mark.parametrize("make", [OnParameters, OnHidden, OnModules])
+@pytest.mark.parametrize("algorithm", ["zero-divergence", "predictive-coding", "equilibrium-propagation"])
+@pytest.mark.parametrize("observer", ["alignment", "equilibrium", "monitor"])
+def test_observers_tell_them_nothing(make, algorithm, observer):
+    made = {
+        "alignment": lambda: ebm.GradientAlignment(every_n_steps=1),
+        "equilibrium": lambda: ebm.GradientAlignment(every_n_steps=1, reference="equilibrium"),
+        "monitor": lambda: ebm.RelaxationMonitor(every_n_steps=1),
+    }[observer]
+    if algorithm == "equilibrium-propagation":
+        algorithm = ebm.algorithm(algorithm, relaxer=ebm.FixedPoint(10))
+    alone = fitted(make, ebm.EBMStrategy(algorithm))
+    seen = fitted(make, ebm.EBMStrategy(algorithm), callbacks=[made()])
+    assert len(seen.heard) == len(alone.heard)
+    assert all(torch.equal(a, b) for a, b in zip(seen.heard, alone.heard, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(seen.parameters(), alone.parameters(), strict=True))
