@@ -225,11 +225,11 @@ def batch_size_among(
     reduced: Collection[int] = (),
     declared: Collection[int] = (),
 ) -> int:
-    """The size that a layer with `batch_first` declares, then one that the loss reduces, then one most states have.
+    """The size that a layer with `batch_first` declares, then the one that most states have, then one the loss reduces.
 
-    Then the most frequent, then the first. A time-major batch (T, B, ...), nodes of several graphs, or a loose tensor
-    beside the samples is not mistaken for the samples that way. An input of a single sample, without a dimension for
-    them, has one.
+    Then the most frequent, then the first; a smaller one that the loss reduces where it does not reduce that. A
+    time-major batch (T, B, ...), nodes of several graphs, or a loose tensor beside the samples is not mistaken for the
+    samples that way. An input of a single sample, without a dimension for them, has one.
 
     Args:
         batch: shapes of its tensors; candidates are their first dimensions, and the second ones of those with three.
@@ -243,10 +243,15 @@ def batch_size_among(
     carried = {size: sum(size in shape[:2] for shape in states) for size in found}
     if not any(carried[size] or size in reduced for size in found) and all(len(shape) < 2 for shape in states):
         return 1
-    return max(
-        found,
-        key=lambda s: (s in declared, s in reduced, carried[s], found.count(s), -found.index(s)),
-    )
+
+    def fitness(size: int) -> tuple[bool, int, bool, int, int]:
+        return size in declared, carried[size], size in reduced, found.count(size), -found.index(size)
+
+    best = max(found, key=fitness)
+    if best in declared or best in reduced:
+        return best
+    # What the layers have many of is pooled before the loss sees it, as nodes of a graph are.
+    return max((size for size in found if size in reduced and size < best), key=fitness, default=best)
 
 
 def declared_size(module: nn.Module, args: Sequence[Any]) -> int | None:
