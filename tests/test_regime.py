@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_watching import chain, problem
+from test_recording import chain, problem
 from torch import nn
 
 import lightning_ebm as ebm

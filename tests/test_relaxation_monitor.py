@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning_modules import Template
-from test_watching import by_hand
+from test_recording import by_hand
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
