@@ -367,6 +367,13 @@ def test_retained_gradients_of_the_first_step_are_those_of_autograd(preset, accu
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
 
 
+def test_retained_gradients_are_there_under_incremental_updates():
+    """Once a batch, however many steps its states take."""
+    stock, ours = fit(Looks, epochs=1), fit(Looks, ebm.EBMStrategy("incremental-pc"), epochs=1)
+    assert len(ours.seen) > len(stock.seen)  # the hook is called after every step
+    torch.testing.assert_close(ours.seen[0], stock.seen[0], rtol=1e-10, atol=1e-14)
+
+
 # --------------------------------------------------------------------------------------- nothing that could relax, yet
 
 

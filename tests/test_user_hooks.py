@@ -96,6 +96,42 @@ class ByHand(OnHidden):
         optimizer.step()
 
 
+class AndRetained(Net):
+    """Its gradient is kept by torch as well."""
+
+    def loss(self, x, y):
+        self.h = self.net[:2](x)
+        self.h.retain_grad()
+        self.h.register_hook(self.note)
+        return F.cross_entropy(self.net[2:](self.h), y)
+
+    def on_after_backward(self):
+        self.note(self.h.grad)
+
+
+class Removed(Net):
+    """Hooks that are gone before the backward pass: one that would look, and one that would change."""
+
+    def loss(self, x, y):
+        h = self.net[:2](x) * 1.0
+        handles = [h.register_hook(self.note), h.register_hook(lambda g: 0 * g)]
+        out = self.net[2:](h)
+        for handle in handles:
+            handle.remove()
+        return F.cross_entropy(out, y)
+
+
+class OwnDerivative(Net):
+    """It is told of the derivative that the step takes, and of the loss's."""
+
+    def loss(self, x, y):
+        h = self.net[:2](x)
+        h.register_hook(self.note)
+        out = self.net[2:](h)
+        (slope,) = torch.autograd.grad(out.sum(), h, create_graph=True)
+        return F.cross_entropy(out, y) + 0.1 * slope.square().mean()
+
+
 class AndChanges(Net):
     """One looks, another changes, and below it one looks again."""
 
@@ -135,7 +171,9 @@ def fitted(make, strategy="auto", **options):
     return module
 
 
-LOOK = [OnHidden, OnLayers, OnModules, BeforeModules, GivesItBack, ByHand, AndChanges]
+LOOK = [
+    OnHidden, OnLayers, OnModules, BeforeModules, GivesItBack, ByHand, AndChanges, AndRetained, Removed, OwnDerivative,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("capture", [True, False])
@@ -162,7 +200,7 @@ def test_under_accumulation_too(make):
 
 
 @pytest.mark.parametrize("algorithm", ["predictive-coding", "pc-nudge", "incremental-pc", "fixed-prediction"])
-@pytest.mark.parametrize("make", [make for make in LOOK if make is not ByHand])
+@pytest.mark.parametrize("make", [make for make in LOOK if make not in (ByHand, AndRetained)])
 def test_under_any_rule_they_are_told_once_of_what_autograd_has_for_the_pass(make, algorithm):
     stock, ours = fitted(make), fitted(make, ebm.EBMStrategy(algorithm))
     assert len(ours.heard) == len(stock.heard)

@@ -190,10 +190,7 @@ class Step:
             self._setup.remember([], [], loss.detach() / scale, "plain")
             return self.unrelaxed(loss, scale)
         with self._blaming(loss.detach()):
-            assert self._recorder is not None
-            retained = Retained(loss, self._recorder.contents.retained)
-            self._note(loss)
-            retained.restore()
+            retained = self._note(loss)
             if self._pass().is_empty:
                 surrogate = self._directly(scale)
             else:
@@ -265,23 +262,33 @@ class Step:
         """
         setup = self._setup
         with self._blaming(checked_loss(loss).detach()):
-            self._note(loss)
+            retained = self._note(loss)
             if self._pass().is_empty:
                 yield self._directly(scale)
                 return
             network = self._opened(loss)
         assert self._phases is not None
-        for ends in increments(self._phases, setup.algorithm):
+        for number, ends in enumerate(increments(self._phases, setup.algorithm)):
             update = network.update(setup.algorithm.rule, ends) * (scale / network.loss_scale)
             reports = [PhaseReport.of(ends[0].strength, ends[0].found)]
             setup.remember(list(network.names), reports, network.first_loss, network.way)
             check_coverage(setup, self._pass(), update, network.batch_size)
-            yield loss.detach() + (update - update.detach())
+            surrogate = loss.detach() + (update - update.detach())
+            if number == 0 and surrogate.requires_grad:
+                surrogate.register_hook(partial(_handed_over, retained))
+            yield surrogate
 
-    def _note(self, loss: Tensor) -> None:
+    def _note(self, loss: Tensor) -> Retained:
         """The user's pass is over: what it was, unless a quiet one has told."""
         assert self._recorder is not None
-        loss = loss if self._raw_loss is None else self._raw_loss
+        retained = Retained(loss, self._recorder.contents.retained)
+        with retained.told(self._recorder.record.all_hooks()):
+            self._find(loss if self._raw_loss is None else self._raw_loss)
+        retained.restore()
+        return retained
+
+    def _find(self, loss: Tensor) -> None:
+        assert self._recorder is not None
         if self._phases is None:
             found = self._setup.programs.of(self._recorder, loss, partial=not self._owns_recorder)
             self._recorded = Recorded.of(found, self._recorder, loss)
