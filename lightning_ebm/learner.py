@@ -67,8 +67,8 @@ class Learner:
         compile: send that code through Inductor, which takes seconds once for every shape of batch and, on a CPU, a C++
             compiler.
         batch_size: number of samples of a batch: a number, or a function of what the module is called with; None finds
-            it: the size that a layer with torch's `batch_first` declares, else one that the loss is reduced over, else
-            the one that most layers have in common.
+            it: the size that a layer with torch's `batch_first` declares, else the one that most layers have in common,
+            or a smaller one that the loss is reduced over, as graphs of many nodes are.
         on_divergence: what is done with a batch that cannot relax, or whose loss is not finite: "raise"; "skip", which
             leaves no gradient and puts back what the pass wrote to; or a preset's name or an `Algorithm`, which takes
             that batch. The report counts them.
@@ -193,7 +193,7 @@ class Learner:
             step = self.begin(closure, teaches=False, clamp=clamp)
             with step.first_pass():
                 loss = closure()
-            found = named_gradients(self.module, step.surrogate(loss))
+            found = named_gradients(self.module, step.surrogate(loss), hooked=True)
             step.release()
             return found
 

@@ -42,7 +42,7 @@ def backprop(module: nn.Module, closure: Closure) -> dict[str, Tensor]:
         ConfigurationError: the closure returns no usable loss.
     """
     with untouched(module), torch.enable_grad():
-        return named_gradients(module, checked_loss(closure()))
+        return named_gradients(module, checked_loss(closure()), hooked=True)
 
 
 def equilibrium(

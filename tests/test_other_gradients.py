@@ -367,6 +367,13 @@ def test_retained_gradients_of_the_first_step_are_those_of_autograd(preset, accu
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
 
 
+def test_retained_gradients_are_there_under_incremental_updates():
+    """Once a batch, however many steps its states take."""
+    stock, ours = fit(Looks, epochs=1), fit(Looks, ebm.EBMStrategy("incremental-pc"), epochs=1)
+    assert len(ours.seen) > len(stock.seen)  # the hook is called after every step
+    torch.testing.assert_close(ours.seen[0], stock.seen[0], rtol=1e-10, atol=1e-14)
+
+
 # --------------------------------------------------------------------------------------- nothing that could relax, yet
 
 
@@ -511,6 +518,13 @@ def test_a_scripted_layer_among_others_is_exact(index):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda net: torch.jit.trace(net, X[:2])])
+def test_a_network_that_is_scripted_as_a_whole_is_refused_by_name(compiled):
+    net = compiled(Net().net)
+    with pytest.raises(ebm.UnsupportedModuleError, match=r"torch\.jit\.script.*before scripting"):
+        ebm.Learner(net, EXACT).gradients(lambda: F.cross_entropy(net(X), Y))
+
+
 def test_a_scripted_block_whose_optimized_code_cannot_be_seen_is_refused_by_name():
     net = Net().net
     net = nn.Sequential(net[:2], torch.jit.script(net[2:4]), net[4])

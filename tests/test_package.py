@@ -40,7 +40,7 @@ OPEN = ("program", "network", "step", "instruments")
 
 # Lower layers know nothing of higher ones; torch alone below the strategy.
 ORDER = [
-    {"errors", "harmless", "notebook", "promises", "retained"},
+    {"errors", "harmless", "notebook", "promises"},
     {"checked", "questions"},
     {"energies", "nudges"},
     {"evaluations"},
@@ -71,7 +71,7 @@ ORDER = [
     {"clamp"},
     {"presets"},
     # lightning_ebm.step, and what looks at an equilibrium
-    {"report", "spectrum", "state_memory", "verdict"},
+    {"report", "retained", "spectrum", "state_memory", "verdict"},
     {"divergence", "unsettled"},
     {"arithmetic", "outcome", "setup"},
     {"phases", "recorded"},

@@ -150,6 +150,33 @@ def test_a_batch_of_graphs_has_as_many_samples_as_its_loss_has_terms(sizes):
     assert off(trained(), trained(batch_size=len(sizes))) == 0
 
 
+class Boxes(L.LightningModule):
+    """Several terms of the loss for each picture, and a tensor of the batch that has as many rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def training_step(self, batch, batch_idx):
+        pictures, owner, y = batch
+        return F.cross_entropy(self.net(pictures)[owner], y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_several_terms_for_each_sample_are_no_samples():
+    owner = torch.tensor([0, 0, 0, 1, 2, 2, 3])
+    data = [(torch.randn(4, 4).double(), owner, torch.arange(7) % 3)]
+    strategy = ebm.EBMStrategy(FINITE)
+    trainer = L.Trainer(
+        max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, strategy=strategy,
+    )  # fmt: skip
+    trainer.fit(Boxes().double(), torch.utils.data.DataLoader(data, batch_size=None))
+    assert len(strategy.learner.report["residual"]) == 4
+
+
 def test_one_observation_without_a_dimension_for_samples_is_one_sample():
     """As policies are called in loops of reinforcement learning; against the same observation as a batch of one."""
     torch.manual_seed(0)

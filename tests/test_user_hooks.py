@@ -96,6 +96,42 @@ class ByHand(OnHidden):
         optimizer.step()
 
 
+class AndRetained(Net):
+    """Its gradient is kept by torch as well."""
+
+    def loss(self, x, y):
+        self.h = self.net[:2](x)
+        self.h.retain_grad()
+        self.h.register_hook(self.note)
+        return F.cross_entropy(self.net[2:](self.h), y)
+
+    def on_after_backward(self):
+        self.note(self.h.grad)
+
+
+class Removed(Net):
+    """Hooks that are gone before the backward pass: one that would look, and one that would change."""
+
+    def loss(self, x, y):
+        h = self.net[:2](x) * 1.0
+        handles = [h.register_hook(self.note), h.register_hook(lambda g: 0 * g)]
+        out = self.net[2:](h)
+        for handle in handles:
+            handle.remove()
+        return F.cross_entropy(out, y)
+
+
+class OwnDerivative(Net):
+    """It is told of the derivative that the step takes, and of the loss's."""
+
+    def loss(self, x, y):
+        h = self.net[:2](x)
+        h.register_hook(self.note)
+        out = self.net[2:](h)
+        (slope,) = torch.autograd.grad(out.sum(), h, create_graph=True)
+        return F.cross_entropy(out, y) + 0.1 * slope.square().mean()
+
+
 class AndChanges(Net):
     """One looks, another changes, and below it one looks again."""
 
@@ -135,7 +171,9 @@ def fitted(make, strategy="auto", **options):
     return module
 
 
-LOOK = [OnHidden, OnLayers, OnModules, BeforeModules, GivesItBack, ByHand, AndChanges]
+LOOK = [
+    OnHidden, OnLayers, OnModules, BeforeModules, GivesItBack, ByHand, AndChanges, AndRetained, Removed, OwnDerivative,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("capture", [True, False])
@@ -162,7 +200,7 @@ def test_under_accumulation_too(make):
 
 
 @pytest.mark.parametrize("algorithm", ["predictive-coding", "pc-nudge", "incremental-pc", "fixed-prediction"])
-@pytest.mark.parametrize("make", [make for make in LOOK if make is not ByHand])
+@pytest.mark.parametrize("make", [make for make in LOOK if make not in (ByHand, AndRetained)])
 def test_under_any_rule_they_are_told_once_of_what_autograd_has_for_the_pass(make, algorithm):
     stock, ours = fitted(make), fitted(make, ebm.EBMStrategy(algorithm))
     assert len(ours.heard) == len(stock.heard)
@@ -194,3 +232,29 @@ def test_one_that_begins_to_clip_is_refused_at_that_step(capture):
     bound[0] = 1e-3
     with pytest.raises(ebm.UnsupportedModuleError, match="proportional"):
         learner.gradients(loss)
+
+
+class OnParameters(Net):
+    """Hooks that keep what they are told, and scale it."""
+
+    def build(self):
+        for parameter in self.net.parameters():
+            parameter.register_hook(lambda g: self.note(g) or 0.5 * g)
+
+
+@pytest.mark.parametrize("make", [OnParameters, OnHidden, OnModules])
+@pytest.mark.parametrize("algorithm", ["zero-divergence", "predictive-coding", "equilibrium-propagation"])
+@pytest.mark.parametrize("observer", ["alignment", "equilibrium", "monitor"])
+def test_observers_tell_them_nothing(make, algorithm, observer):
+    made = {
+        "alignment": lambda: ebm.GradientAlignment(every_n_steps=1),
+        "equilibrium": lambda: ebm.GradientAlignment(every_n_steps=1, reference="equilibrium"),
+        "monitor": lambda: ebm.RelaxationMonitor(every_n_steps=1),
+    }[observer]
+    if algorithm == "equilibrium-propagation":
+        algorithm = ebm.algorithm(algorithm, relaxer=ebm.FixedPoint(10))
+    alone = fitted(make, ebm.EBMStrategy(algorithm))
+    seen = fitted(make, ebm.EBMStrategy(algorithm), callbacks=[made()])
+    assert len(seen.heard) == len(alone.heard)
+    assert all(torch.equal(a, b) for a, b in zip(seen.heard, alone.heard, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(seen.parameters(), alone.parameters(), strict=True))

@@ -152,7 +152,8 @@ def watched(root: nn.Module, recorder: Recorder, watch: Watch, replace: Replace)
     hooks = _Hooks()
     with ExitStack() as stack:
         stack.callback(hooks.remove)
-        hooks.add(root, root.register_forward_pre_hook(note_batch, with_kwargs=True))
+        if not isinstance(root, torch.jit.ScriptModule):  # which takes no hooks, and whose layers nobody sees
+            hooks.add(root, root.register_forward_pre_hook(note_batch, with_kwargs=True))
         for module in names:
             hooks.add(module, module.register_forward_hook(after, with_kwargs=True))
         for module in watch.activations:
@@ -232,11 +233,12 @@ def batch_size_among(
     reduced: Collection[int] = (),
     declared: Collection[int] = (),
 ) -> tuple[int, int | None]:
-    """The size that a layer with `batch_first` declares, then one that the loss reduces, then one most states have.
+    """The size that a layer with `batch_first` declares, then the one that most states have, then one the loss reduces.
 
-    Then the most frequent, then the first. A time-major batch (T, B, ...), nodes of several graphs, or a loose tensor
-    beside the samples is not mistaken for the samples that way. An input of a single sample, without a dimension for
-    them, has one. And another size that has as good a claim, if there is any.
+    Then the most frequent, then the first; a smaller one that the loss reduces where it does not reduce that. A
+    time-major batch (T, B, ...), nodes of several graphs, or a loose tensor beside the samples is not mistaken for the
+    samples that way. An input of a single sample, without a dimension for them, has one. And another size that has as
+    good a claim, if there is any.
 
     Args:
         batch: shapes of its tensors; candidates are their first dimensions, and the second ones of those with three.
@@ -250,10 +252,19 @@ def batch_size_among(
     carried = {size: sum(size in shape[:2] for shape in states) for size in found}
     if not any(carried[size] or size in reduced for size in found) and all(len(shape) < 2 for shape in states):
         return 1, None
-    claims = {size: (size in declared, size in reduced, carried[size]) for size in found}
-    size = max(found, key=lambda s: (*claims[s], found.count(s), -found.index(s)))
-    rivals = [other for other in found if other != size and claims[other] == claims[size]]
-    return size, rivals[0] if rivals and batch and carried[size] else None
+
+    def claim(size: int) -> tuple[bool, int, bool]:
+        return size in declared, carried[size], size in reduced
+
+    def fitness(size: int) -> tuple[bool, int, bool, int, int]:
+        return *claim(size), found.count(size), -found.index(size)
+
+    best = max(found, key=fitness)
+    if best not in declared and best not in reduced:
+        # What the layers have many of is pooled before the loss sees it, as nodes of a graph are.
+        best = max((size for size in found if size in reduced and size < best), key=fitness, default=best)
+    rivals = [other for other in found if other != best and claim(other) == claim(best)]
+    return best, rivals[0] if rivals and batch and carried[best] else None
 
 
 def declared_size(module: nn.Module, args: Sequence[Any]) -> int | None:

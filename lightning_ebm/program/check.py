@@ -10,6 +10,7 @@ from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.calls import clean
 from lightning_ebm.program.interpreter import Pass, Program, at_prediction
 from lightning_ebm.program.named import named
+from lightning_ebm.program.record import Record
 from lightning_ebm.program.seams import hooked_input, hooked_output
 from lightning_ebm.program.user_hooks import without_hooks
 from lightning_ebm.program.wiring import Plan, graph_of
@@ -40,6 +41,7 @@ def _compare(
     names: dict[int, str], module: nn.Module, program: Program, plan: Plan, loss: Tensor, leaves: Sequence[Tensor]
 ) -> None:
     found = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)  # hooks between them hear it
+    program.record.told()
     seen = program.run(at_prediction())
     ours = exact_rule(seen, plan, leaves)
     ours = [None if g is None else g.to_dense() for g in ours]
@@ -67,11 +69,12 @@ def _compare(
         _check_proportional(program, plan, leaves, ours, rounding)
 
 
-def told_to_hooks(loss: Tensor) -> None:
+def told_to_hooks(record: Record, loss: Tensor) -> None:
     """Hooks between the operations of a pass that is known already are told of its own gradient."""
     leaves = graph_of([loss])[0]
     with without_hooks(leaves):
         torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+    record.told()
 
 
 _SCALES = (1e-3, 1e3)

@@ -49,9 +49,9 @@ def refuse_all(module: nn.Module, tried: list[str], called: bool, record: Record
     if not inside and is_read([module], record):
         raise LayerDiscoveryError(
             f"The loss is computed from parameters of {type(module).__name__}, and no layer of it was called: its"
-            " tensors are used directly (x @ self.W, F.linear(x, layer.weight), torch.tanh), so that nothing says"
-            " where a layer ends. Call modules there (nn.Linear, nn.Tanh), or hand the output of each layer through"
-            " an nn.Identity() of its own and name these: layers=[...]."
+            " tensors are used directly (x @ self.W, F.linear(x, layer.weight), layer.forward(x), torch.tanh), so that"
+            " nothing says where a layer ends. Call modules there (nn.Linear, nn.Tanh), or hand the output of each"
+            " layer through an nn.Identity() of its own and name these: layers=[...]."
         )
     if not called and not inside and any(True for _ in module.children()):
         raise LayerDiscoveryError(

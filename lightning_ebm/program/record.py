@@ -174,6 +174,15 @@ class Record:
     declared: set[int] = field(default_factory=set)
     arguments: Any = None
 
+    def told(self) -> None:
+        """The user's pass has been differentiated, and its hooks have been told."""
+        for hook in self.all_hooks():
+            hook.over()
+
+    def all_hooks(self) -> list[Any]:
+        """All that were put on its values, in one list."""
+        return [hook for hooks in self.hooks.values() for hook in hooks]
+
 
 def is_continuous(dtype: torch.dtype) -> bool:
     """Whether tensors of this kind can carry a gradient: integers and truth values cannot."""

@@ -19,9 +19,13 @@ class Heard:
 
     def __init__(self, hook: Callable[..., Any]) -> None:
         self._hook = hook
-        self._looked = self._changed = False
+        self._looked = self._changed = self._is_over = False
+        self.was_told = False
+        """Whether it knows the backward pass that comes now: one that looks is not told twice."""
 
     def __call__(self, *args: Any) -> Any:
+        if self.was_told and self.only_looks:
+            return None
         result = self._hook(*args)
         self._looked = True
         self._changed |= result is not None and result is not args[0]
@@ -35,8 +39,12 @@ class Heard:
 
     @property
     def only_looks(self) -> bool:
-        """Whether it was told, and changed nothing."""
-        return self._looked and not self._changed
+        """Whether it was told, and changed nothing; or was not, in a pass that is over, as it had been removed."""
+        return (self._looked or self._is_over) and not self._changed
+
+    def over(self) -> None:
+        """The pass of the user's own has been differentiated."""
+        self._is_over = True
 
 
 def those_that_change(hooks: Iterable[Callable[..., Any]]) -> list[Callable[..., Any]]:

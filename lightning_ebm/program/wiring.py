@@ -1,6 +1,7 @@
 """The graph between the states of one record: which states, parameters and weighted modules feed which."""
 
 from collections.abc import Collection, Iterable, Sequence, Set
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from lightning_ebm.program.locality import Judged, Locality
 from lightning_ebm.program.module_walk import modules_of, parameters_of
 from lightning_ebm.program.operations import traits
 from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value
+from lightning_ebm.program.user_hooks import without_hooks
 
 
 class Row(NamedTuple):
@@ -272,10 +274,20 @@ def reached_parameters(module: nn.Module, scalar: Tensor) -> frozenset[str]:
     return frozenset(clean(name) for name, p in module.named_parameters() if id(p) in leaves)
 
 
-def named_gradients(module: nn.Module, scalar: Tensor, retain_graph: bool = False) -> dict[str, Tensor]:
-    """d scalar / d theta for every trainable parameter it reaches, by the name the user knows."""
+def named_gradients(
+    module: nn.Module, scalar: Tensor, retain_graph: bool = False, hooked: bool = False
+) -> dict[str, Tensor]:
+    """d scalar / d theta for every trainable parameter it reaches, by the name the user knows.
+
+    Args:
+        module: the user's.
+        scalar: what is differentiated.
+        retain_graph: as in `torch.autograd.grad`.
+        hooked: whether hooks on parameters act, as they do on what is put into ``.grad``.
+    """
     named = {clean(name): p for name, p in module.named_parameters() if p.requires_grad}
     if not named:
         raise ConfigurationError(f"{type(module).__name__} has no trainable parameter: nothing could be learned.")
-    found = torch.autograd.grad(scalar, list(named.values()), allow_unused=True, retain_graph=retain_graph)
+    with nullcontext() if hooked else without_hooks(named.values()):
+        found = torch.autograd.grad(scalar, list(named.values()), allow_unused=True, retain_graph=retain_graph)
     return {name: g.detach() for name, g in zip(named, found, strict=True) if g is not None}

@@ -1,9 +1,12 @@
 """Gradients of activations that the user wants to see (`Tensor.retain_grad`), where nobody differentiates the graph."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from lightning_ebm.program.user_hooks import Heard
 
 
 class Retained:
@@ -22,6 +25,17 @@ class Retained:
         self._found: Sequence[Tensor | None] = ()
         if self._tensors:
             self._found = torch.autograd.grad(loss, self._tensors, retain_graph=True, allow_unused=True)
+
+    @contextmanager
+    def told(self, hooks: Iterable[Heard]) -> Iterator[None]:
+        """Within it hooks know the backward pass that this has made, if it has made one."""
+        for hook in hooks if self._tensors else ():
+            hook.was_told = True
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.was_told = False
 
     def restore(self) -> None:
         """Takes back what gradients on their way through these tensors have left there since."""

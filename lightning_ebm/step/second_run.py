@@ -44,7 +44,7 @@ def repeated(first: Recorded, recorder: Recorder, loss: Tensor) -> tuple[Recorde
         if _fix_the_same(first, second):
             if record.has_hooks:
                 with recorder.pausing():
-                    told_to_hooks(loss)
+                    told_to_hooks(record, loss)
             return second, list(found[0])
         found = "what they were given"
     raise UnsupportedModuleError(

@@ -183,9 +183,7 @@ class Step:
             self._setup.remember([], [], loss.detach() / scale, "plain")
             return self.unrelaxed(loss, scale)
         with self._pass.blaming(loss.detach()):
-            retained = Retained(loss, self._pass.recorder.contents.retained)
-            self._note(loss)
-            retained.restore()
+            retained = self._note(loss)
             if self._pass.known.is_empty:
                 surrogate = self._directly(scale)
             else:
@@ -257,22 +255,32 @@ class Step:
         """
         setup = self._setup
         with self._pass.blaming(checked_loss(loss).detach()):
-            self._note(loss)
+            retained = self._note(loss)
             if self._pass.known.is_empty:
                 yield self._directly(scale)
                 return
             network = self._opened(loss)
         assert self._phases is not None
-        for ends in increments(self._phases, setup.algorithm):
+        for number, ends in enumerate(increments(self._phases, setup.algorithm)):
             update = network.update(setup.algorithm.rule, ends) * (scale / network.loss_scale)
             reports = [PhaseReport.of(ends[0].strength, ends[0].found)]
             setup.remember(list(network.names), reports, network.first_loss, network.way)
             check_coverage(setup, self._pass.known, update, network.batch_size)
-            yield loss.detach() + (update - update.detach())
+            surrogate = loss.detach() + (update - update.detach())
+            if number == 0 and surrogate.requires_grad:
+                surrogate.register_hook(partial(_handed_over, retained))
+            yield surrogate
 
-    def _note(self, loss: Tensor) -> None:
+    def _note(self, loss: Tensor) -> Retained:
         """The user's pass is over: what it was, unless a quiet one has told."""
-        loss = loss if self._raw_loss is None else self._raw_loss
+        recorder = self._pass.recorder
+        retained = Retained(loss, recorder.contents.retained)
+        with retained.told(recorder.record.all_hooks()):
+            self._find(loss if self._raw_loss is None else self._raw_loss)
+        retained.restore()
+        return retained
+
+    def _find(self, loss: Tensor) -> None:
         if self._phases is None:
             recorder, partial = self._pass.recorder, not self._pass.owns_recorder
             found = self._setup.programs.of(recorder, loss, partial)
