@@ -139,10 +139,13 @@ class _Descent:
         self.steps += 1
         slope = self._dot(gradients, self.direction)
         kept = moving & (slope <= 0.9 * self.slope.abs())  # nan is not
-        change = [torch.where(k, h - g, 0) for k, g, h in self._rows(kept, self.gradients, gradients)]
-        step = [torch.where(k, y - x, 0) for k, x, y in self._rows(kept, self.point, ahead)]
-        self.inverse.add(step, change)
         whole = bool(kept.all())
+        change = [h - g for g, h in zip(self.gradients, gradients, strict=True)]
+        step = [y - x for x, y in zip(self.point, ahead, strict=True)]
+        if not whole:
+            change = [torch.where(k, c, 0) for k, c in self._rows(kept, change)]
+            step = [torch.where(k, s, 0) for k, s in self._rows(kept, step)]
+        self.inverse.add(step, change)
         self.point = ahead if whole else [x + s for x, s in zip(self.point, step, strict=True)]
         self.gradients = gradients if whole else [g + c for g, c in zip(self.gradients, change, strict=True)]
         self.norm, self.measured = self._norm(self.gradients), whole
@@ -151,7 +154,7 @@ class _Descent:
         shorter = (-self.slope / turned.masked_fill(turned == 0, 1)).clamp(0.1, 0.5).nan_to_num(0.1)
         self.tries = torch.where(kept, 0, self.tries + moving)
         self.length = torch.where(kept, 1.0, self.length * shorter)
-        self._aim(kept)
+        self._aim(None if whole else kept)
 
     def _aim(self, kept: Tensor | None = None) -> None:
         """-H g, for the samples that have moved; -g where that leads uphill or nothing is known."""
