@@ -4,19 +4,23 @@
     python recipes/generative.py --data_dir data/mnist --part recall
 
 10-256-256-784 from a latent state to pixels, tanh, tanh, sigmoid. Everything is predictive coding,
-E = 1/2 |z - z_0|^2 + sum_l Pi/2 |x_l - mu_l|^2 + lambda/2 |image - mu|^2, where z, the state at the input, is inferred
+E = 1/2 |z - z_0|^2 + sum_l 1/2 |x_l - mu_l|^2 + lambda/2 |image - mu|^2, where z, the state at the input, is inferred
 or held at a label.
 
-* fill: no labels; the latent of each image is inferred, then weights move. Afterwards the lower half is inferred from
-  the upper. A second stage goes on with states that saw the upper half alone and weights that see the whole image.
-* recall: 64 images are stored by the same rule, and recalled from their upper half, and from noise upon them.
-* labels: the latent is held at the label in training; of a test image it is the one that costs the least energy.
+* fill: the lower half of an image is inferred from its upper half. No labels, and two ways to learn: "whole images",
+  where states are inferred from all pixels and weights follow; and "completion", where states are inferred from the
+  upper half, once more with the lower half as a weak nudge in both directions, and weights follow the difference.
+* recall: 64 images are stored as whole images, and recalled from their upper half, and from noise upon them.
+* labels: the latent is held at the label in training, and of a test image the label is the one of ten that costs the
+  least energy ("whole images"); or the image is held in training and the free latent pulled at, and the label of a test
+  image is the largest unit of the latent at rest ("contrast").
 
-Trained weights stay in --out, and a part whose weights are there is not trained again.
+Trained weights stay in --out, and a part whose weights are there is not trained again. No part trains on the last
+1000 training images, which are there to choose settings on; figures are of test images.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +36,8 @@ from lightning_ebm.recipes.data import MNIST
 mpl.use("Agg")
 HIDDEN = ["2", "4"]
 UPPER = torch.arange(784) < 392
+Pair = tuple[Tensor, Tensor]
+"""Latents and images."""
 
 
 class Images:
@@ -40,8 +46,9 @@ class Images:
     def __init__(self, data_dir: Path) -> None:
         data = MNIST(data_dir)
         data.setup("fit")
-        self.train, self.test = (data.parts[name].x.flatten(1).float() / 255 for name in ("train", "test"))
-        self.labels, self.test_labels = data.parts["train"].y, data.parts["test"].y
+        train, self.test = (data.parts[name].x.flatten(1).float() / 255 for name in ("train", "test"))
+        self.train = train[:-1000]
+        self.labels, self.test_labels = data.parts["train"].y[:-1000], data.parts["test"].y
 
     def batches(self, count: int, size: int = 100) -> Iterator[Tensor]:
         """Indices of training images, `count` times, in a new order every epoch."""
@@ -51,17 +58,19 @@ class Images:
 
 
 class Generator:
-    """The net and what is asked of it.
+    """The net, and what is asked of it.
+
+    Hidden layers and the latent have precision 1; how precise pixels are beside them, lambda, decides what the net is.
+    It predicts the mean image at first: what weights then learn is how images differ from it.
 
     Args:
-        precision: of the hidden layers.
-        strength: lambda, the precision of pixels.
-        free_latent: whether the state at the input moves.
-        steps: of a training relaxation.
+        mean: image, ``(784,)``.
+        pixels: lambda, the precision of pixels.
+        free_latent: whether the state at the input moves while whole images are learned.
+        nudge: lambda of what is learned by contrast, weak beside the precision of what it pulls at.
     """
 
-    def __init__(self, precision: float, strength: float, free_latent: bool, steps: int = 10) -> None:
-        torch.manual_seed(0)
+    def __init__(self, mean: Tensor, pixels: float, free_latent: bool = True, nudge: float = 0.3) -> None:
         self.net = nn.Sequential(
             nn.Identity(),
             nn.Linear(10, 256),
@@ -71,14 +80,24 @@ class Generator:
             nn.Linear(256, 784),
             nn.Sigmoid(),
         )
-        precisions = dict.fromkeys(HIDDEN, precision)
-        layers = (["0"] if free_latent else []) + HIDDEN
-        self.strength, self.layers = strength, layers
-        relaxer = ebm.QuasiNewton(steps, 8, tol=1e-3)
-        algorithm = ebm.Algorithm(ebm.PredictiveCoding(precisions), ebm.OneSided(strength), relaxer)
+        for layer, gain in (("1", 0.3), ("3", 1.0), ("5", 0.5)):
+            linear: Any = self.net.get_submodule(layer)
+            nn.init.normal_(linear.weight, std=gain / linear.in_features**0.5)
+            nn.init.zeros_(linear.bias)
+        linear.bias.data = torch.logit(mean.clamp(0.01, 0.99))
+        self.pixels, layers = pixels, (["0"] if free_latent else []) + HIDDEN
+        relaxer = ebm.QuasiNewton(12, 5, tol=1e-3)
+        algorithm = ebm.Algorithm(ebm.PredictiveCoding(), ebm.OneSided(pixels), relaxer)
         self.learner = ebm.Learner(self.net, algorithm, layers=layers, output="readout")
-        whole = ebm.Algorithm(ebm.PredictiveCoding({**precisions, "6": strength}), relaxer=ebm.QuasiNewton(1))
-        self.whole = ebm.Learner(self.net, whole, layers=layers)
+        # The nudge is weak, and of both signs from one free state: what of the free phase is not settled is in both
+        # phases, and in no update.
+        contrast = ebm.Algorithm(
+            ebm.PredictiveCoding({"6": pixels}),
+            ebm.Centered(nudge),
+            ebm.QuasiNewton(8, 5, tol=1e-3, coordinates="states"),
+            free_relaxer=ebm.QuasiNewton(16, 5, tol=1e-3),
+        )
+        self.contrast = ebm.Learner(self.net, contrast, layers=["0", *HIDDEN, "6"], output="state")
 
     def loss(self, latent: Tensor, image: Tensor, seen: Tensor | None = None) -> Tensor:
         """1/2 |image - mu|^2 over the pixels that are seen, averaged over images."""
@@ -87,74 +106,76 @@ class Generator:
         return loss
 
     def inferred(
-        self, latent: Tensor, image: Tensor, seen: Tensor | None = None, steps: int = 100, strength: float | None = None
+        self,
+        latent: Tensor,
+        image: Tensor,
+        seen: Tensor | None = None,
+        pixels: float | None = None,
     ) -> ebm.Relaxed:
         """The states that explain the pixels that are seen, which are as precise as in training or as said."""
-        relaxer = ebm.QuasiNewton(steps, 8, tol=1e-3)
-        return self.learner.relax(
-            lambda: self.loss(latent, image, seen), nudge=strength or self.strength, relaxer=relaxer
-        )
+        loss, relaxer = (lambda: self.loss(latent, image, seen)), ebm.QuasiNewton(100, 8, tol=1e-3)
+        return self.learner.relax(loss, nudge=pixels or self.pixels, relaxer=relaxer)
 
     @torch.no_grad()
-    def pixels(self, found: ebm.Relaxed) -> Tensor:
+    def image(self, found: ebm.Relaxed) -> Tensor:
         """What the states predict."""
-        last = self.net[5]
-        image: Tensor = torch.sigmoid(last(found.states["4"]))
-        return image
+        readout: Tensor = self.net[5:](found.states["4"])
+        return readout
 
-    def trained(self, weights: Path, train: Any) -> None:
-        """Trains, unless the weights are there."""
+    def learn_whole(self, latent: Tensor, image: Tensor) -> None:
+        """Unsupervised where the latent is free: states relax under the whole image."""
+        self.learner.backward(lambda: self.loss(latent, image))
+
+    def learn_to_complete(self, latent: Tensor, image: Tensor) -> None:
+        """The upper half is held; how the energy changes when the lower half is pulled at is what weights follow."""
+        self.contrast.backward(lambda: self.loss(latent, image, ~UPPER), clamp={"6": (image, UPPER)})
+
+    def learn_to_label(self, label: Tensor, image: Tensor) -> None:
+        """The image is held; weights follow how the energy changes when the free latent is pulled at."""
+
+        def loss() -> Tensor:
+            latent = self.net[0](torch.full_like(label, 0.1))
+            errors = [latent - label, self.net[1:](latent) - image]  # the second is 0, as the image is held
+            pulled: Tensor = 0.5 * torch.cat(errors, 1).square().sum(1).mean()
+            return pulled
+
+        self.contrast.backward(loss, clamp={"6": image})
+
+    def trained(
+        self, weights: Path, learn: Callable[[Tensor, Tensor], None], pairs: Iterable[Pair], updates: int, lr: float
+    ) -> "Generator":
+        """Trained on latents and images by Adam, with one cycle of its learning rate, unless the weights are there."""
         if weights.exists():
             self.net.load_state_dict(torch.load(weights))
-        else:
-            train()
-            torch.save(self.net.state_dict(), weights)
-
-    def optimizer(self, updates: int, lr: float) -> tuple[torch.optim.Optimizer, Any]:
-        """Adam with one cycle of its learning rate."""
-        adam = torch.optim.Adam(self.net.parameters(), lr)
-        return adam, torch.optim.lr_scheduler.OneCycleLR(adam, lr, updates)
-
-    def learn(self, batches: Sequence[Tensor] | Iterator[Tensor], updates: int, lr: float, latents: Any) -> None:
-        """Unsupervised where the latent is free: states relax under the whole image, weights follow."""
-        adam, schedule = self.optimizer(updates, lr)
-        for image, latent in map(latents, batches):
+            return self
+        adam = torch.optim.AdamW(self.net.parameters(), lr, weight_decay=0.3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(adam, lr, updates)
+        for latent, image in pairs:
             adam.zero_grad()
-            self.learner.backward(lambda latent=latent, image=image: self.loss(latent, image))  # type: ignore[misc]
+            learn(latent, image)
             adam.step()
             schedule.step()
-
-    def learn_to_fill(self, images: Images, updates: int, lr: float) -> None:
-        """States relax under the upper half alone; weights then see the whole image with these states held."""
-        adam, schedule = self.optimizer(updates, lr)
-        for rows in images.batches(updates):
-            image, latent = images.train[rows], torch.zeros(len(rows), 10)
-            found = self.inferred(latent, image, UPPER, steps=12)
-            adam.zero_grad()
-            self.whole.backward(
-                lambda latent=latent: self.net(latent),  # type: ignore[misc]
-                clamp={**found.states, "6": image},
-            )
-            adam.step()
-            schedule.step()
+        torch.save(self.net.state_dict(), weights)
+        return self
 
 
 def fill(images: Images, out: Path, updates: int) -> dict[str, float]:
-    """Mean squared errors of the lower half, by both stages and by the mean image."""
-    count = min(500, len(images.test))
-    image, latent = images.test[:count], torch.zeros(count, 10)
-    mean = images.train.mean(0)
-    result = {"mean image": float((image - mean)[:, ~UPPER].square().mean())}
+    """Mean squared errors of the lower half, by both ways to learn and by the mean image."""
+    mean, image = images.train.mean(0), images.test[:1000]
+    latent = torch.zeros(len(image), 10)
+    blank = float((image - mean)[:, ~UPPER].square().mean())
+    result = {"mean image": blank}
     rows = {"image": image, "upper half": torch.where(UPPER, image, 0.5)}
-    first, second = Generator(100.0, 30.0, True), Generator(20.0, 30.0, True, 12)
-    everything = lambda rows: (images.train[rows], torch.zeros(len(rows), 10))  # noqa: E731
-    first.trained(out / "fill-1.pt", lambda: first.learn(images.batches(updates), updates, 3e-3, everything))
-    second.net.load_state_dict(first.net.state_dict())
-    second.trained(out / "fill-2.pt", lambda: second.learn_to_fill(images, updates, 2e-3))
-    result["whole image explained"] = float((first.pixels(first.inferred(latent, image)) - image).square().mean())
-    for name, generator in (("first stage", first), ("second stage", second)):
-        filled = generator.pixels(generator.inferred(latent, image, UPPER))
-        result[name] = float((filled - image)[:, ~UPPER].square().mean())
+    for name, steps in (("whole images", updates // 3), ("completion", updates)):
+        generator = Generator(mean, 30.0, nudge=3.0)
+        learn = generator.learn_to_complete if name == "completion" else generator.learn_whole
+        pairs = ((torch.zeros(len(batch), 10), images.train[batch]) for batch in images.batches(steps))
+        generator.trained(out / f"{name.replace(' ', '-')}.pt", learn, pairs, steps, 1e-3)
+        found = generator.image(generator.inferred(latent, image))
+        result[f"{name}: image explained by its states"] = float((found - image).square().mean())
+        filled = generator.image(generator.inferred(latent, image, UPPER))
+        result[f"{name}: lower half"] = error = float((filled - image)[:, ~UPPER].square().mean())
+        result[f"{name}: share of the mean image's error"] = error / blank
         rows[name] = torch.where(UPPER, image, filled)
     picture(out / "generative_fill.png", {name: row[:14] for name, row in rows.items()})
     return result
@@ -163,42 +184,51 @@ def fill(images: Images, out: Path, updates: int) -> dict[str, float]:
 def recall(images: Images, out: Path, updates: int) -> dict[str, float]:
     """Shares of 64 stored images that what is recalled is nearest to, and with an error below 0.01 a pixel as well."""
     stored, latent = images.train[:64], torch.zeros(64, 10)
-    generator = Generator(300.0, 100.0, True, 25)
-    generator.trained(
-        out / "recall.pt",
-        lambda: generator.learn([torch.arange(64)] * updates, updates, 5e-3, lambda _: (stored, latent)),
-    )
+    generator = Generator(stored.mean(0), 0.3)
+    generator.trained(out / "recall.pt", generator.learn_whole, [(latent, stored)] * updates, updates, 2e-3)
     noise = (stored + 0.5 * torch.randn(stored.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
     result, rows = {}, {"stored": stored}
-    # Pixels under noise of standard deviation 0.5 have a precision of 4.
-    for name, cue, seen, strength in (("upper half", stored, UPPER, None), ("noise", noise, None, 4.0)):
-        found = generator.pixels(generator.inferred(latent, cue, seen, 200, strength))
+    # Pixels under noise are less precise than those that were stored.
+    for name, cue, seen, precision in (("upper half", stored, UPPER, 0.3), ("noise", noise, None, 0.1)):
+        shown = cue if seen is None else torch.where(seen, cue, 0.5)
+        found = generator.image(generator.inferred(latent, cue, seen, precision))
         nearest = torch.cdist(found, stored).argmin(1) == torch.arange(64)
         error = (found - stored).square().mean(1)
         result[f"nearest is right from {name}"] = float(nearest.float().mean())
         result[f"recalled from {name}"] = float((nearest & (error < 0.01)).float().mean())
+        result[f"error of the cue, {name}"] = float((shown - stored).square().mean())
         result[f"error from {name}"] = float(error.mean())
-        rows |= {f"cue: {name}": torch.where(UPPER, cue, 0.5) if seen is not None else cue, f"from {name}": found}
+        rows |= {f"cue: {name}": shown, f"from {name}": found}
     picture(out / "generative_recall.png", {name: row[:14] for name, row in rows.items()})
     return result
 
 
 def labels(images: Images, out: Path, updates: int) -> dict[str, float]:
-    """The share of test images whose own label costs the least energy, and what each label looks like."""
-    generator, kinds = Generator(10.0, 30.0, False), torch.eye(10)
-    labelled = lambda rows: (images.train[rows], kinds[images.labels[rows]])  # noqa: E731
-    generator.trained(out / "labels.pt", lambda: generator.learn(images.batches(updates), updates, 2e-3, labelled))
-    right, count = 0, min(1000, len(images.test))
-    for start in range(0, count, 100):
-        image, true = images.test[start : start + 100], images.test_labels[start : start + 100]
-        every, given = image.repeat_interleave(10, 0), kinds.repeat(len(image), 1)
-        found = generator.inferred(given, every, steps=90)
-        pixels = (generator.pixels(found) - every).square().sum(1)
-        energy = (found.energy + 0.5 * generator.strength * pixels).reshape(-1, 10)
-        right += int((energy.argmin(1) == true).sum())
-    with torch.no_grad():
-        picture(out / "generative_labels.png", {"label to image": generator.net(kinds)})
-    return {"inferred labels": right / count}
+    """Shares of test images whose label is inferred, in two ways, and what each label looks like."""
+    kinds, count, mean = torch.eye(10), min(1000, len(images.test)), images.train.mean(0)
+    image, true = images.test[:count], images.test_labels[:count]
+    result, undecided = {}, torch.full((count, 10), 0.1)
+    for name, steps, lr in (("whole images", updates * 3 // 5, 1e-3), ("contrast", updates, 1.5e-3)):
+        generator = Generator(mean, 1.0, free_latent=name == "contrast")
+        learn = generator.learn_to_label if name == "contrast" else generator.learn_whole
+        pairs = ((kinds[images.labels[batch]], images.train[batch]) for batch in images.batches(steps))
+        generator.trained(out / f"labels-{name.replace(' ', '-')}.pt", learn, pairs, steps, lr)
+        if name == "contrast":
+            guess = generator.inferred(undecided, image).states["0"].argmax(1)
+        else:
+            guess = torch.cat([cheapest(generator, part, kinds) for part in image.split(100)])
+            with torch.no_grad():
+                picture(out / "generative_labels.png", {"label to image": generator.net(kinds)})
+        result[name] = float((guess == true).float().mean())
+    return result
+
+
+def cheapest(generator: Generator, image: Tensor, kinds: Tensor) -> Tensor:
+    """The label whose equilibrium costs the least energy, of each image."""
+    every, given = image.repeat_interleave(len(kinds), 0), kinds.repeat(len(image), 1)
+    found = generator.inferred(given, every)
+    errors = (generator.image(found) - every).square().sum(1)
+    return (found.energy + 0.5 * generator.pixels * errors).reshape(-1, len(kinds)).argmin(1)
 
 
 def picture(path: Path, rows: dict[str, Tensor]) -> None:
@@ -217,8 +247,8 @@ def picture(path: Path, rows: dict[str, Tensor]) -> None:
     plt.close(figure)
 
 
-PARTS = {"fill": (fill, 1200), "recall": (recall, 500), "labels": (labels, 1500)}
-"""Each part, and how many updates of the weights its trainings take."""
+PARTS = {"fill": (fill, 1500), "recall": (recall, 1200), "labels": (labels, 1000)}
+"""Each part, and how many updates of the weights its longest training takes."""
 
 
 def main(
@@ -226,6 +256,7 @@ def main(
     out: Path = Path("runs/generative"),
     part: Literal["all", "fill", "recall", "labels"] = "all",
     share: float = 1.0,
+    seed: int = 0,
     threads: int = 1,
 ) -> dict[str, dict[str, float]]:
     """Trains, asks, and draws; figures go to result.json.
@@ -235,6 +266,7 @@ def main(
         out: for weights, pictures and result.json.
         part: which of the three.
         share: of the updates of each training, for trying things out.
+        seed: of weights and of the order of images.
         threads: of torch.
     """
     torch.set_num_threads(threads)
@@ -243,7 +275,8 @@ def main(
     results: dict[str, dict[str, float]] = {}
     for name in PARTS if part == "all" else [part]:
         run, updates = PARTS[name]
-        results[name] = run(images, out, max(1, round(share * updates)))
+        torch.manual_seed(seed)
+        results[name] = run(images, out, max(3, round(share * updates)))
         (out / f"result-{name}.json").write_text(json.dumps(results[name], indent=1))
         print(name, json.dumps(results[name]), flush=True)
     return results
