@@ -416,6 +416,7 @@ def test_products_are_sums_over_the_layers_asked_for(monkeypatch):
         assert torch.allclose(real, expected)
 
 
+@pytest.mark.slow
 def test_an_exported_equilibrium_takes_plain_sweeps():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))

@@ -14,6 +14,7 @@ from zoo import ZOO, losses
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", ZOO)
 def test_small_nudge_is_backprop_in_float32_and_the_loss_falls(title):
     alignment = ebm.GradientAlignment(every_n_steps=1)
@@ -25,6 +26,7 @@ def test_small_nudge_is_backprop_in_float32_and_the_loss_falls(title):
     assert last < first or "GAN" in title  # a game has no loss that must fall
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "title", ["BatchNorm MLP, metrics in the step", "ResNet, one shared in-place ReLU", "LSTM classifier"]
 )

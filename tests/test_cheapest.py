@@ -440,6 +440,7 @@ def test_both_signs_take_one_way_where_each_alone_would_take_its_own(capture):
     assert chosen(ebm.Centered(2.0)) == [behind, behind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("nudge", "watched"),
     [(ebm.Centered(0.3), False), (ebm.Centered(2.0), True), (ebm.Holomorphic(0.3, points=6), False)],

@@ -88,6 +88,7 @@ def test_names_and_paths_of_files(tmp_path):
     assert catalog.path_of("configs", "digits").read_text() == "mine"  # a file that is there is what is meant
 
 
+@pytest.mark.slow
 def test_a_recipe_on_two_processes(tmp_path):
     """Only the first process writes what run it is; asking for it must not wait for the other one."""
     words = ["recipes", "run", "digits", "--wandb", "off", "trainer.devices=2", "trainer.strategy=ebm_ddp"]

@@ -63,6 +63,7 @@ def test_compiled_steps_end_where_the_plain_ones_do(algorithm: str) -> None:
     assert all(isinstance(code, Code) for code in codes)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_smaller_batch_is_code_of_its_own() -> None:
     counts = (7, 7, 7, 4, 4, 4, 7)

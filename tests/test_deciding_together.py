@@ -16,6 +16,7 @@ def left(tmp_path_factory):
     return launch(2, tmp_path_factory.mktemp("deciding"), CASES, script="ranks_deciding.py")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["steps", "to a tolerance", "skips", "falls back", "chooses"])
 def test_one_reduction_an_optimizer_step_and_none_while_gradients_accumulate(case, left):
     """Beside the reducer's own of a bucket; without a barrier. By torch's profiler, which sees what C++ asks too."""

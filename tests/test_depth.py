@@ -92,6 +92,7 @@ def test_without_skips_hidden_weights_do_not_shrink_with_depth_and_the_table_say
         ebm.depth.parameter_groups(net, -1.0, base_width=1, base_depth=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "lr"), [("adam", 0.003), ("sgd", 0.1)])
 def test_a_step_moves_the_function_as_far_at_any_width_and_depth(optimizer, lr):
     """The change of the output after one step of predictive coding, from width 16 and 8 layers to 64 and 32."""

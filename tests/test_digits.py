@@ -45,6 +45,7 @@ def stock():
     return [accuracy("auto", seed) for seed in SEEDS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["predictive-coding", "pc-nudge"])
 def test_accuracy_is_within_seven_tenths_of_stock(stock, algorithm):
     found = [accuracy(ebm.EBMStrategy(algorithm), seed) for seed in SEEDS]

@@ -307,6 +307,7 @@ def test_a_skipped_step_leaves_metrics_and_draws_as_stock_leaves_those_of_a_step
     assert found["ours"] == found["stock"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(450)
 @pytest.mark.filterwarnings("ignore")
 def test_two_ranks_do_the_same_with_a_batch_that_one_of_them_cannot_take(tmp_path):

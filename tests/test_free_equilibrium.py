@@ -240,6 +240,7 @@ def test_a_sample_met_again_goes_on_from_where_it_was_left(tmp_path):
     assert visit(fresh, [0, 1, 2, 3])[0] == pytest.approx(first, rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["odd-even", "synchronous"])
 def test_an_equilibrium_is_exported_as_a_graph_that_needs_nothing_of_this_library(order, tmp_path):
     """Another process runs it without the library, on another input; and the sweeps by hand agree."""

@@ -54,6 +54,7 @@ def test_what_is_most_asked_for_comes_first(script):
     assert {row.way for row in rows[105:]} == {"compiled"}
 
 
+@pytest.mark.slow
 def test_the_whole_run_on_a_cpu(tmp_path):
     out = tmp_path / "gpu.md"
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--size", "tiny", "--networks", "MLP", "--ways", "eager"]

@@ -275,6 +275,7 @@ def synchronised(rank, path):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_read_the_figures_of_both(tmp_path):
     from test_metrics import by_numpy, pair
 

@@ -42,6 +42,7 @@ def command(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_recipes_report_and_compare_without_a_clone(command, tmp_path):
     small = ["--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false"]
     for name in ("predictive-coding", "pc-nudge"):

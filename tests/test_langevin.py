@@ -71,6 +71,7 @@ def marginal_likelihood(net, temperature, strength):
     return 0.5 * (r @ torch.linalg.inv(spread) * r).sum(1).mean() + temperature / 2 * torch.logdet(spread)
 
 
+@pytest.mark.slow
 def test_the_average_update_is_the_gradient_of_the_marginal_likelihood_and_its_error_falls_as_one_over_the_root():
     """Monte Carlo predictive coding on a linear net, in closed form; at T = 0 the log-determinant would be missed."""
     net, temperature, strength = chain(Plain, gain=0.8), 0.5, 0.7

@@ -92,6 +92,7 @@ def test_steps_hold_one_point(relaxer: ebm.Relaxer, layers: int) -> None:
     assert peak(ebm.algorithm("predictive-coding", relaxer=relaxer), layers=layers) < 2.0 * layers + 3.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("relaxer", [ebm.GradientDescent(0.1, 20), ebm.ErrorCoordinates(20, 0.5, 0.0)], ids=str)
 def test_compiled_steps_hold_hardly_more(relaxer: ebm.Relaxer) -> None:
     assert peak(ebm.algorithm("predictive-coding", relaxer=relaxer), compile=True) < 3.1 * LAYERS + 0.6
@@ -102,11 +103,13 @@ def test_of_two_phases_both_ends_are_held_and_what_their_sum_is_made_of() -> Non
     assert peak(algorithm) < 3 * LAYERS + 3.3
 
 
+@pytest.mark.slow
 def test_equilibrium_propagation_holds_what_its_search_remembers() -> None:
     """Eleven things a layer: four phases' ends and starts, and the last sweeps, slopes and directions."""
     assert peak(ebm.algorithm("equilibrium-propagation")) < 11.5 * LAYERS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["euler", "predictive-coding", "zero-divergence", "equilibrium-propagation"])
 def test_the_first_steps_hold_no_graph_of_the_pass(name: str) -> None:
     """The plain way, which checks a new program, and the step after it, in which code is traced.

@@ -18,6 +18,7 @@ def shown_by(source, space):
     return None if last is None else eval(compile(ast.Expression(last.value), "cell", "eval"), space)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tmp_path, monkeypatch, capsys):

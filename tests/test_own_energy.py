@@ -257,6 +257,7 @@ def test_pairs_of_states_refuse_it_too():
             gradients(tanh_net(), ebm.Algorithm(energy, ebm.OneSided(0.1), ebm.Dyadic()))
 
 
+@pytest.mark.slow
 def test_descent_honours_a_subclass_of_the_other_energies():
     descent, net = ebm.GradientDescent(0.05, 3000), tanh_net()
 
@@ -271,6 +272,7 @@ def test_descent_honours_a_subclass_of_the_other_energies():
     assert off(gradients(net, ebm.Algorithm(Heavy(), ebm.OneSided(0.1), gentle)), true) < 1e-6
 
 
+@pytest.mark.slow
 def test_what_settles_by_itself_asks_for_no_response_that_is_not_there():
     """`relaxer="auto"` and the exact references descend where there is no best response to iterate."""
     chosen = ebm.Algorithm(Stiff(), ebm.Centered(0.1), "auto").relaxer

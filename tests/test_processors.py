@@ -57,6 +57,7 @@ def trained(hash_seed: int, variables: dict[str, str]) -> dict[str, dict[str, ob
     return json.loads(out.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variables", OTHERS, ids=["this", "the simplest", "AVX2"])
 def test_the_same_seed_gives_the_same_weights_in_every_process(variables: dict[str, str]) -> None:
     first, again = (trained(seed, variables) for seed in (1, 2))

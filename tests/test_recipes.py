@@ -332,6 +332,7 @@ def test_the_convolutional_hopfield_recipe_learns_at_reduced_size(tmp_path):
 # One theory
 
 
+@pytest.mark.slow
 def test_the_figure_of_one_theory_has_the_slopes_of_the_theory(tmp_path, monkeypatch):
     """Error O(lambda), O(beta), O(gamma), centred O(lambda^2); one step of PC reaches the last layer alone."""
     fewer = {"values": (1e-4, 1e-2, 0.1, 1.0), "shown": (1e-4, 1.0)}

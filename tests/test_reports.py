@@ -25,6 +25,7 @@ def directories(tmp_path_factory):
     return {case.name: train(case, root, epochs=2) for case in CASES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "word", "found"),
     [
@@ -103,6 +104,7 @@ def test_in_a_real_browser_every_figure_is_drawn_without_a_network(directories, 
     assert found["bad"] == "rgb(197, 48, 48)"
 
 
+@pytest.mark.slow
 def test_from_the_command_line(directories, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "lightning_ebm", "report", str(directories["sound"]), "-o", str(tmp_path / "r.html")],

@@ -18,6 +18,7 @@ def script():
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_three_processes_train_every_preset_to_the_same_bits(threads):
     same_seed = script()

@@ -15,6 +15,7 @@ sys.modules["soak"] = soak
 _SPEC.loader.exec_module(soak)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_nothing_is_left_of_what_was_dropped(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)

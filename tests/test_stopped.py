@@ -45,6 +45,7 @@ def whole_run(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_nothing_up_to_the_last_checkpoint(whole_run, tmp_path):
     """SIGKILL in mid-epoch, in mid-relaxation; resumed from the checkpoint, the run ends bit by bit where it would."""
     killed = run(tmp_path / "killed", harm="kill")
@@ -67,6 +68,7 @@ def check_same_end(whole, resumed):
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["terminate@01", "terminate@0", "terminate late@1"])
 def test_preemption_ends_all_ranks_after_one_and_the_same_step(harm, whole_run, tmp_path):
     """SIGTERM in mid-relaxation, to all ranks (scancel, torchrun) or to one: nobody waits, and nothing is lost."""
@@ -80,6 +82,7 @@ def test_preemption_ends_all_ranks_after_one_and_the_same_step(harm, whole_run, 
     check_same_end(whole_run, tmp_path / "resumed")
 
 
+@pytest.mark.slow
 def test_an_error_in_a_relaxation_ends_the_job_and_is_shown(tmp_path):
     began = time.monotonic()
     done = run(tmp_path / "broken", harm="raise")
@@ -90,6 +93,7 @@ def test_an_error_in_a_relaxation_ends_the_job_and_is_shown(tmp_path):
     assert "No rank takes this step, as 1 of 2 failed. rank 1: ValueError: it broke here" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ebm_ddp_fork", "ebm_ddp_spawn"])
 def test_a_launched_run_is_one_whole_offline_run(strategy, tmp_path):
     """Forked processes end without what Python does at its exit, and W&B would lose the end of its file."""

@@ -61,6 +61,7 @@ def step(net: nn.Module, relaxer: ebm.Relaxer, layers=None, start: str = "forwar
 RELAXERS = [ebm.FixedPoint(20, tol=1e-8), ebm.AcceleratedFixedPoint(8, tol=1e-12)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("relaxer", RELAXERS, ids=lambda relaxer: type(relaxer).__name__)
 def test_a_gain_above_one_is_refused_and_one_below_is_only_slow(relaxer, caplog):
     """The dense sweep decides: at 0.98 more steps settle it, at 1.02 none do. H is positive definite just as often."""
@@ -155,6 +156,7 @@ def test_maximum_pooling_that_flips_is_named_with_its_remedy():
     assert step(net, ebm.FixedPoint(50, tol=1e-8)).report["result"] == "converged"
 
 
+@pytest.mark.slow
 def test_softmax_attention_is_named_with_its_remedy():
     from lightning_ebm.recipes.nets import CharTransformer
 
