@@ -83,13 +83,12 @@ class _Looked:
         for _ in range(_FAR):
             if self._size in value.shape:
                 return True
-            node = value.node
-            behind = [] if node is None else [read for read in node.values() if read in self._moving]
-            if node is None or len(behind) != 1 or behind[0].shape.numel() != value.shape.numel():
+            node, behind = value.node, self._behind(value)
+            if node is None or behind is None or behind.shape.numel() != value.shape.numel():
                 return False
-            if name_of(node) not in _SAME_ELEMENTS and behind[0].shape != value.shape:
+            if name_of(node) not in _SAME_ELEMENTS and behind.shape != value.shape:
                 return False
-            value = behind[0]
+            value = behind
         return False
 
     def factor(self, node: Node) -> float | None:
@@ -101,10 +100,7 @@ class _Looked:
             return None
         if name == "div" and node.args[0] not in self._moving:
             return None
-        others = [arg for arg in node.args[:2] if not (isinstance(arg, Value) and arg in self._moving)]
-        if len(others) != 1:
-            return None
-        number = self._number(others[0])
+        number = self._constant_in(node)
         if number is None or (name == "div" and number == 0):
             return None
         return number if name == "mul" else 1 / number
@@ -115,9 +111,13 @@ class _Looked:
         source = first.node
         if source is None or name_of(source) != "mul":
             return 1.0
-        others = [arg for arg in source.args[:2] if not (isinstance(arg, Value) and arg in self._moving)]
-        number = self._number(others[0]) if len(others) == 1 else None
+        number = self._constant_in(source)
         return 1.0 if number is None else number
+
+    def _constant_in(self, node: Node) -> float | None:
+        """The number that a product, or a quotient, of states has as its other factor; None where it has none."""
+        others = [arg for arg in node.args[:2] if not (isinstance(arg, Value) and arg in self._moving)]
+        return self._number(others[0]) if len(others) == 1 else None
 
     def _number(self, argument: object) -> float | None:
         """A number; of a constant with several elements the mean."""
@@ -151,9 +151,13 @@ class _Looked:
     def _chain(self, value: Value) -> Iterator[Node]:
         """The operations that it was computed by, as long as each reads one value of states."""
         for _ in range(_FAR):
-            node = value.node
-            behind = [] if node is None else [read for read in node.values() if read in self._moving]
-            if node is None or len(behind) != 1:
+            node, behind = value.node, self._behind(value)
+            if node is None or behind is None:
                 return
             yield node
-            value = behind[0]
+            value = behind
+
+    def _behind(self, value: Value) -> Value | None:
+        """The one value of states that it was computed from; None where there are several, or none."""
+        behind = [] if value.node is None else [read for read in value.node.values() if read in self._moving]
+        return behind[0] if len(behind) == 1 else None
