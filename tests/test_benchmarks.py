@@ -67,6 +67,18 @@ def test_operations_of_a_step_are_counted_by_layer():
     assert besides >= 4  # the loss and its slope, one each of two operations
 
 
+@pytest.mark.parametrize(
+    ("rule", "most"),
+    [("PC, Euler steps", 8), ("error-pc", 8), ("predictive-coding, to a tolerance", 13), ("EP, sweeps", 4)],
+)
+def test_a_step_of_a_layer_takes_no_more_operations_than_its_formula_needs(rule, most):
+    """What the least is beside: the sizes of error and force, and for a sweep the sum of what comes from two sides."""
+    make, phases, least = asked.RULES[rule]
+    layer, _ = asked.per_step_and_layer(make, phases)
+    assert least <= layer.total() / 24 / phases <= most
+    assert sum(layer[name] for name in ("addmm", "mm")) / 24 / phases == 2
+
+
 def test_the_table_that_the_page_opens_with_has_trained_beside_fresh_and_what_is_refused(monkeypatch):
     monkeypatch.setattr(steps, "NETS", {"small": networks.chain(8, 784, 8, 8, 10, steps=2)})
     monkeypatch.setattr(steps, "COLUMNS", [(activation, n) for activation in (nn.Tanh, nn.ReLU) for n in (0, 2)])

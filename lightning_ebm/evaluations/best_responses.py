@@ -87,8 +87,7 @@ def _responded(
 ) -> tuple["Pass", list[Tensor]]:
     with torch.enable_grad():
         seen = network.at_states(point)
-        slopes = network.slopes(seen, network.internal(seen, own=False), network.loss(seen), strength, layers)
+        others = network.internal(seen, own=False)
+        pulls = network.slopes(seen, others, network.loss(seen), strength, layers, sign=-1.0)
     views = network.views(seen)
-    return seen, [
-        best_response(network.energy, -slope, views[k]).detach() for k, slope in zip(layers, slopes, strict=True)
-    ]
+    return seen, [best_response(network.energy, pull, views[k]).detach() for k, pull in zip(layers, pulls, strict=True)]

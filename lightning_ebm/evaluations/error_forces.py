@@ -39,7 +39,10 @@ class ErrorForces(SlopeEvaluation):
             signals[k] = pull if at_rest else e + pull
         if at_rest:
             return Slope(network.no_errors[0].new_zeros(network.batch_size), loss.detach(), signals)
-        internal = network.per_sample(0.5 * p * e.square() for p, e in zip(precisions, point, strict=True))
+        if isinstance(strength, complex):  # then e is, and its energy is to be analytic
+            internal = network.per_sample(0.5 * p * e.square() for p, e in zip(precisions, point, strict=True))
+        else:
+            internal = network.quadratic(point, precisions)
         return Slope(internal, loss.detach(), signals)
 
     def cost(self, layers: int) -> float:

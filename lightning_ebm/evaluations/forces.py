@@ -38,21 +38,21 @@ class Forces(SlopeEvaluation):
 
 def _of_quadratic(network: "Network", seen: "Pass", strength: float) -> Slope:
     """dE/dx_l = Pi_l e_l - sum_k (d mu_k / dx_l)' Pi_k e_k + strength * dL/dx_l, and nothing more."""
-    unit = strength or 1.0  # as in Network.slopes
     with torch.no_grad():
         errors = [call.state - call.prediction for call in seen.layers]
-        pulls = [e if is_one(p) else p * e for e, p in zip(errors, network.precisions(seen), strict=True)]
-    tops = [
-        (call.prediction, -pull / unit if unit != 1 else -pull) for call, pull in zip(seen.layers, pulls, strict=True)
-    ]
+        precisions = network.precisions(seen)
+        pulls = [e if is_one(p) else p * e for e, p in zip(errors, precisions, strict=True)]
+    unit = network.unit_of(strength)
+    seeds = pulls if unit == 1 else [pull / unit for pull in pulls]
+    tops = [(call.prediction, seed) for call, seed in zip(seen.layers, seeds, strict=True)]
     if strength:
-        tops.append((seen.loss, network.loss_scale * ones_for(seen.loss)))
-    slopes = list(network.pulled_back(seen, [(top, seed) for top, seed in tops if top.requires_grad]))
+        tops.append((seen.loss, -network.loss_scale * strength / unit * ones_for(seen.loss)))
+    downhill = list(network.pulled_back(seen, [(top, seed) for top, seed in tops if top.requires_grad]))
     with torch.no_grad():
-        internal = 0.5 * network.products(pulls, errors, range(len(errors)))
-        del tops, errors  # as large as the states, each
-        for k, (pull, s) in enumerate(zip(pulls, slopes, strict=True)):
-            pulls[k] = pull if s is None else pull + s if unit == 1 else torch.add(pull, s, alpha=unit)
-            slopes[k] = None
-            del pull, s
+        internal = network.quadratic(errors, precisions)
+        del tops, seeds, errors  # as large as the states, each
+        for k, (pull, down) in enumerate(zip(pulls, downhill, strict=True)):
+            pulls[k] = pull if down is None else torch.sub(pull, down, alpha=unit)
+            downhill[k] = None
+            del pull, down
     return Slope(internal, network.loss(seen).detach(), pulls)

@@ -20,7 +20,7 @@ from lightning_ebm.evaluations.of_slope import holomorphic, is_one, ones_for
 from lightning_ebm.network.analytic import is_analytic
 from lightning_ebm.network.passes import Passes, Run, Start
 from lightning_ebm.network.precomputed_gradient import slopes_of
-from lightning_ebm.network.samples import by_sample
+from lightning_ebm.network.samples import by_sample, squares_by_sample
 from lightning_ebm.network.top_down import Sent, signals
 from lightning_ebm.program.interpreter import Pass
 from lightning_ebm.program.programs import Known
@@ -28,6 +28,8 @@ from lightning_ebm.program.wiring import Plan
 from lightning_ebm.questions import Questions, runs_behind
 from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.updates.base import End, Term, Update
+
+_ROUNDING_OF_SINGLE = float(torch.finfo(torch.float32).eps)
 
 
 class Network(Passes):
@@ -269,23 +271,43 @@ class Network(Passes):
             return self.slopes(seen, torch.zeros_like(loss), loss, 1.0, range(len(states)))
 
     def slopes(
-        self, seen: Pass, internal: Tensor, loss: Tensor, strength: complex, layers: Sequence[int]
+        self, seen: Pass, internal: Tensor, loss: Tensor, strength: complex, layers: Sequence[int], sign: float = 1.0
     ) -> list[Tensor]:
-        """d(internal + strength * loss) / dx for the layers asked for."""
-        # Slopes of E / lambda, multiplied afterwards: within half-precision networks 1e-4 would underflow.
-        unit = strength or 1.0
-        total = internal.sum() / unit + loss if strength else internal.sum()
+        """d(internal + strength * loss) / dx for the layers asked for, times `sign`: -1 is the way down."""
+        unit = self.unit_of(strength)
+        total = internal.sum()
+        if strength:
+            total = total + strength * loss if unit == 1 else total / unit + loss
         leaves = [seen.states[k] for k in layers]
-        one = ones_for(total)
         if not total.requires_grad:
             return [torch.zeros_like(leaf) for leaf in leaves]
-        slopes = torch.autograd.grad(total, leaves, one, retain_graph=True, allow_unused=True)
+        seed = sign * ones_for(total)
+        slopes = torch.autograd.grad(total, leaves, seed, retain_graph=True, allow_unused=True)
         if total.is_complex():
             self.check_analytic(seen)
         return [
-            torch.zeros_like(leaf) if slope is None else unit * holomorphic(slope)
+            torch.zeros_like(leaf) if slope is None else holomorphic(slope) if unit == 1 else unit * holomorphic(slope)
             for slope, leaf in zip(slopes, leaves, strict=True)
         ]
+
+    def unit_of(self, strength: complex) -> complex:
+        """What slopes are divided by before they are sent back, and multiplied by afterwards: 1, or lambda.
+
+        Within half-precision networks lambda = 1e-4 would underflow.
+        """
+        return strength or 1.0 if self.rounding > _ROUNDING_OF_SINGLE else 1.0
+
+    def quadratic(self, errors: Sequence[Tensor], precisions: Sequence[float | Tensor]) -> Tensor:
+        """`sum_l 1/2 Pi_l |e_l|^2` of each sample, ``(B,)``."""
+        if all(map(is_one, precisions)):
+            return 0.5 * self.norms(errors).square()
+        rows = [
+            p * squares_by_sample(e, layout, self.batch_size)
+            if not isinstance(p, Tensor)
+            else by_sample((p * e.conj() * e).real, layout, self.batch_size)
+            for p, e, layout in zip(precisions, errors, self.layouts, strict=True)
+        ]
+        return 0.5 * torch.stack(rows).sum(0)
 
     def check_analytic(self, seen: Pass) -> None:
         """Refuses, once, a pass that is no analytic function of its complex states."""

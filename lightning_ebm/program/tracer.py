@@ -16,7 +16,8 @@ _aten = torch.ops.aten
 Evaluate = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 """From a point, and what the batch fixed, to some tensors."""
 
-_SCALING = frozenset({_aten.mul.Tensor, _aten.div.Tensor})
+_NEUTRAL = {_aten.mul.Tensor: 1, _aten.div.Tensor: 1, _aten.add.Tensor: 0, _aten.sub.Tensor: 0}
+"""The second argument, by operation, with which it changes nothing."""
 _FILLED = frozenset({"ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full"})
 _MADE_UNIFORM = frozenset({_aten.full.default, _aten.ones.default, _aten.zeros.default, _aten.scalar_tensor.default})
 _SPREADING = frozenset(
@@ -84,8 +85,8 @@ class Tracer(DispatchMode):
             self._bind(result, self.node(args[0]))
             return result
         func = written
-        if func in _SCALING and type(args[1]) in (int, float) and args[1] == 1 and result.dtype == args[0].dtype:
-            self._bind(result, self.node(args[0]))
+        if (same := self._unchanged(func, args, result)) is not None:
+            self._bind(result, self.node(same))
             return result
         if func is _aten.t.default and (turned := self.node(args[0])).target is func:  # turned round twice
             self._bind(result, turned.all_input_nodes[0])
@@ -119,6 +120,20 @@ class Tracer(DispatchMode):
         elif any(isinstance(arg, fx.Node) for arg in (*args, *kwargs.values())):
             raise NotImplementedError(f"{func} gives a number that code could depend on")
         return result
+
+    def _unchanged(self, func: Any, args: tuple[Any, ...], result: Any) -> Tensor | None:
+        """The argument that an operation only hands on: a product with 1, a sum with 0."""
+        neutral = _NEUTRAL.get(func)
+        if neutral is None:
+            return None
+        orders = [args[:2]] if func in (_aten.div.Tensor, _aten.sub.Tensor) else [args[:2], args[1::-1]]
+        for kept, other in orders:
+            number = self._uniform.get(self.node(other)) if isinstance(other, Tensor) else other
+            if type(number) not in (int, float) or number != neutral or not isinstance(kept, Tensor):
+                continue
+            if (kept.shape, kept.stride(), kept.dtype) == (result.shape, result.stride(), result.dtype):
+                return kept
+        return None
 
     def _is_uniform(self, func: Any, tensors: Sequence[Tensor]) -> bool:
         """Whether all elements are one number, whatever the inputs: made as such, or computed from such."""
