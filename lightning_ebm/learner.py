@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.energies.base import is_divergence
+from lightning_ebm.energies.base import is_divergence, reads_drive
 from lightning_ebm.errors import RelaxationDivergedError
 from lightning_ebm.instruments.relaxed import (
     Relaxed,
@@ -56,8 +56,8 @@ class Learner:
         algorithm: a preset's name, see `algorithms()`, or an `Algorithm`; None is predictive coding at the largest
             strength up to 1 that the network bears: ``nudge="auto"``, relaxed by 8 evaluations at most.
         layers: which calls carry states: None (those of activation modules, of repeated blocks, or of modules with
-            weights, by how local they make the updates, see `LayerFinder`), or module names, module types, or a
-            predicate.
+            weights, by how local they make the updates, and behind the maximum pooling that alone reads an activation,
+            see `LayerFinder`), or module names, module types, or a predicate.
         output: "readout" (the last drive enters the loss directly), "state" (the output is a free state, nudged by the
             loss), "auto" (a state if the network ends in an activation, else a read-out).
         loss_reduction: how the closure's loss reduces over the batch, "mean" or "sum".
@@ -111,8 +111,9 @@ class Learner:
         self._samples = Samples(batch_size, scale)
         self.policy = Policy(on_divergence, self.algorithm)
         self._options: tuple[Layers, Output] = (layers, output_for(self.algorithm, output))
-        self._programs = Programs(module, *self._options)
-        self._evaluated = Programs(module, *self._options, like=self._programs)
+        self._pooled = not reads_drive(self.algorithm.energy)
+        self._programs = Programs(module, *self._options, pooled=self._pooled)
+        self._evaluated = Programs(module, *self._options, like=self._programs, pooled=self._pooled)
         self._clamped: dict[frozenset[str], Programs] = {}
         self._memory = StateMemory()
         self.unsettled = Unsettled()
@@ -316,7 +317,9 @@ class Learner:
         """The programs in which the inputs and outputs that are named carry states."""
         names = frozenset(clamp) | frozenset(free)
         if names not in self._clamped:
-            self._clamped[names] = Programs(self.module, *self._options, also=names, like=self._programs)
+            self._clamped[names] = Programs(
+                self.module, *self._options, also=names, like=self._programs, pooled=self._pooled
+            )
         return self._clamped[names]
 
     def step(self, closure: Closure, optimizer: torch.optim.Optimizer) -> Tensor:

@@ -37,7 +37,7 @@ MUTATIONS = [
         "energies/base.py",
         "return 0.5 * precision_of(self, layer)",
         "return 1.0 * precision_of(self, layer)",
-        "predictive_coding",
+        "energies",
     ),
     Mutation(
         "the update is not divided by B",
@@ -171,14 +171,14 @@ MUTATIONS = [
         "evaluations/error_forces.py",
         "strength * holomorphic(signals[k])",
         "strength * signals[k]",
-        "infinitesimal_limit",
+        "theory",
     ),
     Mutation(
         "no slope is analytic",
         "network/network.py",
         "self.check_analytic(seen)\n        return",
         "pass\n        return",
-        "own_nudge infinitesimal_limit precision",
+        "code_complex",
     ),
     Mutation(
         "directions are not conjugate",
@@ -323,7 +323,7 @@ MUTATIONS = [
         "program/seams.py",
         "setattr(owner, name, plain)",
         "pass",
-        "programs",
+        "recorder",
     ),
     Mutation(
         "backward hooks of modules are not seen",
@@ -983,7 +983,7 @@ def main() -> int:
     for mutation in mutations:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder)
-            for part in (PACKAGE, "lightning_ebm_cli", "tests", "recipes", "benchmarks"):
+            for part in (PACKAGE, "lightning_ebm_cli", "tests", "recipes", "benchmarks", "scripts"):
                 shutil.copytree(ROOT / part, copy / part)
             shutil.copy(ROOT / "pyproject.toml", copy)
             target = copy / PACKAGE / mutation.file

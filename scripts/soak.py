@@ -158,12 +158,13 @@ class Left:
 
 def patches() -> dict[str, Any]:
     """What of torch the library replaces while it records, as it stands."""
+    hooks = torch.utils.hooks.BackwardHook
     return {
-        "backward": Tensor.backward,
-        "grad": torch.autograd.grad,
+        "backward": torch.autograd.backward,
         "apply": torch.autograd.Function.__dict__.get("apply"),
-        "call": nn.Module.__call__,
-        "checkpoint": torch.utils.checkpoint.checkpoint,
+        "hooks on saved tensors": torch.autograd.graph.saved_tensors_hooks.__enter__,
+        "hooks on inputs": hooks.setup_input_hook,
+        "hooks on outputs": hooks.setup_output_hook,
     }
 
 

@@ -337,7 +337,7 @@ CASES = {
     "lstm cell": (lambda: Cells(nn.LSTMCell), SEQUENCE, LSTM_LOOP, COMPLETED, 1.0),
     "gnn": (Gnn, tensor(5, 3), ["lin1", "lin2"], "weighted modules", 1.0),
     "mlp": (mlp, tensor(3, 6), ["1", "4"], "activations", 1.0),
-    "vgg": (vgg, IMAGE, ["1", "4", "7"], "activations", 1.0),
+    "vgg": (vgg, IMAGE, ["2", "4", "7"], "activations", 1.0),
     "resnet": (resnet, IMAGE, ["2", "3.relu", "3.relu#1", "4.relu", "4.relu#1"], "activations", 1.0),
 }
 

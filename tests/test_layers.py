@@ -459,7 +459,7 @@ CONV += [
 @pytest.mark.parametrize(
     ("make", "shape", "layers"),
     [
-        (lambda: nn.Sequential(*CONV, nn.Flatten(), nn.Linear(36, 2)), (5, 36), ["3", "8"]),
+        (lambda: nn.Sequential(*CONV, nn.Flatten(), nn.Linear(36, 2)), (5, 36), ["4", "8"]),
         (lambda: nn.Sequential(*PERCEPTRON), (5, 6), ["1", "4"]),
         (SelfAttention, (5, 3, 6), ["attention"]),
         (Recurrent, (5, 3, 6), ["gru"]),

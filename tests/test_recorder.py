@@ -1398,3 +1398,64 @@ def test_what_a_step_logs_is_what_it_logs_under_stock_lightning(tmp_path) -> Non
         assert module.ran == STEPS
         logged.append({name: float(value) for name, value in trainer.logged_metrics.items()})
     assert logged[0] == logged[1]
+
+
+def places() -> dict[str, object]:
+    """What stands where something is put while a step is recorded."""
+    hooks = torch.utils.hooks.BackwardHook
+    return {
+        "Function.apply": torch.autograd.Function.__dict__["apply"],
+        "saved_tensors_hooks": torch.autograd.graph.saved_tensors_hooks.__enter__,
+        "setup_input_hook": hooks.setup_input_hook,
+        "setup_output_hook": hooks.setup_output_hook,
+        "backward": torch.autograd.backward,
+    }
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_torch_is_as_it_was_after_a_step_however_it_ends(raises):
+    net, (x, y), before = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double(), batch(0), places()
+    learner, within = ebm.Learner(net, "zero-divergence"), []
+
+    def closure() -> Tensor:
+        within.append(places())
+        if raises:
+            raise KeyError("of the user's")
+        return F.cross_entropy(net(x), y)
+
+    for _ in range(2):
+        if raises:
+            with pytest.raises(KeyError):
+                learner.backward(closure)
+        else:
+            learner.backward(closure)
+        assert places() == before
+    assert all(during[name] is not what for during in within for name, what in before.items())
+
+
+def test_torch_is_as_it_was_after_the_last_of_two_steps_that_overlap():
+    """One thread ends its step while the other is in the midst of its own, whose record goes on."""
+    before, midst, ended, found = places(), threading.Event(), threading.Event(), {}
+
+    def step(waits: bool) -> None:
+        torch.manual_seed(0)
+        net, (x, y) = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double(), batch(0)
+
+        def closure() -> Tensor:
+            if waits:
+                midst.set()
+                assert ended.wait(60)
+            return F.cross_entropy(net(x), y)
+
+        found[waits] = ebm.Learner(net, "zero-divergence").gradients(closure)
+
+    first = threading.Thread(target=step, args=(True,))
+    first.start()
+    assert midst.wait(60)
+    step(False)
+    assert places() != before
+    ended.set()
+    first.join(60)
+    assert places() == before
+    for name, gradient in found[False].items():
+        assert torch.equal(found[True][name], gradient)

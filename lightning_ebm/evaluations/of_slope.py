@@ -33,7 +33,7 @@ def ones_for(tensor: Tensor) -> Tensor:
 
 def holomorphic(slope: Tensor) -> Tensor:
     """autograd gives the conjugate of a holomorphic function's derivative."""
-    return slope.conj() if slope.is_complex() else slope
+    return slope.conj_physical() if slope.is_complex() else slope
 
 
 def is_one(factor: complex | Tensor) -> bool:

@@ -20,6 +20,10 @@ ACTIVATIONS: tuple[type[nn.Module], ...] = (
 WEIGHTED: tuple[type[nn.Module], ...] = (
     nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention,
 )  # fmt: skip
+MAXIMUM_POOLING: tuple[type[nn.Module], ...] = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+    nn.FractionalMaxPool2d, nn.FractionalMaxPool3d,
+)  # fmt: skip
 
 
 def chosen_by(module: nn.Module, layers: ChosenLayers) -> dict[nn.Module, str]:

@@ -5,6 +5,7 @@ drive is computed from, which parameters stand in between, and what enters the l
 """
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -14,7 +15,7 @@ from torch import nn
 from lightning_ebm import checked
 from lightning_ebm.errors import LayerDiscoveryError
 from lightning_ebm.program.calls import clean
-from lightning_ebm.program.candidates import ACTIVATIONS, Layers, chosen_by, found_in
+from lightning_ebm.program.candidates import ACTIVATIONS, MAXIMUM_POOLING, Layers, chosen_by, found_in
 from lightning_ebm.program.locality import Judged, Locality, Products, self_gates
 from lightning_ebm.program.missing_layers import absent_from, is_read, refuse_all, shown, skipped_in
 from lightning_ebm.program.module_walk import modules_of, parameters_of
@@ -93,12 +94,17 @@ class LayerFinder:
     modules. Ties go to fewer states. An activation that only multiplies what it was computed from, x * g(x) as in
     squeeze-and-excite, is a gate and no layer.
 
+    Where `pooled`, a maximum pooling takes the place of the activation that it alone reads. At the many zeros that ReLU
+    leaves, a state before it lies at a kink from the start: which of several equal units is the largest changes with
+    the smallest error, and no force would ever vanish.
+
     Args:
         module: the user's module.
         layers: as in `Learner`.
         output: as in `Learner`.
         also: names, as of states, of inputs and outputs that carry states besides.
         like: a finder for the same module, whose latest choice is kept where it can be.
+        pooled: whether states may stand behind a maximum pooling: not for energies of drives and activations.
     """
 
     def __init__(
@@ -108,8 +114,10 @@ class LayerFinder:
         output: Output,
         also: Collection[str] = (),
         like: "LayerFinder | None" = None,
+        pooled: bool = False,
     ) -> None:
         self._module = module
+        self._pooled = pooled and layers is None
         self._also = frozenset(also)
         self._layers = layers
         self._output: Output = output
@@ -123,7 +131,8 @@ class LayerFinder:
         named = {m for name, m in self._module.named_modules() if clean(name) in {_module_of(k) for k in self._also}}
         if self._layers is not None:
             return named | set(chosen_by(self._module, self._layers))
-        return named.union(*found_in(self._module).values())
+        pools = {m for m in self._module.modules() if self._pooled and isinstance(m, MAXIMUM_POOLING)}
+        return named.union(pools, *found_in(self._module).values())
 
     def find(self, record: Record, loss: Value, partial: bool | None = False) -> tuple[Plan, list[Mark]]:
         """The calls that carry states, and the wiring between them.
@@ -207,6 +216,8 @@ class LayerFinder:
         calls = {mark for mark in record.marks if mark.module in candidates}
         if self._layers is None:
             calls -= self_gates(record, [mark for mark in calls if isinstance(mark.module, ACTIVATIONS)])
+        if self._pooled:
+            calls = self._behind_pooling(calls, record, loss)
         marks = [mark for mark in record.marks if mark in calls or str(mark.key) in self._also]
         wiring = Wiring(self._module, record, marks, loss)
         named = self._named(wiring)
@@ -214,6 +225,22 @@ class LayerFinder:
         why_not = wiring.why_not(candidates.values() if self._layers is not None else (), states)
         cut = [mark for mark in record.marks if mark.key in states]
         return _Option(what, candidates, len(calls), cut, why_not, products.locality(cut, loss))
+
+    def _behind_pooling(self, calls: set[Mark], record: Record, loss: Value) -> set[Mark]:
+        """The calls, with a maximum pooling in the place of the activation that it alone reads."""
+        pools = {mark for mark in record.marks if isinstance(mark.module, MAXIMUM_POOLING)} - calls
+        marks = [mark for mark in record.marks if mark in calls or mark in pools]
+        if not pools:
+            return calls
+        plan = Wiring(self._module, record, marks, loss).plan()
+        read = Counter(
+            parent for parents in (*(row.parents for row in plan.rows), plan.loss_parents) for parent in parents
+        )
+        for mark, row in zip(marks, plan.rows, strict=True):
+            alone = mark in pools and len(row.parents) == 1 and not row.parameters and read[row.parents[0]] == 1
+            if alone and isinstance((below := marks[row.parents[0]]).module, ACTIVATIONS) and below in calls:
+                calls = calls - {below} | {mark}
+        return calls
 
     def _compared(self, record: Record, loss: Value, products: Products) -> list["_Option"]:
         """The sets of modules that may be chosen, in order of preference; the first alone if it leaves nothing."""

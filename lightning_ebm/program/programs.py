@@ -81,6 +81,7 @@ class Programs:
         output: as in `Learner`.
         also: names of inputs and outputs that carry states besides.
         like: programs of the same module, whose choice of layers is kept where it can be.
+        pooled: as in `LayerFinder`.
     """
 
     def __init__(
@@ -90,10 +91,11 @@ class Programs:
         output: Output,
         also: Collection[str] = (),
         like: "Programs | None" = None,
+        pooled: bool = False,
     ) -> None:
         self._module = module
         followed: LayerFinder | None = None if like is None else like._finder
-        self._finder: LayerFinder = LayerFinder(module, layers, output, also, followed)
+        self._finder: LayerFinder = LayerFinder(module, layers, output, also, followed, pooled)
         self._watch = Watch(module, self._finder.watched)
         self._known: list[Known] = []
         self._said = False
