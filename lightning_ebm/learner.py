@@ -111,7 +111,8 @@ class Learner:
         self._samples = Samples(batch_size, scale)
         self.policy = Policy(on_divergence, self.algorithm)
         self._options: tuple[Layers, Output] = (layers, output_for(self.algorithm, output))
-        self._pooled = not reads_drive(self.algorithm.energy)
+        energies = [one.energy for one in (self.algorithm, self.policy.fallback) if one is not None]
+        self._pooled = not any(map(reads_drive, energies))
         self._programs = Programs(module, *self._options, pooled=self._pooled)
         self._evaluated = Programs(module, *self._options, like=self._programs, pooled=self._pooled)
         self._clamped: dict[frozenset[str], Programs] = {}

@@ -128,16 +128,17 @@ def test_a_pooling_takes_the_place_of_the_activation_that_it_alone_reads(kind, e
         torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-12)
 
 
-def test_states_stay_at_activations_where_the_energy_is_of_drives_and_where_they_were_asked_for():
-    x, y = batch()
-    for algorithm, layers in (
-        ("contrastive-hebbian", None),
-        ("fenchel-young", None),
-        ("predictive-coding", ["1", "4"]),
-    ):
-        if algorithm == "fenchel-young":
-            algorithm = ebm.algorithm("dual-propagation")
-        module = net(nn.Hardtanh)
-        learner = ebm.Learner(module, algorithm, layers=layers)
-        learner.gradients(lambda module=module: F.cross_entropy(module(x), y))
-        assert learner.report["layers"][:2] == ["1", "4"]
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        ("contrastive-hebbian", {}),
+        ("dual-propagation", {}),
+        ("predictive-coding", {"layers": ["1", "4"]}),
+        ("predictive-coding", {"on_divergence": "dual-propagation"}),
+    ],
+)
+def test_states_stay_at_activations_where_an_energy_is_of_drives_and_where_they_were_asked_for(algorithm, options):
+    module, (x, y) = net(nn.Hardtanh), batch()
+    learner = ebm.Learner(module, algorithm, **options)
+    learner.gradients(lambda: F.cross_entropy(module(x), y))
+    assert learner.report["layers"][:2] == ["1", "4"]
