@@ -8,6 +8,7 @@ from common_networks import Case, flat, images, trained
 from contenders import DEFAULT, EP, rows
 from networks import NETS, Net, conv_net, mlp
 from page import Lines, Settings, line, table
+from roofline import best_rate, products
 from timing import Contest, threads
 from torch import nn
 from torch.nn import functional as F
@@ -25,6 +26,12 @@ patterns under noise; tanh beside ReLU. At 1 thread CPU time of the process, at 
 "predictive-coding" is lambda = 1. "equilibrium-propagation", to its own tolerance, is measured on the first network
 (the others take it as long or longer; more of it below), and refused, -, where a network has no equilibrium."""
 
+SHARES = """
+The share of the machine's best product rate that a step reaches: the time that its products and convolutions would
+take at that rate, over the time that it takes, at 1 thread, trained ReLU networks. The rate is that of the fastest
+product of two square matrices, {rate:.0f} GFLOP/s in this run. What is missing to 100 % are products of other shapes,
+what is computed besides them, and Python."""
+
 
 def sized(net: Net, activation: type[nn.Module], steps: int) -> Net:
     """The network with that activation, after so many steps of training, on data that can be learned."""
@@ -41,6 +48,9 @@ def steps(given: Settings) -> Lines:
     kinds = [f"{'tanh' if a is nn.Tanh else 'ReLU'}, {'trained' if n else 'fresh'}" for a, n in COLUMNS]
     yield table("network", "algorithm", *(f"{kind}, {count}" for count in (1, 2) for kind in kinds))
     ended: list[str] = []
+    shares: dict[str, dict[str, float]] = {}
+    with threads(1):
+        rate = best_rate()
     for title, net in NETS.items():
         found: list[dict[str, float]] = []
         told: list[dict[str, str]] = []
@@ -50,6 +60,10 @@ def steps(given: Settings) -> Lines:
                 contest = Contest(sized(net, activation, trained_for), lr=0.0)
                 names = ["backprop", *_added(contest, net, with_ep=title == next(iter(NETS)))]
                 found.append(contest.medians(_turns(contest, given.repeats)))
+                if count == 1 and (activation, trained_for) == COLUMNS[-1]:
+                    for name, take in contest.steps.items():
+                        share = products(take) / rate / (found[-1][name] / 1e3)
+                        shares.setdefault(name, {})[title] = share
             told.append({name: ended_as(learner) for name, learner in contest.learners.items()})
         for name in names:
             yield line(title, name, *(_cell(medians, name) for medians in found))
@@ -58,6 +72,10 @@ def steps(given: Settings) -> Lines:
     yield "\nHow the relaxations of those that go to a tolerance ended: evaluations after the first, status, strength."
     yield table("network", "algorithm", *kinds)
     yield from ended
+    yield SHARES.format(rate=rate / 1e9)
+    yield table("algorithm", *NETS)
+    for name, row in shares.items():
+        yield line(name, *(f"{row[title]:.0%}" if title in row else "-" for title in NETS))
 
 
 def _added(contest: Contest, net: Net, with_ep: bool) -> list[str]:

@@ -22,6 +22,7 @@ import networks
 import other_libraries
 import page
 import peers
+import roofline
 import run
 import steps
 import sweeping
@@ -79,6 +80,19 @@ def test_a_step_of_a_layer_takes_no_more_operations_than_its_formula_needs(rule,
     assert sum(layer[name] for name in ("addmm", "mm")) / 24 / phases == 2
 
 
+def test_products_of_a_step_are_two_operations_a_multiplication_and_an_exact_rule_has_those_of_backprop():
+    contest = timing.Contest(networks.chain(8, 20, 30, 40, 10, steps=2))
+    contest.add("zero-divergence", "zero-divergence")
+    for _ in range(3):
+        contest.steps["zero-divergence"]()
+    forward = 2 * 8 * (20 * 30 + 30 * 40 + 40 * 10)
+    expected = 3 * forward - 2 * 8 * 20 * 30  # nobody asks for the slope in the input
+    assert {name: roofline.products(step) for name, step in contest.steps.items()} == {
+        "backprop": expected,
+        "zero-divergence": expected,
+    }
+
+
 def test_the_table_that_the_page_opens_with_has_trained_beside_fresh_and_what_is_refused(monkeypatch):
     monkeypatch.setattr(steps, "NETS", {"small": networks.chain(8, 784, 8, 8, 10, steps=2)})
     monkeypatch.setattr(steps, "COLUMNS", [(activation, n) for activation in (nn.Tanh, nn.ReLU) for n in (0, 2)])
@@ -89,7 +103,10 @@ def test_the_table_that_the_page_opens_with_has_trained_beside_fresh_and_what_is
     assert list(rows) == ["backprop", *contenders.rows(networks.chain(8, 784, 8, 8, 10, steps=2))]
     assert all(cell.endswith(" ms ") for cell in rows["backprop"])
     assert all(float(cell) > 0 for cell in rows["zero-divergence"])
-    assert counts == [1] * 4 + [2] * 4
+    assert counts == [1] * 5 + [2] * 4  # the first is the machine's own rate
+    shares = [line.split("|")[1:-1] for line in text if line.count("%") == 1 and line.startswith("| ")]
+    assert {"backprop", "zero-divergence"} <= {name.strip() for name, _ in shares} <= set(rows)
+    assert all(0 <= int(share.strip(" %")) <= 110 for name, share in shares)
 
 
 def test_momentum_finds_the_equilibrium_it_is_compared_at():
