@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Collection, Iterable, Sequence
+from heapq import heappop, heappush
 
 from torch import Tensor, fx
 
@@ -63,6 +64,10 @@ class _Held:
         last = (m for m in self._read[node] if self._left[m] == 1 and m in self._own)
         unread = 0 if self._left.get(_memory(node), 0) else self.taken(node)
         return sum(size_of(m) for m in last) + unread
+
+    def read(self, node: fx.Node) -> set[fx.Node]:
+        """The memory that an operation reads."""
+        return self._read[node]
 
     def run(self, node: fx.Node) -> None:
         """Notes that it has run."""
@@ -175,21 +180,40 @@ def _greedy(nodes: Sequence[fx.Node], given: Collection[fx.Node], end: fx.Node) 
     for last, ahead in waiting.items():
         for other in ahead:
             following.setdefault(other, []).append(last)
-    ready, done = {last for last, ahead in waiting.items() if not ahead}, dict[fx.Node, int]()
+    done, reading = dict[fx.Node, int](), dict[fx.Node, set[fx.Node]]()
+    costs: dict[fx.Node, tuple[int, int, int]] = {}  # of the groups that can run
+    queue: list[tuple[int, int, int]] = []  # and those that they had before
 
-    def cost(last: fx.Node) -> tuple[int, int, int]:
+    def offer(last: fx.Node) -> None:
         added = sum(held.taken(node) - held.freed(node) for node in members[last])
         fresh = max((done.get(s, 0) for node in members[last] for s in node.all_input_nodes), default=0)
-        return added, -fresh, position[last]
+        costs[last] = added, -fresh, position[last]
+        heappush(queue, costs[last])
 
-    while ready:
-        last = min(ready, key=cost)
-        ready.remove(last)
+    def ready(last: fx.Node) -> None:
+        for node in members[last]:
+            for memory in held.read(node):
+                reading.setdefault(memory, set()).add(last)
+        offer(last)
+
+    for last, ahead in waiting.items():
+        if not ahead:
+            ready(last)
+    while queue:
+        cost = heappop(queue)
+        last = group[nodes[cost[-1]]]
+        if costs.get(last) != cost:
+            continue
+        del costs[last]
         for node in members[last]:
             done[node] = len(done)
             held.run(node)
+        # What others cost changes with who else is to read what they read.
+        for other in {g for node in members[last] for memory in held.read(node) for g in reading[memory]}:
+            if other in costs:
+                offer(other)
         for user in following.get(last, ()):
             waiting[user].discard(last)
             if not waiting[user]:
-                ready.add(user)
+                ready(user)
     return list(done)
