@@ -52,6 +52,8 @@ class BarzilaiBorwein(Descent):
         """0 while it goes on, then which of `_ENDS` came first; it stays where it is from then on."""
         self.taken = torch.zeros_like(self.energy)
         """Steps until then."""
+        self._share_left: Tensor | None = None
+        """The one of the end, where steps follow that go nowhere."""
         self.against = torch.zeros_like(self.energy)
         """Steps along which every force pulled to the end, and the energy rose."""
 
@@ -60,6 +62,12 @@ class BarzilaiBorwein(Descent):
         """See `Descent.active`; without those that run away, and none when it is over."""
         active = super().active & (self.norm <= self.most_force * self.first)
         return active & (self.end == 0) if self.rarely else active
+
+    @property
+    def share_left(self) -> Tensor | None:
+        """See `Descent.share_left`."""
+        now, then = super().share_left, self._share_left
+        return now if now is None or then is None else torch.where(self.end > 0, then, now)
 
     def run(self, max_steps: int) -> Relaxation:
         """Steps until it is over, and asks whether it is as often as `Questions` says."""
@@ -90,11 +98,11 @@ class BarzilaiBorwein(Descent):
             _, self.energy = self.evaluate(self.point)
         self.steps = int(taken)
         energies = [*self.energies[: self.steps], self.energy]
-        status = _ENDS[int(end)]
-        return Relaxation(self.point, self.coordinates, status, self.steps, self.residual, energies)
+        return self.found(_ENDS[int(end)], energies)
 
     def _judge(self, last: bool) -> None:
         """Whether it is over, as `Descent.status` says, decided on the device."""
+        self._share_left = self.share_left
         found = self.active.any().logical_not().to(self.energy)
         judged = None if last else self.gain_left.judged(self.gained, self.tol, (self.tol / 10) ** 2)
         if judged is not None:

@@ -44,6 +44,8 @@ class Relaxation:
             it first arrives, with everything else still at the forward pass, or a multiplier over the precision.
         samples: states that the update is the average over, instead of that at `point`; lists as `point` is.
         dyadic_states: two more lists of states, whose energies, with the drives of `point`, are to be contrasted.
+        gain_left: the energy still to be gained, at most about, over what was gained, a scalar; None where nobody has
+            estimated it.
     """
 
     point: list[Tensor]
@@ -55,6 +57,7 @@ class Relaxation:
     local_error: list[Tensor] | None = None
     dyadic_states: tuple[list[Tensor], list[Tensor]] | None = None
     samples: list[list[Tensor]] | None = None
+    gain_left: Tensor | None = None
 
     def at(self, sample: list[Tensor]) -> "Relaxation":
         """One of its samples, as an end of its own."""

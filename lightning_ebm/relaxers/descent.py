@@ -114,7 +114,18 @@ class Descent(ABC):
         """
         if bool(self.ran_away.any()):
             raise self.diverged()
-        return Relaxation(self.point, self.coordinates, status, self.steps, self.residual, self.energies)
+        return self.found(status, self.energies)
+
+    def found(self, status: Status, energies: list[Tensor]) -> Relaxation:
+        """What is told of the end."""
+        kind, residual, left = self.coordinates, self.residual, self.share_left
+        return Relaxation(self.point, kind, status, self.steps, residual, energies, gain_left=left)
+
+    @property
+    def share_left(self) -> Tensor | None:
+        """The energy still to be gained over what was gained; None before a step was taken."""
+        left = self.gain_left.left()
+        return None if left is None else torch.where(left > 0, left / self.gained, 0.0)
 
     @property
     def residual(self) -> Tensor:

@@ -42,6 +42,16 @@ class GainLeft:
         oldest = self._promised[0] / self._squares[0]
         self._least = oldest if self._least is None else torch.fmin(self._least, oldest)
 
+    def left(self) -> Tensor | None:
+        """The energy still to be gained, at most about; None before a step was chosen."""
+        if not self._promised:
+            return None
+        first, last, steps = self._promised[0], self._promised[-1], len(self._promised) - 1
+        if not steps:
+            return last
+        rate = (last / first) ** (1 / steps)
+        return torch.where(rate < 1, last / (1 - rate), torch.inf).where(last > 0, last)
+
     def verdict(self, gained: Tensor, at_kinks: float, elsewhere: float) -> Literal["kink", "stalled"] | None:
         """Says "kink" or "stalled" where no more is left than a fraction of what was gained; None where more is.
 

@@ -18,6 +18,8 @@ class PhaseEntry(TypedDict):
 
     energies: I + lambda L of the batch at the start and after each step, its real part where the nudge is complex; of
     relaxers that need no energy to move (`FixedPoint`), at the start and the end only. residual: see `Relaxation`.
+    gain_left: the energy still to be gained, extrapolated from the last steps, over what was gained; None where the
+    relaxer makes no estimate, or its steps promise no end. A plateau, as of quasi-Newton steps, makes it too small.
     """
 
     nudge: float | str
@@ -25,6 +27,7 @@ class PhaseEntry(TypedDict):
     steps: int
     energies: list[float]
     residual: list[float]
+    gain_left: float | None
 
 
 class Report(TypedDict):
@@ -65,11 +68,12 @@ class PhaseReport:
     steps: int
     residual: Tensor
     energies: Sequence[Tensor]
+    gain_left: Tensor | None = None
 
     @classmethod
     def of(cls, nudge: complex, found: Relaxation) -> "PhaseReport":
         """Keeps what a report needs, so that the states can be freed."""
-        return cls(nudge, found.status, found.steps, found.residual.detach(), found.energies)
+        return cls(nudge, found.status, found.steps, found.residual.detach(), found.energies, found.gain_left)
 
 
 class Shown(dict[str, Any]):
@@ -81,11 +85,22 @@ class Shown(dict[str, Any]):
             ("loss", f"{self['loss']:.6g}"),
             ("steps", str(self["steps"])),
             ("force left, worst sample", f"{worst:.3g}"),
-            *((f"phase at nudge {p['nudge']}", f"{p['status']} after {p['steps']} steps") for p in self["phases"]),
+            *((f"phase at nudge {p['nudge']}", _ended(p)) for p in self["phases"]),
             *self["algorithm"].items(),
             ("kernels", self["kernels"]),
         ]
         return notebook.table(f"Last step: {self['result']}", (), rows)
+
+
+def _finite(share: Tensor | None) -> float | None:
+    number = math.inf if share is None else float(share)
+    return number if math.isfinite(number) else None
+
+
+def _ended(phase: PhaseEntry) -> str:
+    """How a phase ended, in words."""
+    told, left = f"{phase['status']} after {phase['steps']} steps", phase["gain_left"]
+    return f"{told}, with {left:.2g} of what was gained still to gain" if left else told
 
 
 _WORST_FIRST = ("max_steps", "fixed", "stalled", "kink", "converged")
@@ -107,6 +122,7 @@ def report_of(
             "steps": phase.steps,
             "energies": torch.stack(list(phase.energies)).tolist() if phase.energies else [],
             "residual": phase.residual.tolist(),
+            "gain_left": _finite(phase.gain_left),
         }
         for phase in phases
     ]
