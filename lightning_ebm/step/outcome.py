@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.step.divergence import Policy
-from lightning_ebm.step.report import PhaseReport, Report, report_of
+from lightning_ebm.step.report import PhaseReport, Report, finite, report_of
 from lightning_ebm.step.unsettled import Unsettled
 
 log = logging.getLogger(__name__)
@@ -16,16 +16,16 @@ log = logging.getLogger(__name__)
 _UNSETTLED = {
     "max_steps": (
         "The states were still moving when max_steps was reached: after %d steps the force was up to %.2g of what it"
-        " started with, and the update was read there. Raise max_steps or tol, take a smaller nudge, or smaller steps"
+        " started with%s, and the update was read there. Raise max_steps or tol, take a smaller nudge, or smaller steps"
         " if it has grown. (Said once; the report tells it for every step.)"
     ),
     "stalled": (
         "The states stalled: after %d steps no step lowered the energy any more, with a force of up to %.2g of what it"
-        " started with, and the update was read there. No kink is there to explain it, so this is no equilibrium: take"
-        " a smaller nudge, double precision, or a larger tol. (Said once; the report tells it for every step.)"
+        " started with%s, and the update was read there. No kink is there to explain it, so this is no equilibrium:"
+        " take a smaller nudge, double precision, or a larger tol. (Said once; the report tells it for every step.)"
     ),
 }
-"""What is said once of each status, with the steps taken and the largest residual."""
+"""What is said once of each status, with the steps taken, the largest residual, and what was left to gain if known."""
 
 
 class Outcome:
@@ -62,7 +62,9 @@ class Outcome:
             explained = status == "max_steps" and self._unsettled.told is not None
             if found and status not in self._warned and not explained:
                 self._warned.add(status)
-                log.warning(text, found[0].steps, float(found[0].residual.max()))
+                left = finite(found[0].gain_left)
+                share = "" if left is None else f", some {100 * left:.2g} % of the energy gained was still to gain"
+                log.warning(text, found[0].steps, float(found[0].residual.max()), share)
 
     def gave_up(self, error: RelaxationDivergedError, loss: Tensor) -> None:
         """Counts a batch that cannot relax, and says so the first time."""

@@ -92,7 +92,8 @@ class Shown(dict[str, Any]):
         return notebook.table(f"Last step: {self['result']}", (), rows)
 
 
-def _finite(share: Tensor | None) -> float | None:
+def finite(share: Tensor | None) -> float | None:
+    """A number; None where there is none, or none that is finite."""
     number = math.inf if share is None else float(share)
     return number if math.isfinite(number) else None
 
@@ -122,7 +123,7 @@ def report_of(
             "steps": phase.steps,
             "energies": torch.stack(list(phase.energies)).tolist() if phase.energies else [],
             "residual": phase.residual.tolist(),
-            "gain_left": _finite(phase.gain_left),
+            "gain_left": finite(phase.gain_left),
         }
         for phase in phases
     ]
