@@ -54,7 +54,7 @@ class Pass:
 
     Attributes:
         layers: what it saw at each layer, in the order of the user's pass.
-        loss: the user's loss, a scalar.
+        loss: the user's loss, of shape ().
         rounding: relative, of the arithmetic that the layers computed in, autocast or not.
     """
 
@@ -161,7 +161,7 @@ class Program:
             for value in self._last.get(node, ()):
                 held.free(value)
         if self.loss is not None:
-            seen.loss = held[self.loss]
+            seen.loss = held[self.loss].reshape(())
         return seen
 
     def _place(self, node: Node) -> str:
@@ -221,12 +221,12 @@ class Program:
         return bare
 
     def uncut(self) -> Tensor:
-        """The loss in the graph that backprop would differentiate."""
+        """The loss, of shape (), in the graph that backprop would differentiate."""
         assert self.loss is not None
         held = Held(self.record)
         for node in ordered(self.record, [self.loss]):
             held.run(node)
-        return held[self.loss]
+        return held[self.loss].reshape(())
 
 
 class Held:

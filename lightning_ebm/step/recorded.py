@@ -18,6 +18,7 @@ from lightning_ebm.program.record import Value
 from lightning_ebm.program.recorder import Recorder
 from lightning_ebm.program.wiring import Plan
 from lightning_ebm.step.arithmetic import Arithmetic
+from lightning_ebm.step.closure import is_number
 from lightning_ebm.step.setup import Setup
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class Recorded(NamedTuple):
         known: what was found out about it.
         binding: its values, by those of the pass that was examined; None where it is that pass.
         held: what its values held, as far as that is still there.
-        loss: what it returned; None where it returned none.
+        loss: what it returned, as a tensor of shape (); None where it returned no number.
         shapes: of what the pass was given and has read, see `batch_size_among`.
     """
 
@@ -46,7 +47,7 @@ class Recorded(NamedTuple):
     def of(cls, found: Found, recorder: Recorder, loss: Any, arguments: Any) -> "Recorded":
         """What a recorder has seen of a pass, given what that was called with: a batch that nobody reads has no say."""
         shapes = shapes_in(arguments, lambda tensor: recorder.contents.known(tensor) is not None)
-        number = loss.detach() if isinstance(loss, Tensor) else None
+        number = loss.detach().reshape(()) if is_number(loss) else None
         return cls(*found, recorder.contents.held, number, tuple(shapes))
 
     @property

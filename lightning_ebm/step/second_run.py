@@ -39,7 +39,12 @@ def repeated(first: Recorded, recorder: Recorder, loss: Tensor) -> tuple[Recorde
     found = first.known.outline.repeated_by(record, value)
     if not isinstance(found, str):
         second = Recorded(
-            Program(record, found[0], value), first.known, found[1], recorder.contents.held, loss.detach(), first.shapes
+            Program(record, found[0], value),
+            first.known,
+            found[1],
+            recorder.contents.held,
+            loss.detach().reshape(()),
+            first.shapes,
         )
         if _fix_the_same(first, second):
             if record.has_hooks:

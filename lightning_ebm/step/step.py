@@ -178,7 +178,7 @@ class Step:
         if self._setup.clamp is not None and not is_number(loss):
             with self._pass.blaming(None):
                 return self._without_loss(scale)
-        loss = checked_loss(loss)
+        shape = checked_loss(loss).shape
         if not self._setup.algorithm.rule.relaxes:
             self._setup.remember([], [], loss.detach() / scale, "plain")
             return self.unrelaxed(loss, scale)
@@ -190,6 +190,7 @@ class Step:
                 network = self._opened(loss)
                 del loss  # its graph is as large as a step of backprop
                 surrogate = self._surrogate(network, scale)
+        surrogate = surrogate.reshape(shape)  # as the user's own, which may be (1,)
         if surrogate.requires_grad:
             surrogate.register_hook(partial(_handed_over, retained))
         return surrogate
@@ -243,7 +244,7 @@ class Step:
             )
         loss = self._pass.known.loss
         phases = self._begun()
-        yield phases, phases.equilibrium(strength), loss is not None and is_number(loss)
+        yield phases, phases.equilibrium(strength), loss is not None
         self.release()
 
     def increments(self, loss: Tensor, scale: float = 1.0) -> Iterator[Tensor]:
@@ -367,7 +368,8 @@ class Step:
         second, _ = repeated(self._pass.known, self._pass.recorder, loss)
         self._pass.recorded = second = second.thinned(self._coded, states=False)
         self._pass.let_go()
-        network.run_again(loss.detach(), second.runner(self._arithmetic))
+        assert second.loss is not None
+        network.run_again(second.loss, second.runner(self._arithmetic))
         network.rebind(second.program, second.binding, second.held)
         return network
 
