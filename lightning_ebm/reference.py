@@ -19,7 +19,7 @@ from lightning_ebm.program.layers import Output
 from lightning_ebm.program.wiring import named_gradients
 from lightning_ebm.purity import untouched
 from lightning_ebm.relaxers import Anderson, FixedPoint, GradientDescent, Relaxation, Relaxer
-from lightning_ebm.step.closure import Closure, checked_loss
+from lightning_ebm.step.closure import Closure, check_closure, checked_loss
 from lightning_ebm.step.setup import output_for
 
 Reference = Literal["backprop", "equilibrium"]
@@ -41,6 +41,7 @@ def backprop(module: nn.Module, closure: Closure) -> dict[str, Tensor]:
     Raises:
         ConfigurationError: the closure returns no usable loss.
     """
+    check_closure(closure)
     with untouched(module), torch.enable_grad():
         return named_gradients(module, checked_loss(closure()), hooked=True)
 

@@ -24,6 +24,9 @@ Y = torch.tensor([0, 1, 2, 0, 1])
     [
         (lambda net: lambda: None, "return loss"),
         (lambda net: lambda: float(F.cross_entropy(net(X), Y)), "float"),
+        (lambda net: lambda: (F.cross_entropy(net(X), Y), net(X)), "tuple.*loss alone"),
+        (lambda net: lambda: torch.fft.fft(net(X)).sum(), "complex.*square modulus"),
+        (lambda net: lambda: torch.fft.fft(net(X)).sum().reshape(1), "complex.*square modulus"),
         (lambda net: lambda: F.cross_entropy(net(X), Y, reduction="none"), r"shape \(5,\)"),
         (lambda net: lambda: F.cross_entropy(net(X), Y).detach(), "does not depend"),
         (lambda net: lambda: F.cross_entropy(net(X), Y) * math.nan, "nan"),
@@ -35,6 +38,18 @@ def test_a_loss_that_cannot_be_used_is_refused(closure_of, message, name):
     with pytest.raises(ebm.EBMError, match=message):
         ebm.Learner(net, name).backward(closure_of(net))
     assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("call", ["backward", "gradients", "relax", "spectrum", "reference"])
+@pytest.mark.parametrize("given", [lambda net: F.cross_entropy(net(X), Y), lambda net: None, lambda net: "loss"])
+def test_what_is_no_function_is_no_closure(call, given):
+    net = make_net()
+    learner = ebm.Learner(net, "predictive-coding")
+    run = (lambda c: ebm.reference.backprop(net, c)) if call == "reference" else getattr(learner, call)
+    with pytest.raises(ebm.ConfigurationError, match="expected a function that runs the pass"):
+        run(given(net))
+    learner.backward(lambda: F.cross_entropy(net(X), Y))  # nothing is left of it
+    assert all(p.grad is not None for p in net.parameters())
 
 
 def test_no_layers_found_names_the_remedy():

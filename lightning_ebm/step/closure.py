@@ -12,6 +12,20 @@ Closure = Callable[[], Tensor]
 """Runs the user's forward pass and returns the loss, a scalar."""
 
 
+def check_closure(closure: Any) -> None:
+    """Refuses what cannot be run.
+
+    Raises:
+        ConfigurationError: it is no function, such as a loss that has been computed already.
+    """
+    if not callable(closure):
+        raise ConfigurationError(
+            f"closure is {type(closure).__name__}; expected a function that runs the pass and returns its loss, such as"
+            " `lambda: loss_function(module(x), y)`: the pass is recorded while it runs, so that a loss which has been"
+            " computed already comes too late."
+        )
+
+
 def check_finite(loss: Tensor) -> None:
     """Refuses a loss that is nan or infinite."""
     if not cmath.isfinite(loss.item()):
@@ -32,16 +46,22 @@ def is_number(returned: Any) -> bool:
 
 
 def checked_loss(loss: Any) -> Tensor:
-    """`loss`, if it is a scalar that depends on something."""
+    """`loss`, if it is a real scalar that depends on something."""
     if not isinstance(loss, Tensor):
+        remedy = "Did it forget to `return loss`?" if loss is None else "Return the loss alone."
         raise NoLossError(
             f"The closure returned {'None' if loss is None else type(loss).__name__}; expected the loss, a scalar"
-            " tensor: without it there is nothing to nudge the states. Did it forget to `return loss`?"
+            f" tensor: without it there is nothing to nudge the states. {remedy}"
         )
     if loss.numel() != 1:
         raise ConfigurationError(
             f"The loss has shape {tuple(loss.shape)}; expected a scalar. Reduce it over the batch, and say how with"
             ' loss_reduction="mean" or "sum".'
+        )
+    if loss.is_complex():
+        raise ConfigurationError(
+            "The loss is a complex number; expected a real one, which alone can be lowered. Return its square modulus,"
+            " `loss.abs().square()`, or its real part, `loss.real`."
         )
     if not loss.requires_grad:
         raise ConfigurationError(

@@ -24,7 +24,7 @@ from lightning_ebm.questions import Questions
 from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.step.arithmetic import Arithmetic
 from lightning_ebm.step.blame import spoils
-from lightning_ebm.step.closure import Closure, checked_loss, is_number
+from lightning_ebm.step.closure import Closure, check_closure, checked_loss, is_number
 from lightning_ebm.step.coverage import check_coverage
 from lightning_ebm.step.increments import increments
 from lightning_ebm.step.phases import Phases
@@ -60,6 +60,7 @@ class Step:
         teaches: bool = True,
         recorder: Recorder | None = None,
     ) -> None:
+        check_closure(closure)
         self._setup = setup
         self._closure = closure
         self._arguments = arguments
