@@ -37,11 +37,20 @@ def untouched(module: nn.Module, tensors: bool = True) -> Iterator[None]:
     metrics = [m for m in modules if isinstance(m, Metric | MetricCollection)]
     with ExitStack() as stack:
         stack.callback(RandomState(module).restore)
-        for owner, name, value in _copies(module) if tensors else ():
-            stack.callback(_swapped(owner, name, value))
+        if tensors:
+            stack.enter_context(untouched_tensors(module))
         stack.callback(_set_trainable, [(p, p.requires_grad) for p in parameters_of(modules)])
         stack.callback(PlainState(module).restore)
         stack.enter_context(_aside(metrics, [dict(vars(metric)) for metric in metrics]))
+        yield
+
+
+@contextmanager
+def untouched_tensors(module: nn.Module) -> Iterator[None]:
+    """Within it, what is written to buffers and parameters of a module is written to copies."""
+    with ExitStack() as stack:
+        for owner, name, value in _copies(module):
+            stack.callback(_swapped(owner, name, value))
         yield
 
 

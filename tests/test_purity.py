@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -270,3 +271,51 @@ def test_a_branch_taken_later_is_as_pure_as_the_first():
         expected = dict(stock.named_buffers())
         assert all(torch.equal(b, expected[name]) for name, b in ours.named_buffers())
         assert ours.step == 3
+
+
+class Checkpointed(nn.Module):
+    """Statistics and counters in a part whose forward pass a backward pass runs again."""
+
+    def __init__(self, by_checkpoint, hooked):
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh())
+        self.body, self.head = nn.Sequential(nn.Linear(8, 6), nn.Tanh()), nn.Linear(6, 3)
+        self.calls, self.told = 0, []
+        self.by_checkpoint, self.hooked = by_checkpoint, hooked
+
+    def counted(self, x):
+        self.calls += 1
+        return self.block(x)
+
+    def forward(self, x):
+        h = checkpoint(self.counted, x, use_reentrant=False) if self.by_checkpoint else self.counted(x)
+        if self.hooked:
+            h.register_hook(lambda gradient: self.told.append(float(gradient.norm())))
+        return self.head(self.body(h))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("algorithm", ["zero-divergence", "predictive-coding", "equilibrium-propagation"])
+def test_a_backward_pass_that_checks_a_record_leaves_nothing_of_what_it_computes_again(algorithm, hooked):
+    """The oracle is the module without a checkpoint: what a step does to a module it does once."""
+    ends = []
+    for by_checkpoint in (False, True):
+        module = Checkpointed(by_checkpoint, hooked).double()
+        learner = ebm.Learner(module, algorithm)
+        torch.manual_seed(1)
+        for size in (8, 8, 5, 8):  # a record, one that comes again, another one
+            x, y = torch.randn(size, 4, dtype=torch.float64), torch.arange(size) % 3
+            module.zero_grad()
+            learner.backward(lambda: F.cross_entropy(module(x), y))  # noqa: B023
+            with torch.no_grad():
+                for p in module.parameters():
+                    p -= 0.1 * p.grad
+        ends.append(module)
+    plain, checkpointed = ends
+    for name, tensor in plain.state_dict().items():
+        assert torch.allclose(checkpointed.state_dict()[name].double(), tensor.double(), rtol=1e-9, atol=0), name
+    assert len(checkpointed.told) == len(plain.told) == (4 if hooked else 0)
+    assert checkpointed.told == pytest.approx(plain.told)
+    if not hooked:
+        assert checkpointed.calls == plain.calls

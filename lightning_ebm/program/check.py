@@ -1,6 +1,7 @@
 """A new record against autograd: the exact rule on the record must be autograd's own gradient of the user's pass."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +15,7 @@ from lightning_ebm.program.record import Record
 from lightning_ebm.program.seams import hooked_input, hooked_output
 from lightning_ebm.program.user_hooks import without_hooks
 from lightning_ebm.program.wiring import Plan, graph_of
+from lightning_ebm.purity import untouched, untouched_tensors
 
 
 def check_against_autograd(module: nn.Module, program: Program, plan: Plan, loss: Tensor) -> None:
@@ -40,7 +42,7 @@ def check_against_autograd(module: nn.Module, program: Program, plan: Plan, loss
 def _compare(
     names: dict[int, str], module: nn.Module, program: Program, plan: Plan, loss: Tensor, leaves: Sequence[Tensor]
 ) -> None:
-    found = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)  # hooks between them hear it
+    found = _autograds_own(module, program.record, loss, leaves)
     program.record.told()
     seen = program.run(at_prediction())
     ours = exact_rule(seen, plan, leaves)
@@ -69,12 +71,25 @@ def _compare(
         _check_proportional(program, plan, leaves, ours, rounding)
 
 
-def told_to_hooks(record: Record, loss: Tensor) -> None:
+def told_to_hooks(module: nn.Module, record: Record, loss: Tensor) -> None:
     """Hooks between the operations of a pass that is known already are told of its own gradient."""
     leaves = graph_of([loss])[0]
     with without_hooks(leaves):
-        torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+        _autograds_own(module, record, loss, leaves)
     record.told()
+
+
+def _autograds_own(
+    module: nn.Module, record: Record, loss: Tensor, leaves: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The gradient of the user's pass, told to hooks between its operations.
+
+    Where saved tensors have hooks, as those of checkpoints, forward passes of the user's run again in it. It is a
+    backward pass of ours alone, so that what they do to the module is undone; but not what other hooks do.
+    """
+    again = nullcontext() if not record.notes else (untouched_tensors if record.has_hooks else untouched)(module)
+    with again:
+        return torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
 
 
 _SCALES = (1e-3, 1e3)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ebm.errors import EBMError, UnsupportedModuleError
 from lightning_ebm.program.at_value import at_value
@@ -29,7 +29,7 @@ def in_place_of_layers(program: Program, states: Sequence[Tensor], recorder: Rec
     return state_of
 
 
-def repeated(first: Recorded, recorder: Recorder, loss: Tensor) -> tuple[Recorded, list[Mark]]:
+def repeated(module: nn.Module, first: Recorded, recorder: Recorder, loss: Tensor) -> tuple[Recorded, list[Mark]]:
     """The second run and its marks, in the order of the first run's: it must be the program that was relaxed.
 
     Raises:
@@ -49,7 +49,7 @@ def repeated(first: Recorded, recorder: Recorder, loss: Tensor) -> tuple[Recorde
         if _fix_the_same(first, second):
             if record.has_hooks:
                 with recorder.pausing():
-                    told_to_hooks(record, loss)
+                    told_to_hooks(module, record, loss)
             return second, list(found[0])
         found = "what they were given"
     raise UnsupportedModuleError(

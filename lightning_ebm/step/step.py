@@ -366,7 +366,7 @@ class Step:
 
     def _at_equilibrium(self, network: Network, loss: Tensor) -> Network:
         """The network, given the user's pass with states in place."""
-        second, _ = repeated(self._pass.known, self._pass.recorder, loss)
+        second, _ = repeated(self._setup.module, self._pass.known, self._pass.recorder, loss)
         self._pass.recorded = second = second.thinned(self._coded, states=False)
         self._pass.let_go()
         assert second.loss is not None
