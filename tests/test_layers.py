@@ -716,3 +716,73 @@ def test_stalled_states_are_said_once_with_their_residual(caplog):
         learner.gradients(lambda: net(X).square().mean())
     (said,) = [record.getMessage() for record in caplog.records if "stalled" in record.getMessage()]
     assert "a force of up to 0.25 of what it started with" in said
+
+
+class Added(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.position = nn.Parameter(torch.full((6,), 0.125))
+
+    def forward(self, x):
+        return x + self.position
+
+
+class Held(nn.Module):
+    """A network with a parameter that a part of it holds, the network itself, or what it is in; or with none."""
+
+    def __init__(self, by, body):
+        super().__init__()
+        self.by, self.body = by, body
+        self.added = Added() if by == "part" else nn.Identity()
+        if by == "itself":
+            self.position = nn.Parameter(torch.full((6,), 0.125))
+        elif by == "used elsewhere":
+            self.log_sigma = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        x = self.added(x)
+        if self.by != "part":
+            x = x + (self.position if self.by == "itself" else 0.125)
+        return self.body(x).squeeze(-1)
+
+
+def body(end, normed=False):
+    torch.manual_seed(0)
+    parts = [nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)]
+    if normed:
+        parts = [nn.utils.parametrizations.weight_norm(p) if isinstance(p, nn.Linear) else p for p in parts]
+    return nn.Sequential(*parts, *end).double()
+
+
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "parametrized"])
+@pytest.mark.parametrize("layers", [None, nn.Linear, ["body.1", "body.3"]], ids=str)
+@pytest.mark.parametrize("output", ["auto", "readout", "state"])
+@pytest.mark.parametrize("end", [[], [nn.Sigmoid()]], ids=["linear", "sigmoid"])
+def test_a_parameter_that_a_network_holds_itself_makes_its_head_no_hidden_layer(end, output, layers, normed):
+    """Who holds a parameter is of no consequence: with a state in place of the read-out the update is another."""
+    found = []
+    for by in ("part", "itself", "used elsewhere"):
+        net = Held(by, body(end, normed)).double()
+        learner = ebm.Learner(net, "predictive-coding", output=output, layers=layers)
+        learner.backward(lambda: (net(X) - 0.3).square().mean())  # noqa: B023
+        states = [str(row.key) for row in learner.plan.rows]
+        found.append((states, torch.cat([p.grad.flatten() for p in net.body.parameters()])))
+    assert found[0][0] == found[1][0] == found[2][0]
+    assert all(torch.allclose(update, found[0][1], rtol=1e-10, atol=1e-14) for _, update in found)
+    assert output != "readout" or not {"body.4", "body.5"} & set(found[0][0])
+
+
+@pytest.mark.parametrize("layers", [nn.Linear, None], ids=str)
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(3, affine=False), nn.LayerNorm(3, elementwise_affine=False)])
+def test_a_norm_without_parameters_is_no_weight_behind_the_head(norm, layers):
+    """As the same norm in functional form."""
+
+    class Functional(nn.Module):
+        def forward(self, x):
+            if isinstance(norm, nn.LayerNorm):
+                return F.layer_norm(x, (3,))
+            return F.batch_norm(x, None, None, training=True)
+
+    tables = [table(Held("part", body([last])).double(), layers=layers) for last in (norm.double(), Functional())]
+    assert tables[0] == tables[1]
+    assert tables[0][0][-1][0] != "body.4"

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
@@ -58,7 +59,7 @@ class Watch:
             return
         self._of = now
         self.chosen = self._find()
-        self.weighted = {module: bool(module._parameters) for module in modules}
+        self.weighted = {module: _has_weights(module) for module in modules}
         named = [(module, name) for name, module in self._root.named_modules()]
         self.names = {
             module: clean(name)
@@ -68,6 +69,11 @@ class Watch:
         self.activations = [module for module in self.names if is_activation(module)]
         # A compiled network would not see the hooks: for a pass it runs as it was written.
         self.compiled = any("_orig_mod" in module._modules for module in modules)
+
+
+def _has_weights(module: nn.Module) -> bool:
+    """Whether it computes with parameters of its own: a norm without affine parameters has none."""
+    return is_parametrized(module) or any(p is not None for p in module._parameters.values())
 
 
 @contextmanager

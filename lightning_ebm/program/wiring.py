@@ -87,7 +87,6 @@ class Wiring:
 
     def __init__(self, module: nn.Module, record: Record, marks: Sequence[Mark], loss: Value) -> None:
         self.marks = list(marks)
-        self._weighted = [mark for mark in record.marks if mark.weighted]
         self._names = {id(p): clean(name) for name, p in module.named_parameters()}
         self._order = {name: index for index, name in enumerate(self._names.values())}
         self._owners = {id(p): clean(name) for name, m in module.named_modules() for p in m.parameters(recurse=False)}
@@ -96,11 +95,25 @@ class Wiring:
         self._held = {id(p) for p in parameters_of(modules_of(module))}
         self._index = {mark.state: k for k, mark in enumerate(self.marks)}
         self._loss = loss
+        self._weighted = [mark for mark in record.marks if mark.weighted and not self._hands_on(mark, record.marks)]
         self._above_loss = self._region([loss])
         self._above = [self._region([mark.prediction]) for mark in self.marks]
 
     def _region(self, values: Iterable[Value], stops: Collection[Value] = ()) -> "Region":
         return Region(values, self._index, self._leaves, stops)
+
+    def _hands_on(self, mark: Mark, marks: Sequence[Mark]) -> bool:
+        """Whether a call with parameters of its own returns what its parts did, and has used its own before them.
+
+        So does a network that adds `self.position` to its input and returns what its head gives: no weight comes after
+        the head. What a parametrization returns is a weight, and no such part.
+        """
+        prefix = f"{mark.key.name}." if mark.key.name else ""
+        parts = {m.state for m in marks if m is not mark and _is_part(m.key.name, prefix)}
+        if not parts:
+            return False
+        region = Region([mark.prediction], (), self._leaves, parts | self._index.keys())
+        return bool(region.stopped) and region.stopped <= parts and not region.leaves
 
     def _parents(self, region: "Region") -> tuple[int, ...]:
         return tuple(sorted(self._index[value] for value in region.states))
@@ -201,6 +214,10 @@ class Wiring:
             around=tuple(sorted(self._modules(self._above_loss) & inside)),
             reached=frozenset(reached),
         )
+
+
+def _is_part(name: str, prefix: str) -> bool:
+    return name.startswith(prefix) and "parametrizations" not in name[len(prefix) :].split(".")
 
 
 class Region:
