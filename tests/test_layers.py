@@ -718,6 +718,52 @@ def test_stalled_states_are_said_once_with_their_residual(caplog):
     assert "a force of up to 0.25 of what it started with" in said
 
 
+class Text(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.embedding, self.encoder, self.head = nn.Embedding(9, 8), nn.TransformerEncoder(layer, 2), nn.Linear(8, 9)
+        self.position = nn.Parameter(torch.zeros(32, 8))
+        self.double()
+
+    def forward(self, tokens):
+        return self.head(self.encoder(self.embedding(tokens) + self.position[: tokens.shape[1]]))
+
+
+SAID = {
+    "around": "around the states",
+    "drive": "drive of one layer",
+    "absent": "carry no state as",
+    "sum": "sums over",
+}
+
+
+@pytest.mark.parametrize("kind", SAID)
+def test_what_is_said_of_a_module_is_said_once_however_many_lengths_come(kind, caplog):
+    """Every length is another program, of which sixteen are kept: more of them come again, as new ones do."""
+    net, layers, reduction = Text(), nn.Linear, "sum" if kind == "sum" else "mean"
+    if kind == "drive":
+        net, layers = Pooled(5, Dense, listed=False), None
+    if kind == "absent":
+        layers = ["encoder.layers.0", "encoder.layers.1"]
+        for part in (net.encoder.layers[0], net.embedding):
+            part.requires_grad_(False)
+        net.position.requires_grad_(False)
+    learner = ebm.Learner(net, "zero-divergence", layers=layers)
+    for length in (*range(3, 21), 3, 4):
+        tokens, rows = torch.arange(4 * length).view(4, length) % 9, X.repeat(4, 1)[:length]
+
+        def loss():
+            if kind == "drive":
+                return net(rows).square().mean()  # noqa: B023
+            return F.cross_entropy(net(tokens).mean(1), tokens[:, 0], reduction=reduction)  # noqa: B023
+
+        learner.backward(loss)
+    assert caplog.text.count(SAID[kind]) == 1
+    assert "(, " not in caplog.text
+
+
 class Added(nn.Module):
     def __init__(self):
         super().__init__()

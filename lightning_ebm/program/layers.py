@@ -19,7 +19,7 @@ from lightning_ebm.program.candidates import ACTIVATIONS, MAXIMUM_POOLING, Layer
 from lightning_ebm.program.locality import Judged, Locality, Products, self_gates
 from lightning_ebm.program.missing_layers import absent_from, is_read, refuse_all, shown, skipped_in
 from lightning_ebm.program.module_walk import modules_of, parameters_of
-from lightning_ebm.program.nonlocal_weights import say_what_goes_around, say_what_is_left_in_one_drive
+from lightning_ebm.program.nonlocal_weights import what_goes_around, what_is_left_in_one_drive
 from lightning_ebm.program.record import Mark, Record, StateKey, Value
 from lightning_ebm.program.wiring import Plan, Region, Wiring
 
@@ -124,7 +124,7 @@ class LayerFinder:
         self._like = like
         self._carried: set[str] = set()
         self._latest: str | None = None
-        self._said = False
+        self._told: set[str] = set() if like is None else like._told
 
     def watched(self) -> set[nn.Module]:
         """The modules whose calls may carry states; those with parameters of their own are watched anyway."""
@@ -164,9 +164,9 @@ class LayerFinder:
         plan = Wiring(self._module, record, option.cut, loss).plan()
         judged = [(o.what, len(o.cut), *o.locality) for o in compared if o.cut and self._layers is None]
         plan = replace(plan, locality=option.locality, compared=tuple(Judged(*j) for j in judged), chosen=option.what)
-        say_what_goes_around(plan, self._module)
+        self._say("around", what_goes_around(plan, self._module))
         if self._layers is None:
-            say_what_is_left_in_one_drive(plan, self._module)
+            self._say("drive", what_is_left_in_one_drive(plan, self._module))
         self._carried |= {key.name for key in plan.states}
         skipped = skipped_in(self._module, record) if self._layers is not None else ()
         asked = {m: name for m, name in option.candidates.items() if name not in skipped}
@@ -180,13 +180,11 @@ class LayerFinder:
         """Whether a pass calls none of the layers that were asked for, of which others have called some."""
         if self._layers is None or not self._carried or option.calls or is_read(option.candidates, record):
             return False
-        if not self._said:
-            self._said = True
-            log.warning(
-                "This pass of %s has left out every layer that was asked for: nothing relaxes, and what it did call"
-                " learns by the loss's own gradient. (Said once.)",
-                type(self._module).__name__,
-            )
+        self._say(
+            "all left out",
+            f"This pass of {type(self._module).__name__} has left out every layer that was asked for: nothing relaxes,"
+            " and what it did call learns by the loss's own gradient.",
+        )
         return True
 
     def _is_local_already(self, record: Record, loss: Value, products: Products, partial: bool | None) -> bool:
@@ -200,12 +198,12 @@ class LayerFinder:
         elsewhere = bool(partial or self._carried) or any(not p.requires_grad and p.ndim > 1 for p in held)
         ours = any(p.requires_grad and id(p) in reached for p in held)
         local = elsewhere and ours and products.locality([], loss).share == 1
-        if local and not self._said:
-            self._said = True
-            log.info(
-                "This pass of %s reaches no weight through another one: nothing relaxes, and the update is the loss's"
-                " own gradient, which every rule would give. (Said once.)",
-                type(self._module).__name__,
+        if local:
+            self._say(
+                "local",
+                f"This pass of {type(self._module).__name__} reaches no weight through another one: nothing relaxes,"
+                " and the update is the loss's own gradient, which every rule would give.",
+                logging.INFO,
             )
         return local
 
@@ -295,6 +293,12 @@ class LayerFinder:
         ends = wiring.ends() | {head.key for head in wiring.heads()}
         return inputs | {key for key in ends if str(key) in self._also}
 
+    def _say(self, what: str, text: str | None, level: int = logging.WARNING) -> None:
+        """Once of a module, however many programs it has: one for every length of a sequence, say."""
+        if text is not None and what not in self._told:
+            self._told.add(what)
+            log.log(level, "%s (Said once.)", text)
+
     def _complain(self, absent: Mapping[str, str], partial: bool) -> None:
         """Of layers that were asked for and carry no state."""
         if not absent:
@@ -302,7 +306,8 @@ class LayerFinder:
         told = "; ".join(f"{name!r}: {why}" for name, why in absent.items())
         # What is frozen may be thawed, and other closures of the step may reach what this one does not.
         if partial or not all(p.requires_grad for p in parameters_of(modules_of(self._module))):
-            log.warning("Layers that were asked for carry no state as things are, and no error. %s.", told)
+            text = f"Layers that were asked for carry no state as things are, and no error. {told}."
+            self._say(f"absent: {', '.join(sorted(absent))}", text)
             return
         raise LayerDiscoveryError(
             f"layers={shown(self._layers)}: what was asked for carries no state. {told}. States move, and their errors"

@@ -1,40 +1,33 @@
-"""What is said where weights learn through each other although there are states."""
-
-import logging
+"""What there is to say where weights learn through each other although there are states."""
 
 from torch import nn
 
 from lightning_ebm.program.calls import clean
 from lightning_ebm.program.wiring import Plan
 
-log = logging.getLogger(__name__)
 
-
-def say_what_goes_around(plan: Plan, module: nn.Module) -> None:
+def what_goes_around(plan: Plan, module: nn.Module) -> str | None:
     """One line where much of the network is trained past the states, as a residual stream past its activations."""
-    if len(plan.around) > 2:  # one or two are tied weights, or a single skip
-        log.warning(
-            "%d weighted modules of %s reach the loss around the states as well (%s, ...): that part of their update is"
-            " the loss's own gradient, through each other. States at whole blocks make it local: layers=BlockType or"
-            " layers=[...]. ebm.summary shows the layers.",
-            len(plan.around),
-            type(module).__name__,
-            ", ".join(plan.around[:3]),
-        )
+    if len(plan.around) <= 2:  # one or two are tied weights, or a single skip
+        return None
+    some = ", ".join(name or "itself" for name in plan.around[:3])
+    return (
+        f"{len(plan.around)} weighted modules of {type(module).__name__} reach the loss around the states as well"
+        f" ({some}, ...): that part of their update is the loss's own"
+        " gradient, through each other. States at whole blocks make it local: layers=BlockType or layers=[...]."
+        " ebm.summary shows the layers."
+    )
 
 
-def say_what_is_left_in_one_drive(plan: Plan, module: nn.Module) -> None:
+def what_is_left_in_one_drive(plan: Plan, module: nn.Module) -> str | None:
     """One line where a stray activation takes the states and most weights stay between two of them."""
     weighted = {clean(name) for name, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))}
     largest = max(plan.rows, key=lambda row: row.modules_between)
-    if largest.activation is not None and 4 <= largest.modules_between > len(weighted) / 2:
-        log.warning(
-            "%d of %d weighted modules of %s lie in the drive of one layer, %s (%s): they learn by backprop through"
-            " each other, as activations that are no modules (F.relu) carry no state. Put states into the body:"
-            " layers=BlockType, layers=nn.Linear or layers=[...]. ebm.summary shows the layers.",
-            largest.modules_between,
-            len(weighted),
-            type(module).__name__,
-            largest.key,
-            largest.activation,
-        )
+    if largest.activation is None or not 4 <= largest.modules_between > len(weighted) / 2:
+        return None
+    return (
+        f"{largest.modules_between} of {len(weighted)} weighted modules of {type(module).__name__} lie in the drive of"
+        f" one layer, {largest.key} ({largest.activation}): they learn by backprop through each other, as activations"
+        " that are no modules (F.relu) carry no state. Put states into the body: layers=BlockType, layers=nn.Linear or"
+        " layers=[...]. ebm.summary shows the layers."
+    )

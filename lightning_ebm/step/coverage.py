@@ -24,11 +24,14 @@ def check_coverage(setup: Setup, recorded: Recorded, update: Tensor, batch_size:
     known = recorded.known
     if known.covered:
         return
-    if setup.loss_reduction == "mean" and batch_size > 1 and sums_over_batch(recorded.program, batch_size):
+    told = setup.programs.told
+    mean = setup.loss_reduction == "mean" and batch_size > 1 and "sum" not in told
+    if mean and sums_over_batch(recorded.program, batch_size):
+        told.add("sum")
         log.warning(
             'The loss sums over the %d samples of the batch, while loss_reduction="mean": the nudge is then %d'
             ' times as strong as the algorithm says, and so is its bias. Say loss_reduction="sum", or take the'
-            " mean. (Said once for every program of the module.)",
+            " mean. (Said once.)",
             batch_size,
             batch_size,
         )
