@@ -832,3 +832,57 @@ def test_a_norm_without_parameters_is_no_weight_behind_the_head(norm, layers):
     tables = [table(Held("part", body([last])).double(), layers=layers) for last in (norm.double(), Functional())]
     assert tables[0] == tables[1]
     assert tables[0][0][-1][0] != "body.4"
+
+
+class ByHand(nn.Module):
+    """Weights that are used as tensors, or by a method that no hook sees."""
+
+    def __init__(self, body, how):
+        super().__init__()
+        self.body, self.how = body, how
+
+    def forward(self, x):
+        for layer in self.body:
+            if isinstance(layer, nn.Linear) and self.how == "tensors":
+                x = F.linear(x, layer.weight, layer.bias)
+            elif isinstance(layer, nn.Linear) and self.how == "method":
+                x = layer.forward(x)
+            else:
+                x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("end", [[], [nn.Sigmoid()]], ids=["linear", "sigmoid"])
+@pytest.mark.parametrize("output", ["auto", "readout"])
+@pytest.mark.parametrize("how", ["tensors", "method"])
+def test_a_layer_in_front_of_weights_that_no_module_applies_is_no_read_out(how, output, end):
+    """Of two activations the second lost its state: what the record multiplies counts, not who is called."""
+    found = []
+    for kind in ("calls", how):
+        net = ByHand(body(end), kind)
+        learner = ebm.Learner(net, "predictive-coding", output=output, layers=nn.Tanh)
+        learner.backward(lambda: (net(X) - 0.3).square().mean())  # noqa: B023
+        found.append(
+            ([str(row.key) for row in learner.plan.rows], torch.cat([p.grad.flatten() for p in net.parameters()]))
+        )
+    assert found[0][0] == found[1][0] == ["body.1", "body.3"]
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("how", ["tensors", "method"])
+@pytest.mark.parametrize(
+    ("algorithm", "output"),
+    [("predictive-coding", "state"), ("coupled-learning", "auto"), ("contrastive-hebbian", "auto")],
+)
+def test_an_output_that_no_module_returns_is_refused_as_a_state(algorithm, output, how):
+    """The last hidden layer would be held in its place."""
+
+    def states(how):
+        net = ByHand(body([]), how)
+        learner = ebm.Learner(net, algorithm, output=output, layers=nn.Tanh)
+        learner.gradients(lambda: (net(X) - 0.3).square().mean())
+        return [str(row.key) for row in learner.plan.rows]
+
+    with pytest.raises(ebm.LayerDiscoveryError, match="Call a module there"):
+        states(how)
+    assert states("calls") == ["body.1", "body.3", "body.4"]

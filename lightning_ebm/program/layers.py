@@ -17,7 +17,7 @@ from lightning_ebm.errors import LayerDiscoveryError
 from lightning_ebm.program.calls import clean
 from lightning_ebm.program.candidates import ACTIVATIONS, MAXIMUM_POOLING, Layers, chosen_by, found_in
 from lightning_ebm.program.locality import Judged, Locality, Products, self_gates
-from lightning_ebm.program.missing_layers import absent_from, is_read, refuse_all, shown, skipped_in
+from lightning_ebm.program.missing_layers import absent_from, is_read, refuse_all, refuse_output, shown, skipped_in
 from lightning_ebm.program.module_walk import modules_of, parameters_of
 from lightning_ebm.program.nonlocal_weights import what_goes_around, what_is_left_in_one_drive
 from lightning_ebm.program.record import Mark, Record, StateKey, Value
@@ -42,6 +42,7 @@ class _Option(NamedTuple):
         cut: those that carry states.
         why_not: why modules that were asked for carry none.
         locality: of the weights' updates.
+        heads: whether a call returns the output.
     """
 
     what: str
@@ -50,6 +51,7 @@ class _Option(NamedTuple):
     cut: list[Mark]
     why_not: Mapping[str, str]
     locality: Locality
+    heads: bool = True
 
     def told(self) -> str:
         return "".join(f"; {name!r}: {why}" for name, why in list(self.why_not.items())[:3])
@@ -162,6 +164,8 @@ class LayerFinder:
             told = [f"{o.what}: {len(o.candidates)}, called {o.calls} times{o.told()}" for o in compared]
             refuse_all(self._module, told, any(o.calls for o in compared), record)
         plan = Wiring(self._module, record, option.cut, loss).plan()
+        if self._output == "state" and not option.heads and products.after(option.cut, loss):
+            refuse_output(self._module)
         judged = [(o.what, len(o.cut), *o.locality) for o in compared if o.cut and self._layers is None]
         plan = replace(plan, locality=option.locality, compared=tuple(Judged(*j) for j in judged), chosen=option.what)
         self._say("around", what_goes_around(plan, self._module))
@@ -219,10 +223,11 @@ class LayerFinder:
         marks = [mark for mark in record.marks if mark in calls or str(mark.key) in self._also]
         wiring = Wiring(self._module, record, marks, loss)
         named = self._named(wiring)
-        states = named | (_carrying(wiring, self._output) - {mark.key for mark in marks if mark not in calls})
+        states = named | (self._carrying(wiring, products, loss) - {mark.key for mark in marks if mark not in calls})
         why_not = wiring.why_not(candidates.values() if self._layers is not None else (), states)
         cut = [mark for mark in record.marks if mark.key in states]
-        return _Option(what, candidates, len(calls), cut, why_not, products.locality(cut, loss))
+        heads = bool(self._heads(wiring, products, loss))
+        return _Option(what, candidates, len(calls), cut, why_not, products.locality(cut, loss), heads)
 
     def _behind_pooling(self, calls: set[Mark], record: Record, loss: Value) -> set[Mark]:
         """The calls, with a maximum pooling in the place of the activation that it alone reads."""
@@ -285,6 +290,19 @@ class LayerFinder:
         nothing = _Option("nothing", {}, 0, [], {}, Locality(0.0, 0.0))
         return best or (options[0] if options else nothing)
 
+    def _carrying(self, wiring: Wiring, products: Products, loss: Value) -> set[StateKey]:
+        """The calls that are to carry a state."""
+        states = wiring.useful()
+        if self._output == "state":
+            return states | self._heads(wiring, products, loss)
+        hidden = products.after(wiring.marks, loss)  # also in front of weights of no module that is called
+        return states - (wiring.ends(but_activations=self._output == "auto") - hidden)
+
+    def _heads(self, wiring: Wiring, products: Products, loss: Value) -> set[StateKey]:
+        """The calls that return the output."""
+        heads = wiring.heads()
+        return {head.key for head in heads} - products.after(heads, loss)
+
     def _named(self, wiring: Wiring) -> set[StateKey]:
         """Inputs that were named, which nothing predicts but what is given, and outputs that are to be held."""
         listed = self._layers if isinstance(self._layers, list | tuple) else ()
@@ -319,15 +337,3 @@ class LayerFinder:
 def _module_of(state: str) -> str:
     """The name of the module, of that of a state."""
     return state.partition("#")[0].partition("[")[0]
-
-
-def _carrying(wiring: Wiring, output: Output) -> set[StateKey]:
-    """The calls that are to carry a state."""
-    states = wiring.useful()
-    if output == "readout":
-        states -= wiring.ends()
-    elif output == "auto":
-        states -= wiring.ends(but_activations=True)
-    else:
-        states |= {head.key for head in wiring.heads()}
-    return states

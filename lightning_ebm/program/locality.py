@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_ebm.program.module_walk import modules_of, parameters_of
 from lightning_ebm.program.operations import traits
-from lightning_ebm.program.record import Mark, Node, Record, Value, values_in
+from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value, values_in
 
 
 class Locality(NamedTuple):
@@ -93,6 +93,20 @@ class Products:
     def behind(self, cut: Sequence[Mark], loss: Value) -> set[int]:
         """Identities of the weights whose updates are propagated through others, or around the states."""
         return {key for key, (_, length) in self._chains(cut, loss).items() if length > 1}
+
+    def after(self, cut: Sequence[Mark], loss: Value) -> set[StateKey]:
+        """The states from which a way leads through a product to the loss, and through no other state."""
+        states = {mark.state for mark in cut}
+        met = {loss: False}
+        for node in reversed(self._nodes):
+            live = [r for r in node.results if r is not None and r in met and r not in states]
+            if not live or _by_shape(node):
+                continue
+            through = node in self._weights or any(met[r] for r in live)
+            for value in node.values():
+                if value.is_continuous:
+                    met[value] = met.get(value, False) or through
+        return {mark.key for mark in cut if met.get(mark.state)}
 
     def _chains(self, cut: Sequence[Mark], loss: Value) -> dict[int, tuple[Tensor, float]]:
         """Each weight, and the largest number of products, its own included, that its update goes through.

@@ -68,6 +68,20 @@ def refuse_all(module: nn.Module, tried: list[str], called: bool, record: Record
     )
 
 
+def refuse_output(module: nn.Module) -> NoReturn:
+    """The output is to be a state, and no call returns it.
+
+    Raises:
+        LayerDiscoveryError: always.
+    """
+    raise LayerDiscoveryError(
+        f'The output of {type(module).__name__} was to be a state (output="state", or a nudge that holds it), and no'
+        " call of a module with weights returns it: the last weights are used directly (x @ self.W, F.linear(x,"
+        " layer.weight), layer.forward(x)), so that the last hidden layer would stand for it. Call a module there,"
+        " such as nn.Linear."
+    )
+
+
 def skipped_in(module: nn.Module, record: Record) -> set[str]:
     """Names of blocks that a pass has left out of a list of them, and of all in them.
 
