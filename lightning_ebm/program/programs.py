@@ -41,6 +41,7 @@ class Known:
         uses: how often it has been seen.
         covered: whether every parameter is known to be reached by the energy.
         interacting: whether its samples see each other, see `Network.samples_interact`; None until that is asked.
+        analytic: whether it is known to be an analytic function of complex states.
     """
 
     outline: Outline
@@ -51,6 +52,7 @@ class Known:
     uses: int = 1
     covered: bool = False
     interacting: bool | None = None
+    analytic: bool = False
 
     @property
     def operations(self) -> list[str]:

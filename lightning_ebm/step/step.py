@@ -12,10 +12,12 @@ from torch import Tensor
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError, LayerDiscoveryError, RelaxationDivergedError
+from lightning_ebm.network.analytic import is_analytic
 from lightning_ebm.network.network import Network
 from lightning_ebm.network.precomputed_gradient import average_of, with_precomputed_gradient
 from lightning_ebm.nudges import Phase
 from lightning_ebm.program.calls import clean, in_place
+from lightning_ebm.program.interpreter import at_states
 from lightning_ebm.program.programs import Found
 from lightning_ebm.program.recorder import Recorder, TakesCare
 from lightning_ebm.program.wiring import Plan, named_gradients
@@ -425,6 +427,7 @@ class Step:
         table = algorithm.rule.phases(algorithm.nudge)
         self._arithmetic.is_complex = any(phase.is_complex for phase in table)
         phases.relax(table, self._pass.free)
+        self._check_analytic(network, phases.ends)
         setup.remember(list(network.names), phases.reports(), network.first_loss, network.way)
 
         def read(ends: Sequence[End]) -> Tensor:
@@ -437,6 +440,13 @@ class Step:
         if self._teaches and taken is not None and taken.dyadic_states is None:
             algorithm.energy.observe(lambda: dict(zip(network.names, network.errors_at(taken), strict=True)))
         return update
+
+    def _check_analytic(self, network: Network, ends: Sequence[End]) -> None:
+        """Once of every program, code or not: where states are complex, what is computed from them is analytic."""
+        known, end = self._pass.known.known, next((end for end in ends if end.phase.is_complex), None)
+        if end is not None and not known.analytic:
+            seen = network.with_states(at_states(dict(zip(network.keys, end.found.point, strict=True))))
+            known.analytic = is_analytic(seen, network.loss(seen), network.rounding)
 
 
 def _handed_over(retained: Retained, factor: Tensor) -> None:
