@@ -1459,3 +1459,32 @@ def test_torch_is_as_it_was_after_the_last_of_two_steps_that_overlap():
     assert places() == before
     for name, gradient in found[False].items():
         assert torch.equal(found[True][name], gradient)
+
+
+# ------------------------------------------------------------------------------------- operations that take functions
+
+
+def chosen(x: Tensor) -> Tensor:
+    return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+
+
+def counted(x: Tensor) -> Tensor:
+    run = torch._higher_order_ops.while_loop
+    return run(lambda i, z: i < 3, lambda i, z: (i + 1, z * 0.9), (torch.tensor(0), x))[1]
+
+
+@pytest.mark.parametrize("operation", [chosen, counted])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_an_operation_that_takes_functions_is_refused_by_name(operation, gradients):
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y = batch(0)
+
+    def closure():
+        with torch.set_grad_enabled(gradients):
+            given = operation(net(x))
+        return F.cross_entropy(net(x) + given, y)
+
+    with pytest.raises(ebm.UnsupportedModuleError, match=r"operation that takes functions.*Write it in Python"):
+        ebm.Learner(net, "zero-divergence").backward(closure)
+    assert all(p.grad is None for p in net.parameters())

@@ -72,7 +72,8 @@ class Contents:
             raise UnsupportedModuleError(
                 f"The step computes with a tensor of class {type(tensor).__name__} and layout {tensor.layout}"
                 f"{', which requires a gradient' if sparse and tensor.requires_grad else ''}; what is computed with it"
-                " cannot be repeated at other states. Use ordinary dense tensors in training_step."
+                " cannot be repeated at other states. Use ordinary dense tensors in training_step; where torch makes"
+                " such tensors itself, as tracing does within torch.cond or scan, write loops and branches in Python."
             )
         if tensor.requires_grad and not tensor.is_leaf:
             _refuse_unrecorded(tensor)

@@ -84,6 +84,15 @@ def collective(name: str) -> UnsupportedModuleError:
     )
 
 
+def higher_order(name: str) -> UnsupportedModuleError:
+    """For a step that calls an operation that takes functions."""
+    return UnsupportedModuleError(
+        f"The step calls {name!r}, an operation that takes functions (torch.cond, torch.while_loop, scan,"
+        " flex_attention): what it runs inside cannot be recorded, nor repeated at other states. Write it in Python,"
+        " with if and for, or F.scaled_dot_product_attention."
+    )
+
+
 def tensors_in(held: Any) -> list[Tensor]:
     """Those among the arguments, or the results, of an operation."""
     return [leaf for leaf in tree_leaves(held) if isinstance(leaf, Tensor)]

@@ -44,7 +44,8 @@ def repeated_without_drawing(kind: Traits, args: Any) -> Repeated | None:
     raise UnsupportedModuleError(
         f"The step draws random numbers inside an operation that also computes with its layers ({kind.name}): it could"
         " not be repeated at other states with the same draws. Draw first, then compute; in attention, dropout of 0, or"
-        " torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+        " torch.nn.attention.sdpa_kernel(SDPBackend.MATH); for gamma, beta and Dirichlet samples, a distribution whose"
+        " draws are a function of noise, such as Normal or Kumaraswamy, or .sample() and its log_prob."
     )
 
 

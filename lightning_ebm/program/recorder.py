@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_ebm.program.at_value import written_unseen
 from lightning_ebm.program.before import Before
 from lightning_ebm.program.contents import Contents
-from lightning_ebm.program.custom_calls import collective, tensors_in
+from lightning_ebm.program.custom_calls import collective, higher_order, tensors_in
 from lightning_ebm.program.dispatch import DispatchMode
 from lightning_ebm.program.following import Following
 from lightning_ebm.program.operations import (
@@ -64,6 +64,8 @@ class Recorder(DispatchMode):
             back; or of which tensors alone.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, undoes: bool | Iterable[Tensor] = False) -> None:
         super().__init__()
         self.record = Record()
@@ -81,6 +83,8 @@ class Recorder(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            raise higher_order(func.name())
         if self.pausing.depth:
             return func(*args, **kwargs)
         if func is _DETACH and not self.asked:  # autograd's own, of a tensor that it saves: the same value
