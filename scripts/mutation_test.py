@@ -134,8 +134,8 @@ MUTATIONS = [
     Mutation(
         "states ignore what is above",
         "evaluations/best_responses.py",
-        "best_response(network.energy, -slope,",
-        "best_response(network.energy, 0 * slope,",
+        "best_response(network.energy, pull,",
+        "best_response(network.energy, 0 * pull,",
         "equilibrium_propagation",
     ),
     Mutation(

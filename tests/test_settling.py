@@ -268,7 +268,7 @@ def normed(width: int) -> nn.Sequential:
 def test_the_energy_still_to_be_gained_is_estimated_to_its_order(kind):
     """Against what a relaxation to 1e-12, which goes on from there, gains in fact: a fifth to twenty times of it.
 
-    Quasi-Newton steps, as where samples see each other, cross plateaus, on which it is as little as a twentieth.
+    Quasi-Newton steps, as where samples see each other, cross plateaus, on which it is as little as a fiftieth.
     """
     torch.manual_seed(0)
     activation = nn.Tanh if kind == "tanh" else nn.ReLU
@@ -290,7 +290,7 @@ def test_the_energy_still_to_be_gained_is_estimated_to_its_order(kind):
         start, *_, end = found["energies"]
         to_gain = (end - lowest_known) / (start - end)
         if to_gain > 1e-9:  # below, energies are rounded
-            least = 0.05 if kind.startswith("samples") else 0.2
+            least = 0.02 if kind.startswith("samples") else 0.2
             assert least * to_gain < found["gain_left"] < 20 * to_gain
 
 

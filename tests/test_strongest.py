@@ -181,3 +181,59 @@ def test_where_no_algorithm_is_named_the_strength_is_chosen_and_by_name_it_is_on
     for found in (update, before - module.net[0].weight.detach()):
         expected = backprop["0.weight"] / (1 + 3.0 * strength)
         torch.testing.assert_close(found, expected, rtol=2e-3, atol=0.0)
+
+
+def test_where_nothing_settles_it_is_the_largest_at_which_no_energy_is_left_to_gain():
+    def ends(phase) -> str:
+        return "level" if phase.strength <= 0.25 else "max_steps"
+
+    nudge = ebm.Strongest()
+    nudge.adapt(ends)
+    assert nudge.strength == 0.25
+    nudge.note(["level"])
+    assert nudge.strength == 0.25  # as it was chosen
+    again = ebm.Strongest()
+    again.load_state_dict(nudge.state_dict())
+    for one in (nudge, again):
+        one.note(["level"])
+        one.note(["max_steps"])
+        one.note(["level"])
+        assert one.strength == 0.125
+    settles = ebm.Strongest()
+    settles.adapt(lambda phase: "converged" if phase.strength <= 2.0**-9 else ends(phase))
+    assert settles.strength == 2.0**-9  # what settles comes first
+    settles.note(["level"])
+    assert settles.strength == 2.0**-10  # where it could be had
+    neither = ebm.Strongest()
+    neither.adapt(lambda phase: "max_steps")
+    assert neither.strength == 2.0**-13
+
+
+class Pooled(nn.Module):
+    """A pooling that is no module: states stand before it, at a kink wherever a window holds several zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.first = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 1, 1))
+
+    def forward(self, x):
+        return self.second(F.max_pool2d(self.first(x), 2))
+
+
+def test_a_net_that_settles_nowhere_relaxes_at_a_strength_that_is_not_the_weakest():
+    """What is left to gain there is asked of a relaxation of 400 steps."""
+    net = Pooled().double()
+    x, y = torch.randn(6, 1, 8, 8, dtype=torch.float64), torch.randn(6, 1, 4, 4, dtype=torch.float64)
+    closure = lambda: F.mse_loss(net(x), y)  # noqa: E731
+    learner = ebm.Learner(net)
+    for _ in range(2):
+        learner.gradients(closure)
+        assert learner.report["result"] == "max_steps"
+        assert learner.algorithm.nudge.strength >= 2.0**-3
+    strength = learner.algorithm.nudge.strength
+    start, *_, end = learner.report["phases"][0]["energies"]
+    long = ebm.Learner(net, tight(ebm.OneSided(strength), steps=400))
+    long.gradients(closure)
+    assert end - long.report["phases"][0]["energies"][-1] < 5e-3 * (start - end)

@@ -75,7 +75,8 @@ class Nudge(ABC):
 
         Args:
             relax: relaxes a phase on this batch for trial, without a trace, and says how that ended: a status,
-                "diverged", or "absorbed" where more than a quarter of lambda L was gained.
+                "diverged", "absorbed" where more than a quarter of lambda L was gained, or "level" in place of
+                "max_steps" where no more than a thousandth of what was gained seems left to gain.
         """
 
     def note(self, statuses: Sequence[str]) -> None:  # noqa: B027

@@ -25,6 +25,9 @@ class Strongest(Nudge):
     loss, with k its curvature as the states feel it, lambda k / (1 + lambda k) of lambda L is absorbed, and errors
     are sent on divided by 1 + lambda k, 4/3 at most.
 
+    If no strength down to 2^-13 settles, it is the largest at which no more than a thousandth of the energy gained
+    seems left to gain when the budget ends ("level"), which is then enough of later batches, too; else the weakest.
+
     When training makes states absorb more, the strength is halved; when it makes a batch not settle, at the first such
     batch, the second, the fourth, the eighth, so that a network on which nothing settles is not left without a nudge.
     Each choice is logged; the one of now is part of `repr`, of the report and of checkpoints. Under many devices all
@@ -53,6 +56,7 @@ class Strongest(Nudge):
         self.tried: list[float] = []
         """What was chosen since ranks last agreed, at most one."""
         self._failures = 0
+        self._enough = _SETTLED
         self._check()
 
     def _check(self) -> None:
@@ -80,19 +84,32 @@ class Strongest(Nudge):
         """See `Nudge.adapt`."""
         if self.strength is not None:
             return
-        strength = 1.0
-        while not (settles := self._settles(strength, relax)) and strength > _WEAKEST:
+        strength, level = 1.0, None
+        while not (settles := (ended := self._ended(strength, relax)) <= _SETTLED) and strength > _WEAKEST:
+            if level is None and ended <= _LEVEL:
+                level = strength
             strength /= 2
-        why = "the largest under which the first batch settles and leaves three quarters of its loss"
-        self._choose(strength, why if settles else "the first batch settles under no larger one, nor under this")
+        if settles:
+            return self._choose(strength, "the largest under which the first batch settles and leaves 3/4 of its loss")
+        if level is None:
+            return self._choose(strength, "the first batch settles under no larger one, nor under this")
+        self._enough = _LEVEL
+        why = "the first batch settles under none, and this is the largest under which no energy is left to gain"
+        return self._choose(level, why)
 
-    def _settles(self, strength: float, relax: Callable[[Phase], str]) -> bool:
-        nudged = [phase for phase in table_of(self._at(strength)) if phase.is_nudged]
-        return all(relax(phase) in _SETTLED for phase in nudged)
+    def _ended(self, strength: float, relax: Callable[[Phase], str]) -> set[str]:
+        """How the phases end, up to the first that says that this strength is none."""
+        found = set[str]()
+        for phase in table_of(self._at(strength)):
+            if phase.is_nudged:
+                found.add(relax(phase))
+                if not found <= _LEVEL:
+                    break
+        return found
 
     def note(self, statuses: Sequence[str]) -> None:
         """See `Nudge.note`."""
-        if self.strength is None or all(status in _SETTLED for status in statuses):
+        if self.strength is None or self._enough.issuperset(statuses):
             return
         if "absorbed" in statuses and self.strength > _WEAKEST:
             self._choose(self.strength / 2, f"states absorb more than a quarter of the loss at {self.strength:g}")
@@ -115,11 +132,13 @@ class Strongest(Nudge):
 
     def state_dict(self) -> dict[str, Any]:
         """What was chosen."""
-        return {"strength": self.strength, "failures": self._failures}
+        return {"strength": self.strength, "failures": self._failures, "level": self._enough is _LEVEL}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stays with it."""
         self.strength, self._failures, self.tried = state["strength"], state["failures"], []
+        self._enough = _LEVEL if state.get("level") else _SETTLED
 
 
-_SETTLED = ("converged", "kink", "fixed")
+_SETTLED = frozenset({"converged", "kink", "fixed"})
+_LEVEL = _SETTLED | {"level"}

@@ -124,7 +124,7 @@ class Descent(ABC):
     @property
     def share_left(self) -> Tensor | None:
         """The energy still to be gained over what was gained; None before a step was taken."""
-        left = self.gain_left.left()
+        left = self.gain_left.left(torch.where(self.active, self.norm, 0).square().sum())
         return None if left is None else torch.where(left > 0, left / self.gained, 0.0)
 
     @property

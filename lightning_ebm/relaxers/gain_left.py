@@ -42,15 +42,18 @@ class GainLeft:
         oldest = self._promised[0] / self._squares[0]
         self._least = oldest if self._least is None else torch.fmin(self._least, oldest)
 
-    def left(self) -> Tensor | None:
-        """The energy still to be gained, at most about; None before a step was chosen."""
+    def left(self, squares: Tensor) -> Tensor | None:
+        """The energy still to be gained, at most about; None before a step was chosen.
+
+        Args:
+            squares: |g|^2 of now, of the samples that are to move.
+        """
         if not self._promised:
             return None
         first, last, steps = self._promised[0], self._promised[-1], len(self._promised) - 1
-        if not steps:
-            return last
-        rate = (last / first) ** (1 / steps)
-        return torch.where(rate < 1, last / (1 - rate), torch.inf).where(last > 0, last)
+        rate = (last / first) ** (1 / steps) if steps else torch.zeros_like(last)
+        left = torch.where(rate < 1, last * (squares / self._squares[-1]) / (1 - rate), torch.inf)
+        return left.where((last > 0) & (squares > 0), 0.0)
 
     def verdict(self, gained: Tensor, at_kinks: float, elsewhere: float) -> Literal["kink", "stalled"] | None:
         """Says "kink" or "stalled" where no more is left than a fraction of what was gained; None where more is.

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.step.divergence import Policy
-from lightning_ebm.step.report import PhaseReport, Report, finite, report_of
+from lightning_ebm.step.report import PhaseReport, Report, report_of
 from lightning_ebm.step.unsettled import Unsettled
 
 log = logging.getLogger(__name__)
@@ -62,9 +62,9 @@ class Outcome:
             explained = status == "max_steps" and self._unsettled.told is not None
             if found and status not in self._warned and not explained:
                 self._warned.add(status)
-                left = finite(found[0].gain_left)
+                worst, left = found[0].ended
                 share = "" if left is None else f", some {100 * left:.2g} % of the energy gained was still to gain"
-                log.warning(text, found[0].steps, float(found[0].residual.max()), share)
+                log.warning(text, found[0].steps, worst, share)
 
     def gave_up(self, error: RelaxationDivergedError, loss: Tensor) -> None:
         """Counts a batch that cannot relax, and says so the first time."""

@@ -15,12 +15,15 @@ from lightning_ebm.network.clamped_states import ClampedStates, Hold
 from lightning_ebm.network.network import Network
 from lightning_ebm.nudges import Phase
 from lightning_ebm.relaxers import Relaxation, Relaxer
+from lightning_ebm.relaxers.base import Status
 from lightning_ebm.step.report import PhaseReport
 from lightning_ebm.step.setup import Setup
 from lightning_ebm.updates import End
 
 _LEFT = 0.75
 """Of lambda L: on ReLU convolutions a network learns as by backprop where it is left, and not where a half is."""
+_LEVEL = 1e-3
+"""Of the energy gained: what may be left to gain where a budget of steps has ended."""
 
 
 class Phases:
@@ -159,25 +162,24 @@ class Phases:
     def _ended(self, ends: Sequence[End]) -> list[str]:
         """How phases ended: their statuses, or "absorbed" where states took more than a quarter of lambda L.
 
-        Of a divergence energy under a positive nudge lambda L is what a relaxation starts at.
+        "level" stands for "max_steps" where hardly any energy is left to gain. Of a divergence energy under a positive
+        nudge lambda L is what a relaxation starts at.
         """
-        left = [1.0] * len(ends)
-        positive = [
-            k
-            for k, end in enumerate(ends)
-            if not end.phase.is_complex and end.phase.strength.real > 0 and len(end.found.energies) > 1
-        ]
-        if positive and is_divergence(self._algorithm.energy):
-            energies = [(end.found.energies[0], end.found.energies[-1]) for end in (ends[k] for k in positive)]
-            shares = [torch.where(start > 0, last / start, 1.0) for start, last in energies]
-
-            def read(found: list[float]) -> None:
-                for k, share in zip(positive, found, strict=True):
-                    left[k] = share
-
-            self.network.questions.later(torch.stack(shares), read)
+        numbers: list[Tensor] = []
+        for end in ends:
+            found, left = end.found, torch.ones_like(end.found.residual[0])
+            real = not end.phase.is_complex and end.phase.strength.real > 0
+            if real and len(found.energies) > 1 and is_divergence(self._algorithm.energy):
+                start, last = found.energies[0], found.energies[-1]
+                left = torch.where(start > 0, last / start, 1.0)
+            numbers += [left, torch.full_like(left, torch.inf) if found.gain_left is None else found.gain_left]
+        told: list[float] = []
+        self.network.questions.later(torch.stack([n.to(numbers[0]) for n in numbers]), told.extend)
         self.network.questions.answered()
-        return ["absorbed" if share < _LEFT else end.found.status for share, end in zip(left, ends, strict=True)]
+        return [
+            _in_a_word(end.found.status, left, to_gain)
+            for end, left, to_gain in zip(ends, told[::2], told[1::2], strict=True)
+        ]
 
     def reports(self) -> list[PhaseReport]:
         """How they went, the free phase first."""
@@ -240,6 +242,12 @@ class Phases:
                 f" {tuple(free.shape)}, that of the output, from held_output(...) or from Clamped(target=...)."
             )
         return held.detach().to(free)
+
+
+def _in_a_word(status: Status, left: float, to_gain: float) -> str:
+    if left < _LEFT:
+        return "absorbed"
+    return "level" if status == "max_steps" and to_gain <= _LEVEL else status
 
 
 def free_equilibrium(landscape: Landscape, algorithm: Algorithm, start: Sequence[Tensor]) -> Relaxation:

@@ -75,6 +75,15 @@ class PhaseReport:
         """Keeps what a report needs, so that the states can be freed."""
         return cls(nudge, found.status, found.steps, found.residual.detach(), found.energies, found.gain_left)
 
+    @property
+    def ended(self) -> tuple[float, float | None]:
+        """The largest residual, and the energy still to be gained as in `PhaseEntry`, read off the device at once."""
+        worst = self.residual.max()
+        if self.gain_left is None:
+            return float(worst), None
+        residual, left = torch.stack([worst, self.gain_left.to(worst)]).tolist()
+        return residual, left if math.isfinite(left) else None
+
 
 class Shown(dict[str, Any]):
     """A `Report` that a notebook shows as a table; to everything else it is the dictionary."""
@@ -90,12 +99,6 @@ class Shown(dict[str, Any]):
             ("kernels", self["kernels"]),
         ]
         return notebook.table(f"Last step: {self['result']}", (), rows)
-
-
-def finite(share: Tensor | None) -> float | None:
-    """A number; None where there is none, or none that is finite."""
-    number = math.inf if share is None else float(share)
-    return number if math.isfinite(number) else None
 
 
 def _ended(phase: PhaseEntry) -> str:
@@ -123,7 +126,7 @@ def report_of(
             "steps": phase.steps,
             "energies": torch.stack(list(phase.energies)).tolist() if phase.energies else [],
             "residual": phase.residual.tolist(),
-            "gain_left": finite(phase.gain_left),
+            "gain_left": phase.ended[1],
         }
         for phase in phases
     ]
