@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.energies.base import is_divergence, reads_drive
+from lightning_ebm.energies.base import reads_drive
 from lightning_ebm.errors import RelaxationDivergedError
 from lightning_ebm.instruments.relaxed import (
     Relaxed,
@@ -369,7 +369,7 @@ class Learner:
         """
         if clamp or free:
             return Step(self._equilibrium_setup(clamp, free, False, None), run, teaches=False).at_free_equilibrium()
-        if is_divergence(self.algorithm.energy) or not self.algorithm.rule.relaxes:
+        if self.algorithm.rests_at_forward:
             return nullcontext()
         setup = replace(
             self._setup(), programs=self._evaluated, remember=unheard, samples=FOUND, memory=None, observer=None
