@@ -114,7 +114,7 @@ class Summary:
 
     @property
     def _title(self) -> str:
-        return f"{self.module}: {len(self.layers)} layers with states"
+        return f"{self.module}: {len(self.layers)} layer{'s' * (len(self.layers) != 1)} with states"
 
 
 _HEADER = ("layer", "state", "activation", "parents", "parameters in its drive", "modules between")

@@ -53,6 +53,16 @@ def test_the_table_holds_mean_and_spread_of_the_last_values(three):
     assert dict(zip(table.headers, table.rows[1], strict=True))["mean angle"] == "0.00256°"
 
 
+def test_what_no_row_has_takes_no_column(tmp_path):
+    """A run that recorded no regime has a table of layers without its columns."""
+    run = runs.read(write(tmp_path, "a", 0, [0.5, 0.7]))
+    table = html_report.layers(run)
+    assert [table.headers[column] for column in table.columns] == ["layer", "cosine, last", "lowest", "mean"]
+    page = html_report.page(run)
+    assert '<th class="n">mean</th>' in page
+    assert "at equilibrium" not in page.partition("<h2>Layers</h2>")[2]
+
+
 def test_bands_reach_from_the_lowest_seed_to_the_highest(three):
     seeds = [run.metrics["val/acc"] for run in three[:2]]
     steps, mean, low, high = interactive.band(seeds)
