@@ -295,6 +295,7 @@ class Learner:
         relaxer: Relaxer | Literal["auto"] | None,
     ) -> Iterator[tuple[Phases, Relaxation, bool]]:
         """Within it a network is at its equilibrium; afterwards the module is as it was."""
+        checked.function("", "closure", closure, _CLOSURE)
         setup = self._equilibrium_setup(clamp, free, strength != 0, relaxer)
         with torch.inference_mode(False), untouched(self.module), self._quiet(), torch.enable_grad():
             for parameter in self.module.parameters():
@@ -328,6 +329,8 @@ class Learner:
 
         For an incremental algorithm the optimizer steps once for each step of the relaxer; for all others once.
         """
+        if isinstance(optimizer, type) or not hasattr(optimizer, "zero_grad"):  # what wraps one may not be an Optimizer
+            checked.instance("", "optimizer", optimizer, torch.optim.Optimizer, _OPTIMIZER)
         optimizer.zero_grad()
         if not self.algorithm.rule.incremental:
             loss, surrogate, step = self._surrogate(closure)
@@ -422,6 +425,7 @@ class Learner:
             clamp: as for `backward`.
             algorithm: to take this step by another one.
         """
+        checked.function("", "closure", closure, _CLOSURE)
         setup = self._setup()
         if algorithm is not None:
             setup = replace(setup, algorithm=algorithm, remember=unheard, memory=None)
@@ -435,3 +439,7 @@ class Learner:
             self.module, self.algorithm, self._programs, self._quiet, self.outcome.remember, self.loss_reduction,
             self._samples, self._code, self._memory, self.observer, unsettled=self.unsettled,
         )  # fmt: skip
+
+
+_CLOSURE = "a function that runs the network and returns the loss, such as lambda: mse_loss(net(x), y)"
+_OPTIMIZER = "an optimizer, such as torch.optim.Adam(net.parameters(), lr=1e-3)"

@@ -121,6 +121,43 @@ MISTAKES = [
     Mistake(
         "states by LBFGS", lambda: ebm.StateOptimizer(torch.optim.LBFGS, max_steps=3), "closure", "torch.optim",
     ),
+    Mistake("a preset by its initials", lambda: ebm.algorithm("ep"), "no algorithm 'ep'", "'equilibrium-propagation'?"),
+    Mistake("a preset in other letters", lambda: ebm.algorithm("PC_Nudge"), "'PC_Nudge'", "mean 'pc-nudge'"),
+    Mistake(
+        "a setting of the relaxer is given to the algorithm", lambda: ebm.algorithm("pc-nudge", max_steps=20),
+        "no part 'max_steps'", "relaxer=ebm.ErrorCoordinates(max_steps=...)",
+    ),
+    Mistake(
+        "the nudge by its letter", lambda: ebm.algorithm("equilibrium-propagation", beta=0.5), "no part 'beta'",
+        "nudge=ebm.Centered(strength=...)",
+    ),
+    Mistake("the nudge is a number", lambda: ebm.algorithm("pc-nudge", nudge=0.1), "not float", "ebm.OneSided(...)"),
+    Mistake(
+        "a part is a class", lambda: ebm.algorithm("pc-nudge", relaxer=ebm.GradientDescent), "the class",
+        "an instance of ebm.Relaxer",
+    ),
+    Mistake("a number is text", lambda: ebm.OneSided("1e-3"), "not text", "Write 1.0e-3"),
+    Mistake("no steps at all", lambda: ebm.GradientDescent(0.1, max_steps=0), "max_steps=0", "at least 1."),
+    Mistake(
+        "the loss in place of the closure", lambda: ebm.Learner(net(8)).backward(usual(net(8))), "not Tensor",
+        "lambda: mse_loss(net(x), y)",
+    ),
+    Mistake(
+        "the loss in place of the closure, for states", lambda: ebm.Learner(net(8)).relax(usual(net(8))),
+        "not Tensor", "lambda:",
+    ),
+    Mistake(
+        "an optimizer by its class", lambda: ebm.Learner(net(8)).step(lambda: None, torch.optim.SGD),
+        "the class SGD", "torch.optim.Adam(net.parameters()",
+    ),
+    Mistake("net and algorithm in the other order", lambda: ebm.Learner("pc-nudge", net(8)), "'pc-nudge'", "nn.Module"),
+    Mistake("the table without an input", lambda: ebm.summary(net(8)), "missing a required", "ebm.summary(net, x)"),
+    Mistake("layers by their numbers", lambda: step(usual, layers=[1]), "layers=[1]", "a list of names"),
+    Mistake("compile is a word", lambda: ebm.EBMStrategy("pc-nudge", compile="yes"), "compile='yes'", "True or False"),
+    Mistake(
+        "data that are not finite", lambda: step(lambda m: F.cross_entropy(m(X * math.nan), Y)), "not finite",
+        "Clean the data",
+    ),
     Mistake("an energy by its name", lambda: ebm.Algorithm(energy="pc"), "'pc'", "ebm.Energy"),
 ]  # fmt: skip
 
