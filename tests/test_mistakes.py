@@ -179,6 +179,15 @@ COMMANDS = {
     "recipes run digits --algorithm pc": ("no algorithm 'pc'", "pc-nudge"),
     "recipes run digits --relaxer Gradient --wandb off": ("no such class", "GradientDescent"),
     "recipes run digits --trainer.strategy ddp --wandb off": ("would not use --algorithm", "ebm_ddp"),
+    "recipes run digits --relaxer.max_steps 5": ("no class is named", "--relaxer CLASS --relaxer.max_steps 5"),
+    "recipes run digits --nudge 0.1": ("expected the name of a class", "--nudge Centered --nudge."),
+    "recipes run digits --trainer.max_epochs five": ("trainer.max_epochs=five", "expected a whole number or null"),
+    "recipes run digits --relaxer GradientDescent --relaxer.lr high": ("lr=high", "expected a number."),
+    "recipes run digits --layers net.1": ("layers=net.1: expected a list", 'layers="[net.1]"'),
+    "recipes run digits --trainer.precision fp16": ("trainer.precision=fp16: expected", "16-mixed"),
+    "recipes run digits --trainer.devices 0 --wandb off": ("devices='0'", "not a valid input"),
+    "fit --algorithm pc-nudge": ("needs --model", "--config FILE"),
+    "report a_file": ("a_file is a file", "the directory of a run"),
     "report nowhere": ("no directory nowhere", "nowhere"),
     "report .": ("holds no run", "lightning_logs/version_0"),
     "sweep digit": ("no sweep file 'digit'", "digits-relaxer"),
@@ -189,6 +198,7 @@ COMMANDS = {
 @pytest.mark.parametrize("words", COMMANDS)
 def test_a_mistaken_command_is_answered_in_one_line(words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").touch()
     try:
         status = main(words.split())
     except SystemExit as ended:

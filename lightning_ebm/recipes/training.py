@@ -19,6 +19,7 @@ from typing import Any, Literal, cast
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
@@ -290,7 +291,7 @@ def command(arguments: list[str]) -> int:
     """`main` for the command line: errors that speak to the user are one line; returns the exit status."""
     try:
         main(arguments)
-    except (ebm.EBMError, DataNotFoundError) as error:
+    except (ebm.EBMError, DataNotFoundError, MisconfigurationException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
