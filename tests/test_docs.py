@@ -173,3 +173,5 @@ def test_formulas_are_set_as_mathematics_in_a_real_browser(site):
         server.shutdown()
     assert dom.count('<span class="katex">') == len(formulas(page)) > 40
     assert "katex-error" not in dom
+    marks = re.findall(r"\\\)([,.;:]+)(?=\s)", page.read_text())  # none of them may begin a line of its own
+    assert len(re.findall(r"[,.;:]</span></span></span></span>", dom)) == len(marks) > 5
