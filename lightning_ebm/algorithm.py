@@ -98,6 +98,11 @@ class Algorithm:
             return named(self.update)
         return named("cross-derivative" if self.nudge.linear_response else self.relaxer.update)
 
+    @property
+    def rests_at_forward(self) -> bool:
+        """Whether the free equilibrium is the forward pass: that of a divergence is, and backprop has no other."""
+        return is_divergence(self.energy) or not self.rule.relaxes
+
     def parts(self) -> dict[str, Energy | Nudge | Relaxer | Update]:
         """The objects that may carry something from one step to the next."""
         found: dict[str, Energy | Nudge | Relaxer | Update] = {

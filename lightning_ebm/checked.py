@@ -72,7 +72,7 @@ def count(owner: object, name: str, value: Any, least: int = 1, most: int = sys.
     whole = isinstance(number_of_one, numbers.Integral) and not isinstance(number_of_one, bool)
     if not whole or not least <= int(number_of_one) <= most:
         bounds = f"at least {least}" if most == sys.maxsize else f"at least {least} and at most {most}"
-        refuse(owner, name, value, f"a whole number of {bounds}{why}{_hint(value)}")
+        refuse(owner, name, value, f"a whole number of {bounds}{why}{'' if whole else _hint(value)}")
     return int(number_of_one)
 
 

@@ -96,7 +96,9 @@ def _installed(name: str) -> bool:
 def devices() -> Iterator[Line]:
     """The processors that torch sees."""
     capability = torch.backends.cpu.get_cpu_capability()
-    yield "ok", "CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in use, instructions {capability}"
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    counts = f"{cores} core{'s' * (cores != 1)}, {threads} thread{'s' * (threads != 1)} in use"
+    yield "ok", "CPU", f"{counts}, instructions {capability}"
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
         memory = found.total_memory / 2**30
@@ -178,5 +180,6 @@ def main(self_test: bool = True) -> int:
     wrong = sum(status == "wrong" for status, _, _ in found)
     notes = sum(status == "note" for status, _, _ in found)
     ended = "nothing is wrong" if not wrong else f"{wrong} wrong"
-    print(f"\n{ended}; {notes} to know of; {time.monotonic() - began:.0f} s")
+    noted = f"; {notes} note{'s' * (notes != 1)}" if notes else ""
+    print(f"\n{ended}{noted}; this took {time.monotonic() - began:.1f} s")
     return int(wrong > 0)

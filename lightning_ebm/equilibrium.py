@@ -10,7 +10,6 @@ from torch.utils import _pytree as pytree
 
 from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.learner import Learner
 from lightning_ebm.network.clamp import Clamp, checked_clamp
@@ -39,7 +38,8 @@ class Equilibrium(nn.Module):
     Raises:
         LayerDiscoveryError: (in forward) no layer found.
         RelaxationDivergedError: (in forward) states ran away.
-        ConfigurationError: (in forward) it is being exported, see `exported`.
+        ConfigurationError: (in forward) torch.export, torch.onnx.export or torch.jit.trace is at work, and none of them
+            can follow a relaxation; see `exported`. Where the equilibrium is the forward pass they can.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.Hardtanh(0, 1), nn.Linear(8, 2))
@@ -64,11 +64,16 @@ class Equilibrium(nn.Module):
         self._free = tuple(checked.instance(self, "free", name, str, "a list of names of inputs") for name in names)
         self._settings: dict[str, Any] = {"algorithm": algorithm, "layers": layers, "output": output}
         self._learner: Learner | None = None
-        self._learned().algorithm  # noqa: B018  # refuses settings that cannot work where they are written
+        algorithm = self._learned().algorithm  # refuses settings that cannot work where they are written
+        self._is_forward = algorithm.rests_at_forward and self._clamp is None and not self._free
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The free-phase output for these inputs."""
-        if getattr(torch.compiler, "is_exporting", bool)():  # torch 2.6 cannot tell
+        if self._is_forward:
+            with torch.no_grad():
+                return self.module(*args, **kwargs)
+        exporting = getattr(torch.compiler, "is_exporting", bool)()  # torch 2.6 cannot tell
+        if exporting or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise ConfigurationError(_EXPORT)
         with torch.inference_mode(False), torch.no_grad():
             args, kwargs = ordinary((args, kwargs))
@@ -97,7 +102,7 @@ class Equilibrium(nn.Module):
                 "Equilibrium.exported: with units held there is no graph of it yet; export it without clamp=... and"
                 " free=..., or save the module itself."
             )
-        if not is_divergence(algorithm.energy) and not isinstance(relaxer, FixedPoint | AcceleratedFixedPoint):
+        if not self._is_forward and not isinstance(relaxer, FixedPoint | AcceleratedFixedPoint):
             raise ConfigurationError(
                 f"Equilibrium.exported: the free phase is relaxed by {relaxer!r}, which chooses its steps by looking at"
                 " energies, as no graph can. Take free_relaxer=ebm.FixedPoint(max_steps)."
@@ -121,9 +126,10 @@ class Equilibrium(nn.Module):
 
 
 _EXPORT = (
-    "A free phase is found by recording the network and differentiating an energy, which torch.export and"
-    " torch.onnx.export cannot trace. Export the evaluation as it runs instead:"
-    " torch.export.save(equilibrium.exported(*inputs), 'model.pt2'); torch.onnx.export takes that program, too."
+    "A free phase is found by recording the network and differentiating an energy, which torch.export,"
+    " torch.onnx.export and torch.jit.trace cannot follow. Export the evaluation as it runs instead:"
+    " program = equilibrium.exported(*inputs); then torch.export.save(program, 'model.pt2'), or"
+    " torch.onnx.export(program, f='model.onnx')."
 )
 
 

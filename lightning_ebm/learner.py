@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.energies.base import is_divergence, reads_drive
+from lightning_ebm.energies.base import reads_drive
 from lightning_ebm.errors import RelaxationDivergedError
 from lightning_ebm.instruments.relaxed import (
     Relaxed,
@@ -295,6 +295,7 @@ class Learner:
         relaxer: Relaxer | Literal["auto"] | None,
     ) -> Iterator[tuple[Phases, Relaxation, bool]]:
         """Within it a network is at its equilibrium; afterwards the module is as it was."""
+        checked.function("", "closure", closure, _CLOSURE)
         setup = self._equilibrium_setup(clamp, free, strength != 0, relaxer)
         with torch.inference_mode(False), untouched(self.module), self._quiet(), torch.enable_grad():
             for parameter in self.module.parameters():
@@ -328,6 +329,8 @@ class Learner:
 
         For an incremental algorithm the optimizer steps once for each step of the relaxer; for all others once.
         """
+        if isinstance(optimizer, type) or not hasattr(optimizer, "zero_grad"):  # what wraps one may not be an Optimizer
+            checked.instance("", "optimizer", optimizer, torch.optim.Optimizer, _OPTIMIZER)
         optimizer.zero_grad()
         if not self.algorithm.rule.incremental:
             loss, surrogate, step = self._surrogate(closure)
@@ -369,7 +372,7 @@ class Learner:
         """
         if clamp or free:
             return Step(self._equilibrium_setup(clamp, free, False, None), run, teaches=False).at_free_equilibrium()
-        if is_divergence(self.algorithm.energy) or not self.algorithm.rule.relaxes:
+        if self.algorithm.rests_at_forward:
             return nullcontext()
         setup = replace(
             self._setup(), programs=self._evaluated, remember=unheard, samples=FOUND, memory=None, observer=None
@@ -422,6 +425,7 @@ class Learner:
             clamp: as for `backward`.
             algorithm: to take this step by another one.
         """
+        checked.function("", "closure", closure, _CLOSURE)
         setup = self._setup()
         if algorithm is not None:
             setup = replace(setup, algorithm=algorithm, remember=unheard, memory=None)
@@ -435,3 +439,7 @@ class Learner:
             self.module, self.algorithm, self._programs, self._quiet, self.outcome.remember, self.loss_reduction,
             self._samples, self._code, self._memory, self.observer, unsettled=self.unsettled,
         )  # fmt: skip
+
+
+_CLOSURE = "a function that runs the network and returns the loss, such as lambda: mse_loss(net(x), y)"
+_OPTIMIZER = "an optimizer, such as torch.optim.Adam(net.parameters(), lr=1e-3)"

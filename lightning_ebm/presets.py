@@ -6,6 +6,7 @@ parameters; x_bar the forward pass, which is the free equilibrium of predictive 
 
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -267,17 +268,14 @@ def algorithm(name: str | Algorithm, **parts: Any) -> Algorithm:
     elif isinstance(name, str) and name in PRESETS:
         found = PRESETS[name]()
     else:
-        close = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.4)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ConfigurationError(
-            f"There is no algorithm {checked.shown(name)}.{hint} There are: {', '.join(PRESETS)}; or compose one:"
-            " ebm.Algorithm(energy=..., nudge=..., relaxer=...)."
+            f"There is no algorithm {checked.shown(name)}.{_did_you_mean(str(name))} There are: {', '.join(PRESETS)};"
+            " or compose one: ebm.Algorithm(energy=..., nudge=..., relaxer=...)."
         )
     parts = {part: value for part, value in parts.items() if value is not None or part == "free_relaxer"}
     fields = [field.name for field in dataclasses.fields(Algorithm)]
     if unknown := sorted(set(parts) - set(fields)):
-        close = difflib.get_close_matches(unknown[0], fields, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = _where_it_belongs(unknown[0], found, fields)
         raise ConfigurationError(f"An algorithm has no part {unknown[0]!r}.{hint} It has: {', '.join(fields)}.")
     if checked.is_word(parts.get("nudge"), "auto"):
         parts["nudge"] = Strongest(found.nudge)
@@ -308,3 +306,23 @@ def chosen(given: str | Algorithm | None) -> Algorithm:
 def algorithms() -> tuple[str, ...]:
     """The names of all presets."""
     return tuple(PRESETS)
+
+
+def _did_you_mean(name: str) -> str:
+    """The preset whose initials these are, as "ep", or else the nearest."""
+    initials = {"".join(word[0] for word in preset.split("-")): preset for preset in PRESETS if "-" in preset}
+    near = [initials[name.lower()]] if name.lower() in initials else []
+    near = near or difflib.get_close_matches(name.lower().replace("_", "-"), PRESETS, n=1, cutoff=0.4)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _where_it_belongs(name: str, found: Algorithm, fields: list[str]) -> str:
+    """The part that is nearly called so, or that takes it as a setting of its own."""
+    if near := difflib.get_close_matches(name, fields, n=1):
+        return f" Did you mean {near[0]!r}?"
+    setting = "strength" if name in ("beta", "lam", "lambda_") else name
+    for part in ("nudge", "relaxer", "energy"):
+        kind = type(getattr(found, part))
+        if setting in inspect.signature(kind).parameters:
+            return f" It is a setting of the {part}: {part}=ebm.{kind.__name__}({setting}=...)."
+    return ""

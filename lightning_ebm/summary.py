@@ -1,5 +1,6 @@
 """The layer table."""
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -114,7 +115,7 @@ class Summary:
 
     @property
     def _title(self) -> str:
-        return f"{self.module}: {len(self.layers)} layers with states"
+        return f"{self.module}: {len(self.layers)} layer{'s' * (len(self.layers) != 1)} with states"
 
 
 _HEADER = ("layer", "state", "activation", "parents", "parameters in its drive", "modules between")
@@ -135,6 +136,7 @@ def summary(module: nn.Module, *example_inputs: Any, layers: Layers = None, outp
     """
 
     def pretended_loss() -> Tensor:
+        _check_inputs(module, example_inputs)
         try:
             leaves = pytree.tree_leaves(module(*example_inputs))
         except NotImplementedError as error:
@@ -148,6 +150,19 @@ def summary(module: nn.Module, *example_inputs: Any, layers: Layers = None, outp
 
     learner = Learner(module, layers=layers, output=output)
     return of_plan(module, learner.begin(pretended_loss).examine())
+
+
+def _check_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    try:
+        inspect.signature(module.forward).bind(*inputs)
+    except ValueError:  # of a scripted one, which has none
+        return
+    except TypeError as error:
+        raise ConfigurationError(
+            f"ebm.summary(module, *inputs) calls module(*inputs), and {type(module).__name__}.forward does not take the"
+            f" {len(inputs)} that were given: {error}. Give one batch as the module takes it, such as"
+            " ebm.summary(net, x)."
+        ) from error
 
 
 def of_plan(module: nn.Module, plan: Plan) -> Summary:

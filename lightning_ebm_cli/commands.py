@@ -102,6 +102,21 @@ def _compare(options: argparse.Namespace, settings: list[str]) -> int:
     return 0
 
 
+def _workspace(options: argparse.Namespace, settings: list[str]) -> int:
+    from wandb.errors import Error
+
+    from lightning_ebm.reports.workspace import TASK, workspace
+
+    entity, project = options.project
+    made = workspace(entity, project, options.metric or TASK)
+    try:
+        made.save()  # tells where it is
+    except Error as error:
+        print(f"error: Weights & Biases did not save the workspace: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def _sweep(options: argparse.Namespace, settings: list[str]) -> int:
     from lightning_ebm.recipes import sweep
 
@@ -128,6 +143,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, list[str]], int]] = {
     "fit": _fit,
     "report": _report,
     "compare": _compare,
+    "workspace": _workspace,
     "sweep": _sweep,
     "leaderboard": _leaderboard,
     "doctor": _doctor,

@@ -76,6 +76,14 @@ def parser() -> Parser:
     compare = _add(tree, "compare", "one HTML page about several runs, side by side")
     compare.add_argument("run", type=Path, nargs="+", help="directories; runs that differ by their seed alone are one")
     compare.add_argument("-o", "--output", type=Path, default=Path("comparison.html"), help="where the page goes")
+    workspace = _add(tree, "workspace", "a saved view of a project in Weights & Biases: few charts, grouped runs")
+    workspace.add_argument(
+        "project", type=_project, metavar="TEAM/PROJECT", help="whose; the runs need not be there yet"
+    )
+    workspace.add_argument(
+        "--metric", action="append", metavar="KEY",
+        help="what your module logs, as a chart of its own; may be given again; that of the recipes if not given",
+    )  # fmt: skip
     sweep = _add(tree, "sweep", "every trial of a sweep file, here, without a server")
     sweep.add_argument("file", help="a sweep file of Weights & Biases, or the name of a ready-made one")
     sweep.add_argument("--count", type=int, help="at most so many trials")
@@ -119,6 +127,13 @@ def _folder(word: str) -> tuple[str, Path]:
     if not separator:
         raise argparse.ArgumentTypeError(f"{word!r}: expected DATA=PATH, for instance mnist=~/mnist.")
     return name, Path(path).expanduser()
+
+
+def _project(word: str) -> tuple[str, str]:
+    entity, _, name = word.partition("/")
+    if not entity or not name or "/" in name:
+        raise argparse.ArgumentTypeError(f"{word!r}: expected TEAM/PROJECT, for instance my-team/lightning-ebm.")
+    return entity, name
 
 
 def _add_results(made: Parser, root: str) -> None:

@@ -52,7 +52,7 @@ def main(epochs: int = 5) -> None:
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning_ebm"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    print("# Architectures\n")
+    print("---\nhide: [toc] # room for eight columns\n---\n\n# Architectures\n")
     print('Modules of `recipes/zoo.py`, written without this library in mind. Under "pc-nudge": the cosine of its')
     print("update to backprop's over the run, float32, and the loss of the first and the last five steps. Cost of a")
     print("training step in steps of the stock Trainer (process CPU time, medians). These modules are tiny, so the")

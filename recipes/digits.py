@@ -96,6 +96,9 @@ def main(
     console.print(f"  look at it here:   wandb leet run {run_dir}", soft_wrap=True, highlight=False)
     console.print(f"  or as a page:      lightning-ebm report {run_dir}", soft_wrap=True, highlight=False)
     console.print(f"  or on a server:    wandb sync {run_dir}", soft_wrap=True, highlight=False)
+    console.print(
+        "In a checkout these commands are in its own environment: bash scripts/with-venv COMMAND", highlight=False
+    )
 
 
 if __name__ == "__main__":

@@ -90,6 +90,20 @@ def test_one_word_for_a_run(records, word):
     assert advice.verdict(records)[0] == word
 
 
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        ("a", "a has a gradient of exactly zero"),
+        ("abcd", "a, b, c, d have a gradient of exactly zero"),
+        ("abcde", "a, b, c, d and 1 more parameter have a gradient of exactly zero"),
+        ("abcdef", "a, b, c, d and 2 more parameters have a gradient of exactly zero"),
+    ],
+)
+def test_as_many_parameters_are_told_as_there_are(names, sentence):
+    records = [{"step": 0, "alignment": {}, "layers": {}, "dead": dict.fromkeys(names, "both")}]
+    assert advice.verdict(records) == ("dead", sentence)
+
+
 def test_findings_are_said_once_and_with_a_remedy():
     records = [
         {"step": 9, "advice": "something"},

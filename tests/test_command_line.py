@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = [
     [], ["recipes"], ["recipes", "list"], ["recipes", "show"], ["recipes", "run"], ["recipes", "run", "digits"],
     ["fit"],
-    ["report"], ["compare"], ["sweep"], ["leaderboard"], ["doctor"],
+    ["report"], ["compare"], ["workspace"], ["sweep"], ["leaderboard"], ["doctor"],
 ]  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore")
 

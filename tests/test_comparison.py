@@ -2,7 +2,10 @@
 
 import json
 import math
+import re
+import shutil
 import statistics
+import subprocess
 
 import pytest
 
@@ -11,6 +14,9 @@ from lightning_ebm.reports import comparison as comparison_report, html as html_
 from lightning_ebm_cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 
 
 def write(root, name, seed, accuracies, relaxer="ErrorCoordinates", cosine=0.95, seconds=2.0, folder=None):
@@ -53,6 +59,16 @@ def test_the_table_holds_mean_and_spread_of_the_last_values(three):
     assert dict(zip(table.headers, table.rows[1], strict=True))["mean angle"] == "0.00256°"
 
 
+def test_what_no_row_has_takes_no_column(tmp_path):
+    """A run that recorded no regime has a table of layers without its columns."""
+    run = runs.read(write(tmp_path, "a", 0, [0.5, 0.7]))
+    table = html_report.layers(run)
+    assert [table.headers[column] for column in table.columns] == ["layer", "cosine, last", "lowest", "mean"]
+    page = html_report.page(run)
+    assert '<th class="n">mean</th>' in page
+    assert "at equilibrium" not in page.partition("<h2>Layers</h2>")[2]
+
+
 def test_bands_reach_from_the_lowest_seed_to_the_highest(three):
     seeds = [run.metrics["val/acc"] for run in three[:2]]
     steps, mean, low, high = interactive.band(seeds)
@@ -90,6 +106,31 @@ def test_loss_and_accuracy_have_axes_of_their_own(three):
 
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium to see the page in a browser")
+def test_in_a_real_browser_names_of_axes_lie_beside_their_numbers_and_figures_are_whole(three, tmp_path):
+    """Numbers such as 0.002 degrees are wide; "0.9 ± 0.05" stays on one line."""
+    probe = """<script>onload = () => {
+        const page = document.documentElement, figures = [...document.querySelectorAll('.plotly-graph-div')];
+        const box = e => e.getBoundingClientRect(), all = (e, s) => [...e.querySelectorAll(s)];
+        const apart = (name, tick) => box(name).right + 8 < box(tick).left;
+        const clear = f => all(f, '.ytick text').every(t => all(f, '.ytitle').every(y => apart(y, t)));
+        page.dataset.clear = figures.filter(clear).length + '/' + figures.length;
+        const lines = cell => (r => (r.selectNodeContents(cell), r.getClientRects().length))(new Range());
+        page.dataset.lines = Math.max(...all(document, 'td.n').map(lines));
+    }</script></body>"""
+    page = tmp_path / "page.html"
+    page.write_text(comparison_report.page(three).replace("</body>", probe))
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=5000", "--window-size=420,900", "--dump-dom", page.as_uri(),
+    ]  # fmt: skip
+    dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    found = dict(re.findall(r'data-(\w+)="([^"]*)"', dom.partition("<head>")[0]))
+    clear, whole = map(int, found["clear"].split("/"))
+    assert clear == whole >= 4
+    assert found["lines"] == "1"
 
 
 def test_nothing_from_a_run_becomes_markup(tmp_path):

@@ -42,6 +42,13 @@ def test_every_python_block_runs(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_line_of_python_is_too_long_for_the_site(page):
+    """100 characters are what the column of text holds at 1300 pixels, see site.css."""
+    long = [line for block in blocks(page, "python") for line in block.splitlines() if len(line) > 100]
+    assert not long
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_recipe_that_a_page_names_exists(page):
     for name in re.findall(r"recipes/[\w/.-]+\.(?:py|yaml)", page.read_text()):
         assert (ROOT / name).exists(), name
@@ -166,3 +173,5 @@ def test_formulas_are_set_as_mathematics_in_a_real_browser(site):
         server.shutdown()
     assert dom.count('<span class="katex">') == len(formulas(page)) > 40
     assert "katex-error" not in dom
+    marks = re.findall(r"\\\)([,.;:]+)(?=\s)", page.read_text())  # none of them may begin a line of its own
+    assert len(re.findall(r"[,.;:]</span></span></span></span>", dom)) == len(marks) > 5

@@ -1,8 +1,5 @@
 """Where the free equilibrium is not the forward pass: what is logged, validated and predicted under the Trainer."""
 
-import subprocess
-import sys
-
 import lightning as L
 import pytest
 import torch
@@ -238,53 +235,6 @@ def test_a_sample_met_again_goes_on_from_where_it_was_left(tmp_path):
     assert visit(other, [0, 1, 2, 3])[0] == pytest.approx(settled, rel=1e-9)
     fresh = ebm.Learner(net, algorithm)
     assert visit(fresh, [0, 1, 2, 3])[0] == pytest.approx(first, rel=1e-12)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("order", ["odd-even", "synchronous"])
-def test_an_equilibrium_is_exported_as_a_graph_that_needs_nothing_of_this_library(order, tmp_path):
-    """Another process runs it without the library, on another input; and the sweeps by hand agree."""
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Linear(6, 8), nn.Hardtanh(0, 1), nn.Linear(8, 5), nn.Hardtanh(0, 1), nn.Linear(5, 3)
-    ).double()
-    relaxer = ebm.FixedPoint(12, order=order, damping=0.1)
-    module = ebm.Equilibrium(net, ebm.algorithm("equilibrium-propagation", free_relaxer=relaxer))
-    x = torch.randn(4, 6, dtype=torch.float64)
-    torch.export.save(module.exported(torch.zeros_like(x)), tmp_path / "net.pt2")
-    torch.save(x, tmp_path / "x.pt")
-    code = f"""
-import sys, torch
-found = torch.export.load("{tmp_path}/net.pt2").module()(torch.load("{tmp_path}/x.pt"))
-assert not any(name.startswith("lightning") for name in sys.modules)
-torch.save(found, "{tmp_path}/found.pt")
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, cwd=tmp_path)
-    found = torch.load(tmp_path / "found.pt")
-    torch.testing.assert_close(found, module(x), rtol=0, atol=1e-14)
-    with torch.no_grad():
-        lower, upper = (lambda h: (net[0](x) + h @ net[2].weight).clamp(0, 1)), (lambda h: net[2](h).clamp(0, 1))
-        one = net[0](x).clamp(0, 1)
-        two = upper(one)
-        for _ in range(12):
-            new = 0.9 * lower(two) + 0.1 * one
-            two, one = 0.9 * upper(new if order == "odd-even" else one) + 0.1 * two, new
-        torch.testing.assert_close(found, net[4](two), rtol=0, atol=1e-14)
-
-
-def test_exporting_the_module_itself_points_to_the_graph_that_can_be():
-    """And does not end the process, which torch's tracer did when a relaxation ran under it."""
-    net = nn.Sequential(nn.Linear(6, 8), nn.Hardtanh(0, 1), nn.Linear(8, 8), nn.Hardtanh(0, 1), nn.Linear(8, 3))
-    module = ebm.Equilibrium(net, ebm.algorithm("equilibrium-propagation", free_relaxer=ebm.FixedPoint(5)))
-    with pytest.raises(ebm.ConfigurationError, match=r"equilibrium\.exported"):
-        torch.export.export(module, (torch.zeros(2, 6),))
-
-
-def test_a_free_phase_that_chooses_its_steps_is_not_exported():
-    net = nn.Sequential(nn.Linear(6, 8), nn.Hardtanh(0, 1), nn.Linear(8, 3))
-    algorithm = ebm.algorithm("equilibrium-propagation", free_relaxer=ebm.GradientDescent(0.5, 100, tol=1e-3))
-    with pytest.raises(ebm.ConfigurationError, match="FixedPoint"):
-        ebm.Equilibrium(net, algorithm).exported(torch.zeros(2, 6))
 
 
 def test_a_learned_precision_becomes_the_inverse_variance_of_the_errors():

@@ -121,6 +121,43 @@ MISTAKES = [
     Mistake(
         "states by LBFGS", lambda: ebm.StateOptimizer(torch.optim.LBFGS, max_steps=3), "closure", "torch.optim",
     ),
+    Mistake("a preset by its initials", lambda: ebm.algorithm("ep"), "no algorithm 'ep'", "'equilibrium-propagation'?"),
+    Mistake("a preset in other letters", lambda: ebm.algorithm("PC_Nudge"), "'PC_Nudge'", "mean 'pc-nudge'"),
+    Mistake(
+        "a setting of the relaxer is given to the algorithm", lambda: ebm.algorithm("pc-nudge", max_steps=20),
+        "no part 'max_steps'", "relaxer=ebm.ErrorCoordinates(max_steps=...)",
+    ),
+    Mistake(
+        "the nudge by its letter", lambda: ebm.algorithm("equilibrium-propagation", beta=0.5), "no part 'beta'",
+        "nudge=ebm.Centered(strength=...)",
+    ),
+    Mistake("the nudge is a number", lambda: ebm.algorithm("pc-nudge", nudge=0.1), "not float", "ebm.OneSided(...)"),
+    Mistake(
+        "a part is a class", lambda: ebm.algorithm("pc-nudge", relaxer=ebm.GradientDescent), "the class",
+        "an instance of ebm.Relaxer",
+    ),
+    Mistake("a number is text", lambda: ebm.OneSided("1e-3"), "not text", "Write 1.0e-3"),
+    Mistake("no steps at all", lambda: ebm.GradientDescent(0.1, max_steps=0), "max_steps=0", "at least 1."),
+    Mistake(
+        "the loss in place of the closure", lambda: ebm.Learner(net(8)).backward(usual(net(8))), "not Tensor",
+        "lambda: mse_loss(net(x), y)",
+    ),
+    Mistake(
+        "the loss in place of the closure, for states", lambda: ebm.Learner(net(8)).relax(usual(net(8))),
+        "not Tensor", "lambda:",
+    ),
+    Mistake(
+        "an optimizer by its class", lambda: ebm.Learner(net(8)).step(lambda: None, torch.optim.SGD),
+        "the class SGD", "torch.optim.Adam(net.parameters()",
+    ),
+    Mistake("net and algorithm in the other order", lambda: ebm.Learner("pc-nudge", net(8)), "'pc-nudge'", "nn.Module"),
+    Mistake("the table without an input", lambda: ebm.summary(net(8)), "missing a required", "ebm.summary(net, x)"),
+    Mistake("layers by their numbers", lambda: step(usual, layers=[1]), "layers=[1]", "a list of names"),
+    Mistake("compile is a word", lambda: ebm.EBMStrategy("pc-nudge", compile="yes"), "compile='yes'", "True or False"),
+    Mistake(
+        "data that are not finite", lambda: step(lambda m: F.cross_entropy(m(X * math.nan), Y)), "not finite",
+        "Clean the data",
+    ),
     Mistake("an energy by its name", lambda: ebm.Algorithm(energy="pc"), "'pc'", "ebm.Energy"),
 ]  # fmt: skip
 
@@ -142,6 +179,15 @@ COMMANDS = {
     "recipes run digits --algorithm pc": ("no algorithm 'pc'", "pc-nudge"),
     "recipes run digits --relaxer Gradient --wandb off": ("no such class", "GradientDescent"),
     "recipes run digits --trainer.strategy ddp --wandb off": ("would not use --algorithm", "ebm_ddp"),
+    "recipes run digits --relaxer.max_steps 5": ("no class is named", "--relaxer CLASS --relaxer.max_steps 5"),
+    "recipes run digits --nudge 0.1": ("expected the name of a class", "--nudge Centered --nudge."),
+    "recipes run digits --trainer.max_epochs five": ("trainer.max_epochs=five", "expected a whole number or null"),
+    "recipes run digits --relaxer GradientDescent --relaxer.lr high": ("lr=high", "expected a number."),
+    "recipes run digits --layers net.1": ("layers=net.1: expected a list", 'layers="[net.1]"'),
+    "recipes run digits --trainer.precision fp16": ("trainer.precision=fp16: expected", "16-mixed"),
+    "recipes run digits --trainer.devices 0 --wandb off": ("devices='0'", "not a valid input"),
+    "fit --algorithm pc-nudge": ("needs --model", "--config FILE"),
+    "report a_file": ("a_file is a file", "the directory of a run"),
     "report nowhere": ("no directory nowhere", "nowhere"),
     "report .": ("holds no run", "lightning_logs/version_0"),
     "sweep digit": ("no sweep file 'digit'", "digits-relaxer"),
@@ -152,6 +198,7 @@ COMMANDS = {
 @pytest.mark.parametrize("words", COMMANDS)
 def test_a_mistaken_command_is_answered_in_one_line(words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").touch()
     try:
         status = main(words.split())
     except SystemExit as ended:

@@ -59,7 +59,8 @@ def device(trainer: Trainer) -> str:
     """Its name, and how many of it."""
     root = trainer.strategy.root_device
     name = torch.cuda.get_device_name(root) if root.type == "cuda" else platform.machine()
-    threads = f", {torch.get_num_threads()} threads" if root.type == "cpu" else ""
+    many = torch.get_num_threads()
+    threads = f", {many} thread{'s' * (many != 1)}" if root.type == "cpu" else ""
     return f"{trainer.world_size} x {root.type} ({name}{threads})"
 
 

@@ -62,6 +62,12 @@ def check_names(arguments: Sequence[str]) -> None:
                     f"{option} {value}: there is no such class.{nearest(value, offered)} {_listing(offered)} A class"
                     " of yours is given with its module, my_package.MyClass."
                 )
+            elif re.fullmatch(r"[-+.]?\d.*", value):
+                name = next(iter(known[option]))
+                raise ebm.ConfigurationError(
+                    f"{option} {value}: expected the name of a class; its settings follow by their own names, as in"
+                    f" {option} {name} {option}.NAME {value}. {_listing(list(known[option]))}"
+                )
         owner, _, name = option.rpartition(".")
         if owner in chosen and re.fullmatch(r"\w+", name):
             _check_option(option, name, chosen[owner])
@@ -110,10 +116,42 @@ class Parser(LightningArgumentParser):
         if found := re.search(r"Option '([\w.]+)' is not accepted", message):
             names = [name for name in own if name not in ("h", "help", "config")]
             return f"There is no option {found[1]!r} here.{nearest(found[1], names)} There are: {', '.join(names)}."
+        if found := re.fullmatch(r"the following arguments are required: (.*)", message):
+            needed = " and ".join(f"--{name.removeprefix('fit.')}" for name in found[1].split(", "))
+            return f"A fit needs {needed}, on the command line or in a file: --config FILE."
+        if found := re.search(
+            r'Parser key "(\w+)":.*is abstract.*NestedArg\(key=\'(\w+)\', val=(.*)\)', message, re.DOTALL
+        ):
+            option, name, value = f"--{found[1]}", found[2], found[3].strip("'")
+            return (
+                f"{option}.{name} {value}: no class is named that has this setting. Name it first: {option} CLASS"
+                f" {option}.{name} {value}. {_listing(list(kinds().get(option, ())))}"
+            )
+        return self._of_a_value(message)
+
+    def _of_a_value(self, message: str) -> str:
+        """What was expected in the words of people, where only plain types were."""
+        expected = re.findall(r"Expected an? (.+?)(?:\. Got.*)?$", message, re.MULTILINE)
+        plain = [words for kind in expected if (words := _plain(kind))]
+        key, value = (re.search(p, message) for p in (r'Parser key "([\w.]+)"', r"(?:Given|Got) value: (.*)"))
+        if key and value and plain and len(plain) == len(expected):
+            write = f' Write {key[1]}="[{value[1]}]".' if _PLAIN["<class 'list'>"] in plain else ""
+            return f"{key[1]}={value[1]}: expected {' or '.join(plain)}.{write}"
         useful = [line for line in message.splitlines() if not _NOISE.search(line)]
         return " ".join(" ".join(useful).split())
 
 
+def _plain(kind: str) -> str:
+    """A type as people would say it; nothing for one that is not plain."""
+    if found := re.fullmatch(r"typing\.Literal\[(.*)\]", kind):
+        return f"one of {found[1]}"
+    return _PLAIN.get(kind, "")
+
+
+_PLAIN = {
+    "<class 'int'>": "a whole number", "<class 'float'>": "a number", "<class 'bool'>": "true or false",
+    "<class 'list'>": "a list", "<class 'tuple'>": "a list", "<class 'NoneType'>": "null", "<class 'str'>": "text",
+}  # fmt: skip
 _NOISE = re.compile(
     r"Does not validate against any|Subtypes:|Errors:|- Expected a <class '\S+'>$|Given value type|a path but"
 )

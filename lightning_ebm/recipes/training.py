@@ -19,6 +19,7 @@ from typing import Any, Literal, cast
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
@@ -29,6 +30,7 @@ from lightning_ebm.callbacks.run_file import RunFile
 from lightning_ebm.recipes import data, modules, nets  # noqa: F401  # so that their classes have short names
 from lightning_ebm.recipes.options import Parser, check_names
 from lightning_ebm.recipes.sources import DataNotFoundError
+from lightning_ebm.reports.pages import duration
 
 
 def algorithm_of(
@@ -157,13 +159,14 @@ class Record(L.Callback):
         if not self.values or not trainer.is_global_zero:
             return
         best = (min if "loss" in self.monitor else max)(self.values)
+        seconds = time.monotonic() - self.started
         result = {
             "monitor": self.monitor,
             "best": best,
             "best_epoch": self.values.index(best) + 1,
             "last": self.values[-1],
             "epochs": len(self.values),
-            "minutes": round((time.monotonic() - self.started) / 60, 2),
+            "minutes": round(seconds / 60, 2),
             "batches": len(self._steps),
             "step_ms": round(statistics.median(self._steps), 3),
             "step_cpu_ms": round(statistics.median(self._cpu), 3),
@@ -179,7 +182,7 @@ class Record(L.Callback):
         shown = "{:.4f}" if "loss" in self.monitor else "{:.2%}"
         Console().print(
             f"\n{self.monitor}: best {shown.format(best)} (epoch {result['best_epoch']}),"
-            f" last {shown.format(self.values[-1])}, {result['minutes']} minutes; written to {folder / 'result.json'}"
+            f" last {shown.format(self.values[-1])}, in {duration(seconds)}; written to {folder / 'result.json'}"
             f"\nA page about this run: lightning-ebm report {folder}",
             highlight=False,
             soft_wrap=True,
@@ -288,7 +291,7 @@ def command(arguments: list[str]) -> int:
     """`main` for the command line: errors that speak to the user are one line; returns the exit status."""
     try:
         main(arguments)
-    except (ebm.EBMError, DataNotFoundError) as error:
+    except (ebm.EBMError, DataNotFoundError, MisconfigurationException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

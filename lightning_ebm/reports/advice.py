@@ -49,10 +49,19 @@ def unreached(layers: Sequence[str], step: int) -> str:
 
 def dead(names: Sequence[str], step: int) -> str:
     """Parameters with an update or a true gradient of exactly zero."""
+    have = "has" if len(names) == 1 else "have"
     return (
-        f"Dead at step {step}: {', '.join(names)} have a gradient of exactly zero, so they do not learn and have no"
-        " alignment. Look for units that never fire (ReLU with large negative biases), or inputs that do not vary."
+        f"Dead at step {step}: {', '.join(names)} {have} a gradient of exactly zero: nothing is learned there,"
+        " and there is no alignment. Look for units that never fire (ReLU with large negative biases), or for inputs"
+        " that do not vary."
     )
+
+
+def _counted(names: Sequence[str]) -> str:
+    """The first four by name, and how many more; with the verb."""
+    more = len(names) - 4
+    told = ", ".join(names[:4]) + (f" and {more} more parameter{'s' * (more > 1)}" if more > 0 else "")
+    return f"{told} {'has' if len(names) == 1 else 'have'}"
 
 
 def before_training(algorithm: Algorithm, learning_rates: Sequence[float], dtype: torch.dtype) -> list[str]:
@@ -118,7 +127,7 @@ def verdict(records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         return "diverged", f"the residual of {', '.join(grown)} grows"
     names = next((list(r["dead"]) for r in reversed(compared[-1:]) if r["dead"]), [])
     if names:
-        return "dead", f"{len(names)} parameters have a gradient of exactly zero: {', '.join(names[:4])}"
+        return "dead", f"{_counted(names)} a gradient of exactly zero"
     if not traces and not compared:
         return "unknown", "nothing was recorded; train with ebm.RelaxationMonitor() and ebm.GradientAlignment()"
     if not traces:

@@ -101,7 +101,7 @@ def curvature_words(step: int, found: dict[str, Any]) -> str:
 def regime_words(regime: dict[str, Any]) -> str:
     """The verdict of the measurement, and how far the relaxation went."""
     relaxed = regime.get("relaxed")
-    went = "" if relaxed is None else f" The relaxation made {relaxed:.3g} of the fall of the energy to its minimum."
+    went = "" if relaxed is None else f" The relaxation made {100 * relaxed:.4g}% of the energy's fall to its minimum."
     return f"Where the updates are read: {regime['verdict']}.{went}"
 
 

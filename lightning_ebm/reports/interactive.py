@@ -196,7 +196,8 @@ def _figure(x: str, y: str) -> go.Figure:
             "template": "none", "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "height": 360,
             "font": {"color": "#7a8599", "family": "system-ui, sans-serif"},
             "margin": {"l": 60, "r": 20, "t": 20, "b": 50},
-            "xaxis": {"title": {"text": escape(x)}, **line}, "yaxis": {"title": {"text": escape(y)}, **line},
+            "xaxis": {"title": {"text": escape(x), "standoff": 12}, **line},
+            "yaxis": {"title": {"text": escape(y), "standoff": 12}, **line},  # beside the numbers, not over them
             "hovermode": "closest", "legend": {"itemsizing": "constant"},
         }
     )  # fmt: skip

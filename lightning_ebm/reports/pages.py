@@ -36,6 +36,11 @@ class Table:
     numbers: int = 99
     bad: set[int] = field(default_factory=set)
 
+    @property
+    def columns(self) -> list[int]:
+        """Indices of those that hold anything: what was not recorded takes no room."""
+        return [index for index in range(len(self.headers)) if any(row[index] for row in self.rows)]
+
 
 def render(template: str, **values: Any) -> str:
     """A whole page.

@@ -141,6 +141,8 @@ def read(path: str | Path) -> Run:
         return Run(directory, _by_step(_rows_of_wandb(written[0].parent)), records)
     if records:
         return Run(directory, {}, records)
+    if directory.is_file():
+        raise ConfigurationError(f"{directory} is a file; expected the directory of a run, such as {directory.parent}.")
     if not directory.is_dir():
         near = difflib.get_close_matches(directory.name, _beside(directory), n=1)
         hint = f" Did you mean {directory.parent / near[0]}?" if near else ""

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.harmless import harmless
 from lightning_ebm.learner import Learner
@@ -127,7 +126,7 @@ class EnergyStrategy(ObservedStrategy):
         """The user's own step, with every state at its prediction: this pass is the one with side effects."""
         module = self._module
         draws = any(isinstance(a, Iterator) for a in (*args, *kwargs.values()))
-        if self._relaxes and draws and not is_divergence(self.algorithm.energy):
+        if draws and not self.algorithm.rests_at_forward:
             raise ConfigurationError(
                 f"{type(module).__name__}.training_step takes a dataloader_iter, and for this energy the step runs"
                 " twice, quietly and at the free equilibrium: it would draw another batch. Let training_step take the"

@@ -9,7 +9,6 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from lightning_ebm.algorithm import Algorithm
-from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.equilibrium import ordinary
 from lightning_ebm.learner import Learner
 
@@ -62,7 +61,7 @@ class EvaluatingStrategy(Strategy):
             with self.precision_plugin.forward_context():
                 return plain(*args, **kwargs)
 
-        if is_divergence(self.algorithm.energy) or not self._relaxes:
+        if self.algorithm.rests_at_forward:
             return step(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad():
             args, kwargs = ordinary((args, kwargs))

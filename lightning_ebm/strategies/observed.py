@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.instruments.curvature import Curvature, of_step as curvature_of_step
 from lightning_ebm.reference import Reference, exactly
@@ -32,7 +31,7 @@ class ObservedStrategy(EvaluatingStrategy):
                 `reference.equilibrium`. For a divergence energy that equilibrium is the forward pass: the two are one.
         """
         step = self._last("gradient could be computed")
-        exact = reference == "equilibrium" and self._relaxes and not is_divergence(self.algorithm.energy)
+        exact = reference == "equilibrium" and not self.algorithm.rests_at_forward
         with self._looking():
             if exact:
                 found, other = step.again(exactly(self.algorithm))
