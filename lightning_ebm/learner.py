@@ -295,7 +295,6 @@ class Learner:
         relaxer: Relaxer | Literal["auto"] | None,
     ) -> Iterator[tuple[Phases, Relaxation, bool]]:
         """Within it a network is at its equilibrium; afterwards the module is as it was."""
-        checked.function("", "closure", closure, _CLOSURE)
         setup = self._equilibrium_setup(clamp, free, strength != 0, relaxer)
         with torch.inference_mode(False), untouched(self.module), self._quiet(), torch.enable_grad():
             for parameter in self.module.parameters():
@@ -425,7 +424,6 @@ class Learner:
             clamp: as for `backward`.
             algorithm: to take this step by another one.
         """
-        checked.function("", "closure", closure, _CLOSURE)
         setup = self._setup()
         if algorithm is not None:
             setup = replace(setup, algorithm=algorithm, remember=unheard, memory=None)
@@ -441,5 +439,4 @@ class Learner:
         )  # fmt: skip
 
 
-_CLOSURE = "a function that runs the network and returns the loss, such as lambda: mse_loss(net(x), y)"
 _OPTIMIZER = "an optimizer, such as torch.optim.Adam(net.parameters(), lr=1e-3)"

@@ -139,12 +139,12 @@ MISTAKES = [
     Mistake("a number is text", lambda: ebm.OneSided("1e-3"), "not text", "Write 1.0e-3"),
     Mistake("no steps at all", lambda: ebm.GradientDescent(0.1, max_steps=0), "max_steps=0", "at least 1."),
     Mistake(
-        "the loss in place of the closure", lambda: ebm.Learner(net(8)).backward(usual(net(8))), "not Tensor",
-        "lambda: mse_loss(net(x), y)",
+        "the loss in place of the closure", lambda: ebm.Learner(net(8)).backward(usual(net(8))), "closure is Tensor",
+        "lambda: loss_function(module(x), y)",
     ),
     Mistake(
         "the loss in place of the closure, for states", lambda: ebm.Learner(net(8)).relax(usual(net(8))),
-        "not Tensor", "lambda:",
+        "closure is Tensor", "lambda:",
     ),
     Mistake(
         "an optimizer by its class", lambda: ebm.Learner(net(8)).step(lambda: None, torch.optim.SGD),

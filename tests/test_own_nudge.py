@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import lightning_ebm as ebm
+from lightning_ebm.nudges.base import Phase
 
 X = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 Y = torch.rand(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -224,3 +226,36 @@ def test_precisions_learn_from_held_phases_too():
     ebm.Learner(body, algorithm).backward(squared(body))
     errors = 0.5 * (Y - module(X).detach())  # the one layer is held at o - eta (o - Y)
     assert float(precision.state_dict()["0"].log()) == pytest.approx(0.05 * (1 - float(errors.square().mean())))
+
+
+class Alternating(ebm.Nudge):
+    """Two tables of the same strengths, in turn, whose weights differ by a factor of two."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def phases(self) -> tuple[Phase, ...]:
+        self.asked += 1
+        weight = 10.0 * (1 + self.asked % 2)
+        return Phase(0.1, weight), Phase(0.0, -weight)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_weights_that_change_at_the_same_strengths_are_those_of_the_step(capture):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(5, 6, dtype=torch.float64), torch.arange(5) % 3
+    tight = ebm.ErrorCoordinates(max_steps=60, tol=1e-12)
+    nudge = Alternating()
+    learner = ebm.Learner(net, ebm.algorithm("predictive-coding", nudge=nudge, relaxer=tight), capture=capture)
+    expected = ebm.Learner(
+        net, ebm.algorithm("predictive-coding", nudge=ebm.OneSided(0.1), relaxer=tight), capture=False
+    ).gradients(lambda: F.cross_entropy(net(x), y))
+    ratios = set()
+    for _ in range(8):
+        found = learner.gradients(lambda: F.cross_entropy(net(x), y))
+        ratio = float(found["0.weight"].norm() / expected["0.weight"].norm())
+        ratios.add(round(ratio, 6))
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], round(ratio) * gradient, rtol=1e-8, atol=1e-12)
+    assert ratios == {1.0, 2.0}

@@ -8,7 +8,7 @@ import logging
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -541,3 +541,53 @@ def test_a_nudge_that_is_another_one_at_every_step_does_not_pile_up_code() -> No
     plain = ebm.Learner(net, ebm.Algorithm(ebm.PredictiveCoding(), nudge, ebm.GradientDescent(0.1, 2)), capture=False)
     expected = plain.gradients(lambda: net(x).square().mean())
     assert all(torch.allclose(found[name], expected[name], rtol=1e-12, atol=1e-14) for name in expected)
+
+
+class Doubling(torch.autograd.graph.saved_tensors_hooks):
+    """Numbers that are saved for the backward pass come back twice as large."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda saved: saved, lambda saved: 2 * saved if saved.is_floating_point() else saved)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_hooks_that_come_between_known_programs_are_part_of_a_program(capture):
+    """A step is compared with each program that is known, also where it departs from the one that came last."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    x, y = torch.randn(5, 6, dtype=torch.float64), torch.arange(5) % 3
+    learner = ebm.Learner(net, "zero-divergence", capture=capture)
+
+    def loss(kind: str) -> Tensor:
+        def above(h: Tensor) -> Tensor:
+            return F.cross_entropy(net[2:](h), y)
+
+        if kind == "saved otherwise":
+            with Doubling():
+                return above(net[:2](x))
+        h = net[:2](x)
+        if kind == "hooked":
+            h.register_hook(lambda gradient: 3 * gradient)
+        return above(h) + (h.square().mean() if kind == "another" else 0)
+
+    often = ["plain"] * 8  # until there is code for it
+    for kind in [
+        *often,
+        "another",
+        "hooked",
+        "another",
+        "plain",
+        "hooked",
+        "another",
+        "saved otherwise",
+        *often,
+        "hooked",
+    ]:
+        if kind == "saved otherwise":  # no record could repeat that
+            with pytest.raises(ebm.UnsupportedModuleError, match="off autograd's own"):
+                learner.gradients(lambda kind=kind: loss(kind))
+            continue
+        expected = torch.autograd.grad(loss(kind), list(net.parameters()))
+        found = learner.gradients(lambda kind=kind: loss(kind))
+        for (name, _), gradient in zip(net.named_parameters(), expected, strict=True):
+            torch.testing.assert_close(found[name], gradient, rtol=1e-12, atol=1e-13, msg=f"{kind}: {name}")

@@ -27,8 +27,6 @@ class ErrorForces(SlopeEvaluation):
         with torch.enable_grad():
             seen = network.at_errors(point)
             loss = network.loss(seen)
-            if loss.is_complex():
-                network.check_analytic(seen)
             signals = network.signals(seen, loss)
         precisions = network.precisions(seen)
         at_rest = all(error is none for error, none in zip(point, network.no_errors, strict=True))

@@ -17,7 +17,6 @@ from lightning_ebm.energies.base import LayerView, QuadraticEnergy, is_bounded, 
 from lightning_ebm.evaluations import Evaluation, Forces, Landscape
 from lightning_ebm.evaluations.base import Result
 from lightning_ebm.evaluations.of_slope import holomorphic, is_one, ones_for
-from lightning_ebm.network.analytic import is_analytic
 from lightning_ebm.network.passes import Passes, Run, Start
 from lightning_ebm.network.precomputed_gradient import slopes_of
 from lightning_ebm.network.samples import by_sample, squares_by_sample
@@ -61,7 +60,6 @@ class Network(Passes):
         self.energy = energy
         self._plan = plan
         self.loss_scale = loss_scale
-        self._known_analytic = False
         self.known: Known | None = None
         """The program, for what holds of all its batches."""
         self._questions = Questions(runs_behind(start.loss.device))
@@ -283,8 +281,6 @@ class Network(Passes):
             return [torch.zeros_like(leaf) for leaf in leaves]
         seed = sign * ones_for(total)
         slopes = torch.autograd.grad(total, leaves, seed, retain_graph=True, allow_unused=True)
-        if total.is_complex():
-            self.check_analytic(seen)
         return [
             torch.zeros_like(leaf) if slope is None else holomorphic(slope) if unit == 1 else unit * holomorphic(slope)
             for slope, leaf in zip(slopes, leaves, strict=True)
@@ -308,11 +304,6 @@ class Network(Passes):
             for p, e, layout in zip(precisions, errors, self.layouts, strict=True)
         ]
         return 0.5 * torch.stack(rows).sum(0)
-
-    def check_analytic(self, seen: Pass) -> None:
-        """Refuses, once, a pass that is no analytic function of its complex states."""
-        if not self._known_analytic:
-            self._known_analytic = is_analytic(seen, self.loss(seen), self.rounding)
 
     def precisions(self, seen: Pass) -> list[float | Tensor]:
         assert isinstance(self.energy, QuadraticEnergy)

@@ -121,7 +121,7 @@ class TracedNetwork(Network):
         start = Start(self.first_loss, list(self.free), self.rounding, None)
         twin = Twin(self.energy, self._plan, start, run, self.batch_size, self.loss_scale)
         twin.is_relaxed = self._equilibrium is not None
-        twin._known_analytic = twin._moved = True  # where it is asked about, it is asked as of any point
+        twin._moved = True
         return twin
 
     def _run_code(
