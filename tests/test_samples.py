@@ -278,3 +278,51 @@ def test_two_readings_of_a_batch_are_warned_of_once(said, warned, caplog):
     assert len(told) == warned
     if warned:
         assert "taken for 4 samples, and could as well be 7" in told[0]
+
+
+class Cell(nn.Module):
+    """Four steps of a recurrent layer on sequences, each of which is told its own loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.act, self.head = nn.Linear(6 + 5, 5), nn.Tanh(), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = x.new_zeros(x.shape[0], 5)
+        told = []
+        for step in range(4):
+            h = self.act(self.cell(torch.cat([x[:, step], h], 1)))
+            told.append(self.head(h))
+        return told
+
+
+@pytest.mark.parametrize("kind", ["a sample a call", "a bag a call", "two views", "steps of a sequence", "one sample"])
+def test_loops_that_call_the_module_for_each_sample_are_told_of_both_readings(kind, caplog):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.arange(8) % 3
+    cells, sequence = Cell().double(), torch.randn(1, 4, 6, dtype=torch.float64)
+    losses = {
+        "a sample a call": lambda: torch.stack(
+            [F.cross_entropy(net(x[i : i + 1]), y[i : i + 1]) for i in range(8)]
+        ).mean(),
+        "a bag a call": lambda: torch.stack([F.cross_entropy(net(b).mean(0), y[0]) for b in (x[:5], x[5:])]).mean(),
+        "two views": lambda: F.cross_entropy(torch.cat([net(x), net(x + 1)]), torch.cat([y, y])),
+        "steps of a sequence": lambda: torch.stack([F.cross_entropy(out, y[:1]) for out in cells(sequence)]).mean(),
+        "one sample": lambda: F.cross_entropy(net(x[:1]), y[:1]),
+    }
+    learner = ebm.Learner(cells if kind == "steps of a sequence" else net, "predictive-coding")
+    for _ in range(2):
+        learner.gradients(losses[kind])
+    told = [r.getMessage() for r in caplog.records if "could as well be" in r.getMessage()]
+    expected = {
+        "a sample a call": "taken for 1 sample, and could as well be 8",
+        "a bag a call": "5 samples, and could as well be 2",
+    }
+    assert len(told) == (kind in expected)
+    assert all(expected[kind] in text for text in told)
+    if kind == "a sample a call":  # said so, it is the update of one call with all of them
+        expect = ebm.Learner(net, "predictive-coding").gradients(lambda: F.cross_entropy(net(x), y))
+        found = ebm.Learner(net, "predictive-coding", batch_size=8).gradients(losses[kind])
+        for name, gradient in expect.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-2, atol=1e-4)

@@ -1,5 +1,6 @@
 """The graph between the states of one record: which states, parameters and weighted modules feed which."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -73,6 +74,15 @@ class Plan:
             for p in self.rows[k].parents:
                 above[p] = max(above[p], above[k] + 1)
         return tuple(below), tuple(above)
+
+    def parallel_calls(self) -> int:
+        """The most calls of one module that carry states, none of which is computed from another of them."""
+        found, below = Counter[str](), list[set[str]]()
+        for row in self.rows:
+            below.append(set().union(*(below[p] | {self.rows[p].key.name} for p in row.parents)))
+            found[row.key.name] += 1
+        repeated = {row.key.name for row, names in zip(self.rows, below, strict=True) if row.key.name in names}
+        return max((count for name, count in found.items() if name not in repeated), default=1)
 
 
 class Wiring:

@@ -118,13 +118,16 @@ class Recorded(NamedTuple):
         """B, and once a warning where the batch may as well be read in another way."""
         record = self.program.record
         size, other = batch_size_among(self.shapes or record.shapes, states, self.known.reduced, record.declared)
+        why = "both are first dimensions of what it holds, and of all layers"
+        calls = self.plan.parallel_calls()
+        if other is None and calls > 1 and self.known.elements == calls != size:
+            other, why = calls, "the module is called as many times, and the loss is a mean over the calls"
         if other is not None and "samples" not in setup.programs.told:
             setup.programs.told.add("samples")
             log.warning(
-                "The batch is taken for %d samples, and could as well be %d: both are first dimensions of what it"
-                " holds, and of all layers. The nudge is multiplied by their number. Say batch_size=%d, or %d, or a"
-                " function of the batch. (Said once.)",
-                size, other, size, other,
+                "The batch is taken for %d sample%s, and could as well be %d: %s. The nudge is multiplied by their"
+                " number. Say batch_size=%d, or %d, or a function of the batch. (Said once.)",
+                size, "s" * (size != 1), other, why, size, other,
             )  # fmt: skip
         return size
 
