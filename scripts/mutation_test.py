@@ -560,20 +560,6 @@ MUTATIONS = [
         "predictive_coding conformance",
     ),
     Mutation(
-        "the second pass is the first one's",
-        "network/traced.py",
-        "if value in moving and (found := before(value)) is not None:",
-        "if False:",
-        "free_equilibrium equilibrium_propagation",
-    ),
-    Mutation(
-        "code outlives parameters",
-        "network/traced.py",
-        "super().parameters_moved()\n        self._before.clear()\n",
-        "super().parameters_moved()\n",
-        "free_equilibrium code",
-    ),
-    Mutation(
         "two runs may differ",
         "step/second_run.py",
         "        if _fix_the_same(first, second):\n",
@@ -697,7 +683,7 @@ MUTATIONS = [
         "program/stage.py",
         "\\n    inputs.clear()",
         "",
-        "memory",
+        "tracer",
     ),
     Mutation(
         "operations run as they were written",

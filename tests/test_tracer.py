@@ -1,10 +1,12 @@
 """What is written down of an evaluation, operation by operation, against running the evaluation itself."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ebm.program.stage import Stage
 from lightning_ebm.program.tracer import key_of, traced_graph
@@ -71,3 +73,19 @@ def test_an_operation_is_looked_up_with_the_kinds_of_its_numbers():
     keys = [key_of(torch.ops.aten.add.Tensor, ("x", number)) for number in (1, 1.0, True)]
     assert len(set(keys)) == 3
     assert key_of(torch.ops.aten.add.Tensor, ("x", [1])) is None
+
+
+def test_code_lets_go_of_an_input_that_it_has_read_last():
+    traced, _ = traced_graph(lambda point, given: [(point[0] * 2).sin().exp()], [torch.ones(9)], [])
+    code, inputs = Stage(traced.graph, traced.constants), [torch.ones(9)]
+    held, alive = weakref.ref(inputs[0]), []
+
+    class Looking(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            alive.append(held() is not None)
+            return func(*args, **(kwargs or {}))
+
+    with Looking():
+        code(inputs)
+    assert alive == [True, False, False]
+    assert inputs == []
