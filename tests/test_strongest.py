@@ -142,12 +142,14 @@ def test_when_training_makes_states_absorb_more_the_strength_is_halved():
     assert learner.algorithm.nudge.strength == 0.5
 
 
-def test_losses_that_are_not_positive_say_nothing_of_what_is_absorbed():
-    net, closure = linear_task(0.2)
+@pytest.mark.parametrize("constant", [-100.0, 0.0, 100.0])
+@pytest.mark.parametrize("curvature", [0.2, 1.5])
+def test_a_constant_in_the_loss_changes_no_choice(curvature, constant):
+    net, closure = linear_task(curvature)
     relaxer = ebm.ErrorCoordinates(max_steps=60, tol=1e-8)
     learner = ebm.Learner(net, ebm.algorithm("predictive-coding", nudge="auto", relaxer=relaxer), layers=["1"])
-    learner.gradients(lambda: closure() - 100.0)
-    assert learner.algorithm.nudge.strength == 1.0
+    learner.gradients(lambda: closure() + constant)
+    assert learner.algorithm.nudge.strength == max(2.0**-k for k in range(10) if 2.0**-k * curvature <= 1 / 3)
 
 
 class Linear(L.LightningModule):

@@ -75,8 +75,8 @@ class Nudge(ABC):
 
         Args:
             relax: relaxes a phase on this batch for trial, without a trace, and says how that ended: a status,
-                "diverged", "absorbed" where more than a quarter of lambda L was gained, or "level" in place of
-                "max_steps" where no more than a thousandth of what was gained seems left to gain.
+                "diverged", "absorbed" where the loss pulled with less than 3/4 of its first force, or "level" in place
+                of "max_steps" where no more than a thousandth of what was gained seems left to gain.
         """
 
     def note(self, statuses: Sequence[str]) -> None:  # noqa: B027

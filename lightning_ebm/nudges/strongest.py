@@ -17,13 +17,13 @@ _WEAKEST = 2.0**-13
 
 
 class Strongest(Nudge):
-    """`max {lambda = 1, 1/2, 1/4, ... : every phase settles, and leaves 3/4 of lambda L}`, in the table of a template.
+    """`max {lambda = 1, 1/2, 1/4, ... : every phase settles, and 3/4 of its pull is left}`, in the table of a template.
 
     On the first batch the strengths are tried from the strongest down. The first is kept under which the relaxation
-    of each phase ends as "converged", "kink" or "fixed" within the relaxer's budget, and lowers the energy by no more
-    than a quarter of what it starts at, lambda L: parameters do not learn from what states absorb. For a quadratic
-    loss, with k its curvature as the states feel it, lambda k / (1 + lambda k) of lambda L is absorbed, and errors
-    are sent on divided by 1 + lambda k, 4/3 at most.
+    of each phase ends as "converged", "kink" or "fixed" within the relaxer's budget, and on the way of which the loss
+    pulls with three quarters of its first force g or more, 2 (E_start - E_end) / |g|^2: parameters do not learn from
+    what states absorb. For a quadratic loss, with k its curvature as the states feel it, that is 1 / (1 + lambda k), by
+    which errors are multiplied and the update grows too small; a constant in the loss has no part in it.
 
     If no strength down to 2^-13 settles, it is the largest at which no more than a thousandth of the energy gained
     seems left to gain when the budget ends ("level"), which is then enough of later batches, too; else the weakest.
@@ -90,7 +90,7 @@ class Strongest(Nudge):
                 level = strength
             strength /= 2
         if settles:
-            return self._choose(strength, "the largest under which the first batch settles and leaves 3/4 of its loss")
+            return self._choose(strength, "the largest under which the first batch settles and 3/4 of its pull is left")
         if level is None:
             return self._choose(strength, "the first batch settles under no larger one, nor under this")
         self._enough = _LEVEL
@@ -112,7 +112,7 @@ class Strongest(Nudge):
         if self.strength is None or self._enough.issuperset(statuses):
             return
         if "absorbed" in statuses and self.strength > _WEAKEST:
-            self._choose(self.strength / 2, f"states absorb more than a quarter of the loss at {self.strength:g}")
+            self._choose(self.strength / 2, f"states absorb more than a quarter of the pull at {self.strength:g}")
             return
         self._failures += 1
         if self._failures & (self._failures - 1) == 0 and self.strength > _WEAKEST:  # a power of 2

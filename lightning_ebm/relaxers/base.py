@@ -46,6 +46,9 @@ class Relaxation:
         dyadic_states: two more lists of states, whose energies, with the drives of `point`, are to be contrasted.
         gain_left: the energy still to be gained, at most about, over what was gained, a scalar; None where nobody has
             estimated it.
+        pull_left: `2 (E_start - E_end) / |dE/de at e = 0|^2`, a scalar: with how much of its first force the loss still
+            pulls, on the way as a whole. 1 under a vanishing nudge; under a quadratic loss 1 / (1 + lambda k), k its
+            curvature as errors feel it. None where nobody has measured it.
     """
 
     point: list[Tensor]
@@ -58,6 +61,7 @@ class Relaxation:
     dyadic_states: tuple[list[Tensor], list[Tensor]] | None = None
     samples: list[list[Tensor]] | None = None
     gain_left: Tensor | None = None
+    pull_left: Tensor | None = None
 
     def at(self, sample: list[Tensor]) -> "Relaxation":
         """One of its samples, as an end of its own."""

@@ -118,8 +118,12 @@ class Descent(ABC):
 
     def found(self, status: Status, energies: list[Tensor]) -> Relaxation:
         """What is told of the end."""
-        kind, residual, left = self.coordinates, self.residual, self.share_left
-        return Relaxation(self.point, kind, status, self.steps, residual, energies, gain_left=left)
+        found = Relaxation(self.point, self.coordinates, status, self.steps, self.residual, energies)
+        found.gain_left = self.share_left
+        if self.coordinates == "errors":
+            squares = self.first.square().sum()
+            found.pull_left = torch.where(squares > 0, 2 * self.gained / squares, 1.0)
+        return found
 
     @property
     def share_left(self) -> Tensor | None:

@@ -21,7 +21,7 @@ from lightning_ebm.step.setup import Setup
 from lightning_ebm.updates import End
 
 _LEFT = 0.75
-"""Of lambda L: on ReLU convolutions a network learns as by backprop where it is left, and not where a half is."""
+"""Of the first force: on ReLU convolutions a network learns as by backprop where it is left, not where a half is."""
 _LEVEL = 1e-3
 """Of the energy gained: what may be left to gain where a budget of steps has ended."""
 
@@ -160,18 +160,20 @@ class Phases:
             self.network.questions.answered()
 
     def _ended(self, ends: Sequence[End]) -> list[str]:
-        """How phases ended: their statuses, or "absorbed" where states took more than a quarter of lambda L.
+        """How phases ended: their statuses, or "absorbed" where a positive nudge pulls with less than 3/4 of its force.
 
-        "level" stands for "max_steps" where hardly any energy is left to gain. Of a divergence energy under a positive
-        nudge lambda L is what a relaxation starts at.
+        In states, whose energy begins at lambda L, that is taken from how much of it is left. "level" stands for
+        "max_steps" where hardly any energy is left to gain.
         """
         numbers: list[Tensor] = []
         for end in ends:
-            found, left = end.found, torch.ones_like(end.found.residual[0])
-            real = not end.phase.is_complex and end.phase.strength.real > 0
-            if real and len(found.energies) > 1 and is_divergence(self._algorithm.energy):
+            found, left = end.found, end.found.pull_left
+            if end.phase.is_complex or end.phase.strength.real < 0:
+                left = None
+            elif left is None and len(found.energies) > 1 and is_divergence(self._algorithm.energy):
                 start, last = found.energies[0], found.energies[-1]
                 left = torch.where(start > 0, last / start, 1.0)
+            left = torch.ones_like(found.residual[0]) if left is None else left
             numbers += [left, torch.full_like(left, torch.inf) if found.gain_left is None else found.gain_left]
         told: list[float] = []
         self.network.questions.later(torch.stack([n.to(numbers[0]) for n in numbers]), told.extend)
