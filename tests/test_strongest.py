@@ -1,6 +1,7 @@
 """nudge="auto": the largest strength under which the states settle."""
 
 import logging
+import pickle
 
 import lightning as L
 import pytest
@@ -195,7 +196,7 @@ def test_where_nothing_settles_it_is_the_largest_at_which_no_energy_is_left_to_g
     nudge.note(["level"])
     assert nudge.strength == 0.25  # as it was chosen
     again = ebm.Strongest()
-    again.load_state_dict(nudge.state_dict())
+    again.load_state_dict(pickle.loads(pickle.dumps(nudge)).state_dict())
     for one in (nudge, again):
         one.note(["level"])
         one.note(["max_steps"])

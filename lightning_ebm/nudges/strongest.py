@@ -132,7 +132,7 @@ class Strongest(Nudge):
 
     def state_dict(self) -> dict[str, Any]:
         """What was chosen."""
-        return {"strength": self.strength, "failures": self._failures, "level": self._enough is _LEVEL}
+        return {"strength": self.strength, "failures": self._failures, "level": self._enough == _LEVEL}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stays with it."""
