@@ -1,6 +1,7 @@
 """The view for Weights & Biases names keys that a run has, and has a place for every key that a run logs."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -20,9 +21,6 @@ PREFIXES = {chart.each for chart in CHARTS if chart.each}
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
     """A run of the recipe that is shown first, read back from its own file by W&B's own reader."""
-    import wandb
-
-    wandb.run = None  # of an earlier test in this process, torn down
     folder = tmp_path_factory.mktemp("offline")
     every_step = {"every_n_steps": 1, "regime_every_n_steps": 1, "curvature_every_n_steps": 1}
     callbacks = [
@@ -32,11 +30,10 @@ def records(tmp_path_factory):
     (folder / "callbacks.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
     words = ["recipes", "run", "digits", "--config", "callbacks.yaml", "--wandb", "offline"]
     words += ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.log_every_n_steps", "1"]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.chdir(folder)
-        assert main(words) == 0
-        wandb.finish()
-        wandb.teardown()
+    # In a process of its own: within one, wandb keeps to the folder of its first run.
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_DIR": str(folder)}
+    done = [sys.executable, "-m", "lightning_ebm_cli", *words]
+    subprocess.run(done, cwd=folder, env=environment, capture_output=True, check=True, timeout=200)
     (directory,) = (path.parent for path in folder.rglob("run-*.wandb"))
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(directory)]
     text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200).stdout
