@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lightning_ebm import metrics, reference
 from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.counted import counted
 from lightning_ebm.errors import EBMError
 from lightning_ebm.learner import Learner
 from lightning_ebm.nudges import OneSided
@@ -96,9 +97,8 @@ def _installed(name: str) -> bool:
 def devices() -> Iterator[Line]:
     """The processors that torch sees."""
     capability = torch.backends.cpu.get_cpu_capability()
-    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
-    counts = f"{cores} core{'s' * (cores != 1)}, {threads} thread{'s' * (threads != 1)} in use"
-    yield "ok", "CPU", f"{counts}, instructions {capability}"
+    cores, threads = counted(os.cpu_count() or 1, "core"), counted(torch.get_num_threads(), "thread")
+    yield "ok", "CPU", f"{cores}, {threads} in use, instructions {capability}"
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
         memory = found.total_memory / 2**30
@@ -180,6 +180,6 @@ def main(self_test: bool = True) -> int:
     wrong = sum(status == "wrong" for status, _, _ in found)
     notes = sum(status == "note" for status, _, _ in found)
     ended = "nothing is wrong" if not wrong else f"{wrong} wrong"
-    noted = f"; {notes} note{'s' * (notes != 1)}" if notes else ""
+    noted = f"; {counted(notes, 'note')}" if notes else ""
     print(f"\n{ended}{noted}; this took {time.monotonic() - began:.1f} s")
     return int(wrong > 0)

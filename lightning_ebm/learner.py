@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -110,11 +111,11 @@ class Learner:
         self._quiet = checked.function(self, "quiet", quiet, "what makes a context manager")
         self._samples = Samples(batch_size, scale)
         self.policy = Policy(on_divergence, self.algorithm)
-        self._options: tuple[Layers, Output] = (layers, output_for(self.algorithm, output))
         energies = [one.energy for one in (self.algorithm, self.policy.fallback) if one is not None]
-        self._pooled = not any(map(reads_drive, energies))
-        self._programs = Programs(module, *self._options, pooled=self._pooled)
-        self._evaluated = Programs(module, *self._options, like=self._programs, pooled=self._pooled)
+        pooled = not any(map(reads_drive, energies))
+        self._new_programs = partial(Programs, module, layers, output_for(self.algorithm, output), pooled=pooled)
+        self._programs = self._new_programs()
+        self._evaluated = self._new_programs(like=self._programs)
         self._clamped: dict[frozenset[str], Programs] = {}
         self._memory = StateMemory()
         self.unsettled = Unsettled()
@@ -318,9 +319,7 @@ class Learner:
         """The programs in which the inputs and outputs that are named carry states."""
         names = frozenset(clamp) | frozenset(free)
         if names not in self._clamped:
-            self._clamped[names] = Programs(
-                self.module, *self._options, also=names, like=self._programs, pooled=self._pooled
-            )
+            self._clamped[names] = self._new_programs(also=names, like=self._programs)
         return self._clamped[names]
 
     def step(self, closure: Closure, optimizer: torch.optim.Optimizer) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_ebm import notebook
+from lightning_ebm.counted import counted
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.learner import Learner
 from lightning_ebm.program.calls import clean
@@ -115,7 +116,7 @@ class Summary:
 
     @property
     def _title(self) -> str:
-        return f"{self.module}: {len(self.layers)} layer{'s' * (len(self.layers) != 1)} with states"
+        return f"{self.module}: {counted(len(self.layers), 'layer')} with states"
 
 
 _HEADER = ("layer", "state", "activation", "parents", "parameters in its drive", "modules between")

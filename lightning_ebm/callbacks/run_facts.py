@@ -13,6 +13,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from lightning_ebm.counted import counted
+
 
 def facts(trainer: Trainer, directory: Path) -> dict[str, str]:
     """In words, for the head of a report; what cannot be found is left out.
@@ -59,8 +61,7 @@ def device(trainer: Trainer) -> str:
     """Its name, and how many of it."""
     root = trainer.strategy.root_device
     name = torch.cuda.get_device_name(root) if root.type == "cuda" else platform.machine()
-    many = torch.get_num_threads()
-    threads = f", {many} thread{'s' * (many != 1)}" if root.type == "cpu" else ""
+    threads = f", {counted(torch.get_num_threads(), 'thread')}" if root.type == "cpu" else ""
     return f"{trainer.world_size} x {root.type} ({name}{threads})"
 
 

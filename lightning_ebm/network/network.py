@@ -298,9 +298,9 @@ class Network(Passes):
         if all(map(is_one, precisions)):
             return 0.5 * self.norms(errors).square()
         rows = [
-            p * squares_by_sample(e, layout, self.batch_size)
-            if not isinstance(p, Tensor)
-            else by_sample((p * e.conj() * e).real, layout, self.batch_size)
+            by_sample(p * e.square(), layout, self.batch_size)
+            if isinstance(p, Tensor)
+            else p * squares_by_sample(e, layout, self.batch_size)
             for p, e, layout in zip(precisions, errors, self.layouts, strict=True)
         ]
         return 0.5 * torch.stack(rows).sum(0)

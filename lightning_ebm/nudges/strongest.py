@@ -12,8 +12,9 @@ from lightning_ebm.nudges.one_sided import OneSided
 
 log = logging.getLogger(__name__)
 
-_WEAKEST = 2.0**-13
+_STRENGTHS = tuple(2.0**-k for k in range(14))
 """Below, states in float32 lose what an update is read from: their error is about 1e-7 / lambda."""
+_WEAKEST = _STRENGTHS[-1]
 
 
 class Strongest(Nudge):
@@ -84,15 +85,16 @@ class Strongest(Nudge):
         """See `Nudge.adapt`."""
         if self.strength is not None:
             return
-        strength, level = 1.0, None
-        while not (settles := (ended := self._ended(strength, relax)) <= _SETTLED) and strength > _WEAKEST:
+        level: float | None = None
+        for strength in _STRENGTHS:
+            ended = self._ended(strength, relax)
+            if ended <= _SETTLED:
+                why = "the largest under which the first batch settles and 3/4 of its pull is left"
+                return self._choose(strength, why)
             if level is None and ended <= _LEVEL:
                 level = strength
-            strength /= 2
-        if settles:
-            return self._choose(strength, "the largest under which the first batch settles and 3/4 of its pull is left")
         if level is None:
-            return self._choose(strength, "the first batch settles under no larger one, nor under this")
+            return self._choose(_WEAKEST, "the first batch settles under no larger one, nor under this")
         self._enough = _LEVEL
         why = "the first batch settles under none, and this is the largest under which no energy is left to gain"
         return self._choose(level, why)

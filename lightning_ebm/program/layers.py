@@ -232,9 +232,9 @@ class LayerFinder:
     def _behind_pooling(self, calls: set[Mark], record: Record, loss: Value) -> set[Mark]:
         """The calls, with a maximum pooling in the place of the activation that it alone reads."""
         pools = {mark for mark in record.marks if isinstance(mark.module, MAXIMUM_POOLING)} - calls
-        marks = [mark for mark in record.marks if mark in calls or mark in pools]
         if not pools:
             return calls
+        marks = [mark for mark in record.marks if mark in calls or mark in pools]
         plan = Wiring(self._module, record, marks, loss).plan()
         read = Counter(
             parent for parents in (*(row.parents for row in plan.rows), plan.loss_parents) for parent in parents

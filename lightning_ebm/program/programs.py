@@ -4,6 +4,7 @@ import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +54,11 @@ class Known:
     covered: bool = False
     interacting: bool | None = None
     analytic: bool = False
+
+    @cached_property
+    def calls(self) -> int:
+        """See `Plan.parallel_calls`."""
+        return self.plan.parallel_calls()
 
     @property
     def operations(self) -> list[str]:

@@ -50,10 +50,14 @@ class GainLeft:
         """
         if not self._promised:
             return None
+        left = self._to_come()[1] * (squares / self._squares[-1])
+        return left.where((self._promised[-1] > 0) & (squares > 0), 0.0)
+
+    def _to_come(self) -> tuple[Tensor, Tensor]:
+        """The rate r at which promises fell a step, and P_k / (1 - r), which is infinite where they did not."""
         first, last, steps = self._promised[0], self._promised[-1], len(self._promised) - 1
         rate = (last / first) ** (1 / steps) if steps else torch.zeros_like(last)
-        left = torch.where(rate < 1, last * (squares / self._squares[-1]) / (1 - rate), torch.inf)
-        return left.where((last > 0) & (squares > 0), 0.0)
+        return rate, torch.where(rate < 1, last / (1 - rate), torch.inf)
 
     def verdict(self, gained: Tensor, at_kinks: float, elsewhere: float) -> Literal["kink", "stalled"] | None:
         """Says "kink" or "stalled" where no more is left than a fraction of what was gained; None where more is.
@@ -72,8 +76,7 @@ class GainLeft:
         if len(self._promised) <= self._window or self._least is None:
             return None
         promised, squares = torch.stack(self._promised), torch.stack(self._squares)
-        rate = (promised[-1] / promised[0]) ** (1 / self._window)
-        left = torch.where(rate < 1, promised[-1] / (1 - rate), torch.inf)
+        rate, left = self._to_come()
         sizes = promised / squares
         shrunk = (sizes[-1] / sizes[0] < squares[-1] / squares[0]) & (sizes[-1] < _SHORTER * self._least)
         steadily = shrunk & (sizes[1:] < sizes[:-1]).all()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lightning_ebm.algorithm import Algorithm
+from lightning_ebm.counted import counted
 from lightning_ebm.nudges.base import table_of, without_draw
 
 
@@ -60,7 +61,7 @@ def dead(names: Sequence[str], step: int) -> str:
 def _counted(names: Sequence[str]) -> str:
     """The first four by name, and how many more; with the verb."""
     more = len(names) - 4
-    told = ", ".join(names[:4]) + (f" and {more} more parameter{'s' * (more > 1)}" if more > 0 else "")
+    told = ", ".join(names[:4]) + (f" and {counted(more, 'more parameter')}" if more > 0 else "")
     return f"{told} {'has' if len(names) == 1 else 'have'}"
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_ebm.counted import counted
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.network.network import Network
 from lightning_ebm.network.passes import Run, Start
@@ -119,15 +120,15 @@ class Recorded(NamedTuple):
         record = self.program.record
         size, other = batch_size_among(self.shapes or record.shapes, states, self.known.reduced, record.declared)
         why = "both are first dimensions of what it holds, and of all layers"
-        calls = self.plan.parallel_calls()
+        calls = self.known.calls
         if other is None and calls > 1 and self.known.elements == calls != size:
             other, why = calls, "the module is called as many times, and the loss is a mean over the calls"
         if other is not None and "samples" not in setup.programs.told:
             setup.programs.told.add("samples")
             log.warning(
-                "The batch is taken for %d sample%s, and could as well be %d: %s. The nudge is multiplied by their"
+                "The batch is taken for %s, and could as well be %d: %s. The nudge is multiplied by their"
                 " number. Say batch_size=%d, or %d, or a function of the batch. (Said once.)",
-                size, "s" * (size != 1), other, why, size, other,
+                counted(size, "sample"), other, why, size, other,
             )  # fmt: skip
         return size
 
