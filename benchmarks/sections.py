@@ -10,6 +10,7 @@ from footprint import memory
 from growth import scaling
 from other_libraries import other_libraries
 from page import Lines, Settings
+from pooling import mean_pooling
 from steps import steps
 from sweeping import equilibrium_propagation
 from under_trainer import under_the_trainer
@@ -26,4 +27,5 @@ SECTIONS: dict[str, Callable[[Settings], Lines]] = {
     "memory": memory,
     "auto": automatic,
     "passes": passes,
+    "pooling": mean_pooling,
 }

@@ -68,7 +68,7 @@ A_LAYER = {
     "error-pc": 2.0,  # the error, and what it is displaced from
     "pc-nudge": 3.1,  # two errors and their forces, and what is displaced
     "predictive-coding": 3.1,
-    "dual-propagation": 4.8,  # two ends, their mean, what the pass computed, and one more
+    "dual-propagation": 5.0,  # two ends, their mean, what the pass computed, and the energies of the mean at the end
 }
 """What a step holds of every layer, in sizes of its state; besides, some three of one layer at a time."""
 BESIDE = 3.3

@@ -49,7 +49,7 @@ ORDER = [
     {"samples", "tensor_version", "module_walk"},
     {"algorithm", "closure", "plain_state", "purity"},
     # lightning_ebm.program
-    {"at_value", "complex_ops", "dispatch", "named", "operations", "pause", "record", "user_hooks"},
+    {"at_value", "complex_ops", "decompositions", "dispatch", "named", "operations", "pause", "record", "user_hooks"},
     {"aliasing", "before", "custom_calls", "numbers", "products", "random_draws"},
     {"schedule", "seams", "stage", "torch_calls"},
     {"contents"},

@@ -48,6 +48,11 @@ class Evaluation(ABC, Generic[Result]):
         """Whether this is where a watcher looks at the responses: at the beginning and the end of sweeps."""
         return False
 
+    @property
+    def watched(self) -> "Evaluation[Result]":
+        """The same question, with the energies in its answer that whoever watches wants to see."""
+        return self
+
     @abstractmethod
     def at(self, network: "Network", point: Sequence[Tensor], strength: complex) -> Result:
         """The answer at a point, with the loss weighted by `strength`; a function that leaves no trace."""

@@ -21,7 +21,7 @@ class Pairs(NamedTuple):
     Attributes:
         ahead: z_l^+.
         behind: z_l^-.
-        slope: the energies at the mean, and mean - (z^+ + z^-) / 2.
+        slope: mean - (z^+ + z^-) / 2, and the energies at the mean where they were asked for.
     """
 
     ahead: list[Tensor]
@@ -35,7 +35,16 @@ class DyadicStates(Evaluation[Pairs]):
 
     `z_l^+- = argmin_x [e_l(x, a_l) -+ <pull_l, x> / 2]`, `pull_l = -d/dx_l [sum_k e_k(z_k^+) - e_k(z_k^-) + lambda L]`,
     with every drive and Jacobian taken at the mean.
+
+    Args:
+        energies: whether those at the mean are wanted. Pairs do not need them, and logarithms in them cost a third.
     """
+
+    energies: bool = False
+
+    @property
+    def watched(self) -> "DyadicStates":
+        return DyadicStates(energies=True)
 
     def at(self, network: "Network", point: Sequence[Tensor], strength: complex) -> Pairs:
         with torch.enable_grad():
@@ -52,17 +61,19 @@ class DyadicStates(Evaluation[Pairs]):
         with torch.enable_grad():
             network.signals(seen, strength * network.loss(seen), sent)
         gradients = [m - 0.5 * (p + q) for m, p, q in zip(point, ahead, behind, strict=True)]
-        return Pairs(ahead, behind, Slope(network.internal(seen).detach(), network.loss(seen).detach(), gradients))
+        internal = network.internal(seen).detach() if self.energies else ()
+        return Pairs(ahead, behind, Slope(internal, network.loss(seen).detach(), gradients))
 
     def cost(self, layers: int) -> float:
         return 1.0
 
     def flat(self, found: Pairs) -> list[Tensor]:
         slope = found.slope
-        return [slope.internal, slope.loss, *slope.gradients, *found.ahead, *found.behind]
+        return [*slope.parts, slope.loss, *slope.gradients, *found.ahead, *found.behind]
 
     def built(self, tensors: list[Tensor], layers: int) -> Pairs:
-        internal, loss, *rest = tensors
+        *internal, loss = tensors[: 1 + self.energies]
+        rest = tensors[1 + self.energies :]
         gradients, ahead, behind = (rest[k : k + layers] for k in range(0, 3 * layers, layers))
         return Pairs(ahead, behind, Slope(internal, loss, gradients))
 

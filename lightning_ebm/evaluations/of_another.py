@@ -1,7 +1,7 @@
 """What evaluations have in common that ask another one, of a network that is seen otherwise."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -26,6 +26,10 @@ class OfAnother(Evaluation[Result]):
     @property
     def looks(self) -> bool:
         return self.what.looks
+
+    @property
+    def watched(self) -> "OfAnother[Result]":
+        return replace(self, what=self.what.watched)
 
     def moving(self, point: Sequence[Tensor]) -> Sequence[Tensor]:
         return self.what.moving(point)

@@ -128,7 +128,7 @@ class Recording(Around):
     def answer(self, what: Evaluation[Result], point: Sequence[Tensor], strength: complex) -> Result:
         if what.looks:  # between forces that nobody asks for
             self._look(what.moving(point), strength)
-        found = self.inner.evaluate(what, point, strength)
+        found = self.inner.evaluate(what.watched, point, strength)
         if (slope := what.slope(found)) is not None:
             self._note(what.coordinates, what.moving(point), strength, slope)
         return found

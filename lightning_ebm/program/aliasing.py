@@ -20,10 +20,8 @@ class Aliasing:
     def __init__(self) -> None:
         self._unsorted: list[weakref.ref[Tensor]] = []
         self._groups: dict[int, list[weakref.ref[Tensor]]] = {}
-
-    def seen(self, ref: "weakref.ref[Tensor]") -> None:
+        self.seen = self._unsorted.append
         """Notes a tensor."""
-        self._unsorted.append(ref)
 
     def others(self, tensor: Tensor) -> list[Tensor]:
         """The other tensors, still there, that share memory with this one."""

@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ class Following:
     def operation(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Node | None:
         """The node of an operation that is about to run; None if the known pass did something else here."""
         node = self._next()
-        if node is None or not self._is_same(node, func, args, kwargs):
+        if node is None or node.func is not func or not self._same_arguments(node, args, kwargs):
             self.stop()
             return None
         self._at += 1
@@ -101,15 +101,21 @@ class Following:
             return None
         return functional, args
 
-    def takes(self, node: Node, results: Sequence[Any], keeps: Callable[[Tensor], bool]) -> bool:
-        """An operation that was handed out is over: whether it gave what it gave before, which is bound if so."""
+    def takes(self, node: Node, results: Sequence[Any], views: bool | None) -> bool:
+        """An operation that was handed out is over: whether it gave what it gave before, which is bound if so.
+
+        Args:
+            node: which.
+            results: what it gave.
+            views: whether those are views of its arguments, which are not kept; None where each is asked.
+        """
         if not same_results(node, results):
             self.stop()
             return False
         self._record.nodes.append(node)
         for value, tensor in zip(node.results, results, strict=True):
             if value is not None:
-                self._contents.bind(tensor, value, keeps=keeps(tensor))
+                self._contents.bind(tensor, value, keeps=not (tensor._is_view() if views is None else views))
         return True
 
     def drew(self, tensor: Tensor) -> None:
@@ -122,11 +128,13 @@ class Following:
         trail = self._trail
         return trail.nodes[self._at] if trail is not None and self._at < len(trail.nodes) else None
 
-    def _is_same(self, node: Node, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-        if node.func is not func or len(args) != len(node.args) or len(kwargs) != len(node.kwargs):
+    def _same_arguments(self, node: Node, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        if len(args) != len(node.args) or len(kwargs) != len(node.kwargs):
             return False
+        computed = self._contents.computed
         for arg, known in zip(args, node.args, strict=True):
-            if not self._same(arg, known):
+            value = computed(arg)
+            if (value is None or value is not known) and not self._same(arg, known):
                 return False
         for name, arg in kwargs.items():
             if name not in node.kwargs or not self._same(arg, node.kwargs[name]):
@@ -136,12 +144,12 @@ class Following:
     def _same(self, arg: Any, known: Any) -> bool:
         if isinstance(arg, Tensor):
             return type(known) is Value and self._holds(arg, known)
-        if isinstance(arg, list | tuple):
+        if isinstance(arg, (list, tuple)):
             return type(known) is tuple and len(arg) == len(known) and all(map(self._same, arg, known))
         if isinstance(arg, torch.Generator):
             return known is None
         if type(known) is Value and known.number is not None:
-            if not isinstance(arg, int | float) or type(arg) is not known.number:
+            if not isinstance(arg, (int, float)) or type(arg) is not known.number:
                 return False
             hold(known, arg, self._record)
             return True
@@ -185,8 +193,10 @@ def same_results(node: Node, results: Sequence[Any]) -> bool:
     """Whether an operation has given tensors of the kinds that it gave before."""
     if len(results) != len(node.results):
         return False
-    return all(
-        (value is None and not isinstance(result, Tensor))
-        or (value is not None and isinstance(result, Tensor) and value.meta == meta_of(result))
-        for value, result in zip(node.results, results, strict=True)
-    )
+    for value, result in zip(node.results, results, strict=True):
+        if value is None or not isinstance(result, Tensor):
+            if value is not None or isinstance(result, Tensor):
+                return False
+        elif value.meta != meta_of(result):
+            return False
+    return True

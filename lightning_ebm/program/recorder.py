@@ -190,7 +190,7 @@ class Recorder(DispatchMode):
                 self.contents.constant_from_now(tensor)
         elif written:
             results = (*results, *written)
-        if not self.following.takes(node, results, lambda t: not (t._is_view() if written else kind.views)):
+        if not self.following.takes(node, results, None if written else kind.views):
             self._ended(Node(node.func, node.args, node.kwargs), kind, written, result)
 
     def _ended(self, node: Node, kind: Traits, written: Sequence[Tensor], result: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from lightning_ebm.program.decompositions import DECOMPOSITIONS
 from lightning_ebm.program.dispatch import DispatchMode
 from lightning_ebm.program.operations import functional_form, tensors_at, traits
 from lightning_ebm.program.schedule import note_size
@@ -73,6 +74,11 @@ class Tracer(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if (other := DECOMPOSITIONS.get(func)) is not None:
+            with self:
+                made = other(*args, **kwargs)
+            if made is not None:
+                return made
         kind = traits(func)
         written = func
         if kind.writes and (tensors := tensors_at(kind, args, kwargs)):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_ebm import checked
-from lightning_ebm.evaluations import DyadicStates, Landscape
+from lightning_ebm.evaluations import DyadicStates, Energy, Landscape
 from lightning_ebm.questions import Arrival
 from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_tol, force_norm
 
@@ -52,7 +52,7 @@ class Dyadic(Relaxer):
         steps = 0
         arrival = Arrival(landscape.questions, mean[0].device)
         while True:
-            ahead, behind, forces = landscape.evaluate(DyadicStates(), mean, strength)
+            ahead, behind, forces = landscape.evaluate(DyadicStates(energies=not steps), mean, strength)
             if not steps:
                 energies.append(forces.total(strength))
             norm = force_norm(landscape, forces.gradients)
@@ -69,8 +69,10 @@ class Dyadic(Relaxer):
             for k, (mask, gradient) in enumerate(zip(masks, forces.gradients, strict=True)):
                 mean[k] = torch.where(mask, mean[k], mean[k] - gradient)
             del forces, gradient, masks, mask
+        del forces
         if steps:
-            energies.append(forces.total(strength))
+            # Whoever watches has seen it with the pairs.
+            energies.append(landscape.unwatched.evaluate(Energy(), mean, strength))
         residual = norm / apart.clamp_min(torch.finfo(norm.dtype).tiny)
         status: Status = "fixed"
         if self.tol:
