@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import tree_map_only
 
 from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
@@ -135,4 +135,4 @@ _EXPORT = (
 
 def ordinary(batch: Any) -> Any:
     """The batch with tensors that autograd may save, which those made in inference mode are not."""
-    return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x.is_inference() else x, batch)
+    return tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, batch)

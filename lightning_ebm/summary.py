@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lightning_ebm import notebook
 from lightning_ebm.counted import counted
@@ -16,6 +15,7 @@ from lightning_ebm.program.calls import clean
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
 from lightning_ebm.program.locality import Judged
+from lightning_ebm.program.tensors import tensors_in
 from lightning_ebm.program.wiring import Plan
 
 
@@ -139,14 +139,14 @@ def summary(module: nn.Module, *example_inputs: Any, layers: Layers = None, outp
     def pretended_loss() -> Tensor:
         _check_inputs(module, example_inputs)
         try:
-            leaves = pytree.tree_leaves(module(*example_inputs))
+            outputs = tensors_in(module(*example_inputs))
         except NotImplementedError as error:
             raise ConfigurationError(
                 f"{type(module).__name__} has no forward to run. Summarize the network it holds, such as"
                 " ebm.summary(module.net, x); under EBMStrategy the table of a whole LightningModule is printed when"
                 " fit starts."
             ) from error
-        parts = [leaf.sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+        parts = [output.sum() for output in outputs if output.requires_grad]
         return torch.stack(parts).sum() if parts else torch.zeros(())
 
     learner = Learner(module, layers=layers, output=output)

@@ -2,13 +2,13 @@
 
     bash scripts/with-venv python scripts/soak.py --steps 100000
 
-Lives follow each other in one process. In each a network is made, trained for some dozen steps by an algorithm drawn by
-lot, and dropped; a few others live as long as the process. From step to step the shape of the batch changes, the mode
-of the module, what is frozen, and what is asked: an update, a whole step, gradients, an equilibrium, a free phase, a
-batch that cannot be trained on, a fit by the Trainer. Memory is what the operating system counts (RSS), the blocks that
-Python's allocator has given out and, with `--trace`, which is three times slower, their bytes (tracemalloc); sampled
-between lives: flat means that the last fifth takes what the second does. Modules, learners and strategies that were
-dropped must be gone, and no hook, thread, file or patch may be left.
+Lives follow each other in one process. In each a network is made, trained for some steps (`--life`) by an algorithm
+drawn by lot, and dropped; a few others live as long as the process. From step to step the batch changes its shape, the
+mode of the module, what is frozen, and what is asked: an update, a whole step, gradients, an equilibrium, a free
+phase, a batch that cannot be trained on, a fit by the Trainer. Memory is what the operating system counts (RSS), the
+blocks that Python's allocator has given out and, with `--trace`, which is three times slower, their bytes
+(tracemalloc); sampled between lives: flat means that the last fifth takes what the second does. Modules, learners and
+strategies that were dropped must be gone, and no hook, thread, file or patch may be left.
 """
 
 import argparse
@@ -273,8 +273,9 @@ class Sample:
 
 
 def soaked(
-    steps: int, seconds: float, seed: int, trace: bool = False, tell: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
+    steps: int, seconds: float, seed: int, trace: bool = False, tell: Callable[[str], None] = lambda text: None,
+    length: int = 20,
+) -> dict[str, Any]:  # fmt: skip
     """Runs it; the figures, and what was left behind under "faults"."""
     rng, left, did = random.Random(seed), Left(), Counter[str]()
     torch.manual_seed(seed)
@@ -289,9 +290,9 @@ def soaked(
         tracemalloc.start(1)
     while done < steps and time.monotonic() - began < seconds:
         life = Life(rng, *drawn(rng))
-        for _ in range(min(20, steps - done)):
+        for _ in range(min(length, steps - done)):
             did[life.step()] += 1
-        for _ in range(10):
+        for _ in range(length // 2):
             did[rng.choice(lasting).step()] += 1
         if rng.random() < 0.1:
             fit(rng, 5, left)
@@ -339,6 +340,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="ends there, whatever the steps")
+    parser.add_argument("--life", type=int, default=20, help="steps of a network that is made and dropped")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trace", action="store_true", help="counts bytes by tracemalloc as well")
     parser.add_argument("--json", type=Path, help="writes the figures there")
@@ -348,7 +350,7 @@ def main() -> int:
     for name in ("lightning", "lightning_ebm", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     tell = lambda text: print(text, flush=True)  # noqa: E731
-    result = soaked(options.steps, options.seconds, options.seed, options.trace, tell)
+    result = soaked(options.steps, options.seconds, options.seed, options.trace, tell, options.life)
     print(json.dumps(result, indent=1))
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.program.interpreter import Held, Program, ordered
+from lightning_ebm.program.operations import is_operator
 from lightning_ebm.program.record import Node, Value, depending
 from lightning_ebm.program.reduction import SUM, TRANSPARENT, name_of, reduction_of
 
@@ -63,7 +64,7 @@ class _Looked:
 
     def is_sum(self, node: Node) -> bool:
         """Whether the operation adds up over samples."""
-        if not isinstance(node.func, torch._ops.OpOverload):
+        if not is_operator(node.func):
             return False
         if (reduction := reduction_of(node)) is not None:
             return reduction == SUM and any(self._size in value.shape for value in node.values())

@@ -24,6 +24,7 @@ from lightning_ebm.program.aliasing import is_wrapped
 from lightning_ebm.program.module_walk import modules_of, parameters_of
 from lightning_ebm.program.record import Mark, StateKey, Value, is_continuous
 from lightning_ebm.program.recorder import Recorder
+from lightning_ebm.program.tensors import tensors_in
 
 Replace = Callable[[Mark, Tensor], Tensor | None]
 """Gives the state that is to stand for what a call returned; None leaves it alone."""
@@ -230,7 +231,7 @@ def clean(name: str) -> str:
 
 def shapes_in(batch: Any, counts: Callable[[Tensor], bool] = lambda tensor: True) -> list[torch.Size]:
     """Those of all tensors in a batch, or in a call's arguments, that have a dimension and count: B is among them."""
-    return [t.shape for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim > 0 and counts(t)]
+    return [t.shape for t in tensors_in(batch) if t.ndim > 0 and counts(t)]
 
 
 def batch_size_among(

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import tree_map_only
 
 from lightning_ebm.errors import UnsupportedModuleError
+from lightning_ebm.program.operations import is_operator
+from lightning_ebm.program.tensors import tensors_in
 
 _aten = torch.ops.aten
 
@@ -25,26 +27,25 @@ class ComplexOperations(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         options = dict(kwargs or {})
-        if not isinstance(func, torch._ops.OpOverload):
+        if not is_operator(func):
             return func(*args, **options)
-        leaves = pytree.tree_leaves((args, options))
-        dtype = next((t.dtype for t in leaves if isinstance(t, Tensor) and t.is_complex()), None)
+        dtype = next((t.dtype for t in tensors_in((args, options)) if t.is_complex()), None)
         if dtype is None:
             return func(*args, **options)
         packet = func.overloadpacket
         if packet in _LOOKING:
-            return func(*pytree.tree_map(_real, args), **options)
+            return func(*tree_map_only(Tensor, _real, args), **options)
         if packet in _BY_PARTS:
             first, *others = args
             return torch.complex(func(first.real, *others, **options), func(first.imag, *others, **options))
         if (continued := _CONTINUED.get(packet)) is not None:
             return continued(*args, **options)
 
-        def promoted(leaf: Any) -> Any:
-            return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+        def promoted(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
         try:
-            return func(*pytree.tree_map(promoted, args), **pytree.tree_map(promoted, options))
+            return func(*tree_map_only(Tensor, promoted, args), **tree_map_only(Tensor, promoted, options))
         except RuntimeError as error:
             raise UnsupportedModuleError(
                 f"{packet.__name__} is no analytic function, or torch has no complex form of it"
@@ -53,8 +54,8 @@ class ComplexOperations(TorchFunctionMode):
             ) from error
 
 
-def _real(leaf: Any) -> Any:
-    return leaf.real if isinstance(leaf, Tensor) and leaf.is_complex() else leaf
+def _real(tensor: Tensor) -> Tensor:
+    return tensor.real if tensor.is_complex() else tensor
 
 
 def log_softmax(x: Tensor, axis: int, half_to_float: bool = False) -> Tensor:

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.record import Node, Value, meta_of
+from lightning_ebm.program.tensors import listed, tensors_in
 
 if TYPE_CHECKING:
     from lightning_ebm.program.recorder import Recorder
@@ -37,8 +37,7 @@ def record_function(
     before = {id(t) for t in tensors_in((args, kwargs))}
     with recorder.pausing():
         result = run(*args, **kwargs)
-    results = result if isinstance(result, tuple) else (result,)
-    for tensor in results:
+    for tensor in listed(result):
         if not isinstance(tensor, Tensor):
             node.results.append(None)
             continue
@@ -60,9 +59,7 @@ def record_hooked(
     """Tensors on their way into, or out of, a module that has backward hooks."""
     with recorder.pausing():
         result = run(args)
-    before = args if isinstance(args, tuple) else (args,)
-    after = result if isinstance(result, tuple) else (result,)
-    pairs = [(old, new) for old, new in zip(before, after, strict=True) if isinstance(old, Tensor)]
+    pairs = [(old, new) for old, new in zip(listed(args), listed(result), strict=True) if isinstance(old, Tensor)]
     if any(new is not old for old, new in pairs):
         recorder.following.stop()
         recorder.record.has_hooks = True
@@ -91,8 +88,3 @@ def higher_order(name: str) -> UnsupportedModuleError:
         " flex_attention): what it runs inside cannot be recorded, nor repeated at other states. Write it in Python,"
         " with if and for, or F.scaled_dot_product_attention."
     )
-
-
-def tensors_in(held: Any) -> list[Tensor]:
-    """Those among the arguments, or the results, of an operation."""
-    return [leaf for leaf in tree_leaves(held) if isinstance(leaf, Tensor)]

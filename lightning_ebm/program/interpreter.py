@@ -15,9 +15,11 @@ from lightning_ebm.energies import LayerView
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.at_value import at_value
 from lightning_ebm.program.named import named
+from lightning_ebm.program.operations import is_operator
 from lightning_ebm.program.products import Product, products_of, sent_back_by
 from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value, depending
 from lightning_ebm.program.seams import hooked_input, hooked_output
+from lightning_ebm.program.tensors import listed
 from lightning_ebm.program.user_hooks import those_that_change
 
 StateOf = Callable[[StateKey, Tensor], Tensor | None]
@@ -201,7 +203,7 @@ class Program:
         """Which code of the user's own runs in its backward pass, if any."""
         if self.record.hooks:
             return "gradient hooks"
-        own = [node.func for node in self.order if not isinstance(node.func, torch._ops.OpOverload)]
+        own = [node.func for node in self.order if not is_operator(node.func)]
         if hooked_input in own or hooked_output in own:
             return "backward hooks of modules"
         library = __name__.partition(".")[0]
@@ -275,8 +277,7 @@ class Held:
         if node.written:  # on copies: nothing that anybody else holds is written to
             args, kwargs = _copied(node.written, list(args), dict(kwargs), written)
         result = self.instead.get(node, node.func)(*args, **kwargs)
-        results = [*result] if isinstance(result, list | tuple) else [result]
-        for value, tensor in zip(node.results, [*results, *written], strict=False):
+        for value, tensor in zip(node.results, [*listed(result), *written], strict=False):
             if value is None:
                 continue
             if value in self._given_values:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ebm.program.module_walk import modules_of, parameters_of
-from lightning_ebm.program.operations import traits
+from lightning_ebm.program.operations import is_by_shape, is_operator, traits
 from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value, values_in
 
 
@@ -62,7 +62,7 @@ class Products:
         weights = {value: [leaf] for value, leaf in record.leaves.items() if id(leaf) in trained}
         for node in record.nodes:
             found = [value for value in node.values() if value in weights]
-            if not found or _by_shape(node):
+            if not found or is_by_shape(node.func):
                 continue
             leaves = [leaf for value in found for leaf in weights[value]]
             if all(value in weights or (value.is_continuous and not value.shape) for value in node.values()):
@@ -100,7 +100,7 @@ class Products:
         met = {loss: False}
         for node in reversed(self._nodes):
             live = [r for r in node.results if r is not None and r in met and r not in states]
-            if not live or _by_shape(node):
+            if not live or is_by_shape(node.func):
                 continue
             through = node in self._weights or any(met[r] for r in live)
             for value in node.values():
@@ -122,7 +122,7 @@ class Products:
         chains: dict[int, tuple[Tensor, float]] = {}
         for node in reversed(self._nodes):
             live = [r for r in node.results if r is not None and r in after and r not in states]
-            if not live or _by_shape(node):
+            if not live or is_by_shape(node.func):
                 continue
             matrices = self._weights.get(node, [])
             length = max(after[r] for r in live) + bool(matrices)
@@ -160,14 +160,14 @@ def _factors(value: Value, readers: "defaultdict[Value, list[Node]]") -> Iterato
     """What a value, reshaped or not, is multiplied by; None for any other use."""
     for node in readers[value]:
         results = [result for result in node.results if result is not None]
-        if not isinstance(node.func, torch._ops.OpOverload):
+        if not is_operator(node.func):
             passes = node.func.__name__ == "stands_for"
         else:
             passes = traits(node.func).views or traits(node.func).name in ("clone", "_to_copy", "_unsafe_view")
         if passes:
             for result in results:
                 yield from _factors(result, readers)
-        elif isinstance(node.func, torch._ops.OpOverload) and traits(node.func).name == "mul":
+        elif is_operator(node.func) and traits(node.func).name == "mul":
             others = [other for other in node.values() if other is not value]
             yield from others
             if not others:
@@ -186,13 +186,9 @@ def _upstream(value: Value) -> set[Value]:
     return seen
 
 
-def _by_shape(node: Node) -> bool:
-    return isinstance(node.func, torch._ops.OpOverload) and traits(node.func).by_shape
-
-
 def _multiplies(node: Node) -> bool:
     """Whether features are mixed: no operation element by element, and none that only joins its arguments."""
-    if not isinstance(node.func, torch._ops.OpOverload) or torch.Tag.pointwise in node.func.tags:
+    if not is_operator(node.func) or torch.Tag.pointwise in node.func.tags:
         return False
     given = [arg for arg in (*node.args, *node.kwargs.values()) if any(v.is_continuous for v in values_in(arg))]
     return len(given) > 1

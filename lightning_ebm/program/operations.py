@@ -1,7 +1,7 @@
 """What kinds of operations do to tensors: what they write to, share, draw."""
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -50,6 +50,16 @@ def traits(func: Any) -> Traits:
     if known is None:
         known = _known_traits[id(func)] = _traits(func)
     return known
+
+
+def is_operator(func: Any) -> "TypeGuard[torch._ops.OpOverload]":
+    """Whether an operation is one of torch's, which has a schema, and no Python function."""
+    return isinstance(func, torch._ops.OpOverload)
+
+
+def is_by_shape(func: Any) -> bool:
+    """Whether only the shapes of its arguments matter to it."""
+    return is_operator(func) and traits(func).by_shape
 
 
 def _traits(func: Any) -> Traits:

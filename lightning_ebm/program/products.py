@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.errors import UnsupportedModuleError
-from lightning_ebm.program.operations import BATCH_NORMS, traits
+from lightning_ebm.program.operations import BATCH_NORMS, is_operator, traits
 from lightning_ebm.program.record import Node, Value, depending
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _product(name: str, node: Node, moving: set[Value], trained: set[Value]) -> 
 
 
 def _name(func: Any) -> str:
-    return traits(func).name if isinstance(func, torch._ops.OpOverload) else getattr(func, "__name__", repr(func))
+    return traits(func).name if is_operator(func) else getattr(func, "__name__", repr(func))
 
 
 def _check_single(name: str, products: list[Product], states: set[Value], moving: set[Value]) -> None:

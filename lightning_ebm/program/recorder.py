@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_ebm.program.at_value import written_unseen
 from lightning_ebm.program.before import Before
 from lightning_ebm.program.contents import Contents
-from lightning_ebm.program.custom_calls import collective, higher_order, tensors_in
+from lightning_ebm.program.custom_calls import collective, higher_order
 from lightning_ebm.program.dispatch import DispatchMode
 from lightning_ebm.program.following import Following
 from lightning_ebm.program.operations import (
@@ -45,6 +45,7 @@ from lightning_ebm.program.record import (
     stands_for,
 )
 from lightning_ebm.program.seams import seams
+from lightning_ebm.program.tensors import listed, tensors_in
 from lightning_ebm.program.torch_calls import TorchCalls
 
 TakesCare = Callable[[Tensor, dict[str, Any]], bool]
@@ -184,7 +185,7 @@ class Recorder(DispatchMode):
 
     def _ended_again(self, node: Node, kind: Traits, result: Any, written: Sequence[Tensor] = ()) -> None:
         """An operation that was followed is over."""
-        results = result if isinstance(result, list | tuple) else (result,)
+        results = listed(result)
         if kind.name in BATCH_NORMS:
             for tensor in written:
                 self.contents.constant_from_now(tensor)
@@ -194,7 +195,7 @@ class Recorder(DispatchMode):
             self._ended(Node(node.func, node.args, node.kwargs), kind, written, result)
 
     def _ended(self, node: Node, kind: Traits, written: Sequence[Tensor], result: Any) -> None:
-        results = result if isinstance(result, list | tuple) else (result,)
+        results = listed(result)
         tensors = 0
         for tensor in results:
             if not isinstance(tensor, Tensor):

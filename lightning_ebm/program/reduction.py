@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.named import named
+from lightning_ebm.program.operations import is_operator
 from lightning_ebm.program.record import Node, Value, depending
 
 _MEAN, SUM = 1, 2
@@ -87,7 +86,7 @@ def _averaged_by(node: Node, behind: Sequence[Value]) -> int | None:
 
 def reduction_of(node: Node) -> int | None:
     """Its argument of that name, if it has one."""
-    if not isinstance(node.func, torch._ops.OpOverload):
+    if not is_operator(node.func):
         return None
     for position, argument in enumerate(node.func._schema.arguments):
         if argument.name == "reduction":
@@ -100,4 +99,4 @@ def reduction_of(node: Node) -> int | None:
 def name_of(node: Node) -> str:
     """Of its operation, or its function."""
     func = node.func
-    return func.overloadpacket.__name__ if isinstance(func, torch._ops.OpOverload) else named(func).name
+    return func.overloadpacket.__name__ if is_operator(func) else named(func).name

@@ -16,6 +16,7 @@ from torch.utils.hooks import BackwardHook
 
 from lightning_ebm.program.custom_calls import record_function, record_hooked
 from lightning_ebm.program.named import named
+from lightning_ebm.program.tensors import all_of
 from lightning_ebm.program.user_hooks import Heard, those_that_change
 
 if TYPE_CHECKING:
@@ -165,13 +166,13 @@ def _backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
     if recorder is None and not watching:
         return _BACKWARD(tensors, *args, **kwargs)
     options = {**dict(zip(_OPTIONS, args, strict=False)), **kwargs}
-    several = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    several = all_of(tensors)
     if recorder is None:
         for sees in watching:
             sees(several, options.get("inputs"))
         return _BACKWARD(tensors, *args, **kwargs)
     gradients = options.pop("grad_tensors", None)
-    given = [gradients] * len(several) if gradients is None or isinstance(gradients, Tensor) else list(gradients)
+    given = [None] * len(several) if gradients is None else all_of(gradients)
     left = [pair for pair in zip(several, given, strict=True) if not recorder.takes_care(*pair, options)]
     if left:
         losses, weights = zip(*left, strict=True)

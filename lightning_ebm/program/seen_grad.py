@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_ebm.program.tensors import all_of
+
 Sees = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
 """Told of a call of `torch.autograd.grad`, by its outputs and its inputs."""
 
@@ -22,9 +24,5 @@ class SeenGrad(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.autograd.grad:
             given = dict(zip(("outputs", "inputs"), args, strict=False)) | kwargs
-            self._sees(_listed(given["outputs"]), _listed(given["inputs"]))
+            self._sees(all_of(given["outputs"]), all_of(given["inputs"]))
         return func(*args, **kwargs)
-
-
-def _listed(tensors: Any) -> list[Tensor]:
-    return [tensors] if isinstance(tensors, Tensor) else list(tensors)

@@ -13,8 +13,8 @@ from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.program.calls import clean, is_activation
 from lightning_ebm.program.locality import Judged, Locality
 from lightning_ebm.program.module_walk import modules_of, parameters_of
-from lightning_ebm.program.operations import traits
-from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value
+from lightning_ebm.program.operations import is_by_shape
+from lightning_ebm.program.record import Mark, Record, StateKey, Value
 from lightning_ebm.program.user_hooks import without_hooks
 
 
@@ -263,13 +263,8 @@ class Region:
                 self.stopped.add(value)
             elif value in leaves:
                 self.leaves.append(leaves[value])
-            elif value.node is not None and not _has_no_slope(value.node):
+            elif value.node is not None and not is_by_shape(value.node.func):
                 queue.extend(value.node.values())
-
-
-def _has_no_slope(node: Node) -> bool:
-    """Whether only the shape of the arguments matters."""
-    return isinstance(node.func, torch._ops.OpOverload) and traits(node.func).by_shape
 
 
 def graph_of(tensors: Iterable[Tensor], stops: Collection[Any] = ()) -> tuple[list[Tensor], set[Any]]:

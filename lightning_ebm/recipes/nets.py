@@ -257,3 +257,19 @@ class ViT(nn.Module):
             x = block(x)
         logits: Tensor = self.head(self.norm(x).mean(1))
         return logits
+
+
+class HopfieldMNIST(nn.Sequential):
+    """Two blocks of a 5 x 5 convolution, pooling and hard sigmoid, and a linear read-out, for 28 x 28 gray images.
+
+    Args:
+        channels: of the two blocks.
+        output_activation: of the read-out, as in `MLP`; with "clip" the output is a state like the others.
+    """
+
+    def __init__(self, channels: tuple[int, int] = (32, 64), output_activation: str | None = "clip") -> None:
+        layers: list[nn.Module] = []
+        for c, d in pairwise((1, *channels)):
+            layers += [nn.Conv2d(c, d, 5), nn.MaxPool2d(2), _activation("clip")]
+        layers += [nn.Flatten(), nn.Linear(16 * channels[-1], 10)]
+        super().__init__(*layers, *([] if output_activation is None else [_activation(output_activation)]))

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.program.locality import Products
 from lightning_ebm.program.recorder import Recorder, TakesCare
+from lightning_ebm.program.tensors import all_of
 from lightning_ebm.program.wiring import graph_of
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class ManualOptimization:
         if inputs is None:
             return True
         trained = {id(p) for p in module.parameters()}
-        ours = [id(tensor) in trained for tensor in ([inputs] if isinstance(inputs, Tensor) else inputs)]
+        ours = [id(tensor) in trained for tensor in all_of(inputs)]
         if any(ours) and not all(ours):
             raise ConfigurationError(
                 "backward(inputs=...) names parameters and other tensors: an update is of parameters alone, and the"
