@@ -84,6 +84,10 @@ METHODS = {
     "PC, ebm.depth": Method(lambda _: descent(), True, most=64),
     "PC-ALM": Method(lambda _: ebm.algorithm("augmented-lagrangian-pc"), True, most=64),
     "PC, weak nudge": Method(lambda _: ebm.algorithm("pc-nudge"), True),
+    "PC, nudge auto": Method(
+        lambda _: ebm.algorithm("predictive-coding", nudge="auto", relaxer=ebm.ErrorCoordinates(max_steps=8, tol=1e-3)),
+        True,
+    ),
     "PC, errors to 1e-3": Method(lambda _: ebm.algorithm("predictive-coding"), True),
     "error-pc": Method(lambda _: ebm.algorithm("error-pc"), True),
     "EP": Method(

@@ -143,6 +143,13 @@ class Network(Passes):
         """The same network, in which slopes go back through these in place of the weights, one a product."""
         return self._running(replace(self._run, feedback=operators))
 
+    def transposed(self, operators: Sequence[Tensor], pulls: Sequence[Tensor] = ()) -> "Network":
+        """The network that `with_feedback` gives with weights and operators in each other's places, under these pulls.
+
+        Where drives are linear in states, the Jacobian of its forces is the transpose of the other's.
+        """
+        return self._running(replace(self._run, feedback=operators, crossed=True, pulls=pulls))
+
     def with_offsets(self, offsets: Sequence[Tensor]) -> "Network":
         """The same network, in which every layer predicts less by these."""
         other = self._running(replace(self._run, offsets=offsets))
@@ -246,6 +253,8 @@ class Network(Passes):
         """
         states = seen.states if at is None else at
         terms = self.layer_energies(seen, states if own else [state.detach() for state in states])
+        if self._run.pulls:
+            terms.append(-self.per_sample(p * x for p, x in zip(self._run.pulls, seen.states, strict=True)))
         return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
 
     def layer_energies(self, seen: Pass, states: Sequence[Tensor]) -> list[Tensor]:

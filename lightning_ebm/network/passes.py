@@ -25,18 +25,22 @@ class Run:
         arithmetic: what passes need beyond the user's code.
         given: what to take in place of what the batch fixed.
         feedback: what slopes go back through in place of the weights, see `Program.run`.
+        crossed: see `Program.run`.
         offsets: what is taken off the prediction of each layer.
+        pulls: forces on the states that the energy knows nothing of, one a layer.
     """
 
     program: Program
     arithmetic: Callable[[], AbstractContextManager[Any]]
     given: Mapping[Value, Tensor] = field(default_factory=dict)
     feedback: Sequence[Tensor] | None = None
+    crossed: bool = False
     offsets: Sequence[Tensor] | None = None
+    pulls: Sequence[Tensor] = ()
 
     def __call__(self, state_of: StateOf) -> Pass:
         with torch.enable_grad(), self.arithmetic():
-            seen = self.program.run(state_of, self.given, self.feedback)
+            seen = self.program.run(state_of, self.given, self.feedback, self.crossed)
             for call, offset in zip(seen.layers, self.offsets or (), strict=self.offsets is not None):
                 call.prediction = call.prediction - offset
         return seen

@@ -130,6 +130,7 @@ class Program:
         state_of: StateOf,
         given: Mapping[Value, Tensor] = MappingProxyType({}),
         feedback: Sequence[Tensor] | None = None,
+        crossed: bool = False,
     ) -> Pass:
         """One pass, cut at the states: x_l is a leaf, mu_l a function of the parents' states and of the parameters.
 
@@ -137,11 +138,16 @@ class Program:
             state_of: gives the states.
             given: what to take in place of what the batch fixed.
             feedback: what slopes go back through in place of each of `weights`; None is the weights themselves.
+            crossed: values go up through `feedback` and slopes back through `weights`, but for the read-out's.
         """
         seen, held = Pass(), Held(self.record, given)
         if feedback is not None:
             pairs = zip(self.products, feedback, strict=True)
-            held.instead = {product.node: sent_back_by(product, operator) for product, operator in pairs}
+            held.instead = {
+                product.node: sent_back_by(product, operator, crossed)
+                for product, operator in pairs
+                if not (crossed and product.read_out)
+            }
         at = {mark.state.node: mark for mark in self.marks}
         for node in self.order:
             mark = at.get(node)

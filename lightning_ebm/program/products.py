@@ -41,12 +41,14 @@ class Product(NamedTuple):
         node: the operation.
         moving: position of the argument that depends on states.
         weight: position of the other one.
+        read_out: whether it leads to the loss, and to no state.
     """
 
     name: str
     node: Node
     moving: int
     weight: int
+    read_out: bool = False
 
 
 def products_of(program: "Program") -> list[Product]:
@@ -66,7 +68,8 @@ def products_of(program: "Program") -> list[Product]:
         own = [_product(name, node, moving, trained) for node in nodes]
         products = [product for product in own if product is not None]
         _check_single(name, products, states, moving)
-        found += [p._replace(name=f"{name}#{k}") if k else p for k, p in enumerate(products)]
+        named = [p._replace(name=f"{name}#{k}") if k else p for k, p in enumerate(products)]
+        found += [p._replace(read_out=end is program.loss) for p in named]
     return found
 
 
@@ -93,9 +96,9 @@ def _product(name: str, node: Node, moving: set[Value], trained: set[Value]) -> 
     if positions is not None and len(node.args) > max(positions):
         left, right = (node.args[position] for position in positions)
         if right not in moving and right in trained:
-            return Product(name, node, *positions)
+            return Product(name, node, moving=positions[0], weight=positions[1])
         if left not in moving and left in trained:
-            return Product(name, node, *reversed(positions))
+            return Product(name, node, moving=positions[1], weight=positions[0])
         if left not in moving or right not in moving:
             return None  # a fixed wiring, such as an average over neighbors
         raise _refused(name, "multiplies states by states, as attention does")
@@ -148,8 +151,14 @@ class _SentBack(torch.autograd.Function):
         return slope, back, None, None
 
 
-def sent_back_by(product: Product, operator: Tensor) -> Any:
-    """The operation, whose slope in the state goes back through `operator` in the place of the weight."""
+def sent_back_by(product: Product, operator: Tensor, crossed: bool = False) -> Any:
+    """The operation, whose slope in the state goes back through `operator` in the place of the weight.
+
+    Args:
+        product: where it stands.
+        operator: in the shape of the weight.
+        crossed: the other way round: the value is that of the operator, and its slope goes back through the weight.
+    """
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
         weight, state = args[product.weight], args[product.moving]
@@ -166,10 +175,12 @@ def sent_back_by(product: Product, operator: Tensor) -> Any:
             found: Tensor = product.node.func(*given, **kwargs)
             return found
 
-        own = [*args]
+        own, back = [*args], operator.to(weight.dtype)
         own[product.moving] = fixed[product.moving]
+        if crossed:
+            own[product.weight], back = back, fixed[product.weight]
         value = product.node.func(*own, **kwargs)
-        found: Tensor = _SentBack.apply(value, state, operator.to(weight.dtype), multiplied)  # type: ignore[no-untyped-call]
+        found: Tensor = _SentBack.apply(value, state, back, multiplied)  # type: ignore[no-untyped-call]
         return found
 
     return run

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from lightning_ebm import checked
 from lightning_ebm.energies import Energy
-from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.energies.base import is_divergence
+from lightning_ebm.errors import ConfigurationError, UnsupportedModuleError
 from lightning_ebm.evaluations import Around, Evaluation, Landscape
 from lightning_ebm.evaluations.asymmetry import Asymmetry
 from lightning_ebm.evaluations.base import Result
+from lightning_ebm.evaluations.transposed import PullsToRest, Transposed
 from lightning_ebm.evaluations.with_feedback import Weights, WithFeedback, behind
 from lightning_ebm.nudges import Nudge
 from lightning_ebm.relaxers.base import Relaxation, Relaxer
@@ -35,27 +37,39 @@ class Feedback(Wrapper):
     from step to step as the rule says, and are part of checkpoints. Where evaluations do not run as code, each takes
     one product more a layer.
 
+    ``corrected=True`` is equilibrium propagation for such forces. In nudged phases states move under
+    F(x) + (J' - J) (x - x_free) in place of F(x), with J the Jacobian of F at the free equilibrium x_free, so that
+    displacements are -lambda J'^-1 dL/dx + O(lambda^2); and the update, `Displacement`, is the gradient of the loss at
+    x_free as lambda goes to 0, whatever the operators are. As drives are linear in states, J' is the Jacobian of the
+    network with weights and operators in each other's places, and that network relaxes, under constant pulls that let
+    it rest at x_free. The slope of the loss goes back through the read-out's own weight.
+
     The trap: nudges have to be finite, as an infinitesimal one asks for the curvature of the energy; and relaxers that
     search by the energy are refused.
 
     Args:
         relaxer: moves the states.
         rule: what the operators are; `RandomFeedback()` if not given.
+        corrected: for what is asymmetric in the forces; for energies whose free equilibrium has to be found.
 
     Raises:
-        ConfigurationError: a relaxer or a nudge that needs forces to be slopes.
+        ConfigurationError: a relaxer or a nudge that needs forces to be slopes; `corrected` under an energy that is 0
+            at the forward pass.
         UnsupportedModuleError: (in use) between two states lies something else than one linear operation and functions
-            without weights: two products in a row, attention, a normalization with weights.
+            without weights: two products in a row, attention, a normalization with weights. With `corrected`, drives
+            that are not linear in states, as behind maximum pooling.
 
     Source:
-        Lillicrap et al. 2016 (feedback alignment); Akrout et al. 2019 (arXiv 1904.05391) for operators that learn.
+        Lillicrap et al. 2016 (feedback alignment); Akrout et al. 2019 (arXiv 1904.05391) for operators that learn;
+        Scurria et al. 2026 (arXiv 2602.03670, its abstract) for the correction.
     """
 
-    def __init__(self, relaxer: Relaxer, rule: FeedbackRule | None = None) -> None:
+    def __init__(self, relaxer: Relaxer, rule: FeedbackRule | None = None, corrected: bool = False) -> None:
         super().__init__(relaxer)
         rule = RandomFeedback() if rule is None else rule
         wanted = "a rule such as ebm.RandomFeedback() or ebm.KolenPollack(decay)"
         self.rule: FeedbackRule = checked.instance(self, "rule", rule, FeedbackRule, wanted)
+        self.corrected: bool = checked.instance(self, "corrected", corrected, bool, "True or False")
         self.operators: dict[str, Tensor] = {}
         """B by the name of the layer that it sends back from, in the shape of the weight as its operation takes it."""
         self.asymmetry: Tensor | None = None
@@ -64,10 +78,24 @@ class Feedback(Wrapper):
         self._due, self._steps = False, 0
 
     def __repr__(self) -> str:
-        return f"Feedback({self.relaxer!r}, {self.rule!r})"
+        return f"Feedback({self.relaxer!r}, {self.rule!r}{', corrected=True' * self.corrected})"
+
+    @property
+    def update(self) -> Any:  # type: ignore[override]  # its own, not its class's
+        return "displacement" if self.corrected else super().update
+
+    @property
+    def ends_in_states(self) -> bool:
+        return self.relaxer.ends_in_states
 
     def check(self, energy: Energy, nudge: Nudge) -> None:
         super().check(energy, nudge)
+        if self.corrected and (is_divergence(energy) or not self.relaxer.ends_in_states):
+            raise ConfigurationError(
+                f"Feedback(corrected=True): {energy!r} under {self.relaxer!r}. The correction is of how an equilibrium"
+                " that feedback has a part in is displaced. Take energy=ebm.Hopfield() and a relaxer of states, such as"
+                " ebm.FixedPoint(...), or leave corrected=False."
+            )
         if nudge.linear_response:
             raise ConfigurationError(
                 f"{type(nudge).__name__} asks how the equilibrium moves under the energy's own curvature, in which"
@@ -91,7 +119,25 @@ class Feedback(Wrapper):
             self._settle(landscape.unwatched, start)
             front = self.in_front(landscape)
         self._due = False
+        if self.corrected and strength:
+            front = self._transposed(landscape, start)
         return self.relaxer.relax(front, start, strength)
+
+    def _transposed(self, landscape: Landscape, rest: Sequence[Tensor]) -> Landscape:
+        """What nudged phases see, beginning at the free equilibrium."""
+        operators = [self.operators[product.name] for product in landscape.weight_products]
+        point = [*landscape.feasible(list(rest)), *operators]
+        found: list[Tensor] = landscape.unwatched.evaluate(PullsToRest(len(operators)), point, 0.0)
+        pulls, bent, sizes = (found[k : k + len(rest)] for k in range(0, 3 * len(rest), len(rest)))
+        for name, off, size in zip(landscape.names, bent, sizes, strict=True):
+            if float(off.norm()) > 1e3 * landscape.rounding * float(size.norm()):
+                raise UnsupportedModuleError(
+                    f"Feedback(corrected=True): what drives {name!r} is not linear in the states below it (maximum"
+                    " pooling, an activation that carries no state), so that the Jacobian of its forces cannot be"
+                    " transposed by weights and operators that change places. Put states at every activation, pool by"
+                    " means, or leave corrected=False."
+                )
+        return _Crossed(landscape, [*operators, *pulls], len(operators))
 
     def _settle(self, landscape: Landscape, start: Sequence[Tensor]) -> None:
         """One step down the asymmetry of the forces."""
@@ -149,3 +195,21 @@ class _FedBack(Around):
     def answer(self, what: Evaluation[Result], point: Sequence[Tensor], strength: complex) -> Result:
         here = behind(point, self.no_errors, self._operators)
         return self.inner.evaluate(WithFeedback(what, len(self._operators)), here, strength)
+
+
+class _Crossed(Around):
+    """The landscape in which displacements from rest travel through weights and operators in each other's places."""
+
+    conservative = False
+
+    def __init__(self, landscape: Landscape, given: Sequence[Tensor], operators: int) -> None:
+        super().__init__(landscape)
+        self._given, self._operators = list(given), operators
+
+    @property
+    def unwatched(self) -> Landscape:
+        return _Crossed(self.inner.unwatched, self._given, self._operators)
+
+    def answer(self, what: Evaluation[Result], point: Sequence[Tensor], strength: complex) -> Result:
+        here = behind(point, self.no_errors, self._given)
+        return self.inner.evaluate(Transposed(what, self._operators), here, strength)

@@ -6,6 +6,7 @@ from lightning_ebm.updates.base import End, Term, Update
 from lightning_ebm.updates.continual import Continual
 from lightning_ebm.updates.contrast import Contrast
 from lightning_ebm.updates.cross_derivative import CrossDerivative
+from lightning_ebm.updates.displacement import Displacement
 from lightning_ebm.updates.dyadic_contrast import DyadicContrast
 from lightning_ebm.updates.first_arrival import FirstArrival
 from lightning_ebm.updates.fixed_prediction import FixedPrediction
@@ -18,6 +19,7 @@ __all__ = [
     "Continual",
     "Contrast",
     "CrossDerivative",
+    "Displacement",
     "DyadicContrast",
     "End",
     "FirstArrival",
@@ -32,8 +34,8 @@ __all__ = [
 ]
 
 _SHIPPED: tuple[type[Update], ...] = (
-    Contrast, CrossDerivative, FirstArrival, FixedPrediction, Multipliers, DyadicContrast, Incremental, Continual,
-    Backprop,
+    Contrast, CrossDerivative, FirstArrival, FixedPrediction, Multipliers, DyadicContrast, Displacement, Incremental,
+    Continual, Backprop,
 )  # fmt: skip
 
 

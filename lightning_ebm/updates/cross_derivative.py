@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
 from lightning_ebm.nudges import Phase
 from lightning_ebm.updates.base import End, Term, Update
+from lightning_ebm.updates.displacement import displacements
 from lightning_ebm.updates.linear_response import forces_with_graph, linear_response
 
 if TYPE_CHECKING:
@@ -28,15 +27,7 @@ class CrossDerivative(Update):
     reads_linear_response: ClassVar[bool] = True
 
     def hold(self, network: "Network", ends: Sequence[End]) -> Sequence[End]:
-        start = network.equilibrium
-        if not ends:
-            moved = linear_response(network, start)
-        else:
-            moved = [torch.zeros_like(x) for x in start]
-            for end in ends:
-                if end.strength:
-                    states = zip(moved, network.held(end.found).point, start, strict=True)
-                    moved = [m + _real(end.weight * (x - x0)) for m, x, x0 in states]
+        moved = displacements(network, ends) if ends else linear_response(network, network.equilibrium)
         return [End(Phase(1.0, 1.0), network.at_rest(moved))]
 
     def read(self, network: "Network", ends: Sequence[End]) -> Sequence[Term]:
@@ -47,7 +38,3 @@ class CrossDerivative(Update):
             terms += network.loss_terms(seen, 1.0)
             terms += map(Term, forces_with_graph(network, seen), moved)
         return terms
-
-
-def _real(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.real if tensor.is_complex() else tensor
