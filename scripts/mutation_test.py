@@ -961,6 +961,55 @@ MUTATIONS = [
         "while False:",
         "closed_forms",
     ),
+    Mutation(
+        "the transposed network is not crossed",
+        "program/products.py",
+        "own[product.weight], back = back, fixed[product.weight]",
+        "own[product.weight] = back",
+        "asymmetric",
+    ),
+    Mutation(
+        "the read-out is crossed as well",
+        "program/interpreter.py",
+        "if not (crossed and product.read_out)",
+        "if True",
+        "asymmetric",
+    ),
+    Mutation(
+        "pulls push",
+        "network/network.py",
+        "terms.append(-self.per_sample(",
+        "terms.append(self.per_sample(",
+        "asymmetric",
+    ),
+    Mutation(
+        "drives that are not linear are transposed all the same",
+        "relaxers/feedback.py",
+        "if float(off.norm()) > 1e3 * landscape.rounding * float(size.norm()):",
+        "if float(off.norm()) > 1e30 * float(size.norm()):",
+        "asymmetric",
+    ),
+    Mutation(
+        "the slope of a mean is not shared",
+        "program/decompositions.py",
+        "share = slope * (1 / (high * wide))",
+        "share = slope * 1.0",
+        "decompositions",
+    ),
+    Mutation(
+        "windows that overlap are summed as if they did not",
+        "program/decompositions.py",
+        "covers = steps == (high, wide) and not any(padding)",
+        "covers = not any(padding)",
+        "decompositions",
+    ),
+    Mutation(
+        "computed arguments of a known pass are not compared",
+        "program/following.py",
+        "if (value is None or value is not known) and not self._same(arg, known):",
+        "if value is None and not self._same(arg, known):",
+        "following programs",
+    ),
 ]
 
 

@@ -238,10 +238,12 @@ def test_what_is_no_update_is_refused(wrong):
 
 @pytest.mark.parametrize("name", ebm.updates.updates())
 def test_a_shipped_update_is_the_same_by_name_and_as_an_object(name):
+    corrected = ebm.Feedback(ebm.FixedPoint(50), corrected=True)
     preset = {
         "contrast": "pc-nudge", "cross-derivative": "infinitesimal", "first-arrival": "zero-divergence",
         "fixed-prediction": "fixed-prediction", "multipliers": "augmented-lagrangian-pc", "dyadic": "dual-propagation",
         "incremental": "incremental-pc", "continual": "incremental-pc", "backprop": "backprop",
+        "displacement": ebm.Algorithm(ebm.Hopfield(), ebm.Centered(0.1), corrected),
     }[name]  # fmt: skip
     module = net()
     kind = type(ebm.updates.named(name))
