@@ -28,7 +28,7 @@ def moments(estimate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> 
         r = torch.zeros_like(some) if r is None else r
         g = torch.zeros_like(some) if g is None else g
         # float64: the angle of two vectors with cosine 1 - 1e-10 is lost in float32
-        r, g = r.detach().double(), g.detach().double()
+        r, g = r.detach().to_dense().double(), g.detach().to_dense().double()
         same = (g.sign() == r.sign()).sum()
         parts = [(g * r).sum(), g.square().sum(), r.square().sum(), (g - r).square().sum(), same]
         found[name] = torch.stack([*parts, torch.as_tensor(g.numel(), device=g.device)]).double()

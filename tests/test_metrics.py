@@ -70,6 +70,18 @@ def test_a_missing_gradient_counts_as_zero():
         alignment({}, {})
 
 
+def test_sparse_gradients_are_those_that_they_stand_for():
+    """As `nn.Embedding(sparse=True)` gives them, a row that was looked up twice in two parts."""
+    embedding = torch.nn.Embedding(6, 3, sparse=True)
+    embedding(torch.tensor([1, 1, 4])).square().sum().backward()
+    sparse = embedding.weight.grad
+    other = torch.randn(6, 3)
+    for estimate, reference in ((sparse, other), (other, sparse), (sparse, sparse)):
+        expected = alignment({"w": estimate.to_dense()}, {"w": reference.to_dense()})
+        assert alignment({"w": estimate}, {"w": reference}) == expected
+    assert alignment({"w": sparse}, {}) == alignment({"w": sparse.to_dense()}, {})
+
+
 def test_batches_and_devices_add_up_to_one_longer_vector():
     pairs = [pair(seed) for seed in range(3)]
     names = list(pairs[0][0])

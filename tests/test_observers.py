@@ -103,6 +103,44 @@ def test_a_run_file_that_cannot_be_written(tmp_path, caplog):
     assert len(lines) == 2  # once for each of the two callbacks
 
 
+class Looking(L.LightningModule):
+    """Learns gradients that are sparse."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(9, 4, sparse=True)
+        self.net = torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self.net(self.table(batch[0]).sum(1)), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train_dataloader(self):
+        tokens = torch.arange(48).reshape(16, 3) % 9
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(tokens, torch.arange(16) % 3), 4)
+
+
+@pytest.mark.parametrize("algorithm", ["predictive-coding", "equilibrium-propagation"])
+def test_sparse_gradients_are_looked_at(algorithm, tmp_path):
+    def learned(callbacks):
+        L.seed_everything(0, verbose=False)
+        module = Looking()
+        trainer = L.Trainer(
+            strategy=ebm.EBMStrategy(algorithm), max_epochs=2, accelerator="cpu", devices=1, logger=False,
+            enable_model_summary=False, enable_checkpointing=False, enable_progress_bar=False,
+            default_root_dir=tmp_path, callbacks=callbacks,
+        )  # fmt: skip
+        trainer.fit(module)
+        return module.state_dict(), trainer.callback_metrics
+
+    unseen, _ = learned([])
+    seen, figures = learned(observers())
+    assert same(unseen, seen)
+    assert 0 < float(figures["alignment/cosine/table/weight"]) <= 1
+
+
 def test_the_error_that_ended_a_run_is_not_hidden_by_those_who_look_on(tmp_path):
     class Ends(L.Callback):
         def on_train_batch_end(self, *args):

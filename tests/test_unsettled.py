@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import lightning_ebm as ebm
+from lightning_ebm.step import unsettled
 
 
 def chain(rate: float, seed: int = 0) -> nn.Sequential:
@@ -181,3 +182,28 @@ def test_what_is_found_goes_the_way_of_other_divergences():
     learner = ebm.Learner(net, algorithm, layers=["0", "1", "2"], on_divergence="skip")
     learner.backward(lambda: net(x).square().sum(1).mean())
     assert learner.report["skipped"] == 1
+
+
+def test_steps_that_are_only_looked_at_have_no_say_in_when_those_that_are_taken_are(monkeypatch):
+    """The phases that are cut off are looked into: the first, the second, the fourth and the eighth of steps taken."""
+    looks = []
+    still = unsettled.Motion(torch.zeros(8, dtype=torch.bool), 1.0, "0", 0)
+    monkeypatch.setattr(unsettled, "motion", lambda *args: looks.append(args) or still)
+
+    def taken(looks_on):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
+        algorithm = ebm.algorithm("equilibrium-propagation", relaxer=ebm.FixedPoint(1, tol=1e-12))
+        learner, counts = ebm.Learner(net, algorithm), []
+        closure = lambda: net(torch.ones(8, 3)).square().mean()  # noqa: E731
+        for _ in range(6):
+            looks.clear()
+            learner.backward(closure)
+            counts.append(len(looks))
+            if looks_on:
+                learner.gradients(closure)
+        return counts
+
+    alone = taken(looks_on=False)
+    assert sum(alone) > 2
+    assert taken(looks_on=True) == alone

@@ -340,7 +340,7 @@ def _by_layer(names: Sequence[str], total: Tensor, layers: Mapping[str, Sequence
 
 def _finite(update: dict[str, Tensor], true: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Nothing, where a gradient has overflowed: the scaler skips this step, and there is no direction to compare."""
-    finite = all(bool(torch.isfinite(g).all()) for g in (*update.values(), *true.values()))
+    finite = all(bool(torch.isfinite(g.to_dense()).all()) for g in (*update.values(), *true.values()))
     return (update, true) if finite else ({}, {})
 
 

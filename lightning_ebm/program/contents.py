@@ -35,6 +35,7 @@ class Contents:
         self._known: dict[int, tuple[Callable[[], Tensor | None], Value]] = {}
         self._marked: set[Value] = set()
         self._written_over: list[Tensor] = []
+        self._shared: set[int] = set()
         self._aliasing = Aliasing()
 
     # Reading
@@ -74,22 +75,18 @@ class Contents:
         """Notes what a tensor holds that nothing here computed: a new value, or that of a known pass."""
         sparse = tensor.layout is not torch.strided
         if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or (sparse and tensor.requires_grad):
-            raise UnsupportedModuleError(
-                f"The step computes with a tensor of class {type(tensor).__name__} and layout {tensor.layout}"
-                f"{', which requires a gradient' if sparse and tensor.requires_grad else ''}; what is computed with it"
-                " cannot be repeated at other states. Use ordinary dense tensors in training_step; where torch makes"
-                " such tensors itself, as tracing does within torch.cond or scan, write loops and branches in Python."
-            )
+            raise not_dense(tensor)
         if tensor.requires_grad and not tensor.is_leaf:
             _refuse_unrecorded(tensor)
         value = value or Value(None, outside_meta_of(tensor))
-        self.bind(tensor, value)
         self._record.inputs[value] = tensor
         if tensor.requires_grad:
             self._record.leaves[value] = tensor
-        elif not sparse and not tensor.untyped_storage().resizable():  # NumPy's memory, or other processes'
+        elif not sparse and self._is_shared(tensor):  # others may write to it before it is read again
             with self._pausing():
                 self._record.inputs[value] = tensor.detach().clone(memory_format=torch.preserve_format)
+            return value
+        self.bind(tensor, value)
         return value
 
     def bind(self, tensor: Tensor, value: Value, keeps: bool = False) -> None:
@@ -211,13 +208,19 @@ class Contents:
             if self.held.get(value) is tensor:
                 self.held[value] = tensor.detach()
 
-    def shared_with_numpy(self, tensor: Tensor) -> None:
-        """NumPy may write to the tensor's memory from now on, and nobody would see it: the record takes copies."""
+    def about_to_share(self, tensor: Tensor) -> None:
+        """Others (NumPy) may write to the tensor's memory from now on, and nobody would see it."""
         with self._pausing():
             self.about_to_write([tensor])
         for alias in [tensor, *self.others(tensor)]:
             if not alias.requires_grad:
                 self.forget(alias)
+        self._shared.add(tensor.untyped_storage().data_ptr())
+
+    def _is_shared(self, tensor: Tensor) -> bool:
+        """Whether its memory is NumPy's, other processes', or was handed out: what it holds is read at every use."""
+        memory = tensor.untyped_storage()
+        return not memory.resizable() or memory.data_ptr() in self._shared
 
     def forget(self, tensor: Tensor) -> None:
         """What the tensor holds is read anew."""
@@ -245,6 +248,18 @@ class Contents:
         self._written_over.clear()
         self._known.clear()
         self._aliasing = Aliasing()
+
+
+def not_dense(tensor: Tensor) -> UnsupportedModuleError:
+    """For a step that computes with a tensor that is no ordinary one."""
+    learns = ", which requires a gradient" if tensor.requires_grad and tensor.layout is not torch.strided else ""
+    nested = " (a nested one: pad it before, with a mask in the loss)" if tensor.is_nested else ""
+    return UnsupportedModuleError(
+        f"The step computes with a tensor of class {type(tensor).__name__} and layout {tensor.layout}{learns}{nested};"
+        " what is computed with it cannot be repeated at other states. Use ordinary dense tensors in training_step;"
+        " where torch makes such tensors itself, as tracing does within torch.cond or scan, write loops and branches in"
+        " Python."
+    )
 
 
 def _refuse_unrecorded(tensor: Tensor) -> None:

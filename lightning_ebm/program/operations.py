@@ -17,6 +17,7 @@ class Traits(NamedTuple):
         by_shape: whether only the shape of its arguments matters.
         random: whether it draws from a generator.
         dynamic: whether the shape of its result depends on values.
+        unfilled: whether what it gives holds nothing yet: functions in C++ fill it where no operation is seen.
         plain: whether it is a function of its arguments and nothing else: it writes to none, draws nothing, and gives
             tensors whose shapes follow from those of its arguments.
     """
@@ -27,6 +28,7 @@ class Traits(NamedTuple):
     by_shape: bool
     random: bool
     dynamic: bool
+    unfilled: bool
     plain: bool
 
 
@@ -36,9 +38,10 @@ BY_MASK = frozenset({"index", "masked_select"})
 PUT_BY_MASK = frozenset({"index_put", "index_put_", "_index_put_impl_"})
 """How many elements these read, or write, may depend on the values of masks."""
 _BY_SHAPE = frozenset(
-    {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"}
-    | {"new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"}
+    {"zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"}
+    | {"new_zeros", "new_ones", "new_full"}
 )
+_UNFILLED = frozenset({"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"})
 
 
 _known_traits: dict[int, Traits] = {}
@@ -73,7 +76,8 @@ def _traits(func: Any) -> Traits:
     views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
     random, dynamic = torch.Tag.nondeterministic_seeded in func.tags, torch.Tag.dynamic_output_shape in func.tags
     gives = schema.returns and all("Tensor" in str(r.type) for r in schema.returns)
-    aside = random or dynamic or writes or name in BATCH_NORMS or name in BY_MASK or name in PUT_BY_MASK
+    unfilled = name in _UNFILLED
+    aside = random or dynamic or unfilled or writes or name in BATCH_NORMS or name in BY_MASK or name in PUT_BY_MASK
     return Traits(
         name=name,
         writes=(3, 4) if name in BATCH_NORMS else writes,
@@ -81,6 +85,7 @@ def _traits(func: Any) -> Traits:
         by_shape=name in _BY_SHAPE,
         random=random,
         dynamic=dynamic,
+        unfilled=unfilled,
         plain=bool(gives) and not aside and func.namespace == "aten" and name != "detach",
     )
 

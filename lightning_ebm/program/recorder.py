@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_ebm.program.at_value import written_unseen
 from lightning_ebm.program.before import Before
-from lightning_ebm.program.contents import Contents
+from lightning_ebm.program.contents import Contents, not_dense
 from lightning_ebm.program.custom_calls import collective, higher_order
 from lightning_ebm.program.dispatch import DispatchMode
 from lightning_ebm.program.following import Following
@@ -110,6 +110,9 @@ class Recorder(DispatchMode):
             off = True
         if off and (unseen := self._unseen(func, kind, args, kwargs, written)) is not None:
             return unseen
+        if kind.unfilled:  # no operation: what it holds when it is first read; the same in every run that fills it
+            result = func(*args, **kwargs)
+            return result.zero_() if result.layout is torch.strided else result
         if off:
             self.contents.about_to_write(written)
             result = func(*args, **kwargs)
@@ -202,6 +205,8 @@ class Recorder(DispatchMode):
                 node.results.append(None)
                 continue
             tensors += 1
+            if tensor.is_nested:
+                raise not_dense(tensor)
             value = Value(node, meta_of(tensor))
             node.results.append(value)
             self.contents.bind(tensor, value, keeps=not kind.views)
@@ -304,6 +309,8 @@ class Recorder(DispatchMode):
                     self.contents.forget(alias)
 
     def __enter__(self) -> "Recorder":
+        if not self._entered:
+            torch.clear_autocast_cache()  # weights that another pass has cast would come with its graph
         calls: Any = TorchCalls(self)
         seams.enter(self)
         calls.__enter__()
@@ -317,6 +324,7 @@ class Recorder(DispatchMode):
         seams.leave(self)
         if not self._entered:
             self.following.stop()  # the pass is over
+            torch.clear_autocast_cache()
 
 
 def _rounding(dtype: torch.dtype, device: torch.device) -> float:

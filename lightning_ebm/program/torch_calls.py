@@ -54,10 +54,9 @@ class TorchCalls(TorchFunctionMode):
                 return func(*args, **kwargs)
         if func is F.gumbel_softmax:
             return self._gumbel_softmax(*args, **kwargs)
-        if func in _NUMPY:
-            result = func(*args, **kwargs)
-            recorder.contents.shared_with_numpy(args[0])
-            return result
+        if func in _UNSEEN_WRITES:
+            recorder.contents.about_to_share(args[0])
+            return func(*args, **kwargs)
         if func == _GRAPH:
             recorder.record.reads_graph = True
             return func(*args, **kwargs)
@@ -104,7 +103,10 @@ _TENSOR: Any = Tensor  # of which `data` and `grad_fn` are descriptors, where ty
 _SET_DATA, _BACKWARD_OF, _HOOK = _TENSOR.data.__set__, Tensor.backward, Tensor.register_hook
 _IN_PLACE = frozenset({Tensor.detach_, torch.detach_})
 _DETACHES = frozenset({Tensor.detach, torch.detach, _TENSOR.data.__get__, *_IN_PLACE})
-_NUMPY: frozenset[Any] = frozenset((Tensor.numpy, Tensor.__array__))
+_UNSEEN_WRITES: frozenset[Any] = frozenset(
+    (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, _TENSOR.apply_, _TENSOR.map_, _TENSOR.map2_)
+)
+"""They write without an operation, or hand the memory to others who may."""
 _GRAPH = _TENSOR.grad_fn.__get__
 _RETAIN = Tensor.retain_grad
-_SEEN = _DETACHES | _NUMPY | {F.gumbel_softmax, _SET_DATA, _HOOK, _RETAIN, _BACKWARD_OF, _GRAPH}
+_SEEN = _DETACHES | _UNSEEN_WRITES | {F.gumbel_softmax, _SET_DATA, _HOOK, _RETAIN, _BACKWARD_OF, _GRAPH}

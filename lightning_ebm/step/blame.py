@@ -65,7 +65,7 @@ def blamed(
             " is nothing finite to relax towards. Look at the labels, and for log(0) or 0/0 in the loss; if it has"
             f" grown over the last steps, lower the learning rate of the parameters, or clip.{_SKIP}"
         )
-    elif backprop is not None and (nan := [name for name, g in backprop().items() if bool(g.isnan().any())]):
+    elif backprop is not None and (nan := [name for name, g in backprop().items() if bool(g.to_dense().isnan().any())]):
         text = (
             f"The loss is finite, and its own gradient is nan in {_listed(nan)}, by backprop as well: an operation of"
             " the step has no slope where it was evaluated. Such are the root, norm or standard deviation of zeros, and"
@@ -115,7 +115,7 @@ def _tensors(batch: Any, where: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_spoiled(tensor: Tensor) -> bool:
-    return not bool(torch.isfinite(tensor).all())
+    return not bool(torch.isfinite(tensor.to_dense()).all())
 
 
 def _told(tensor: Tensor) -> str:

@@ -63,7 +63,7 @@ class Step:
         recorder: Recorder | None = None,
     ) -> None:
         check_closure(closure)
-        self._setup = setup
+        self._setup = setup if teaches else replace(setup, unsettled=setup.unsettled.apart)
         self._closure = closure
         self._arguments = arguments
         self._teaches = teaches

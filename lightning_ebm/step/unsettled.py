@@ -92,6 +92,13 @@ class Unsettled:
     def __init__(self) -> None:
         self.told: str | None = None
         self._times = 0
+        self._apart: Unsettled | None = None
+
+    @property
+    def apart(self) -> "Unsettled":
+        """For steps that are not taken, which have no say in when those that are taken are looked at."""
+        self._apart = self._apart or Unsettled()
+        return self._apart
 
     def look(
         self, landscape: Landscape, relaxer: Relaxer, found: Relaxation, strength: float, operations: Sequence[str]

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -21,10 +20,6 @@ def loss_of(output: STEP_OUTPUT) -> Any:
 def run_again(module: LightningModule, precision: Precision, arguments: Arguments) -> STEP_OUTPUT:
     """The training step, quietly, in containers of its own: a step may pop entries off its batch."""
     args, kwargs = apply_to_collection(arguments, Tensor, lambda t: t)
-    torch.clear_autocast_cache()  # it may hold casts of parameters that this pass made in another graph
-    try:
-        # Past any wrapper: passes are local, and devices need different numbers of them.
-        with precision.train_step_context():
-            return module.training_step(*args, **kwargs)
-    finally:
-        torch.clear_autocast_cache()
+    # Past any wrapper: passes are local, and devices need different numbers of them.
+    with precision.train_step_context():
+        return module.training_step(*args, **kwargs)

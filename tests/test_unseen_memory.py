@@ -1,0 +1,173 @@
+"""Memory that is written to where no operation is seen: by functions in C++, by NumPy, by element-wise Python."""
+
+import numpy as np
+import pytest
+import torch
+from test_recorder import batch, by_autograd, mlp, off
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import rnn
+
+import lightning_ebm as ebm
+
+ARRAY = np.ones(6)
+
+
+class Sequences(nn.Module):
+    """Recurrent; the six features of a sample are two steps of three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.out = nn.LSTM(3, 4, batch_first=True), nn.Sequential(nn.Tanh(), nn.Linear(4, 3))
+
+    def mean_of_packed(self, x: Tensor, y: Tensor, index: int) -> Tensor:
+        """`pad_packed_sequence` fills the lengths that it returns by a pointer."""
+        lengths = 1 + (torch.arange(len(x)) + index) % 2
+        packed = rnn.pack_padded_sequence(x.reshape(len(x), 2, 3), lengths, batch_first=True, enforce_sorted=False)
+        states, found = rnn.pad_packed_sequence(self.cell(packed)[0], batch_first=True)
+        return F.cross_entropy(self.out(states.sum(1) / found[:, None]), y)
+
+    def connectionist(self, x: Tensor, y: Tensor, index: int) -> Tensor:
+        """`ctc_loss` makes tensors of the lengths that it is given as lists."""
+        states = self.cell(x.reshape(len(x), 2, 3))[0]
+        lengths = [1 + (k + index) % 2 for k in range(len(x))]
+        steps = self.out(states).log_softmax(-1).transpose(0, 1)
+        return F.ctc_loss(steps, 1 + y[:, None] % 2, lengths, [1] * len(x), reduction="mean")
+
+
+def weights_made(fill):
+    """A step whose weights of features are made by `fill`, of ones and of the step's index."""
+
+    def step(net: nn.Module, x: Tensor, y: Tensor, index: int) -> Tensor:
+        return F.cross_entropy(net(x * fill(index)), y)
+
+    return step
+
+
+def applied(index: int) -> Tensor:
+    return torch.ones(6, dtype=torch.float64).apply_(lambda one: one + 0.3 * index)
+
+
+def applied_later(index: int) -> Tensor:
+    weights = torch.ones(6, dtype=torch.float64)
+    return weights.apply_(lambda one: 2.0 * index) if index > 1 else weights
+
+
+def mapped(index: int) -> Tensor:
+    weights = torch.ones(6, dtype=torch.float64)
+    return weights.map_(torch.arange(6.0, dtype=torch.float64), lambda one, k: one + 0.1 * index * k)
+
+
+def through_dlpack(index: int) -> Tensor:
+    weights = torch.ones(6, dtype=torch.float64)
+    np.from_dlpack(weights)[:] = 1 + 0.2 * index
+    return weights
+
+
+def empty_by_numpy(index: int) -> Tensor:
+    weights = torch.empty(6, dtype=torch.float64)
+    np.asarray(weights)[:] = 1 + 0.2 * index
+    return weights
+
+
+def read_again(array, of) -> object:
+    """NumPy writes between two passes over the same tensor."""
+
+    def step(net: nn.Module, x: Tensor, y: Tensor, index: int) -> Tensor:
+        shared = of()
+        written = array if array is not None else np.from_dlpack(shared)
+        written[:] = 1 + 0.1 * index
+        first = F.cross_entropy(net(x + shared), y)
+        written[:] = -0.2 * index
+        return first + F.cross_entropy(net(x - shared), y)
+
+    return step
+
+
+def moved_halves(like):
+    """States are written into memory that was not filled."""
+
+    def step(net: nn.Module, x: Tensor, y: Tensor, index: int) -> Tensor:
+        h = net[:2](x)
+        turned = like(h)
+        turned[:, ::2] = h[:, 1::2] * (1 + 0.1 * index)
+        turned[:, 1::2] = h[:, ::2]
+        return F.cross_entropy(net[2:](turned), y)
+
+    return step
+
+
+_tensor = torch.from_numpy(ARRAY)
+STEPS = {
+    "apply_": (mlp, weights_made(applied)),
+    "apply_ from the third step on": (mlp, weights_made(applied_later)),
+    "map_": (mlp, weights_made(mapped)),
+    "dlpack": (mlp, weights_made(through_dlpack)),
+    "empty, by numpy": (mlp, weights_made(empty_by_numpy)),
+    "numpy between two readings": (mlp, read_again(ARRAY, lambda: _tensor)),
+    "dlpack between two readings": (mlp, read_again(None, lambda: torch.ones(6, dtype=torch.float64))),
+    "empty_like": (mlp, moved_halves(torch.empty_like)),
+    "new_empty": (mlp, moved_halves(lambda h: h.new_empty(h.shape))),
+    "empty": (mlp, moved_halves(lambda h: torch.empty(*h.shape, dtype=h.dtype))),
+    "lengths of packed sequences": (Sequences, Sequences.mean_of_packed),
+    "lengths in a list": (Sequences, Sequences.connectionist),
+}
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("case", STEPS)
+def test_what_it_holds_when_it_is_read_is_what_counts(case: str, capture: bool) -> None:
+    make, step = STEPS[case]
+    torch.manual_seed(0)
+    net = make().double()
+    learner = ebm.Learner(net, "zero-divergence", capture=capture)
+    for index in (0, 1, 3, 4, 5):
+        x, y = batch(index)
+        expected = by_autograd(net, lambda x=x, y=y, index=index: step(net, x, y, index))
+        found = learner.gradients(lambda x=x, y=y, index=index: step(net, x, y, index))
+        assert off(found, expected) < 1e-10, index
+
+
+@pytest.mark.parametrize("case", ["empty_like", "new_empty", "empty"])
+def test_memory_that_was_not_filled_is_the_same_where_a_step_runs_twice(case: str) -> None:
+    torch.manual_seed(0)
+    net, step = mlp().double(), STEPS[case][1]
+
+    def without_writing(x: Tensor, y: Tensor) -> Tensor:
+        h = net[:2](x)
+        return F.cross_entropy(net[2:](torch.stack([h[:, 1::2], h[:, ::2]], 2).flatten(1)), y)
+
+    x, y = batch(0)
+    algorithm = ebm.algorithm("equilibrium-propagation", relaxer=ebm.FixedPoint(20))
+    found = ebm.Learner(net, algorithm).gradients(lambda: step(net, x, y, 0))
+    expected = ebm.Learner(net, algorithm).gradients(lambda: without_writing(x, y))
+    assert off(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused_by_name(layout: torch.layout) -> None:
+    net = mlp().double()
+
+    def closure() -> Tensor:
+        x, y = batch(0)
+        nested = torch.nested.nested_tensor([x[:1], x[1:]], layout=layout)
+        return F.cross_entropy(net(torch.nested.to_padded_tensor(nested, 0.0).flatten(0, 1)[: len(y)]), y)
+
+    with pytest.raises(ebm.UnsupportedModuleError, match=r"nested.*pad"):
+        ebm.Learner(net, "zero-divergence").gradients(closure)
+
+
+@pytest.mark.parametrize("preset", ["zero-divergence", "pc-nudge", "equilibrium-propagation"])
+def test_passes_within_one_region_of_autocast_know_nothing_of_each_other(preset: str) -> None:
+    """Autocast keeps the weights that one pass has cast, with their graph, until its region ends."""
+    torch.manual_seed(0)
+    net, (x, y) = mlp(), batch(0, torch.float32)
+    learner, other = ebm.Learner(net, preset), ebm.Learner(net, preset)
+    with torch.autocast("cpu", torch.bfloat16):
+        first = other.gradients(lambda: F.cross_entropy(net(x), y))
+    with torch.autocast("cpu", torch.bfloat16):
+        for way in (torch.no_grad, torch.enable_grad):
+            with way():
+                net(x)
+            found = learner.gradients(lambda: F.cross_entropy(net(x), y))
+            assert off(found, first) == 0
