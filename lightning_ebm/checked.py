@@ -4,10 +4,11 @@
 scalar or a tensor of one number becomes a float or an int. The owner of an argument is an object, or a name.
 """
 
+import difflib
 import math
 import numbers
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -16,6 +17,12 @@ from lightning_ebm.errors import ConfigurationError
 
 _LARGEST, _SMALLEST = 3.4e38, 1.2e-38
 """Of the numbers other than 0 that float32 holds with all of their digits: the states are no finer."""
+
+
+def nearest(name: object, known: Collection[str]) -> list[str]:
+    """Up to three names that a mistaken one may stand for: by its end ("1" for "net.1"), else by its letters."""
+    ends = [one for one in known if f".{one}".endswith(f".{name}") or f".{name}".endswith(f".{one}")]
+    return (ends or difflib.get_close_matches(str(name), known, n=3))[:3]
 
 
 def number(

@@ -43,7 +43,7 @@ def backprop(module: nn.Module, closure: Closure) -> dict[str, Tensor]:
     """
     check_closure(closure)
     with untouched(module), torch.enable_grad():
-        return named_gradients(module, checked_loss(closure()), hooked=True)
+        return named_gradients(module, checked_loss(closure(), module), hooked=True)
 
 
 def equilibrium(

@@ -38,6 +38,26 @@ def step(loss: Callable[[nn.Module], Any], algorithm: Any = "predictive-coding",
     ebm.Learner(module, algorithm, **options).backward(lambda: loss(module))
 
 
+def nested() -> nn.Sequential:
+    return nn.Sequential(net(8))  # its modules are 0, and 0.0 to 0.2
+
+
+def inferred(module: nn.Module, **options: Any) -> None:
+    ebm.Learner(module).relax(lambda: module(X), **options)
+
+
+class Once:
+    """A loss that is there for one run only."""
+
+    there = True
+
+    def __call__(self, module: nn.Module) -> torch.Tensor:
+        if not self.there:
+            raise KeyError("taken")
+        self.there = False
+        return usual(module)
+
+
 def usual(module: nn.Module) -> torch.Tensor:
     return F.cross_entropy(module(X), Y)
 
@@ -157,6 +177,36 @@ MISTAKES = [
     Mistake(
         "data that are not finite", lambda: step(lambda m: F.cross_entropy(m(X * math.nan), Y)), "not finite",
         "Clean the data",
+    ),
+    Mistake(
+        "a batch of no samples", lambda: step(lambda m: F.cross_entropy(m(X[:0]), Y[:0])), "no sample", "Leave it out",
+    ),
+    Mistake(
+        "no target that counts", lambda: step(lambda m: F.cross_entropy(m(X), Y * 0 - 100)), "a mean over nothing",
+        "ignore_index",
+    ),
+    Mistake(
+        "everything is frozen", lambda: step(usual, module=net(8).requires_grad_(False)), "all are frozen",
+        "requires_grad_(True)",
+    ),
+    Mistake("layers of an inner module", lambda: step(usual, module=nested(), layers=["1"]), "'1'", "['0.1']"),
+    Mistake("layers of an outer module", lambda: step(usual, layers=["net.1"]), "'net.1'", "Nearest: ['1']"),
+    Mistake(
+        "states held by an inner name",
+        lambda: inferred(nested(), clamp={"1": torch.zeros(8)}), "'1'", "0.1",
+    ),
+    Mistake(
+        "a learner within the closure of another", lambda: step(lambda m: (step(usual), usual(m))[1]),
+        "another learner's", "one after the other",
+    ),
+    Mistake(
+        "draws of Dirichlet with a slope",
+        lambda: step(lambda m: torch.distributions.Dirichlet(m(X).exp()).rsample().square().mean()), "_Dirichlet",
+        "Kumaraswamy",
+    ),
+    Mistake(
+        "a second run that fails", lambda: step(Once(), "equilibrium-propagation", net(8, 8)), "KeyError: 'taken'",
+        "that the first run has changed",
     ),
     Mistake("an energy by its name", lambda: ebm.Algorithm(energy="pc"), "'pc'", "ebm.Energy"),
 ]  # fmt: skip

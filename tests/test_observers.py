@@ -141,6 +141,64 @@ def test_sparse_gradients_are_looked_at(algorithm, tmp_path):
     assert 0 < float(figures["alignment/cosine/table/weight"]) <= 1
 
 
+class Attending(Looking):
+    """Of whose energy torch has no second derivatives: fused attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        encoder = torch.nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True)
+        self.encoder = torch.nn.TransformerEncoder(encoder, 2, enable_nested_tensor=False)
+
+    def training_step(self, batch, batch_idx):
+        attended = self.encoder(self.table(batch[0]).to_dense())
+        return torch.nn.functional.cross_entropy(self.net(attended.mean(1)), batch[1])
+
+
+@pytest.mark.parametrize("algorithm", ["predictive-coding", "equilibrium-propagation"])
+def test_what_cannot_be_measured_is_one_line(algorithm, tmp_path, caplog):
+    """No curvature without second derivatives, and no true gradient of an equilibrium that is not found."""
+
+    def ended(callbacks):
+        L.seed_everything(0, verbose=False)
+        module = Attending() if algorithm == "predictive-coding" else Growing()
+        relaxer = {} if algorithm == "predictive-coding" else {"relaxer": ebm.FixedPoint(5)}
+        trainer = L.Trainer(
+            strategy=ebm.EBMStrategy(ebm.algorithm(algorithm, **relaxer)), max_epochs=1, accelerator="cpu", devices=1,
+            logger=False, enable_model_summary=False, enable_checkpointing=False, enable_progress_bar=False,
+            default_root_dir=tmp_path, callbacks=callbacks,
+        )  # fmt: skip
+        trainer.fit(module)
+        return module.state_dict()
+
+    unseen = ended([])
+    caplog.clear()
+    alignment = ebm.GradientAlignment(every_n_steps=1, reference=["backprop", "equilibrium"])
+    assert same(unseen, ended([alignment, ebm.RelaxationMonitor(1, curvature_every_n_steps=1)]))
+    lines = [record.message for record in caplog.records]
+    if algorithm == "predictive-coding":
+        assert sum("cannot differentiate twice" in line for line in lines) == 1
+    else:
+        assert sum("Comparing with the gradient of equilibrium failed" in line for line in lines) == 1
+    assert alignment.history
+
+
+class Growing(Looking):
+    """Weights so large that its energy has no minimum; a few sweeps are taken all the same."""
+
+    def __init__(self):
+        super().__init__()
+        widths = ((4, 6), (6, 6), (6, 3))
+        parts = [part for pair in widths for part in (torch.nn.Linear(*pair), torch.nn.ReLU())]
+        self.net = torch.nn.Sequential(*parts[:-1])
+        with torch.no_grad():
+            for p in self.net.parameters():
+                p.mul_(3)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-9)
+
+
 def test_the_error_that_ended_a_run_is_not_hidden_by_those_who_look_on(tmp_path):
     class Ends(L.Callback):
         def on_train_batch_end(self, *args):

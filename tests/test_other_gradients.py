@@ -333,6 +333,40 @@ class GraphInBackward(Net):
         loss.backward(create_graph=True)
 
 
+def _several(backward):
+    class Several(Net):
+        """A loss for each sample, and how much each counts."""
+
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, index):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            losses = F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
+            backward(self, losses, torch.linspace(0.5, 1.5, len(losses), dtype=losses.dtype) / len(losses))
+            optimizer.step()
+
+    return Several
+
+
+WEIGHTED = {
+    "by name": lambda module, losses, weights: module.manual_backward(losses, gradient=weights),
+    "by position": lambda module, losses, weights: module.manual_backward(losses, weights, retain_graph=True),
+    "plain": lambda module, losses, weights: losses.backward(weights),
+    "by function": lambda module, losses, weights: torch.autograd.backward([losses], [weights]),
+    "one": lambda module, losses, weights: module.manual_backward(losses.sum(), gradient=weights[0]),
+}
+
+
+@pytest.mark.parametrize("way", WEIGHTED)
+@pytest.mark.parametrize("preset", ["backprop", EXACT, "pc-nudge"])
+def test_several_losses_with_the_gradient_of_each(way, preset):
+    make = _several(WEIGHTED[way])
+    assert farthest(fit(make), fit(make, ebm.EBMStrategy(preset))) < (1e-4 if preset == "pc-nudge" else 1e-12)
+
+
 @pytest.mark.filterwarnings("ignore:Using backward")
 @pytest.mark.parametrize("make", [GraphByHand, GraphByCall, GraphInBackward])
 @pytest.mark.parametrize("capture", [True, False])

@@ -63,7 +63,7 @@ ORDER = [
     {"batch_sums"},
     {"programs"},
     # lightning_ebm.network
-    {"analytic", "precomputed_gradient", "geometry", "top_down"},
+    {"analytic", "precomputed_gradient", "geometry", "second_derivatives", "top_down"},
     {"passes"},
     {"network"},
     {"clamped_states", "recording", "twin"},

@@ -14,6 +14,7 @@ from lightning_ebm import checked
 from lightning_ebm.callbacks import console, loggers
 from lightning_ebm.callbacks.run_file import RunFile
 from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.harmless import harmless
 from lightning_ebm.metrics import NAMES, Alignment, dead, read
 from lightning_ebm.program.calls import clean
 from lightning_ebm.program.wiring import named_gradients
@@ -106,6 +107,7 @@ class GradientAlignment(Callback):
         self._warned = False
         self._table: list[list[Any]] = []
         self._defined: set[str] = set()
+        self._failed: set[str] = set()
         self._file = RunFile()
         self._started = self._spent = 0.0
 
@@ -141,7 +143,7 @@ class GradientAlignment(Callback):
         self._started, self._spent = time.perf_counter(), 0.0
         self._file.begin(trainer)
         self._file.tell(trainer, strategy_of(trainer).describe())
-        self._table, self._defined = [], set()
+        self._table, self._defined, self._failed = [], set(), set()
         parameters = [f"{figure}{suffix}" for figure in NAMES for suffix in _suffixes(names)]
         for prefix in self._prefixes:
             loggers.define(trainer, [f"{prefix}/{name}" for name in (*NAMES, "dead")], summary=_SUMMARY)
@@ -162,8 +164,9 @@ class GradientAlignment(Callback):
         update = named_gradients(pl_module, loss, retain_graph=True)
         values: dict[str, float] = {}
         for index, reference in enumerate(self._references):
-            true = strategy_of(trainer).true_gradients(reference)
-            pair = _finite(update, true)
+            pair: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] = {}, {}
+            with harmless(f"Comparing with the gradient of {reference}", self._failed):
+                pair = _finite(update, strategy_of(trainer).true_gradients(reference))
             self._totals[index].update(*pair)
             self._steps[index].update(*pair)
             total = _synchronised(self._steps[index])

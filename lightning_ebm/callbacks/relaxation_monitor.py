@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_ebm import checked
 from lightning_ebm.callbacks import console, loggers
 from lightning_ebm.callbacks.run_file import RunFile
-from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
+from lightning_ebm.errors import ConfigurationError, EBMError, RelaxationDivergedError
 from lightning_ebm.evaluations import Landscape
 from lightning_ebm.instruments.curvature import Curvature
 from lightning_ebm.network.recording import Recording
@@ -203,12 +203,12 @@ class RelaxationMonitor(Callback):
     def _measured(self, trainer: Trainer, strategy: EnergyStrategy) -> dict[str, float]:
         try:
             self.regime = strategy.regime(self.equilibrium)
-        except ConfigurationError as error:  # no such thing for this algorithm: said once, and not asked again
-            self._say(trainer, str(error))
-            self.regime_every_n_steps = None
-            return {}
         except RelaxationDivergedError as error:
             self._say(trainer, f"The regime could not be measured, there is no equilibrium to compare with: {error}")
+            return {}
+        except EBMError as error:  # no such thing for this algorithm: said once, and not asked again
+            self._say(trainer, str(error))
+            self.regime_every_n_steps = None
             return {}
         self._file.add({"regime": self.regime.as_dict(), "step": trainer.global_step})
         if self.regime.unreached and not self._told_of_silence and trainer.is_global_zero:
@@ -220,12 +220,12 @@ class RelaxationMonitor(Callback):
     def _curved(self, trainer: Trainer, strategy: EnergyStrategy) -> dict[str, float]:
         try:
             self.curvature = strategy.curvature()
-        except ConfigurationError as error:  # no such thing for this algorithm: said once, and not asked again
-            self._say(trainer, str(error))
-            self.curvature_every_n_steps = None
-            return {}
         except RelaxationDivergedError as error:
             self._say(trainer, f"The curvature could not be measured, there is no equilibrium to look at: {error}")
+            return {}
+        except EBMError as error:  # no such thing for this algorithm: said once, and not asked again
+            self._say(trainer, str(error))
+            self.curvature_every_n_steps = None
             return {}
         found = self.curvature
         self._file.add({"curvature": found.as_dict(), "step": trainer.global_step})

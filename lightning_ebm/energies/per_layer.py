@@ -1,6 +1,5 @@
 """An energy of its own for each layer that is named."""
 
-import difflib
 from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor
@@ -63,7 +62,7 @@ class PerLayer(Energy):
     def check_layers(self, names: Collection[str]) -> None:
         for name in self.energies:
             if name not in names:
-                close = difflib.get_close_matches(str(name), names, n=1) or list(names)[:3]
+                close = checked.nearest(name, names) or list(names)[:3]
                 raise ConfigurationError(
                     f"PerLayer({{{name!r}: ...}}): no layer of that name carries a state, so this energy would be used"
                     f" nowhere. Nearest: {close}; ebm.summary lists the layers."

@@ -1,6 +1,5 @@
 """The squared prediction error of predictive coding."""
 
-import difflib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -93,7 +92,7 @@ class PredictiveCoding(QuadraticEnergy):
             if name == "":
                 continue
             if name not in names:
-                close = difflib.get_close_matches(str(name), names, n=1) or list(names)[:3]
+                close = checked.nearest(name, names) or list(names)[:3]
                 raise ConfigurationError(
                     f"PredictiveCoding(precision={{{name!r}: ...}}): no layer of that name carries a state, so this"
                     f" precision would be used nowhere. Nearest: {close}; ebm.summary lists the layers."

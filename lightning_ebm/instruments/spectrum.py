@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.network.network import Network
+from lightning_ebm.network.second_derivatives import twice_differentiable
 from lightning_ebm.relaxers import Relaxation
 
 
@@ -113,9 +114,10 @@ def _product(
         live = [(f, p) for f, p in zip(slopes, parts, strict=True) if f.requires_grad]
         if not live:  # linear in all states
             return torch.zeros_like(vector)
-        ahead = torch.autograd.grad(
-            [f for f, _ in live], seen.states, [p for _, p in live], retain_graph=True, allow_unused=True
-        )
+        with twice_differentiable("eigenvalues of them were asked for. Do without"):
+            ahead = torch.autograd.grad(
+                [f for f, _ in live], seen.states, [p for _, p in live], retain_graph=True, allow_unused=True
+            )
         return torch.cat(
             [(torch.zeros_like(x) if a is None else a).flatten() for a, x in zip(ahead, seen.states, strict=True)]
         )[free]

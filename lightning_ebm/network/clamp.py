@@ -1,12 +1,12 @@
 """Clamps: which units are held at which values, by the names of layers."""
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_ebm import checked
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.network.clamped_states import Hold
 from lightning_ebm.network.network import Network
@@ -67,7 +67,7 @@ def refuse_unknown(argument: str, names: Any, network: Network) -> None:
     """Refuses names of layers that carry no state."""
     for name in names:
         if name not in network.names:
-            close = difflib.get_close_matches(str(name), network.names, n=1, cutoff=0.4)
+            close = checked.nearest(name, network.names)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ConfigurationError(
                 f"{argument}: no layer {name!r} carries a state.{hint} Layers with states: {list(network.names)}."

@@ -1,11 +1,11 @@
 """Which modules may carry states: those that were asked for, or sets of them that are commonly chosen."""
 
-import difflib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
+from lightning_ebm import checked
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.program.calls import clean
 
@@ -46,7 +46,7 @@ def chosen_by(module: nn.Module, layers: ChosenLayers) -> dict[nn.Module, str]:
     else:
         unknown = [name for name in layers if name not in named]
         if unknown:
-            close = difflib.get_close_matches(str(unknown[0]), named, n=3) or list(named)[:5]
+            close = checked.nearest(unknown[0], named) or list(named)[:5]
             raise ConfigurationError(
                 f"layers={list(layers)!r}: {type(module).__name__} has no module {unknown[0]!r}. Nearest: {close}."
             )

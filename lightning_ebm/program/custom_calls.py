@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.errors import UnsupportedModuleError
+from lightning_ebm.program.random_draws import draws_and_computes
 from lightning_ebm.program.record import Node, Value, meta_of
 from lightning_ebm.program.tensors import listed, tensors_in
 
@@ -27,6 +28,11 @@ def record_function(
         for old, new in pairs:
             recorder.contents.bind(new, recorder.contents.value(old))
         return result
+    if function.__module__.startswith("torch.distributions"):  # where a function draws, as Dirichlet's does
+        if any(tensor.requires_grad for tensor in tensors_in((args, kwargs))):
+            raise draws_and_computes(function.__name__)
+        with recorder.pausing():
+            return run(*args, **kwargs)
     if function.__module__ == "torch.utils.checkpoint":
         raise UnsupportedModuleError(
             "torch.utils.checkpoint with use_reentrant=True runs the layers where nothing can be recorded, so that"

@@ -41,8 +41,13 @@ def repeated_without_drawing(kind: Traits, args: Any) -> Repeated | None:
         return _leaky
     if kind.name in _NO_SLOPE or not any(isinstance(a, Tensor) and a.requires_grad for a in args):
         return None
-    raise UnsupportedModuleError(
-        f"The step draws random numbers inside an operation that also computes with its layers ({kind.name}): it could"
+    raise draws_and_computes(kind.name)
+
+
+def draws_and_computes(name: str) -> UnsupportedModuleError:
+    """For a step with an operation that draws from a distribution whose parameters have a slope."""
+    return UnsupportedModuleError(
+        f"The step draws random numbers inside an operation that also computes with its layers ({name}): it could"
         " not be repeated at other states with the same draws. Draw first, then compute; in attention, dropout of 0, or"
         " torch.nn.attention.sdpa_kernel(SDPBackend.MATH); for gamma, beta and Dirichlet samples, a distribution whose"
         " draws are a function of noise, such as Normal or Kumaraswamy, or .sample() and its log_prob."

@@ -59,11 +59,17 @@ def blamed(
             f"Buffers hold nan or inf: {_listed(stale)}. Running statistics stay so once a batch with nan has been"
             " through them. Go on from a checkpoint of before, or set them anew (reset_running_stats)."
         )
+    elif loss is not None and not loss_is_finite and (empty := _empty_in(batch)):
+        text = (
+            f"The batch holds no sample ({empty}), and a mean over nothing is {float(loss.detach().real)}: there is"
+            f" nothing to learn from. Leave it out before training_step, or sum the loss;{_SKIP}"
+        )
     elif loss is not None and not loss_is_finite:
         text = (
             f"The loss of the forward pass is {float(loss.detach().real)}, while weights and inputs are finite: there"
-            " is nothing finite to relax towards. Look at the labels, and for log(0) or 0/0 in the loss; if it has"
-            f" grown over the last steps, lower the learning rate of the parameters, or clip.{_SKIP}"
+            " is nothing finite to relax towards. Look at the labels, for log(0) or 0/0 in the loss, and for a mean"
+            " over nothing, where a mask or ignore_index leaves no target; if it has grown over the last steps, lower"
+            f" the learning rate of the parameters, or clip.{_SKIP}"
         )
     elif backprop is not None and (nan := [name for name, g in backprop().items() if bool(g.to_dense().isnan().any())]):
         text = (
@@ -95,6 +101,12 @@ def _squares(gradients: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 def _spoiled_in(batch: Any) -> list[str]:
     return [f"{where}: {_told(tensor)}" for where, tensor in _tensors(batch, "batch") if _is_spoiled(tensor)]
+
+
+def _empty_in(batch: Any) -> str:
+    """Where a batch holds a tensor of no sample, in words; nothing where it holds none."""
+    empty = ((where, tensor) for where, tensor in _tensors(batch, "batch") if tensor.ndim and not len(tensor))
+    return next((f"{where} has shape {tuple(tensor.shape)}" for where, tensor in empty), "")
 
 
 def _tensors(batch: Any, where: str) -> Iterator[tuple[str, Tensor]]:

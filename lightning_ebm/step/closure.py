@@ -4,7 +4,7 @@ import cmath
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 
@@ -45,8 +45,8 @@ def is_number(returned: Any) -> bool:
     return isinstance(returned, Tensor) and returned.numel() == 1
 
 
-def checked_loss(loss: Any) -> Tensor:
-    """`loss`, if it is a real scalar that depends on something."""
+def checked_loss(loss: Any, module: nn.Module) -> Tensor:
+    """`loss`, if it is a real scalar that depends on something; `module` is to learn from it."""
     if not isinstance(loss, Tensor):
         remedy = "Did it forget to `return loss`?" if loss is None else "Return the loss alone."
         raise NoLossError(
@@ -63,6 +63,11 @@ def checked_loss(loss: Any) -> Tensor:
             "The loss is a complex number; expected a real one, which alone can be lowered. Return its square modulus,"
             " `loss.abs().square()`, or its real part, `loss.real`."
         )
+    if not loss.requires_grad and not any(p.requires_grad for p in module.parameters()):
+        raise ConfigurationError(
+            f"No parameter of {type(module).__name__} is to be trained: all are frozen, or there are none, so that"
+            " nothing could be learned from the loss. Thaw what is meant to learn: module.requires_grad_(True)."
+        )
     if not loss.requires_grad:
         raise ConfigurationError(
             "The loss does not depend on any parameter or state through autograd: it was computed under no_grad,"
@@ -77,6 +82,7 @@ def refuse_backward(loss: Tensor, options: dict[str, Any]) -> bool:
     if options.get("inputs") is not None:
         return False
     raise ConfigurationError(
-        "The closure calls backward() itself: that adds a gradient of plain backpropagation to the update. Use"
-        " torch.autograd.grad for gradients inside the closure, and call learner.backward once for each loss."
+        "The closure calls backward() itself, or another learner's: that adds a gradient of plain backpropagation to"
+        " the update, or one that is recorded as a part of this pass. Use torch.autograd.grad for gradients inside the"
+        " closure, and call learner.backward once for each loss, one after the other."
     )

@@ -91,7 +91,8 @@ def told_of_states_in_place() -> Iterator[None]:
     except Exception as error:
         raise UnsupportedModuleError(
             "For this energy the step runs twice: quietly, to find the free equilibrium, and then with its states in"
-            f" place. The second run raised {type(error).__name__}: {error} A derivative that the step takes through"
-            " its layers does not exist there, as states are values of their own. Take a divergence energy such as"
-            " ebm.PredictiveCoding(), under which the step runs once and uncut."
+            f" place. The second run raised {type(error).__name__}: {error}. The first did not. Either the step takes a"
+            " derivative through its layers, which does not exist there, as states are values of their own; or it hangs"
+            " on something that the first run has changed. Take a divergence energy such as ebm.PredictiveCoding(),"
+            " under which the step runs once and uncut."
         ) from error

@@ -160,7 +160,7 @@ class Step:
                     " parameters: lowering it for what is held would only deepen it there. Return a loss, or take an"
                     " energy that is 0 at the forward pass, such as ebm.PredictiveCoding()."
                 )
-            return self._setup.programs.of(recorder, checked_loss(loss))
+            return self._setup.programs.of(recorder, checked_loss(loss, self._setup.module))
 
         self._quietly(find, again)
         return self._pass.known.plan
@@ -181,7 +181,7 @@ class Step:
         if self._setup.clamp is not None and not is_number(loss):
             with self._pass.blaming(None):
                 return self._without_loss(scale)
-        shape = checked_loss(loss).shape
+        shape = checked_loss(loss, self._setup.module).shape
         if not self._setup.algorithm.rule.relaxes:
             self._setup.remember([], [], loss.detach() / scale, "plain")
             return self.unrelaxed(loss, scale)
@@ -237,7 +237,7 @@ class Step:
         def find(recorder: Recorder, returned: Any) -> Found:
             if not strength and not is_number(returned):
                 return self._setup.programs.without_loss(recorder)
-            return self._setup.programs.of(recorder, checked_loss(returned))
+            return self._setup.programs.of(recorder, checked_loss(returned, self._setup.module))
 
         self._quietly(find)
         if not self._pass.known.plan.states:
@@ -258,7 +258,7 @@ class Step:
             scale: as for `surrogate`.
         """
         setup = self._setup
-        with self._pass.blaming(checked_loss(loss).detach()):
+        with self._pass.blaming(checked_loss(loss, self._setup.module).detach()):
             retained = self._note(loss)
             if self._pass.known.is_empty:
                 yield self._directly(scale)

@@ -29,7 +29,7 @@ from lightning_ebm.step.divergence import OnDivergence, Policy
 from lightning_ebm.step.setup import check_options
 from lightning_ebm.step.step import Step
 from lightning_ebm.strategies import other_backward
-from lightning_ebm.strategies.manual import ManualOptimization
+from lightning_ebm.strategies.manual import ManualOptimization, weighted
 from lightning_ebm.strategies.observed import ObservedStrategy
 from lightning_ebm.strategies.once_more import Arguments, loss_of, run_again
 from lightning_ebm.strategies.quiet import callbacks_of, print_layers, unlogged
@@ -194,6 +194,9 @@ class EnergyStrategy(ObservedStrategy):
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Relaxes, and lets Lightning run its backward on the scalar whose gradient is the update."""
         recorder = self._manual.recorder
+        if not self._module.automatic_optimization:
+            given, args = (args[0], args[1:]) if args else (kwargs.pop("gradient", None), args)
+            closure_loss, kwargs["gradient"] = weighted(closure_loss, given)
         with nullcontext() if recorder is None else recorder.handing_over():
             surrogate = self._surrogate(closure_loss)
             if surrogate is None:  # as stock does with a step that returned no loss: gradients stay as they are
@@ -276,13 +279,13 @@ class EnergyStrategy(ObservedStrategy):
         if manual.recorder is None or not manual.is_ours(self._module, loss, options):
             return False
         manual.tell(self._module)
+        loss, options["grad_tensors"] = weighted(loss, options.pop("gradient"))
         with manual.recorder.handing_over():
             step = self._begun(manual.recorder)
             surrogate = step.surrogate(loss)
             self._print_layers()
             manual.gives(surrogate)
             with self._other.handing_over(surrogate):
-                options["grad_tensors"] = options.pop("gradient", None)
                 torch.autograd.backward(surrogate, **options)
             step.release()
         return True

@@ -18,6 +18,13 @@ from lightning_ebm.program.wiring import graph_of
 log = logging.getLogger(__name__)
 
 
+def weighted(losses: Tensor, gradient: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """For `losses.backward(gradient)`: one loss, of several sum_i gradient_i loss_i, and the gradient that is left."""
+    if gradient is None or losses.numel() == 1:
+        return losses, gradient
+    return (losses * gradient.detach()).sum(), None
+
+
 class ManualOptimization:
     """The record of a training step that calls `backward` itself, and whose gradients it has.
 
