@@ -133,11 +133,14 @@ def test_an_operation_without_a_second_derivative_is_named():
         learner.gradients(lambda: F.cross_entropy(net(X), Y))
 
 
-def test_a_spectrum_that_needs_one_names_it_too():
+@pytest.mark.parametrize("operation", ["hardsigmoid", "cdist"])
+def test_a_spectrum_that_needs_one_names_it_too(operation):
     net = Net().net
-    net[1], net[3] = nn.Hardsigmoid(), nn.Hardsigmoid()
-    with pytest.raises(ebm.UnsupportedModuleError, match=r"hardsigmoid_backward.*eigenvalues"):
-        ebm.Learner(net).spectrum(lambda: F.cross_entropy(net(X), Y))
+    if operation == "hardsigmoid":
+        net[1], net[3] = nn.Hardsigmoid(), nn.Hardsigmoid()
+    others = torch.randn(5, 3, dtype=torch.float64)
+    with pytest.raises(ebm.UnsupportedModuleError, match=rf"\(\S*{operation}_backward\).*eigenvalues"):
+        ebm.Learner(net).spectrum(lambda: torch.cdist(net(X), others).mean(1).square().mean(), nudge=1.0)
 
 
 def test_nan_that_the_step_makes_is_not_the_fault_of_the_buffers_it_spoils():

@@ -30,6 +30,7 @@ SUMS = {
     "in Einstein's way": lambda out, net: torch.einsum("bi,bi->", out - Y, out - Y),
     "a trace": lambda out, net: ((out - Y) @ (out - Y).T).trace(),
     "the square of a norm": lambda out, net: (out - Y).norm() ** 2,
+    "the square of a distance": lambda out, net: torch.dist(out, Y) ** 2,
     "flattened": lambda out, net: (out - Y).flatten().square().sum(),
     "without nan": lambda out, net: (out - Y).square().nansum(),
     "masked": lambda out, net: ((out - Y).square() * (Y > 0)).sum(),

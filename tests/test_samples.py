@@ -326,3 +326,32 @@ def test_loops_that_call_the_module_for_each_sample_are_told_of_both_readings(ki
         found = ebm.Learner(net, "predictive-coding", batch_size=8).gradients(losses[kind])
         for name, gradient in expect.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-2, atol=1e-4)
+
+
+FOLDED = {
+    "pooled after": (lambda net, x, y: F.cross_entropy(net(x.flatten(0, 1)).view(*x.shape[:2], 3).mean(1), y), 4),
+    "by index": (
+        lambda net, x, y: F.cross_entropy(
+            torch.zeros(4, 3).to(x).index_add(0, torch.arange(28) // 7, net(x.flatten(0, 1))), y
+        ),
+        4,
+    ),
+    "each has its target": (lambda net, x, y: F.cross_entropy(net(x.flatten(0, 1)), y.repeat_interleave(7)), None),
+    "summed": (lambda net, x, y: net(x.flatten(0, 1)).view(4, -1).sum(1).square().sum(), None),
+    "one number": (lambda net, x, y: net(x.flatten(0, 1)).mean().square(), None),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDED)
+def test_rows_that_are_pooled_before_the_loss_are_told_of_both_readings(kind, caplog):
+    """The network sees (B T, F), as every closure may hand it; nothing else says that B samples are meant."""
+    loss, other = FOLDED[kind]
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(4, 7, 6, dtype=torch.float64), torch.arange(4) % 3
+    learner = ebm.Learner(net, "predictive-coding", loss_reduction="sum" if kind == "summed" else "mean")
+    for _ in range(2):
+        learner.gradients(lambda: loss(net, x, y))
+    told = [r.getMessage() for r in caplog.records if "could as well be" in r.getMessage()]
+    assert len(told) == (other is not None)
+    assert all(f"taken for 28 samples, and could as well be {other}" in text for text in told)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from lightning_ebm.errors import UnsupportedModuleError
 
-_MISSING = re.compile(r"derivative for (\S+) is not implemented")
+_MISSING = re.compile(r"derivative for '?(\w\S*?)'? is not implemented")
 """How torch says so."""
 
 

@@ -17,6 +17,7 @@ _FAR = 12
 """Operations between one sample's term and the sample, at most."""
 _SAME_ELEMENTS = frozenset({"view", "reshape", "_unsafe_view", "permute", "transpose", "clone", "_to_copy"})
 _PRODUCTS = frozenset({"dot", "mv", "mm", "bmm"})
+_NORMS = frozenset({"linalg_vector_norm", "norm", "dist"})
 _PICKS = frozenset({"select", "slice", "unbind", "split", "index"})
 
 
@@ -75,7 +76,7 @@ class _Looked:
             return self._size not in result.shape and self._has_samples(first)
         if name == "pow" and node.args[1] == 2:  # the square of a norm
             source = first.node
-            return source is not None and name_of(source) == "linalg_vector_norm" and self._has_samples(source.args[0])
+            return source is not None and name_of(source) in _NORMS and self._has_samples(source.args[0])
         to_one = name == "trace" or (name in _PRODUCTS and result.shape.numel() == 1)
         return to_one and self._has_samples(first)
 

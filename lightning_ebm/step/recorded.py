@@ -123,6 +123,9 @@ class Recorded(NamedTuple):
         calls = self.known.calls
         if other is None and calls > 1 and self.known.elements == calls != size:
             other, why = calls, "the module is called as many times, and the loss is a mean over the calls"
+        terms = self.known.elements or size
+        if other is None and size not in self.known.reduced and 1 < terms < size and size % terms == 0:
+            other, why = terms, "the loss is a mean over as many"
         if other is not None and "samples" not in setup.programs.told:
             setup.programs.told.add("samples")
             log.warning(
