@@ -32,7 +32,7 @@ from lightning_ebm.program.layers import Output
 from lightning_ebm.program.programs import Programs
 from lightning_ebm.program.recorder import Recorder, TakesCare
 from lightning_ebm.program.wiring import Plan, named_gradients
-from lightning_ebm.purity import untouched
+from lightning_ebm.purity import build, untouched
 from lightning_ebm.relaxers import Relaxation, Relaxer
 from lightning_ebm.step.closure import Closure, is_number, refuse_backward
 from lightning_ebm.step.divergence import OnDivergence, Policy
@@ -192,6 +192,8 @@ class Learner:
             closure: as for `backward`.
             clamp: as for `backward`.
         """
+        with self._quiet():
+            build(self.module, closure)
         with untouched(self.module), self._quiet(), torch.enable_grad():
             step = self.begin(closure, teaches=False, clamp=clamp)
             with step.first_pass():
@@ -296,6 +298,8 @@ class Learner:
         relaxer: Relaxer | Literal["auto"] | None,
     ) -> Iterator[tuple[Phases, Relaxation, bool]]:
         """Within it a network is at its equilibrium; afterwards the module is as it was."""
+        with self._quiet():
+            build(self.module, closure)
         setup = self._equilibrium_setup(clamp, free, strength != 0, relaxer)
         with torch.inference_mode(False), untouched(self.module), self._quiet(), torch.enable_grad():
             for parameter in self.module.parameters():

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric, MetricCollection
@@ -43,6 +44,22 @@ def untouched(module: nn.Module, tensors: bool = True) -> Iterator[None]:
         stack.callback(PlainState(module).restore)
         stack.enter_context(_aside(metrics, [dict(vars(metric)) for metric in metrics]))
         yield
+
+
+def build(module: nn.Module, run: Callable[[], Any]) -> None:
+    """Runs a pass of a module that its first batch builds, `nn.LazyLinear` and its kin, if it is not built yet.
+
+    It stays built, by the numbers that were drawn first, and nothing else stays of the pass.
+    """
+    held = ((owner, (*owner._parameters.values(), *owner._buffers.values())) for owner in modules_of(module))
+    lazy = [owner for owner, tensors in held if any(tensor is not None and is_lazy(tensor) for tensor in tensors)]
+    if not lazy:
+        return
+    with untouched(module), torch.enable_grad():
+        run()
+    for owner in lazy:
+        if callable(reset := getattr(owner, "reset_running_stats", None)):  # as nn.LazyBatchNorm1d has one
+            reset()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
 from lightning_ebm.program.wiring import named_gradients
-from lightning_ebm.purity import untouched
+from lightning_ebm.purity import build, untouched
 from lightning_ebm.relaxers import Anderson, FixedPoint, GradientDescent, Relaxation, Relaxer
 from lightning_ebm.step.closure import Closure, check_closure, checked_loss
 from lightning_ebm.step.setup import output_for
@@ -42,6 +42,7 @@ def backprop(module: nn.Module, closure: Closure) -> dict[str, Tensor]:
         ConfigurationError: the closure returns no usable loss.
     """
     check_closure(closure)
+    build(module, closure)
     with untouched(module), torch.enable_grad():
         return named_gradients(module, checked_loss(closure(), module), hooked=True)
 

@@ -374,6 +374,32 @@ def test_what_goes_around_the_states_is_said(caplog):
     both(net)
 
 
+class Functions(nn.Module):
+    """Weights in a list, which functions use, and one module that takes a state."""
+
+    def __init__(self, kind):
+        super().__init__()
+        held = [nn.Parameter(0.4 * torch.randn(6, 6)) for _ in range(5)]
+        self.weights = nn.ParameterDict({f"w{k}": w for k, w in enumerate(held)}) if kind == "dict" else None
+        self.weights = nn.ParameterList(held) if self.weights is None else self.weights
+        self.gate = nn.Sequential(nn.Linear(6, 2), nn.ReLU(), nn.Linear(2, 6), nn.Sigmoid()) if kind == "gate" else None
+        self.pooler = nn.Tanh()
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        for w in self.weights.values() if isinstance(self.weights, nn.ParameterDict) else self.weights:
+            x = torch.relu(x @ w)
+        return self.head(self.pooler(x) if self.gate is None else x * self.gate(x))
+
+
+@pytest.mark.parametrize("kind", ["list", "dict", "gate"])
+def test_weights_that_functions_use_are_counted_one_by_one(kind, caplog):
+    torch.manual_seed(0)
+    net = Functions(kind).double()
+    ebm.Learner(net).gradients(lambda: net(X).square().mean())
+    assert ("5 weighted modules" if kind == "gate" else "5 of 6 weighted modules") in caplog.text
+
+
 def test_outputs_in_dataclasses_carry_states():
     @dataclass
     class Output:

@@ -319,3 +319,65 @@ def test_a_backward_pass_that_checks_a_record_leaves_nothing_of_what_it_computes
     assert checkpointed.told == pytest.approx(plain.told)
     if not hooked:
         assert checkpointed.calls == plain.calls
+
+
+class Lazy(nn.Module):
+    """Everything that torch builds by the first batch, and a parameter that the module's own code makes then."""
+
+    def __init__(self):
+        super().__init__()
+        parts = [nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.Tanh(), nn.Dropout(0.3), nn.LazyLinear(6), nn.Tanh()]
+        self.body, self.head = nn.Sequential(*parts), nn.UninitializedParameter()
+
+    def forward(self, x):
+        h = self.body(x)
+        if isinstance(self.head, nn.UninitializedParameter):
+            self.head.materialize((3, h.shape[1]))
+            nn.init.normal_(self.head, std=0.3)
+        return F.linear(h, self.head)
+
+
+ASKED = {
+    "summary": lambda net, loss: ebm.summary(net, torch.ones(5, 4)),
+    "gradients": lambda net, loss: ebm.Learner(net, "equilibrium-propagation").gradients(loss),
+    "gradients of a divergence": lambda net, loss: ebm.Learner(net, "pc-nudge").gradients(loss),
+    "states": lambda net, loss: ebm.Learner(net, "pc-nudge").relax(loss),
+    "reference": lambda net, loss: ebm.reference.backprop(net, loss),
+    "true gradients at the equilibrium": lambda net, loss: ebm.reference.equilibrium(
+        net, loss, "equilibrium-propagation"
+    ),
+    "equilibrium": lambda net, loss: ebm.Equilibrium(net, "equilibrium-propagation")(torch.ones(5, 4)),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("preset", ["equilibrium-propagation", "predictive-coding"])
+def test_a_module_that_its_first_batch_builds_may_be_looked_at_before(asked, preset):
+    """It stays built, by the first numbers drawn, and statistics have seen nothing: training is that of a built one."""
+    torch.manual_seed(0)
+    net = Lazy()
+    x, y = torch.randn(12, 4), torch.arange(12) % 3
+    ASKED[asked](net, lambda: F.cross_entropy(net(x), y))
+    seen = int(asked == "equilibrium")  # whose own pass is a real one
+    assert int(net.body[1].num_batches_tracked) == seen
+    assert bool(net.body[1].running_mean.any()) == seen
+    built = copy.deepcopy(net)
+    updates = []
+    for module in (net, built):
+        torch.manual_seed(1)
+        ebm.Learner(module, preset).backward(lambda module=module: F.cross_entropy(module(x), y))
+        updates.append([p.grad for p in module.parameters()])
+        assert int(module.body[1].num_batches_tracked) == seen + 1
+    assert all(torch.equal(a, b) for a, b in zip(*updates, strict=True))
+
+
+@pytest.mark.parametrize("preset", ["equilibrium-propagation", "contrastive-hebbian", "predictive-coding"])
+def test_a_module_that_its_first_batch_builds_trains_from_its_first_step(preset):
+    torch.manual_seed(0)
+    net = Lazy()
+    learner = ebm.Learner(net, preset)
+    x, y = torch.randn(12, 4), torch.arange(12) % 3
+    for _ in range(3):
+        learner.backward(lambda: F.cross_entropy(net(x), y))
+    assert int(net.body[1].num_batches_tracked) == 3
+    assert all(bool(p.grad.any()) for p in net.parameters() if p.ndim > 1)

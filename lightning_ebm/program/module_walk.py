@@ -22,3 +22,13 @@ def modules_of(root: nn.Module) -> list[nn.Module]:
 def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     """Those that the modules themselves hold; shared ones as often as they are held."""
     return [p for module in modules for p in module._parameters.values() if p is not None]
+
+
+def owners_of(module: nn.Module) -> dict[int, str]:
+    """Of each parameter, by its identity, the name of what holds it directly; those in a list each hold themselves."""
+    found: dict[int, str] = {}
+    for name, owner in module.named_modules():
+        alone = isinstance(owner, nn.ParameterList | nn.ParameterDict)
+        for key, parameter in owner.named_parameters(recurse=False):
+            found[id(parameter)] = f"{name}.{key}" if alone and name else key if alone else name
+    return found

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from lightning_ebm.program.calls import clean
+from lightning_ebm.program.module_walk import owners_of
 from lightning_ebm.program.wiring import Plan
 
 
@@ -21,7 +21,7 @@ def what_goes_around(plan: Plan, module: nn.Module) -> str | None:
 
 def what_is_left_in_one_drive(plan: Plan, module: nn.Module) -> str | None:
     """One line where a stray activation takes the states and most weights stay between two of them."""
-    weighted = {clean(name) for name, m in module.named_modules() if any(True for _ in m.parameters(recurse=False))}
+    weighted = set(owners_of(module).values())
     largest = max(plan.rows, key=lambda row: row.modules_between)
     if largest.activation is None or not 4 <= largest.modules_between > len(weighted) / 2:
         return None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.program.calls import clean, is_activation
 from lightning_ebm.program.locality import Judged, Locality
-from lightning_ebm.program.module_walk import modules_of, parameters_of
+from lightning_ebm.program.module_walk import modules_of, owners_of, parameters_of
 from lightning_ebm.program.operations import is_by_shape
 from lightning_ebm.program.record import Mark, Record, StateKey, Value
 from lightning_ebm.program.user_hooks import without_hooks
@@ -99,7 +99,7 @@ class Wiring:
         self.marks = list(marks)
         self._names = {id(p): clean(name) for name, p in module.named_parameters()}
         self._order = {name: index for index, name in enumerate(self._names.values())}
-        self._owners = {id(p): clean(name) for name, m in module.named_modules() for p in m.parameters(recurse=False)}
+        self._owners = {key: clean(name) for key, name in owners_of(module).items()}
         self._leaves = record.leaves
         self._inputs = record.inputs
         self._held = {id(p) for p in parameters_of(modules_of(module))}

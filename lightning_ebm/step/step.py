@@ -21,7 +21,7 @@ from lightning_ebm.program.interpreter import at_states
 from lightning_ebm.program.programs import Found
 from lightning_ebm.program.recorder import Recorder, TakesCare
 from lightning_ebm.program.wiring import Plan, named_gradients
-from lightning_ebm.purity import untouched, without_iterators
+from lightning_ebm.purity import build, untouched, without_iterators
 from lightning_ebm.questions import Questions
 from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.step.arithmetic import Arithmetic
@@ -136,11 +136,16 @@ class Step:
             again: whether the user's own is still to come.
         """
         recorder, setup = Recorder(undoes=True), self._setup
+
+        def returned_quietly() -> Any:
+            with setup.quiet(), without_iterators(setup.module) if again else nullcontext():
+                return self._closure()
+
+        build(setup.module, returned_quietly)
         try:
-            with untouched(setup.module, tensors=False), setup.quiet(), torch.enable_grad():
-                drawing = without_iterators(setup.module) if again else nullcontext()
-                with setup.programs.recording(recorder), self._arithmetic.derivatives(), drawing:
-                    returned = self._closure()
+            with untouched(setup.module, tensors=False), torch.enable_grad():
+                with setup.programs.recording(recorder), self._arithmetic.derivatives():
+                    returned = returned_quietly()
                 # While its graph can be differentiated: what that saved has not been written to.
                 self._pass.recorded = Recorded.of(find(recorder, returned), recorder, returned, self._arguments)
         finally:
