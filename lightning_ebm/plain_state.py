@@ -11,9 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torchmetrics import Metric, MetricCollection
 
 from lightning_ebm.program.module_walk import modules_of, parameters_of
 
+_OTHERWISE = (Metric, MetricCollection, torch.jit.ScriptModule, LazyModuleMixin)
+"""Modules that are put aside as a whole, that hold no such attributes, or that their first batch is to build."""
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 _LIBRARIES = (
     *("torch", "torchmetrics", "numpy", "wandb", "lightning", "lightning_fabric", "lightning_utilities"),
@@ -75,7 +79,7 @@ class RandomState:
 
 
 class PlainState:
-    """Attributes of the user's own modules, and what they hold, recursively; and which modules hold which.
+    """Attributes of modules, torch's as well, and what they hold, recursively; and which modules hold which.
 
     Covered are lists, dicts, sets and deques (of any subclass), objects of classes that no library here defines, and
     generators (`torch.Generator`, `random.Random`, those of `numpy.random`), and NumPy arrays. Tensors are not copied.
@@ -89,8 +93,7 @@ class PlainState:
         for owner in modules_of(module):
             if isinstance(owner._modules, dict):  # those of scripted modules are none, and cannot change
                 self._undo.append(partial(_refill, owner._modules, dict(owner._modules)))
-            # Modules of torch and torchmetrics keep no state outside of buffers and metrics.
-            if not type(owner).__module__.startswith(("torch.", "torchmetrics.")):
+            if not isinstance(owner, _OTHERWISE):
                 values = {k: v for k, v in vars(owner).items() if k not in _MODULE_INTERNALS}
                 self._undo.append(partial(_reset_attributes, owner, values))
                 for value in values.values():

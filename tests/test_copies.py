@@ -7,6 +7,7 @@ import pickle
 import lightning as L
 import pytest
 import torch
+from lightning_modules import Template
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -170,3 +171,21 @@ def test_a_teacher_kept_as_an_attribute_trains_as_under_stock_lightning():
     assert stock.keys() == ours.keys()
     for name, value in stock.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda learner: pickle.loads(pickle.dumps(learner))])
+@pytest.mark.parametrize("preset", ["predictive-coding", "equilibrium-propagation"])
+def test_a_copy_of_a_strategys_learner_works_without_its_trainer(preset, copied):
+    trainer = L.Trainer(
+        strategy=ebm.EBMStrategy(preset), max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Template(dropout=0.0))
+    learner = trainer.strategy.learner
+    x, y = next(iter(Template().train_dataloader()))
+
+    def update(one):
+        return one.gradients(lambda: nn.functional.cross_entropy(one.module.net(x), y))
+
+    expected, found = update(learner), update(copied(learner))
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())

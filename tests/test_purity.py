@@ -381,3 +381,34 @@ def test_a_module_that_its_first_batch_builds_trains_from_its_first_step(preset)
         learner.backward(lambda: F.cross_entropy(net(x), y))
     assert int(net.body[1].num_batches_tracked) == 3
     assert all(bool(p.grad.any()) for p in net.parameters() if p.ndim > 1)
+
+
+class OnTorchs(nn.Module):
+    """Counters and histories that the user has put on modules of torch's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
+        self.net.calls, self.net[1].history, self.net[1].last = 0, [], torch.zeros(8)
+
+    def forward(self, x):
+        self.net.calls += 1
+        h = self.net[:2](x - 0.01 * self.net.calls)
+        self.net[1].history.append(len(x))
+        self.net[1].last = h.detach().mean(0)
+        return self.net[2:](h)
+
+
+def test_what_the_user_puts_on_modules_of_torch_is_put_back():
+    torch.manual_seed(0)
+    net = OnTorchs()
+    last = net.net[1].last
+    loss = lambda: F.cross_entropy(net(torch.ones(5, 4)), torch.arange(5) % 3)  # noqa: E731
+    for look in (ebm.Learner(net, "pc-nudge").gradients, ebm.Learner(net, "pc-nudge").relax):
+        look(loss)
+        assert (net.net.calls, net.net[1].history) == (0, [])
+        assert net.net[1].last is last
+    learner = ebm.Learner(net, "equilibrium-propagation")  # whose step runs twice
+    for steps in (1, 2, 3):
+        learner.backward(loss)
+        assert (net.net.calls, net.net[1].history) == (steps, [5] * steps)

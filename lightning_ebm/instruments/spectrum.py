@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_ebm.errors import RelaxationDivergedError
 from lightning_ebm.network.network import Network
 from lightning_ebm.network.second_derivatives import twice_differentiable
 from lightning_ebm.relaxers import Relaxation
@@ -89,6 +90,11 @@ def spectrum_of(
     if beside:
         off = torch.diag(torch.stack(beside), 1)
         matrix = matrix + off + off.T
+    if not bool(matrix.isfinite().all()):
+        raise RelaxationDivergedError(
+            "The second derivatives of the energy are not finite: an operation of the step has none where it was"
+            " evaluated, as eigenvalues that coincide, roots and norms of zero have not, so that there is no spectrum."
+        )
     values, vectors = torch.linalg.eigh(matrix)
     return Spectrum(values.detach(), vectors[0].square().detach())
 

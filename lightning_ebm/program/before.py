@@ -48,7 +48,8 @@ class Before:
             tensor.data = memory
         with torch.no_grad():
             for tensor, content in reversed(self._contents):
-                about_to_write(tensor)
-                tensor.copy_(content)
+                if tensor.shape == content.shape:  # else it was made in the pass, and has been given its size there
+                    about_to_write(tensor)
+                    tensor.copy_(content)
         self._contents.clear()
         self._memory.clear()

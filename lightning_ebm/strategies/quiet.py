@@ -19,12 +19,21 @@ _LOGGING = ("log", "log_dict", "print")
 @contextmanager
 def unlogged(module: LightningModule) -> Iterator[None]:
     """`self.log` and its kin, and the loggers themselves, do nothing within."""
-    trainer = module.trainer
+    with _without_loggers(module), shadowed(module, dict.fromkeys(_LOGGING, _nothing)):
+        yield
+
+
+@contextmanager
+def _without_loggers(module: LightningModule) -> Iterator[None]:
+    try:
+        trainer = module.trainer
+    except RuntimeError:  # a copy, or one that was pickled, is attached to none
+        yield
+        return
     loggers = trainer.loggers
     trainer.loggers = [DummyLogger() for _ in loggers]
     try:
-        with shadowed(module, dict.fromkeys(_LOGGING, _nothing)):
-            yield
+        yield
     finally:
         trainer.loggers = loggers
 
