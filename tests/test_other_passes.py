@@ -214,3 +214,94 @@ def test_the_remedy_tends_to_autograd():
         return max(float((a - b).norm() / b.norm()) for a, b in zip(found.values(), wanted, strict=True))
 
     assert 8 < off(1e-3) / off(1e-4) < 12
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -0.5 * gradient
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return (x * 8).round() / 8
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class Sine(torch.autograd.Function):
+    """The slope is its own, as of any activation that is written so to save memory."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0].cos()
+
+
+class Rectified(torch.autograd.Function):
+    """The same, with a kink."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.relu()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (ctx.saved_tensors[0] > 0)
+
+
+def hooked(change):
+    def through(h):
+        h = h * 1.0
+        h.register_hook(change)
+        return h
+
+    return through
+
+
+BETWEEN = {
+    "reversed": (lambda h: Reversed.apply(h), "function Reversed"),
+    "straight through": (lambda h: Rounded.apply(h), "function Rounded"),
+    "scaled by a hook": (hooked(lambda gradient: 0.3 * gradient), "a hook that changes gradients"),
+    "looked at by a hook": (hooked(lambda gradient: None), None),
+    "its own slope": (lambda h: Sine.apply(h), None),
+    "its own slope, with a kink": (lambda h: Rectified.apply(h), None),
+    "of weights alone": (lambda h: h @ Rounded.apply(torch.eye(6, dtype=h.dtype, requires_grad=True)), None),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("between", BETWEEN)
+def test_feedback_that_is_no_slope_is_told_where_states_rest_by_it(between, dtype, caplog):
+    """A domain classifier behind the features; relative to central differences of what is computed."""
+    through, name = BETWEEN[between]
+    torch.manual_seed(0)
+    net, domain = Net().net.to(dtype), nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)).to(dtype)
+    x = X.to(dtype)
+
+    def closure():
+        h = net[:4](x)
+        return F.cross_entropy(net[4](h), Y) + F.cross_entropy(domain(through(h)), (x[:, 0] > 0).long())
+
+    both = nn.ModuleList([net, domain])
+    relaxers = {"equilibrium-propagation": {"relaxer": ebm.FixedPoint(5)}, "zero-divergence": {}}
+    for preset, says in (("equilibrium-propagation", name is not None), ("zero-divergence", False)):
+        caplog.clear()
+        learner = ebm.Learner(both, ebm.algorithm(preset, **relaxers[preset]))
+        for _ in range(2):
+            learner.gradients(closure)
+        told = [r.getMessage() for r in caplog.records if "not the slope of what it computes" in r.getMessage()]
+        assert len(told) == says
+        assert all(name in text for text in told)

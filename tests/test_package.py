@@ -59,7 +59,7 @@ ORDER = [
     {"candidates", "locality"},
     {"comparison", "wiring"},
     {"missing_layers", "nonlocal_weights"},
-    {"check", "code", "layers", "reduction"},
+    {"check", "code", "layers", "own_slopes", "reduction"},
     {"batch_sums"},
     {"programs"},
     # lightning_ebm.network

@@ -4,10 +4,12 @@ import logging
 
 from torch import Tensor
 
+from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.nudges.base import without_draw
 from lightning_ebm.program.batch_sums import sums_over_batch
 from lightning_ebm.program.calls import clean
+from lightning_ebm.program.own_slopes import not_a_slope
 from lightning_ebm.program.wiring import reached_parameters
 from lightning_ebm.step.recorded import Recorded
 from lightning_ebm.step.setup import Setup
@@ -36,6 +38,7 @@ def check_coverage(setup: Setup, recorded: Recorded, update: Tensor, batch_size:
             batch_size,
         )
     _say_how_weak(setup, recorded, batch_size)
+    _say_what_has_no_slope(setup, recorded)
     live = {clean(name) for name, p in setup.module.named_parameters() if p.requires_grad}  # also after the pass
     missing = (known.plan.reached & live) - reached_parameters(setup.module, update)
     if missing:
@@ -46,6 +49,21 @@ def check_coverage(setup: Setup, recorded: Recorded, update: Tensor, batch_size:
             " layers=[...], or set requires_grad=False on what is meant to stay."
         )
     known.covered = True
+
+
+def _say_what_has_no_slope(setup: Setup, recorded: Recorded) -> None:
+    """Once: where states rest by feedback, gradients that are no slopes send them where no energy has a minimum."""
+    if is_divergence(setup.algorithm.energy) or "slope" in setup.programs.told:
+        return
+    if (what := not_a_slope(recorded.program)) is not None:
+        setup.programs.told.add("slope")
+        log.warning(
+            "Between layers stands %s, which is not the slope of what it computes. States settle where the forces that"
+            " it gives vanish, which is no minimum of %r, and the update is a gradient of nothing. Take a rule that"
+            ' only sends errors back through it, such as "zero-divergence" or "pc-nudge". (Said once.)',
+            what,
+            setup.algorithm.energy,
+        )
 
 
 def _say_how_weak(setup: Setup, recorded: Recorded, batch_size: int) -> None:
