@@ -1,5 +1,6 @@
 """The engine: from a closure that returns a loss to local updates in `.grad`."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -329,10 +330,20 @@ class Learner:
     def step(self, closure: Closure, optimizer: torch.optim.Optimizer) -> Tensor:
         """One whole training step: zeroes the gradients, updates the parameters; returns the loss of the forward pass.
 
-        For an incremental algorithm the optimizer steps once for each step of the relaxer; for all others once.
+        For an incremental algorithm the optimizer steps once for each step of the relaxer; for all others once. Within
+        a step of `torch.optim.LBFGS` the closure is called, and relaxes, several times.
         """
         if isinstance(optimizer, type) or not hasattr(optimizer, "zero_grad"):  # what wraps one may not be an Optimizer
             checked.instance("", "optimizer", optimizer, torch.optim.Optimizer, _OPTIMIZER)
+        if _asks_for_closures(optimizer) and not self.algorithm.rule.incremental:
+
+            def again() -> Tensor:
+                optimizer.zero_grad()
+                return self.backward(closure)
+
+            take: Any = optimizer.step  # which torch declares for closures that return floats
+            found: Tensor = take(again)
+            return found
         optimizer.zero_grad()
         if not self.algorithm.rule.incremental:
             loss, surrogate, step = self._surrogate(closure)
@@ -443,3 +454,9 @@ class Learner:
 
 
 _OPTIMIZER = "an optimizer, such as torch.optim.Adam(net.parameters(), lr=1e-3)"
+
+
+def _asks_for_closures(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its `step` cannot do without, as that of LBFGS."""
+    wanted = inspect.signature(optimizer.step).parameters.get("closure")
+    return wanted is not None and wanted.default is wanted.empty

@@ -147,7 +147,13 @@ def summary(module: nn.Module, *example_inputs: Any, layers: Layers = None, outp
                 " fit starts."
             ) from error
         parts = [output.sum() for output in outputs if output.requires_grad]
-        return torch.stack(parts).sum() if parts else torch.zeros(())
+        if parts or not any(p.requires_grad for p in module.parameters()):
+            return torch.stack(parts).sum() if parts else torch.zeros(())
+        raise ConfigurationError(
+            f"{type(module).__name__} returned nothing that can be differentiated: the table follows what it returns"
+            " back to its inputs. Return a tensor, or a tuple, mapping or dataclass of them; None, other objects and"
+            " integers, as argmax gives, tell nothing."
+        )
 
     learner = Learner(module, layers=layers, output=output)
     return of_plan(module, learner.begin(pretended_loss).examine())

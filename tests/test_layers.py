@@ -422,6 +422,8 @@ def test_outputs_in_dataclasses_carry_states():
     assert learner.report["layers"] == ["encoder"]
     exact(net, closure, layers=["encoder"])
     nudged(net, closure, layers=["encoder"])
+    found = ebm.summary(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), Encoder()).double(), X)  # which returns one
+    assert [layer.name for layer in found.layers] == ["1"]
 
 
 def test_a_time_major_batch_or_a_loose_tensor_is_not_the_batch_size():

@@ -38,6 +38,15 @@ def step(loss: Callable[[nn.Module], Any], algorithm: Any = "predictive-coding",
     ebm.Learner(module, algorithm, **options).backward(lambda: loss(module))
 
 
+class Deciding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x).argmax(1)
+
+
 def nested() -> nn.Sequential:
     return nn.Sequential(net(8))  # its modules are 0, and 0.0 to 0.2
 
@@ -184,6 +193,10 @@ MISTAKES = [
     Mistake(
         "no target that counts", lambda: step(lambda m: F.cross_entropy(m(X), Y * 0 - 100)), "a mean over nothing",
         "ignore_index",
+    ),
+    Mistake(
+        "a table of what returns classes", lambda: ebm.summary(Deciding(), X), "nothing that can be differentiated",
+        "argmax",
     ),
     Mistake(
         "everything is frozen", lambda: step(usual, module=net(8).requires_grad_(False)), "all are frozen",

@@ -305,3 +305,25 @@ def test_feedback_that_is_no_slope_is_told_where_states_rest_by_it(between, dtyp
         told = [r.getMessage() for r in caplog.records if "not the slope of what it computes" in r.getMessage()]
         assert len(told) == says
         assert all(name in text for text in told)
+
+
+def test_a_step_of_an_optimizer_that_calls_its_closure_relaxes_at_every_call():
+    """As plain LBFGS, which evaluates the loss up to four times a step."""
+    stock, net = Net().net, Net().net
+    plain, ours = (torch.optim.LBFGS(one.parameters(), lr=0.3, max_iter=4) for one in (stock, net))
+    learner, calls = ebm.Learner(net, EXACT), []
+
+    def by_autograd():
+        plain.zero_grad()
+        loss = F.cross_entropy(stock(X), Y)
+        loss.backward()
+        return loss
+
+    def closure():
+        calls.append(1)
+        return F.cross_entropy(net(X), Y)
+
+    for _ in range(3):
+        torch.testing.assert_close(learner.step(closure, ours), plain.step(by_autograd).detach())
+    assert len(calls) > 6
+    assert farthest(stock, net) < 1e-12

@@ -1,5 +1,6 @@
 """The tensors in what functions are given and return."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,8 +9,14 @@ from torch.utils._pytree import tree_leaves
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """All tensors in lists, tuples, mappings and what else torch takes for a tree."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """All tensors in lists, tuples, mappings, what else torch takes for a tree, and dataclasses."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found += tensors_in([getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)])
+    return found
 
 
 def listed(given: Any) -> Sequence[Any]:
