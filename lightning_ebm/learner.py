@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.energies.base import reads_drive
-from lightning_ebm.errors import RelaxationDivergedError
+from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.instruments.relaxed import (
     Relaxed,
     for_equilibrium,
@@ -32,6 +32,7 @@ from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
 from lightning_ebm.program.programs import Programs
 from lightning_ebm.program.recorder import Recorder, TakesCare
+from lightning_ebm.program.seams import seams
 from lightning_ebm.program.wiring import Plan, named_gradients
 from lightning_ebm.purity import build, untouched
 from lightning_ebm.relaxers import Relaxation, Relaxer
@@ -161,6 +162,13 @@ class Learner:
     ) -> tuple[Tensor, Tensor | None, Step]:
         """The loss, a scalar whose gradient is the update, or None for a batch that is skipped, and the step."""
         fallback = self.policy.fallback
+        if seams.recorder is not None:
+            raise ConfigurationError(
+                "This learner was asked for an update while another learner's closure, or a training step under an"
+                " EBMStrategy, is recorded: the one would be a part of the other. Call learners one after the other;"
+                " under an EBMStrategy call self.manual_backward(loss), or train by learners of your own under a"
+                ' Trainer(strategy="auto") with automatic_optimization = False.'
+            )
         if clamp and fallback is not None:
             refuse_for_update(fallback)
         step, loss = self.begin(closure, clamp=clamp), torch.full((), math.nan)

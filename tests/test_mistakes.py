@@ -47,6 +47,19 @@ class Deciding(nn.Module):
         return self.net(x).argmax(1)
 
 
+def strategy_and_learner() -> None:
+    class Both(Template):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.learner = ebm.Learner(self.net)
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.learner.step(lambda: F.cross_entropy(self.net(batch[0]), batch[1]), self.optimizers())
+
+    L.Trainer(strategy=ebm.EBMStrategy(), **QUIET).fit(Both())
+
+
 def nested() -> nn.Sequential:
     return nn.Sequential(net(8))  # its modules are 0, and 0.0 to 0.2
 
@@ -212,6 +225,7 @@ MISTAKES = [
         "a learner within the closure of another", lambda: step(lambda m: (step(usual), usual(m))[1]),
         "another learner's", "one after the other",
     ),
+    Mistake("a learner within a strategy's step", strategy_and_learner, "is recorded", "self.manual_backward(loss)"),
     Mistake(
         "draws of Dirichlet with a slope",
         lambda: step(lambda m: torch.distributions.Dirichlet(m(X).exp()).rsample().square().mean()), "_Dirichlet",

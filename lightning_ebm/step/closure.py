@@ -82,7 +82,6 @@ def refuse_backward(loss: Tensor, options: dict[str, Any]) -> bool:
     if options.get("inputs") is not None:
         return False
     raise ConfigurationError(
-        "The closure calls backward() itself, or another learner's: that adds a gradient of plain backpropagation to"
-        " the update, or one that is recorded as a part of this pass. Use torch.autograd.grad for gradients inside the"
-        " closure, and call learner.backward once for each loss, one after the other."
+        "The closure calls backward() itself: that adds a gradient of plain backpropagation to the update. Use"
+        " torch.autograd.grad for gradients inside the closure, and call learner.backward once for each loss."
     )
