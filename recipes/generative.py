@@ -68,9 +68,12 @@ class Generator:
         pixels: lambda, the precision of pixels.
         free_latent: whether the state at the input moves while whole images are learned.
         nudge: lambda of what is learned by contrast, weak beside the precision of what it pulls at.
+        steps: of each phase of that after the free one, which takes twice as many.
     """
 
-    def __init__(self, mean: Tensor, pixels: float, free_latent: bool = True, nudge: float = 0.3) -> None:
+    def __init__(
+        self, mean: Tensor, pixels: float, free_latent: bool = True, nudge: float = 0.3, steps: int = 8
+    ) -> None:
         self.net = nn.Sequential(
             nn.Identity(),
             nn.Linear(10, 256),
@@ -94,8 +97,8 @@ class Generator:
         contrast = ebm.Algorithm(
             ebm.PredictiveCoding({"6": pixels}),
             ebm.Centered(nudge),
-            ebm.QuasiNewton(8, 5, tol=1e-3, coordinates="states"),
-            free_relaxer=ebm.QuasiNewton(16, 5, tol=1e-3),
+            ebm.QuasiNewton(steps, 5, tol=1e-3, coordinates="states"),
+            free_relaxer=ebm.QuasiNewton(2 * steps, 5, tol=1e-3),
         )
         self.contrast = ebm.Learner(self.net, contrast, layers=["0", *HIDDEN, "6"], output="state")
 
@@ -142,13 +145,14 @@ class Generator:
         self.contrast.backward(loss, clamp={"6": image})
 
     def trained(
-        self, weights: Path, learn: Callable[[Tensor, Tensor], None], pairs: Iterable[Pair], updates: int, lr: float
-    ) -> "Generator":
+        self, weights: Path, learn: Callable[[Tensor, Tensor], None], pairs: Iterable[Pair], updates: int, lr: float,
+        decay: float = 0.3,
+    ) -> "Generator":  # fmt: skip
         """Trained on latents and images by Adam, with one cycle of its learning rate, unless the weights are there."""
         if weights.exists():
             self.net.load_state_dict(torch.load(weights))
             return self
-        adam = torch.optim.AdamW(self.net.parameters(), lr, weight_decay=0.3)
+        adam = torch.optim.AdamW(self.net.parameters(), lr, weight_decay=decay)
         schedule = torch.optim.lr_scheduler.OneCycleLR(adam, lr, updates)
         for latent, image in pairs:
             adam.zero_grad()
@@ -161,19 +165,21 @@ class Generator:
 
 def fill(images: Images, out: Path, updates: int) -> dict[str, float]:
     """Mean squared errors of the lower half, by both ways to learn and by the mean image."""
-    mean, image = images.train.mean(0), images.test[:1000]
-    latent = torch.zeros(len(image), 10)
+    mean, image = images.train.mean(0), images.test
+    latent = torch.zeros(1000, 10)
     blank = float((image - mean)[:, ~UPPER].square().mean())
     result = {"mean image": blank}
     rows = {"image": image, "upper half": torch.where(UPPER, image, 0.5)}
-    for name, steps in (("whole images", updates // 3), ("completion", updates)):
-        generator = Generator(mean, 30.0, nudge=3.0)
+    for name, steps in (("whole images", max(3, updates // 10)), ("completion", updates)):
+        generator = Generator(mean, 30.0, nudge=3.0, steps=16)
         learn = generator.learn_to_complete if name == "completion" else generator.learn_whole
         pairs = ((torch.zeros(len(batch), 10), images.train[batch]) for batch in images.batches(steps))
-        generator.trained(out / f"{name.replace(' ', '-')}.pt", learn, pairs, steps, 1e-3)
-        found = generator.image(generator.inferred(latent, image))
+        rate, decay = (2e-3, 1.0) if name == "completion" else (1e-3, 0.3)
+        generator.trained(out / f"{name.replace(' ', '-')}.pt", learn, pairs, steps, rate, decay)
+        parts = image.split(len(latent))
+        found = torch.cat([generator.image(generator.inferred(latent[: len(part)], part)) for part in parts])
         result[f"{name}: image explained by its states"] = float((found - image).square().mean())
-        filled = generator.image(generator.inferred(latent, image, UPPER))
+        filled = torch.cat([generator.image(generator.inferred(latent[: len(part)], part, UPPER)) for part in parts])
         result[f"{name}: lower half"] = error = float((filled - image)[:, ~UPPER].square().mean())
         result[f"{name}: share of the mean image's error"] = error / blank
         rows[name] = torch.where(UPPER, image, filled)
@@ -247,7 +253,7 @@ def picture(path: Path, rows: dict[str, Tensor]) -> None:
     plt.close(figure)
 
 
-PARTS = {"fill": (fill, 1500), "recall": (recall, 1200), "labels": (labels, 1000)}
+PARTS = {"fill": (fill, 5000), "recall": (recall, 1200), "labels": (labels, 1000)}
 """Each part, and how many updates of the weights its longest training takes."""
 
 

@@ -1010,6 +1010,34 @@ MUTATIONS = [
         "if value is None and not self._same(arg, known):",
         "following programs",
     ),
+    Mutation(
+        "functions whose slope is another pass for slopes",
+        "program/own_slopes.py",
+        "return bool(abs(seen - told) <= _FAR * max(abs(seen), abs(told)))",
+        "return True",
+        "other_passes",
+    ),
+    Mutation(
+        "memory that others write to is read once",
+        "program/contents.py",
+        "return not memory.resizable() or memory.data_ptr() in self._shared",
+        "return not memory.resizable()",
+        "unseen_memory",
+    ),
+    Mutation(
+        "empty memory is an operation",
+        "program/operations.py",
+        "unfilled = name in _UNFILLED",
+        "unfilled = False",
+        "unseen_memory",
+    ),
+    Mutation(
+        "steps that are only looked at count as taken",
+        "step/step.py",
+        "setup if teaches else replace(setup, unsettled=setup.unsettled.apart)",
+        "setup",
+        "observers unsettled",
+    ),
 ]
 
 
