@@ -914,3 +914,16 @@ def test_an_output_that_no_module_returns_is_refused_as_a_state(algorithm, outpu
     with pytest.raises(ebm.LayerDiscoveryError, match="Call a module there"):
         states(how)
     assert states("calls") == ["body.1", "body.3", "body.4"]
+
+
+def test_a_list_may_ask_for_names_and_types_at_once():
+    net = nn.Sequential(
+        nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)
+    )
+    x, y = torch.randn(5, 3), torch.randint(0, 2, (5,))
+    both, by_name = (ebm.Learner(net, "zero-divergence", layers=layers) for layers in (["1", nn.ReLU], ["1", "3"]))
+    for learner in (both, by_name):
+        learner.gradients(lambda: nn.functional.cross_entropy(net(x), y))
+    assert list(both.plan.states) == list(by_name.plan.states)
+    with pytest.raises(ebm.ConfigurationError, match="a list of names of modules"):
+        ebm.Learner(net, layers=["1", 3])

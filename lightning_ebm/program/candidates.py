@@ -1,7 +1,7 @@
 """Which modules may carry states: those that were asked for, or sets of them that are commonly chosen."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -26,6 +26,33 @@ MAXIMUM_POOLING: tuple[type[nn.Module], ...] = (
 )  # fmt: skip
 
 
+class Asked(NamedTuple):
+    """What `layers=` asks for: modules by name, by type, or by a predicate; of a list with several of these, all."""
+
+    names: tuple[str, ...] = ()
+    kinds: tuple[type, ...] = ()
+    matches: Callable[[nn.Module], bool] | None = None
+
+
+def asked_for(layers: Any) -> Asked:
+    """Reads `layers=`.
+
+    Raises:
+        ConfigurationError: it is no list of names, type, tuple of types, or predicate.
+    """
+    if isinstance(layers, str):
+        raise ConfigurationError(f"layers={layers!r}: expected a list of names; write layers=[{layers!r}].")
+    if callable(layers) and not isinstance(layers, type):
+        return Asked(matches=layers)
+    parts = layers if isinstance(layers, list | tuple | set | frozenset) else (layers,)
+    names = tuple(str(part) for part in parts if isinstance(part, str))
+    kinds = tuple(part for part in parts if isinstance(part, type))
+    if len(names) + len(kinds) < len(parts):
+        wanted = "a list of names of modules, a type of modules or a tuple of them, a function of a module, or None"
+        checked.refuse("", "layers", layers, wanted)
+    return Asked(names, kinds)
+
+
 def chosen_by(module: nn.Module, layers: ChosenLayers) -> dict[nn.Module, str]:
     """The modules that `layers=` asks for, and their names.
 
@@ -33,25 +60,17 @@ def chosen_by(module: nn.Module, layers: ChosenLayers) -> dict[nn.Module, str]:
         ConfigurationError: it names nothing.
     """
     named = {clean(name): m for name, m in module.named_modules() if name}
-    if isinstance(layers, str):
-        raise ConfigurationError(f"layers={layers!r}: expected a list of names; write layers=[{layers!r}].")
-    chosen: dict[nn.Module, str]
-    if isinstance(layers, tuple) and all(isinstance(name, str) for name in layers):
-        layers = [str(name) for name in layers]
-    if isinstance(layers, type | tuple):
-        kinds: Any = layers
-        chosen = {m: name for name, m in named.items() if isinstance(m, kinds)}
-    elif callable(layers):
-        chosen = {m: name for name, m in named.items() if layers(m)}
-    else:
-        unknown = [name for name in layers if name not in named]
-        if unknown:
-            close = checked.nearest(unknown[0], named) or list(named)[:5]
-            raise ConfigurationError(
-                f"layers={list(layers)!r}: {type(module).__name__} has no module {unknown[0]!r}. Nearest: {close}."
-            )
-        return {named[name]: name for name in layers}
-    if not chosen:
+    asked = asked_for(layers)
+    if unknown := [name for name in asked.names if name not in named]:
+        close = checked.nearest(unknown[0], named) or list(named)[:5]
+        raise ConfigurationError(
+            f"layers={list(asked.names)!r}: {type(module).__name__} has no module {unknown[0]!r}. Nearest: {close}."
+        )
+    chosen = {named[name]: name for name in asked.names}
+    for name, m in named.items():
+        if isinstance(m, asked.kinds) or (asked.matches is not None and asked.matches(m)):
+            chosen[m] = name
+    if not chosen and (asked.kinds or asked.matches):
         raise ConfigurationError(
             f"layers={layers!r} matches none of the {len(named)} modules of {type(module).__name__}."
             f" It has: {sorted({type(m).__name__ for m in named.values()})}."

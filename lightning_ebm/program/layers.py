@@ -12,10 +12,9 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from lightning_ebm import checked
 from lightning_ebm.errors import LayerDiscoveryError
 from lightning_ebm.program.calls import clean
-from lightning_ebm.program.candidates import ACTIVATIONS, MAXIMUM_POOLING, Layers, chosen_by, found_in
+from lightning_ebm.program.candidates import ACTIVATIONS, MAXIMUM_POOLING, Layers, asked_for, chosen_by, found_in
 from lightning_ebm.program.locality import Judged, Locality, Products, self_gates
 from lightning_ebm.program.missing_layers import absent_from, is_read, refuse_all, refuse_output, shown, skipped_in
 from lightning_ebm.program.module_walk import modules_of, parameters_of
@@ -68,12 +67,8 @@ def check_layers(layers: Any) -> None:
     Raises:
         ConfigurationError: it is no list of names, type, tuple of types, or predicate.
     """
-    if layers is None or callable(layers):
-        return
-    inside, kinds = (layers, (str, type)) if isinstance(layers, list | tuple | set | frozenset) else ((layers,), str)
-    if not all(isinstance(part, kinds) for part in inside):
-        wanted = "a list of names of modules, a type of modules or a tuple of them, a function of a module, or None"
-        checked.refuse("", "layers", layers, wanted)
+    if layers is not None:
+        asked_for(layers)
 
 
 class LayerFinder:
@@ -305,8 +300,7 @@ class LayerFinder:
 
     def _named(self, wiring: Wiring) -> set[StateKey]:
         """Inputs that were named, which nothing predicts but what is given, and outputs that are to be held."""
-        listed = self._layers if isinstance(self._layers, list | tuple) else ()
-        names = {name for name in listed if isinstance(name, str)}
+        names = () if self._layers is None else asked_for(self._layers).names
         inputs = {key for key in wiring.inputs() if key.name in names or str(key) in self._also}
         ends = wiring.ends() | {head.key for head in wiring.heads()}
         return inputs | {key for key in ends if str(key) in self._also}

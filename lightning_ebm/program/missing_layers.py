@@ -1,14 +1,14 @@
 """Layers that were asked for, or looked for, and that a pass does not have: which, why, and what to do."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import nn
 
 from lightning_ebm.errors import LayerDiscoveryError, UnsupportedModuleError
 from lightning_ebm.program.calls import clean
-from lightning_ebm.program.candidates import WEIGHTED, Layers
+from lightning_ebm.program.candidates import WEIGHTED, Asked, Layers, asked_for
 from lightning_ebm.program.module_walk import modules_of, parameters_of
 from lightning_ebm.program.record import Record
 from lightning_ebm.program.wiring import Plan
@@ -119,13 +119,11 @@ def absent_from(
     candidates: Mapping[nn.Module, str], layers: Layers, plan: Plan, why_not: Mapping[str, str]
 ) -> dict[str, str]:
     """Names that were asked for and carry no state; of types, one module of each of which none does. And why."""
-    kinds: tuple[Any, ...] = layers if isinstance(layers, tuple) else (layers,)
-    if isinstance(layers, list) or all(isinstance(kind, str) for kind in kinds):
-        groups = [[name] for name in candidates.values()]
-    elif all(isinstance(kind, type) for kind in kinds):
-        groups = [[name for m, name in candidates.items() if isinstance(m, kind)] for kind in kinds]
-    else:  # found, or by a predicate, which asks for none in particular
+    if layers is None:  # found, and none in particular asked for
         return {}
+    asked = asked_for(layers)
+    groups = [[name] for name in candidates.values() if name in asked.names]
+    groups += [[name for m, name in candidates.items() if isinstance(m, kind)] for kind in asked.kinds]
     carrying = {key.name for key in plan.states}
     return {
         group[0]: why_not.get(group[0], "it is no layer of this pass")
@@ -136,6 +134,5 @@ def absent_from(
 
 def shown(layers: Layers) -> str:
     """What was asked for, as the user wrote it."""
-    kinds = layers if isinstance(layers, tuple) else (layers,)
-    names = [kind.__name__ for kind in kinds if isinstance(kind, type)]
-    return ", ".join(names) if len(names) == len(kinds) else repr(layers)
+    asked = Asked() if layers is None else asked_for(layers)
+    return repr(layers) if asked.names or not asked.kinds else ", ".join(kind.__name__ for kind in asked.kinds)
