@@ -189,7 +189,7 @@ def loaded(data: ArrayData) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def picture(runs: dict[str, dict[str, float]], path: Path) -> None:
     """Accuracy and cosine against depth, each row at the rate that was best at the base depth."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4))
     for name in METHODS:
         points = sorted(
             {
@@ -212,7 +212,7 @@ def picture(runs: dict[str, dict[str, float]], path: Path) -> None:
         axis.set_xlabel("layers")
         axis.set_ylabel(what)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(fontsize=7, frameon=False)
+    axes[1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
