@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from lightning_ebm.nudges import Phase
 from lightning_ebm.updates.base import End, Term, Update
-from lightning_ebm.updates.displacement import displacements
+from lightning_ebm.updates.displacement import displacements, terms_along
 from lightning_ebm.updates.linear_response import forces_with_graph, linear_response
 
 if TYPE_CHECKING:
@@ -31,10 +31,4 @@ class CrossDerivative(Update):
         return [End(Phase(1.0, 1.0), network.at_rest(moved))]
 
     def read(self, network: "Network", ends: Sequence[End]) -> Sequence[Term]:
-        terms: list[Term] = []
-        for end in ends:
-            seen, moved = network.at(end.found), end.found.local_error
-            assert moved is not None
-            terms += network.loss_terms(seen, 1.0)
-            terms += map(Term, forces_with_graph(network, seen), moved)
-        return terms
+        return terms_along(network, ends, forces_with_graph)

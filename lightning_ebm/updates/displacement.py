@@ -1,6 +1,6 @@
 """What each layer's own energy says of its parameters, along the way that states are displaced."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from lightning_ebm.network.network import Network
     from lightning_ebm.program.interpreter import Pass
     from lightning_ebm.relaxers import Relaxer
+
+    Forces = Callable[[Network, Pass], list[Tensor]]
 
 
 class Displacement(Update):
@@ -39,13 +41,7 @@ class Displacement(Update):
         return [End(Phase(1.0, 1.0), network.at_rest(displacements(network, ends)))]
 
     def read(self, network: "Network", ends: Sequence[End]) -> Sequence[Term]:
-        terms: list[Term] = []
-        for end in ends:
-            seen, moved = network.at(end.found), end.found.local_error
-            assert moved is not None
-            terms += network.loss_terms(seen, 1.0)
-            terms += map(Term, _own_forces(network, seen), moved)
-        return terms
+        return terms_along(network, ends, _own_forces)
 
 
 def displacements(network: "Network", ends: Sequence[End]) -> list[Tensor]:
@@ -57,6 +53,17 @@ def displacements(network: "Network", ends: Sequence[End]) -> list[Tensor]:
             states = zip(moved, network.held(end.found).point, start, strict=True)
             moved = [m + _real(end.weight * (x - x0)) for m, x, x0 in states]
     return moved
+
+
+def terms_along(network: "Network", ends: Sequence[End], forces: "Forces") -> list[Term]:
+    """`dL/dtheta + d/dtheta <forces, dx>` where dx is left at the layers."""
+    terms: list[Term] = []
+    for end in ends:
+        seen, moved = network.at(end.found), end.found.local_error
+        assert moved is not None
+        terms += network.loss_terms(seen, 1.0)
+        terms += map(Term, forces(network, seen), moved)
+    return terms
 
 
 def _own_forces(network: "Network", seen: "Pass") -> list[Tensor]:
