@@ -1,9 +1,12 @@
 """Operations that code is made of others for, against torch's own."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_ebm as ebm
 from lightning_ebm.program.decompositions import DECOMPOSITIONS, mean_pool, mean_pool_slope
@@ -44,6 +47,18 @@ def test_others_are_left_to_torch(x, options):
     assert mean_pool(x, *options) is None
 
 
+class Counting(TorchDispatchMode):
+    """Operations, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
 class Around(nn.Module):
     """Mean pooling of every kind between two convolutions."""
 
@@ -72,6 +87,22 @@ def test_code_gives_the_update_of_the_plain_way(pool, algorithm):
     assert found[0].keys() == found[1].keys()
     for name, plain in found[0].items():
         torch.testing.assert_close(found[1][name], plain, rtol=1e-9, atol=1e-11)
+
+
+def test_what_the_users_own_pass_has_pooled_is_recalled_and_nothing_behind_it_computed_again():
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 1, 6, 9), torch.randint(0, 4, (5,))
+    counts = []
+    for pool in (nn.AvgPool2d(3), nn.MaxPool2d(3)):
+        net = Around(pool)
+        net(x)
+        learner = ebm.Learner(net, "zero-divergence")
+        for _ in range(3):
+            learner.backward(lambda net=net: F.cross_entropy(net(x), y))
+        with Counting() as counting:
+            learner.backward(lambda net=net: F.cross_entropy(net(x), y))
+        counts.append(counting.found["aten.convolution.default"])
+    assert counts == [2, 2]
 
 
 def test_a_trace_has_the_others_in_their_place_below_autograd():

@@ -199,8 +199,9 @@ class TracedProgram:
                 if value is not None:
                     found[fx_node] = value
                 continue
-            named = (of(tuple(fx_node.kwargs.items())),) if fx_node.kwargs else ()
-            node = self._made.get(key_of(fx_node.target, of(fx_node.args) + named))
+            func, args, kwargs = fx_node.meta.get("in_place_of", (fx_node.target, fx_node.args, fx_node.kwargs))
+            named = (of(tuple(kwargs.items())),) if kwargs else ()
+            node = self._made.get(key_of(func, of(args) + named))
             if node is None or node.written:
                 continue
             if "several" in fx_node.meta:

@@ -78,6 +78,7 @@ class Tracer(DispatchMode):
             with self:
                 made = other(*args, **kwargs)
             if made is not None:
+                self.node(made).meta["in_place_of"] = func, self._seen(args), kwargs
                 return made
         kind = traits(func)
         written = func
