@@ -1038,6 +1038,13 @@ MUTATIONS = [
         "setup",
         "observers unsettled",
     ),
+    Mutation(
+        "what was pooled is computed again",
+        "program/tracer.py",
+        'self.node(made).meta["in_place_of"]',
+        'self.node(made).meta["elsewhere"]',
+        "decompositions",
+    ),
 ]
 
 
