@@ -985,8 +985,8 @@ MUTATIONS = [
     Mutation(
         "drives that are not linear are transposed all the same",
         "relaxers/feedback.py",
-        "if float(off.norm()) > 1e3 * landscape.rounding * float(size.norm()):",
-        "if float(off.norm()) > 1e30 * float(size.norm()):",
+        "if share > 1e3 * landscape.rounding:",
+        "if share > 1e30:",
         "asymmetric",
     ),
     Mutation(

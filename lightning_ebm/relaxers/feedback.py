@@ -129,8 +129,9 @@ class Feedback(Wrapper):
         point = [*landscape.feasible(list(rest)), *operators]
         found: list[Tensor] = landscape.unwatched.evaluate(PullsToRest(len(operators)), point, 0.0)
         pulls, bent, sizes = (found[k : k + len(rest)] for k in range(0, 3 * len(rest), len(rest)))
-        for name, off, size in zip(landscape.names, bent, sizes, strict=True):
-            if float(off.norm()) > 1e3 * landscape.rounding * float(size.norm()):
+        off = [a.norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny) for a, b in zip(bent, sizes, strict=True)]
+        for name, share in zip(landscape.names, landscape.questions.ask(torch.stack(off)), strict=True):
+            if share > 1e3 * landscape.rounding:
                 raise UnsupportedModuleError(
                     f"Feedback(corrected=True): what drives {name!r} is not linear in the states below it (maximum"
                     " pooling, an activation that carries no state), so that the Jacobian of its forces cannot be"
