@@ -15,14 +15,18 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from networks import NETS, mlp
+from peak import allocated_at_peak
+from torch import nn
+
+import lightning_ebm as ebm  # of the tree that a worker is told, by PYTHONPATH
+
 TREE = Path(__file__).parents[1]
-ROWS = (
-    "backprop", "zero-divergence", "pc-nudge", "predictive-coding", "error-pc", "PC, 20 Euler steps",
-    "EP, 20 + 10 + 10 sweeps", "dual-propagation",
-)  # fmt: skip
 NETWORKS = (
     "784-256x3-10, batch 64",
     "784-512x4-10, batch 256",
@@ -31,6 +35,10 @@ NETWORKS = (
 )
 BOUNDED = "EP, 20 + 10 + 10 sweeps"
 """Runs on chains alone, with clipped activations."""
+EULER = "PC, 20 Euler steps"
+ROWS = (
+    "backprop", "zero-divergence", "pc-nudge", "predictive-coding", "error-pc", EULER, BOUNDED, "dual-propagation",
+)  # fmt: skip
 WARM = 6
 
 
@@ -66,12 +74,6 @@ class Here:
 
     def begin(self, network: str, row: str) -> float:
         """Makes a network and its learner; milliseconds of the first step."""
-        import torch
-        from networks import NETS, mlp
-        from torch import nn
-
-        import lightning_ebm as ebm
-
         torch.set_num_threads(1)
         torch.manual_seed(0)
         shape = NETS[network]
@@ -83,9 +85,7 @@ class Here:
         x, y = shape.batch()
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-4)
         algorithms: dict[str, Any] = {
-            "PC, 20 Euler steps": lambda: ebm.algorithm(
-                "predictive-coding", relaxer=ebm.GradientDescent(lr=shape.lr, max_steps=20)
-            ),
+            EULER: lambda: ebm.algorithm("predictive-coding", relaxer=ebm.GradientDescent(lr=shape.lr, max_steps=20)),
             BOUNDED: lambda: ebm.algorithm(
                 "equilibrium-propagation", free_relaxer=ebm.FixedPoint(20), relaxer=ebm.FixedPoint(10)
             ),
@@ -105,23 +105,13 @@ class Here:
 
     def step(self) -> float:
         """CPU milliseconds of a step."""
-        import time
-
         start = time.process_time()
         self._step()
         return 1e3 * (time.process_time() - start)
 
     def peak(self) -> float:
         """MiB that are allocated at the peak of a step."""
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            self._step()
-        assert profiled.profiler is not None
-        events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-        held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-        most: int = max(held)
-        return most / 2**20
+        return allocated_at_peak(self._step)
 
 
 def work() -> None:

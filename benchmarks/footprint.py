@@ -1,6 +1,5 @@
 """What training steps add to a process at their peak; each measured in a process of its own."""
 
-import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +8,8 @@ import torch
 from contenders import euler
 from networks import chain
 from page import Lines, Settings, line, table
+from peak import allocated_at_peak
 from timing import Contest
-from torch.profiler import ProfilerActivity, profile
 
 import lightning_ebm as ebm
 
@@ -66,12 +65,7 @@ def growth(name: str) -> tuple[float, float, float]:
     for _ in range(3):
         contest.steps[name]()
     grown = (_status("VmHWM") - before) / 1024
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        contest.steps[name]()
-    assert profiled.profiler is not None
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    peak = max(held) / 2**20
+    peak = allocated_at_peak(contest.steps[name])
     return grown, peak, peak + contest.resident / 2**20
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric, MetricCollection
 
@@ -51,8 +52,7 @@ def build(module: nn.Module, run: Callable[[], Any]) -> None:
 
     It stays built, by the numbers that were drawn first, and nothing else stays of the pass.
     """
-    held = ((owner, (*owner._parameters.values(), *owner._buffers.values())) for owner in modules_of(module))
-    lazy = [owner for owner, tensors in held if any(tensor is not None and is_lazy(tensor) for tensor in tensors)]
+    lazy = [m for m in modules_of(module) if isinstance(m, LazyModuleMixin) and m.has_uninitialized_params()]
     if not lazy:
         return
     with untouched(module), torch.enable_grad():

@@ -384,7 +384,7 @@ MUTATIONS = [
     Mutation(
         "code is traced through hooked modules",
         "program/interpreter.py",
-        "if hooked_input in own or hooked_output in own:",
+        "if hooked_input in functions or hooked_output in functions:",
         "if False:",
         "programs",
     ),
@@ -1002,13 +1002,6 @@ MUTATIONS = [
         "covers = steps == (high, wide) and not any(padding)",
         "covers = not any(padding)",
         "decompositions",
-    ),
-    Mutation(
-        "computed arguments of a known pass are not compared",
-        "program/following.py",
-        "if (value is None or value is not known) and not self._same(arg, known):",
-        "if value is None and not self._same(arg, known):",
-        "following programs",
     ),
     Mutation(
         "functions whose slope is another pass for slopes",

@@ -20,8 +20,10 @@ class Aliasing:
     def __init__(self) -> None:
         self._unsorted: list[weakref.ref[Tensor]] = []
         self._groups: dict[int, list[weakref.ref[Tensor]]] = {}
-        self.seen = self._unsorted.append
+
+    def seen(self, ref: "weakref.ref[Tensor]") -> None:
         """Notes a tensor."""
+        self._unsorted.append(ref)
 
     def others(self, tensor: Tensor) -> list[Tensor]:
         """The other tensors, still there, that share memory with this one."""

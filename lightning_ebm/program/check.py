@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.calls import clean
+from lightning_ebm.program.custom_calls import is_of_the_users
 from lightning_ebm.program.interpreter import Pass, Program, at_prediction
 from lightning_ebm.program.named import named
-from lightning_ebm.program.operations import is_operator
 from lightning_ebm.program.record import Record
 from lightning_ebm.program.seams import hooked_input, hooked_output
 from lightning_ebm.program.user_hooks import without_hooks
@@ -148,8 +148,7 @@ def _foreign(func: Any) -> str:
     """The name of a function that is neither torch's operation nor this library's."""
     if func in (hooked_input, hooked_output):
         return "backward hooks of modules"
-    by = named(func)
-    return "" if is_operator(func) or by.module.startswith("lightning_ebm.") else by.name
+    return named(func).name if is_of_the_users(func) else ""
 
 
 _SCRIPTED = (

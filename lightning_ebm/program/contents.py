@@ -56,11 +56,6 @@ class Contents:
         known = self._known.get(id(tensor))
         return known[1] if known is not None and known[0]() is tensor else None
 
-    def computed(self, arg: object) -> Value | None:
-        """What an argument of an operation holds, if it is a tensor that an operation of the record computed."""
-        known = self._known.get(id(arg))
-        return known[1] if known is not None and known[1].node is not None and known[0]() is arg else None
-
     def tensor_of(self, value: Value) -> Tensor:
         """A tensor that holds a value, one of those that are still there."""
         return next(held for ref, known in self._known.values() if known is value and (held := ref()) is not None)

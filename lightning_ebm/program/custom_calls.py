@@ -7,12 +7,19 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.errors import UnsupportedModuleError
+from lightning_ebm.program.named import named
+from lightning_ebm.program.operations import is_operator
 from lightning_ebm.program.random_draws import draws_and_computes
 from lightning_ebm.program.record import Node, Value, meta_of
 from lightning_ebm.program.tensors import listed, tensors_in
 
 if TYPE_CHECKING:
     from lightning_ebm.program.recorder import Recorder
+
+
+def is_of_the_users(func: Any) -> bool:
+    """Whether an operation of a record is a function that neither torch nor this library has."""
+    return not is_operator(func) and named(func).module.partition(".")[0] != __name__.partition(".")[0]
 
 
 def record_function(

@@ -131,10 +131,8 @@ class Following:
     def _same_arguments(self, node: Node, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         if len(args) != len(node.args) or len(kwargs) != len(node.kwargs):
             return False
-        computed = self._contents.computed
         for arg, known in zip(args, node.args, strict=True):
-            value = computed(arg)
-            if (value is None or value is not known) and not self._same(arg, known):
+            if not self._same(arg, known):
                 return False
         for name, arg in kwargs.items():
             if name not in node.kwargs or not self._same(arg, node.kwargs[name]):
@@ -144,12 +142,12 @@ class Following:
     def _same(self, arg: Any, known: Any) -> bool:
         if isinstance(arg, Tensor):
             return type(known) is Value and self._holds(arg, known)
-        if isinstance(arg, (list, tuple)):
+        if isinstance(arg, list | tuple):
             return type(known) is tuple and len(arg) == len(known) and all(map(self._same, arg, known))
         if isinstance(arg, torch.Generator):
             return known is None
         if type(known) is Value and known.number is not None:
-            if not isinstance(arg, (int, float)) or type(arg) is not known.number:
+            if not isinstance(arg, int | float) or type(arg) is not known.number:
                 return False
             hold(known, arg, self._record)
             return True
@@ -194,9 +192,9 @@ def same_results(node: Node, results: Sequence[Any]) -> bool:
     if len(results) != len(node.results):
         return False
     for value, result in zip(node.results, results, strict=True):
-        if value is None or not isinstance(result, Tensor):
-            if value is not None or isinstance(result, Tensor):
+        if isinstance(result, Tensor):
+            if value is None or value.meta != meta_of(result):
                 return False
-        elif value.meta != meta_of(result):
+        elif value is not None:
             return False
     return True

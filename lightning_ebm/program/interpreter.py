@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lightning_ebm.energies import LayerView
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.at_value import at_value
+from lightning_ebm.program.custom_calls import is_of_the_users
 from lightning_ebm.program.named import named
-from lightning_ebm.program.operations import is_operator
 from lightning_ebm.program.products import Product, products_of, sent_back_by
 from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value, depending
 from lightning_ebm.program.seams import hooked_input, hooked_output
@@ -209,15 +209,11 @@ class Program:
         """Which code of the user's own runs in its backward pass, if any."""
         if self.record.hooks:
             return "gradient hooks"
-        own = [node.func for node in self.order if not is_operator(node.func)]
-        if hooked_input in own or hooked_output in own:
+        functions = [node.func for node in self.order]
+        if hooked_input in functions or hooked_output in functions:
             return "backward hooks of modules"
-        library = __name__.partition(".")[0]
-        for func in own:
-            by = named(func)
-            if by.module.partition(".")[0] != library:
-                return f"custom functions: {by.name.rpartition('.')[2]}"
-        return None
+        own = next(filter(is_of_the_users, functions), None)
+        return None if own is None else f"custom functions: {named(own).name.rpartition('.')[2]}"
 
     def outline(self) -> "Program":
         """The same program without any tensor of the batch: it runs on what is given."""

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from lightning_ebm.program.custom_calls import is_of_the_users
 from lightning_ebm.program.interpreter import Held, Program, ordered
 from lightning_ebm.program.named import named
-from lightning_ebm.program.operations import is_operator
 from lightning_ebm.program.record import Node, Value, depending
 from lightning_ebm.program.user_hooks import those_that_change
 
@@ -25,7 +25,7 @@ def not_a_slope(program: Program) -> str | None:
     moving = depending({mark.state for mark in program.marks}, program.order)
     if any(value in moving and those_that_change(hooks) for value, hooks in program.record.hooks.items()):
         return "a hook that changes gradients"
-    own = [node for node in program.order if _is_of_the_users(node) and any(v in moving for v in node.values())]
+    own = [node for node in program.order if is_of_the_users(node.func) and any(v in moving for v in node.values())]
     if not own:
         return None
     held = Held(program.record)
@@ -34,10 +34,6 @@ def not_a_slope(program: Program) -> str | None:
             return f"the autograd function {named(node.func).name.rpartition('.')[2]}"
         held.run(node)
     return None
-
-
-def _is_of_the_users(node: Node) -> bool:
-    return not is_operator(node.func) and not named(node.func).module.startswith("lightning_ebm.")
 
 
 def _has_slope(node: Node, held: Held, program: Program, moving: set[Value]) -> bool:

@@ -111,7 +111,7 @@ class Feedback(Wrapper):
             )
         weights: list[Tensor] = landscape.unwatched.evaluate(Weights(), landscape.no_errors, 0.0)
         self._due = self._follow(names, weights) or self._due
-        return _FedBack(landscape, [self.operators[name] for name in names])
+        return _FedBack(landscape, WithFeedback, [self.operators[name] for name in names])
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: Any) -> Relaxation:
         front = self.in_front(landscape)
@@ -138,7 +138,7 @@ class Feedback(Wrapper):
                     " transposed by weights and operators that change places. Put states at every activation, pool by"
                     " means, or leave corrected=False."
                 )
-        return _Crossed(landscape, [*operators, *pulls], len(operators))
+        return _FedBack(landscape, Transposed, operators, pulls)
 
     def _settle(self, landscape: Landscape, start: Sequence[Tensor]) -> None:
         """One step down the asymmetry of the forces."""
@@ -181,36 +181,32 @@ class Feedback(Wrapper):
 
 
 class _FedBack(Around):
-    """The landscape whose forces go back through these operators."""
+    """The landscape of the network in which forces go other ways.
+
+    Args:
+        landscape: of the network as it is.
+        kind: the question about that network which a question becomes.
+        operators: the feedback.
+        pulls: what is given besides.
+    """
 
     conservative = False
 
-    def __init__(self, landscape: Landscape, operators: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        landscape: Landscape,
+        kind: type[WithFeedback[Any]] | type[Transposed[Any]],
+        operators: Sequence[Tensor],
+        pulls: Sequence[Tensor] = (),
+    ) -> None:
         super().__init__(landscape)
-        self._operators = list(operators)
+        self._kind, self._operators, self._pulls = kind, list(operators), list(pulls)
 
     @property
     def unwatched(self) -> Landscape:
-        return _FedBack(self.inner.unwatched, self._operators)
+        return _FedBack(self.inner.unwatched, self._kind, self._operators, self._pulls)
 
     def answer(self, what: Evaluation[Result], point: Sequence[Tensor], strength: complex) -> Result:
-        here = behind(point, self.no_errors, self._operators)
-        return self.inner.evaluate(WithFeedback(what, len(self._operators)), here, strength)
-
-
-class _Crossed(Around):
-    """The landscape in which displacements from rest travel through weights and operators in each other's places."""
-
-    conservative = False
-
-    def __init__(self, landscape: Landscape, given: Sequence[Tensor], operators: int) -> None:
-        super().__init__(landscape)
-        self._given, self._operators = list(given), operators
-
-    @property
-    def unwatched(self) -> Landscape:
-        return _Crossed(self.inner.unwatched, self._given, self._operators)
-
-    def answer(self, what: Evaluation[Result], point: Sequence[Tensor], strength: complex) -> Result:
-        here = behind(point, self.no_errors, self._given)
-        return self.inner.evaluate(Transposed(what, self._operators), here, strength)
+        here = behind(point, self.no_errors, [*self._operators, *self._pulls])
+        found: Result = self.inner.evaluate(self._kind(what, len(self._operators)), here, strength)
+        return found
