@@ -1,4 +1,7 @@
-"""The engine: from a closure that returns a loss to local updates in `.grad`."""
+"""The engine: from a closure that returns a loss to local updates in `.grad`.
+
+Longer than 300 lines, as nearly half of it is what its public methods say of themselves.
+"""
 
 import inspect
 import math
@@ -28,14 +31,16 @@ from lightning_ebm.network.clamp import Clamp, checked_clamp, refuse_unknown
 from lightning_ebm.network.samples import FOUND, BatchSize, Samples, Scale
 from lightning_ebm.nudges import Nudge
 from lightning_ebm.presets import chosen
+from lightning_ebm.program.autograd_graph import named_gradients
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
 from lightning_ebm.program.programs import Programs
 from lightning_ebm.program.recorder import Recorder, TakesCare
 from lightning_ebm.program.seams import seams
-from lightning_ebm.program.wiring import Plan, named_gradients
+from lightning_ebm.program.wiring import Plan
 from lightning_ebm.purity import build, untouched
 from lightning_ebm.relaxers import Relaxation, Relaxer
+from lightning_ebm.step.at_rest import at_equilibrium, at_free_equilibrium
 from lightning_ebm.step.closure import Closure, is_number, refuse_backward
 from lightning_ebm.step.divergence import OnDivergence, Policy
 from lightning_ebm.step.outcome import Outcome
@@ -314,7 +319,7 @@ class Learner:
             for parameter in self.module.parameters():
                 if parameter.is_floating_point() or parameter.is_complex():
                     parameter.requires_grad_(True)  # until `untouched` ends: what is frozen still predicts
-            with Step(setup, closure, teaches=False).at_equilibrium(strength) as (phases, found, has_loss):
+            with at_equilibrium(setup, closure, strength) as (phases, found, has_loss):
                 refuse_unknown("free", free, phases.network)
                 yield phases, found, has_loss
 
@@ -392,13 +397,13 @@ class Learner:
             free: as for `relax`.
         """
         if clamp or free:
-            return Step(self._equilibrium_setup(clamp, free, False, None), run, teaches=False).at_free_equilibrium()
+            return at_free_equilibrium(self._equilibrium_setup(clamp, free, False, None), run)
         if self.algorithm.rests_at_forward:
             return nullcontext()
         setup = replace(
             self._setup(), programs=self._evaluated, remember=unheard, samples=FOUND, memory=None, observer=None
         )
-        return Step(setup, run, teaches=False).at_free_equilibrium()
+        return at_free_equilibrium(setup, run)
 
     def _scaled(self, surrogate: Tensor) -> Tensor:
         """Under Fabric with 16-bit floats, which divides gradients by its scale before the optimizer steps."""

@@ -2,6 +2,8 @@
 
 Letters: x_l state, mu_l = rho(a_l) prediction, e_l = x_l - mu_l error, L loss per sample, lambda nudge, theta
 parameters; x_bar the forward pass, which is the free equilibrium of predictive coding.
+
+Longer than 300 lines, as it is a list: a preset is a few lines of code under its formulas and sources.
 """
 
 import dataclasses

@@ -14,9 +14,9 @@ from lightning_ebm.evaluations import Landscape, ResponseForces
 from lightning_ebm.learner import Learner
 from lightning_ebm.nudges import Infinitesimal
 from lightning_ebm.presets import algorithm as preset
+from lightning_ebm.program.autograd_graph import named_gradients
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
-from lightning_ebm.program.wiring import named_gradients
 from lightning_ebm.purity import build, untouched
 from lightning_ebm.relaxers import Anderson, FixedPoint, GradientDescent, Relaxation, Relaxer
 from lightning_ebm.step.closure import Closure, check_closure, checked_loss

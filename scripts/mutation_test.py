@@ -362,14 +362,14 @@ MUTATIONS = [
     ),
     Mutation(
         "leaves that the pass makes are computed",
-        "program/interpreter.py",
+        "program/held.py",
         "if value in self._record.leaves:\n                tensor",
         "if False:\n                tensor",
         "programs",
     ),
     Mutation(
         "hooks are not repeated",
-        "program/interpreter.py",
+        "program/held.py",
         "                    tensor.register_hook(hook)\n",
         "                    pass\n",
         "programs",
@@ -701,9 +701,9 @@ MUTATIONS = [
     ),
     Mutation(
         "the pass outlives its last reader",
-        "step/step.py",
-        "self._pass.let_go()\n        network =",
-        "network =",
+        "step/user_pass.py",
+        "self.let_go()\n        return Phases(",
+        "return Phases(",
         "memory",
     ),
     Mutation(
@@ -1027,7 +1027,7 @@ MUTATIONS = [
     Mutation(
         "steps that are only looked at count as taken",
         "step/step.py",
-        "setup if teaches else replace(setup, unsettled=setup.unsettled.apart)",
+        "setup if teaches else setup.apart()",
         "setup",
         "observers unsettled",
     ),

@@ -2,6 +2,8 @@
 
 This is the plain version, one Python pass an evaluation; it stays as the oracle of any faster one. The formulas of what
 is asked at a point stand in `lightning_ebm.evaluations`; here is what they are made of.
+
+Longer than 300 lines, as a third of it are formulas in docstrings.
 """
 
 import copy

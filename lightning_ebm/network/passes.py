@@ -109,7 +109,9 @@ class Passes(Geometry):
     @cached_property
     def no_errors(self) -> Sequence[Tensor]:
         """See `Landscape.no_errors`."""
-        return [state.new_zeros(()).expand(state.shape) for state in self.free]
+        kinds = {(state.dtype, state.device) for state in self.free}
+        zeros = {kind: torch.zeros((), dtype=kind[0], device=kind[1]) for kind in kinds}
+        return [zeros[state.dtype, state.device].expand(state.shape) for state in self.free]
 
     @property
     def equilibrium(self) -> Sequence[Tensor]:

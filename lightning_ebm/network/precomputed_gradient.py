@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from lightning_ebm.program.wiring import graph_of
+from lightning_ebm.program.autograd_graph import graph_of
 
 Item = TypeVar("Item")
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Set
 import torch
 from torch import Tensor
 
-from lightning_ebm.program.interpreter import Held, Program, ordered
+from lightning_ebm.program.held import Held, ordered
+from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.operations import is_operator
 from lightning_ebm.program.record import Node, Value, depending
 from lightning_ebm.program.reduction import SUM, TRANSPARENT, name_of, reduction_of

@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import operator
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -16,15 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ebm.program.aliasing import is_wrapped
+from lightning_ebm.program.batch_size import declared_size, shapes_in
 from lightning_ebm.program.module_walk import modules_of, parameters_of
 from lightning_ebm.program.record import Mark, StateKey, Value, is_continuous
 from lightning_ebm.program.recorder import Recorder
-from lightning_ebm.program.tensors import tensors_in
 
 Replace = Callable[[Mark, Tensor], Tensor | None]
 """Gives the state that is to stand for what a call returned; None leaves it alone."""
@@ -50,6 +49,8 @@ class Watch:
         self.names: dict[nn.Module, str] = {}
         self.weighted: dict[nn.Module, bool] = {}
         self.activations: list[nn.Module] = []
+        self.batch_first: dict[nn.Module, bool] = {}
+        """What modules with torch's attribute of that name say: whether samples come before times."""
         self.compiled = False
 
     def renew(self) -> None:
@@ -68,6 +69,8 @@ class Watch:
             if (self.weighted[module] or module in self.chosen) and not isinstance(module, torch.jit.ScriptModule)
         }  # scripted ones take no hooks
         self.activations = [module for module in self.names if is_activation(module)]
+        says = {module: getattr(module, "batch_first", None) for module in self.names}
+        self.batch_first = {module: first for module, first in says.items() if isinstance(first, bool)}
         # A compiled network would not see the hooks: for a pass it runs as it was written.
         self.compiled = any("_orig_mod" in module._modules for module in modules)
 
@@ -123,7 +126,7 @@ def watched(root: nn.Module, recorder: Recorder, watch: Watch, replace: Replace)
         drive = drives.pop(module, None)
         if not marks_now():
             return output
-        if (size := declared_size(module, args)) is not None:
+        if args and (size := declared_size(args[0], watch.batch_first.get(module))) is not None:
             recorder.record.declared.add(size)
         leaves, rebuild = flattened(output)
         replaced = False
@@ -227,61 +230,6 @@ def is_activation(module: nn.Module) -> bool:
 def clean(name: str) -> str:
     """A parameter's or module's name as the user wrote the model, without what torch.compile puts before it."""
     return name.replace("_orig_mod.", "")
-
-
-def shapes_in(batch: Any, counts: Callable[[Tensor], bool] = lambda tensor: True) -> list[torch.Size]:
-    """Those of all tensors in a batch, or in a call's arguments, that have a dimension and count: B is among them."""
-    return [t.shape for t in tensors_in(batch) if t.ndim > 0 and counts(t)]
-
-
-def batch_size_among(
-    batch: Sequence[torch.Size],
-    states: Sequence[torch.Size],
-    reduced: Collection[int] = (),
-    declared: Collection[int] = (),
-) -> tuple[int, int | None]:
-    """The size that a layer with `batch_first` declares, then the one that most states have, then one the loss reduces.
-
-    Then the most frequent, then the first; a smaller one that the loss reduces where it does not reduce that. A
-    time-major batch (T, B, ...), nodes of several graphs, or a loose tensor beside the samples is not mistaken for the
-    samples that way. An input of a single sample, without a dimension for them, has one. And another size that has as
-    good a claim, if there is any.
-
-    Args:
-        batch: shapes of its tensors; candidates are their first dimensions, and the second ones of those with three.
-        states: shapes.
-        reduced: first dimensions of what the loss reduces to one number.
-        declared: see `declared_size`.
-    """
-    shapes = batch or states or [torch.Size([1])]
-    seconds = [shape[1] for shape in shapes if len(shape) > 1 and (len(shape) > 2 or shape[1] in declared)]
-    found = [shape[0] for shape in shapes if len(shape)] + seconds or [1]
-    carried = {size: sum(size in shape[:2] for shape in states) for size in found}
-    if not any(carried[size] or size in reduced for size in found) and all(len(shape) < 2 for shape in states):
-        return 1, None
-
-    def claim(size: int) -> tuple[bool, int, bool]:
-        return size in declared, carried[size], size in reduced
-
-    def fitness(size: int) -> tuple[bool, int, bool, int, int]:
-        return *claim(size), found.count(size), -found.index(size)
-
-    best = max(found, key=fitness)
-    if best not in declared and best not in reduced:
-        # What the layers have many of is pooled before the loss sees it, as nodes of a graph are.
-        best = max((size for size in found if size in reduced and size < best), key=fitness, default=best)
-    rivals = [other for other in found if other != best and claim(other) == claim(best)]
-    return best, rivals[0] if rivals and batch and carried[best] else None
-
-
-def declared_size(module: nn.Module, args: Sequence[Any]) -> int | None:
-    """The number of samples in what a module is called with that says where they are: torch's `batch_first`."""
-    first, says = (args[0] if args else None), getattr(module, "batch_first", None)
-    if isinstance(first, PackedSequence):
-        return int(first.batch_sizes[0])
-    if not isinstance(says, bool) or not isinstance(first, Tensor) or first.ndim != 3:
-        return None
-    return first.shape[0 if says else 1]
 
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")

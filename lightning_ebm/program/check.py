@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ebm.errors import UnsupportedModuleError
+from lightning_ebm.program.autograd_graph import graph_of
 from lightning_ebm.program.calls import clean
 from lightning_ebm.program.custom_calls import is_of_the_users
 from lightning_ebm.program.interpreter import Pass, Program, at_prediction
@@ -15,7 +16,7 @@ from lightning_ebm.program.named import named
 from lightning_ebm.program.record import Record
 from lightning_ebm.program.seams import hooked_input, hooked_output
 from lightning_ebm.program.user_hooks import without_hooks
-from lightning_ebm.program.wiring import Plan, graph_of
+from lightning_ebm.program.wiring import Plan
 from lightning_ebm.purity import untouched, untouched_tensors
 
 

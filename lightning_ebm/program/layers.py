@@ -2,6 +2,8 @@
 
 The wiring is read from the record of the user's own pass, not from the module tree: it says which states each layer's
 drive is computed from, which parameters stand in between, and what enters the loss.
+
+Longer than 300 lines, as a third of it says why a choice is made and what is told of it.
 """
 
 import logging

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.program.custom_calls import is_of_the_users
-from lightning_ebm.program.interpreter import Held, Program, ordered
+from lightning_ebm.program.held import Held, ordered
+from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.named import named
 from lightning_ebm.program.record import Node, Value, depending
 from lightning_ebm.program.user_hooks import those_that_change

@@ -4,6 +4,8 @@ The pass runs uncut: no value is replaced, so whatever the user's own code diffe
 operation made while gradients are on becomes a `Node`. What is computed while they are off, and what the user
 detaches, is a constant of the record, as are random draws and the numbers that Python reads off tensors: the record is
 of the program that ran.
+
+Longer than 300 lines, as what becomes of an operation depends on what else becomes of it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -328,9 +330,8 @@ class Recorder(DispatchMode):
 
 
 def _rounding(dtype: torch.dtype, device: torch.device) -> float:
-    kind = device.type
-    computed_in = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
-    return max(_eps(dtype), _eps(computed_in))
+    own, kind = _eps(dtype), device.type
+    return max(own, _eps(torch.get_autocast_dtype(kind))) if torch.is_autocast_enabled(kind) else own
 
 
 @cache

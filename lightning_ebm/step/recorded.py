@@ -12,7 +12,7 @@ from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.network.network import Network
 from lightning_ebm.network.passes import Run, Start
 from lightning_ebm.network.traced import TracedNetwork
-from lightning_ebm.program.calls import batch_size_among, shapes_in
+from lightning_ebm.program.batch_size import batch_size_among, shapes_in
 from lightning_ebm.program.interpreter import Program, at_least_float32, at_prediction
 from lightning_ebm.program.programs import Found, Known
 from lightning_ebm.program.record import Value

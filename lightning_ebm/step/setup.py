@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -61,6 +61,10 @@ class Setup:
     observer: Observer | None = None
     clamp: Clamp | None = None
     unsettled: Unsettled = field(default_factory=Unsettled)
+
+    def apart(self) -> "Setup":
+        """For a step that is only looked at, and from which nothing learns."""
+        return replace(self, unsettled=self.unsettled.apart)
 
     def is_free_forward(self, plan: Plan) -> bool:
         """Whether the free equilibrium is the forward pass, so that a relaxation that begins there stays there."""

@@ -1,7 +1,11 @@
-"""One batch: its first pass, its relaxations, and the scalar whose gradient is the update."""
+"""One batch: its first pass, its relaxations, and the scalar whose gradient is the update.
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+Longer than 300 lines, as a batch may be taken, looked at, taken by another algorithm, and refused, and all of these
+share one order of events.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,25 +15,25 @@ from torch import Tensor
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.energies.base import is_divergence
-from lightning_ebm.errors import ConfigurationError, LayerDiscoveryError, RelaxationDivergedError
+from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.network.analytic import is_analytic
 from lightning_ebm.network.network import Network
 from lightning_ebm.network.precomputed_gradient import average_of, with_precomputed_gradient
 from lightning_ebm.nudges import Phase
-from lightning_ebm.program.calls import clean, in_place
+from lightning_ebm.program.autograd_graph import named_gradients
+from lightning_ebm.program.calls import clean
 from lightning_ebm.program.interpreter import at_states
 from lightning_ebm.program.programs import Found
 from lightning_ebm.program.recorder import Recorder, TakesCare
-from lightning_ebm.program.wiring import Plan, named_gradients
-from lightning_ebm.purity import build, untouched, without_iterators
+from lightning_ebm.program.wiring import Plan
 from lightning_ebm.questions import Questions
-from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.step.arithmetic import Arithmetic
 from lightning_ebm.step.blame import spoils
 from lightning_ebm.step.closure import Closure, check_closure, checked_loss, is_number
 from lightning_ebm.step.coverage import check_coverage
 from lightning_ebm.step.increments import increments
 from lightning_ebm.step.phases import Phases
+from lightning_ebm.step.quiet_pass import run_quietly
 from lightning_ebm.step.recorded import Recorded
 from lightning_ebm.step.report import PhaseReport
 from lightning_ebm.step.retained import Retained
@@ -63,13 +67,11 @@ class Step:
         recorder: Recorder | None = None,
     ) -> None:
         check_closure(closure)
-        self._setup = setup if teaches else replace(setup, unsettled=setup.unsettled.apart)
+        self._setup = setup if teaches else setup.apart()
         self._closure = closure
         self._arguments = arguments
         self._teaches = teaches
         self._pass = UserPass(setup.module, recorder, batch)
-        self._coded = False
-        """Whether code had been made before this step."""
         self._arithmetic = Arithmetic(setup.algorithm.rule.second_derivatives)
         self._raw_loss: Tensor | None = None
         self.ran = False
@@ -128,47 +130,25 @@ class Step:
         plan = self.examine(again=True)
         return not setup.is_free_forward(plan) and not self._pass.known.is_empty
 
-    def _quietly(self, find: Callable[[Recorder, Any], Found], again: bool = False) -> None:
-        """A pass without side effects, and what it was, found out before they are undone.
-
-        Args:
-            find: tells what it was.
-            again: whether the user's own is still to come.
-        """
-        recorder, setup = Recorder(undoes=True), self._setup
-
-        def returned_quietly() -> Any:
-            with setup.quiet(), without_iterators(setup.module) if again else nullcontext():
-                return self._closure()
-
-        build(setup.module, returned_quietly)
-        try:
-            with untouched(setup.module, tensors=False), torch.enable_grad():
-                with setup.programs.recording(recorder), self._arithmetic.derivatives():
-                    returned = returned_quietly()
-                # While its graph can be differentiated: what that saved has not been written to.
-                self._pass.recorded = Recorded.of(find(recorder, returned), recorder, returned, self._arguments)
-        finally:
-            recorder.contents.undo()
-
     def examine(self, again: bool = False) -> Plan:
         """Finds the layers by a pass without side effects, which `true_gradients` and `again` then are about.
 
         Args:
             again: whether the user's own pass is still to come.
         """
+        setup = self._setup
 
         def find(recorder: Recorder, loss: Any) -> Found:
-            if self._setup.clamp is not None and not is_number(loss):
+            if setup.clamp is not None and not is_number(loss):
                 raise ConfigurationError(
-                    f"The closure returned no loss, and {self._setup.algorithm.energy!r} has no lower bound in the"
+                    f"The closure returned no loss, and {setup.algorithm.energy!r} has no lower bound in the"
                     " parameters: lowering it for what is held would only deepen it there. Return a loss, or take an"
                     " energy that is 0 at the forward pass, such as ebm.PredictiveCoding()."
                 )
-            return self._setup.programs.of(recorder, checked_loss(loss, self._setup.module))
+            return setup.programs.of(recorder, checked_loss(loss, setup.module))
 
-        self._quietly(find, again)
-        return self._pass.known.plan
+        self._pass.recorded = found = run_quietly(setup, self._closure, self._arithmetic, find, self._arguments, again)
+        return found.plan
 
     def returned(self, loss: Any) -> None:
         """Notes the loss as the user's code returned it, where `surrogate` is given a multiple of it."""
@@ -234,26 +214,6 @@ class Step:
         update = network.update(setup.algorithm.rule, phases.ends) * share
         check_coverage(setup, self._pass.known, update, network.batch_size)
         return energy + (update - update.detach())
-
-    @contextmanager
-    def at_equilibrium(self, strength: float) -> Iterator[tuple[Phases, Relaxation, bool]]:
-        """Gives the states of I + strength * L, of I where the pass returns no loss; and whether it returns one."""
-
-        def find(recorder: Recorder, returned: Any) -> Found:
-            if not strength and not is_number(returned):
-                return self._setup.programs.without_loss(recorder)
-            return self._setup.programs.of(recorder, checked_loss(returned, self._setup.module))
-
-        self._quietly(find)
-        if not self._pass.known.plan.states:
-            raise LayerDiscoveryError(
-                "No layer carries a state here, as no trainable weight lies behind another: there is no equilibrium to"
-                " find. Let the layers of interest be trained, or name them: layers=[...]."
-            )
-        loss = self._pass.known.loss
-        phases = self._begun()
-        yield phases, phases.equilibrium(strength), loss is not None
-        self.release()
 
     def increments(self, loss: Tensor, scale: float = 1.0) -> Iterator[Tensor]:
         """The surrogate before each single step of the relaxer: states and parameters move at once, from one gradient.
@@ -362,19 +322,13 @@ class Step:
 
     def _begun(self) -> Phases:
         """The phases of this step, before any of them."""
-        recorded, setup = self._pass.known, self._setup
-        self._coded = bool(recorded.known.traced.codes)
-        fast = recorded.is_fast(setup)
-        recorded = self._pass.recorded = recorded.thinned(self._coded) if fast else recorded._replace(held={})
-        self._pass.let_go()
-        network = recorded.network(setup, self._arithmetic, self._pass.given)
-        self._phases = Phases(setup, network, self._pass.given)
+        self._phases = self._pass.phases(self._setup, self._arithmetic)
         return self._phases
 
     def _at_equilibrium(self, network: Network, loss: Tensor) -> Network:
         """The network, given the user's pass with states in place."""
         second, _ = repeated(self._setup.module, self._pass.known, self._pass.recorder, loss)
-        self._pass.recorded = second = second.thinned(self._coded, states=False)
+        self._pass.recorded = second = second.thinned(self._pass.coded, states=False)
         self._pass.let_go()
         assert second.loss is not None
         network.run_again(second.loss, second.runner(self._arithmetic))
@@ -400,19 +354,6 @@ class Step:
             return self.true_gradients(), other
         network = other._settled()
         return named_gradients(setup.module, other._relaxed(network) / network.loss_scale), other
-
-    @contextmanager
-    def at_free_equilibrium(self) -> Iterator[None]:
-        """Within it the module computes with its states at the free equilibrium, and nothing is recorded."""
-        self._quietly(lambda recorder, _: self._setup.programs.without_loss(recorder))
-        recorded = self._pass.known
-        if self._setup.is_free_forward(recorded.plan) or recorded.is_empty:
-            yield
-            return
-        keys = [mark.key for mark in recorded.program.marks]
-        free = self._begun().relax_freely(self._teaches)
-        with in_place(self._setup.module, dict(zip(keys, free.point, strict=True))):
-            yield
 
     def release(self) -> None:
         """Frees the graphs and the states; `true_gradients` still works."""

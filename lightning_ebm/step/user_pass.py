@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ebm.errors import RelaxationDivergedError
+from lightning_ebm.program.autograd_graph import named_gradients
 from lightning_ebm.program.recorder import Recorder, TakesCare
-from lightning_ebm.program.wiring import named_gradients
 from lightning_ebm.questions import Questions
+from lightning_ebm.step.arithmetic import Arithmetic
 from lightning_ebm.step.blame import blamed, floating_tensors, spoils, total_of
 from lightning_ebm.step.closure import check_finite
+from lightning_ebm.step.phases import Phases
 from lightning_ebm.step.recorded import Recorded
+from lightning_ebm.step.setup import Setup
 
 
 class UserPass:
@@ -27,6 +30,7 @@ class UserPass:
     Attributes:
         owns_recorder: whether the pass began with this step, so that what it holds may be let go of with it.
         recorded: what is known of the pass, once it is over; None before, and of the control.
+        coded: whether code had been made of its program before.
     """
 
     def __init__(self, module: nn.Module, recorder: Recorder | None, batch: Any) -> None:
@@ -36,6 +40,7 @@ class UserPass:
         self._graph: tuple[Tensor, float] | None = None
         self.owns_recorder = recorder is None
         self.recorded: Recorded | None = None
+        self.coded = False
 
     def begin(self, on_backward: TakesCare | None) -> Recorder:
         """What is to record the pass; `on_backward` is told of `backward` calls within."""
@@ -61,6 +66,15 @@ class UserPass:
         if self._batch is not None or self.recorded is None:
             return self._batch
         return self.recorded.program.record.arguments
+
+    def phases(self, setup: Setup, arithmetic: Arithmetic) -> Phases:
+        """The phases of its network, before any of them; what they do not need is let go of."""
+        recorded = self.known
+        self.coded = bool(recorded.known.traced.codes)
+        fast = recorded.is_fast(setup)
+        self.recorded = recorded = recorded.thinned(self.coded) if fast else recorded._replace(held={})
+        self.let_go()
+        return Phases(setup, recorded.network(setup, arithmetic, self.given), self.given)
 
     def unrelaxed(self, loss: Tensor, scale: float) -> Tensor:
         """The loss in its own graph, for a step without relaxation: the control's, or one that is thrown away."""

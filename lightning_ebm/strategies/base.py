@@ -1,4 +1,7 @@
-"""What the strategies share: the adapter between the engine and Lightning's training loop."""
+"""What the strategies share: the adapter between the engine and Lightning's training loop.
+
+Longer than 300 lines, as Lightning calls one object for all of it, and in an order that is read best in one place.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

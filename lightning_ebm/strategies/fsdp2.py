@@ -15,9 +15,9 @@ from torch.utils.hooks import RemovableHandle
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.network.samples import BatchSize
+from lightning_ebm.program.autograd_graph import graph_of
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
-from lightning_ebm.program.wiring import graph_of
 from lightning_ebm.purity import shadowed
 from lightning_ebm.strategies.joint import JointStrategy
 

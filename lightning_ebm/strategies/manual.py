@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.program.autograd_graph import graph_of
 from lightning_ebm.program.locality import Products
 from lightning_ebm.program.recorder import Recorder, TakesCare
 from lightning_ebm.program.tensors import all_of
-from lightning_ebm.program.wiring import graph_of
 
 log = logging.getLogger(__name__)
 

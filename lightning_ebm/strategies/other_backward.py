@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.program.wiring import graph_of
+from lightning_ebm.program.autograd_graph import graph_of
 
 
 class OtherBackward:
