@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -59,6 +60,51 @@ def test_nan_and_inf_in_the_batch_are_refused_at_once_and_leave_no_trace(name, n
         assert same(held(module), before)
     learner.step(lambda: F.cross_entropy(module(X), Y), optimizer)
     assert all(bool(torch.isfinite(p).all()) for p in module.state_dict().values())
+
+
+class Graphs:
+    """A batch as libraries for graphs have it: an object that keeps its tensors in a mapping."""
+
+    def __init__(self, x, y):
+        self._store = {"x": x, "y": y}
+        self.source = self  # what it leads to is not looked at
+
+    @property
+    def x(self):
+        return self._store["x"]
+
+    @property
+    def y(self):
+        return self._store["y"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["zero-divergence", "predictive-coding"])
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [(SimpleNamespace, "batch.x"), (Graphs, r"batch._store\['x'\]"), (lambda x, y: [SimpleNamespace(x=x, y=y)], "x")],
+)
+def test_nan_and_inf_in_a_batch_that_is_an_object_are_refused_as_well(kind, where, name, value):
+    """The loss of an infinite input is finite, as units saturate, and stock would make nan of the weights."""
+
+    class Taking(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net(norm=False)
+
+        def training_step(self, batch, batch_idx):
+            batch = batch[0] if isinstance(batch, list) else batch
+            return F.cross_entropy(self.net(batch.x), batch.y)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    module = Taking()
+    batches = DataLoader([kind(x=with_one(value), y=Y)], batch_size=None, collate_fn=lambda batch: batch)
+    before = held(module)
+    with pytest.raises(ebm.RelaxationDivergedError, match=rf"{where}: 1 times (nan|inf).*Clean the data"):
+        L.Trainer(strategy=ebm.EBMStrategy(name), **QUIET).fit(module, batches)
+    assert same(held(module), before)
 
 
 def test_an_infinite_number_that_is_meant_is_none_of_our_business():

@@ -1,6 +1,9 @@
 """How many samples a batch has, and what factor its loss carries."""
 
+import collections
+import dataclasses
 import logging
+from types import MappingProxyType, SimpleNamespace
 
 import lightning as L
 import pytest
@@ -9,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_ebm as ebm
+from lightning_ebm.step.state_memory import StateMemory
 
 FINITE = ebm.algorithm("error-pc")
 
@@ -355,3 +359,91 @@ def test_rows_that_are_pooled_before_the_loss_are_told_of_both_readings(kind, ca
     told = [r.getMessage() for r in caplog.records if "could as well be" in r.getMessage()]
     assert len(told) == (other is not None)
     assert all(f"taken for 28 samples, and could as well be {other}" in text for text in told)
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    x: torch.Tensor
+    y: torch.Tensor
+    graph: torch.Tensor
+
+
+class Within:
+    """An object that keeps its tensors in another one, which knows where it belongs."""
+
+    def __init__(self, **parts):
+        self._frame = SimpleNamespace(**parts, owner=self)
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["_frame"], name)
+
+
+PACKED = {
+    "a dict": dict,
+    "a mapping that is no dict": lambda **parts: collections.UserDict(parts),
+    "a read-only mapping": lambda **parts: MappingProxyType(parts),
+    "a namespace": SimpleNamespace,
+    "a dataclass with slots": Slots,
+    "an object within an object": Within,
+    "objects in a list": lambda **parts: [SimpleNamespace(x=parts["x"], rest=[parts["y"], {"graph": parts["graph"]}])],
+    "a list that is none": lambda **parts: collections.UserList([parts["x"], parts["y"], parts["graph"]]),
+    "a named tuple": collections.namedtuple("Packed", ["x", "y", "graph"]),
+}
+
+
+def unpacked(batch):
+    if isinstance(batch, list):
+        return batch[0].x, batch[0].rest[0], batch[0].rest[1]["graph"]
+    if isinstance(batch, collections.UserList):
+        return tuple(batch)
+    if hasattr(batch, "keys"):
+        return batch["x"], batch["y"], batch["graph"]
+    return batch.x, batch.y, batch.graph
+
+
+class Pooling(L.LightningModule):
+    """Nodes of several graphs, pooled by graph: the samples are the graphs, of which only the batch knows how many."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh()).double()
+        self.head = nn.Linear(8, 3).double()
+
+    def training_step(self, batch, batch_idx):
+        x, y, graph = unpacked(batch)
+        pooled = torch.zeros(len(y), 8, dtype=x.dtype).index_add(0, graph, self.body(x))
+        return F.mse_loss(self.head(pooled), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.5)
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_the_number_of_samples_does_not_hang_on_what_the_batch_is_packed_in(kind):
+    torch.manual_seed(1)
+    parts = {"x": torch.randn(20, 4).double(), "y": torch.randn(5, 3).double(), "graph": torch.arange(20) // 4}
+
+    def trained(batch, **options):
+        module, finite = Pooling(), ebm.algorithm("predictive-coding", nudge=ebm.OneSided(0.5))
+        trainer = L.Trainer(
+            strategy=ebm.EBMStrategy(finite, **options), max_epochs=1, accelerator="cpu", logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        loader = torch.utils.data.DataLoader([batch], batch_size=None, collate_fn=lambda batch: batch)
+        trainer.fit(module, loader)
+        return dict(module.named_parameters())
+
+    found, said = trained(PACKED[kind](**parts)), trained(parts, batch_size=5)
+    for name, wanted in said.items():
+        torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_samples_are_recognized_whatever_the_batch_is_packed_in(kind):
+    names = StateMemory().names
+    parts = {"x": torch.randn(5, 4), "y": torch.randn(5), "graph": torch.arange(5)}
+    seen = names(PACKED[kind](**parts), 5)
+    assert len(set(seen)) == 5
+    turned = {name: part.flip(0) for name, part in parts.items()}
+    assert names(PACKED[kind](**turned), 5) == seen[::-1]

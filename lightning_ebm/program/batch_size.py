@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_ebm.program.tensors import tensors_in
+from lightning_ebm.program.tensors import of_batch
 
 
 def shapes_in(batch: Any, counts: Callable[[Tensor], bool] = lambda tensor: True) -> list[torch.Size]:
     """Those of all tensors in a batch, or in a call's arguments, that have a dimension and count: B is among them."""
-    return [t.shape for t in tensors_in(batch) if t.ndim > 0 and counts(t)]
+    return [tensor.shape for _, tensor in of_batch(batch) if tensor.ndim > 0 and counts(tensor)]
 
 
 def batch_size_among(

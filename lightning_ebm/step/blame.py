@@ -1,6 +1,7 @@
 """Whose fault it is that a batch cannot be trained on: weights, batch, buffers, loss, overflow, or the relaxation."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -8,13 +9,14 @@ from torch import Tensor, nn
 
 from lightning_ebm.errors import RelaxationDivergedError
 from lightning_ebm.program.calls import clean
+from lightning_ebm.program.tensors import of_batch
 
 _SKIP = ' on_divergence="skip" leaves out such batches, and counts them.'
 
 
 def floating_tensors(batch: Any) -> list[Tensor]:
     """The tensors of a batch that may hold nan or infinity. That may be meant, as in masks."""
-    return [tensor for _, tensor in _tensors(batch, "")]
+    return [tensor for _, tensor in _tensors(batch)]
 
 
 def total_of(tensor: Tensor) -> Tensor:
@@ -100,30 +102,22 @@ def _squares(gradients: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _spoiled_in(batch: Any) -> list[str]:
-    return [f"{where}: {_told(tensor)}" for where, tensor in _tensors(batch, "batch") if _is_spoiled(tensor)]
+    return [f"{where}: {_told(tensor)}" for where, tensor in _tensors(batch) if _is_spoiled(tensor)]
 
 
 def _empty_in(batch: Any) -> str:
     """Where a batch holds a tensor of no sample, in words; nothing where it holds none."""
-    empty = ((where, tensor) for where, tensor in _tensors(batch, "batch") if tensor.ndim and not len(tensor))
+    empty = ((where, tensor) for where, tensor in _tensors(batch) if tensor.ndim and not len(tensor))
     return next((f"{where} has shape {tuple(tensor.shape)}" for where, tensor in empty), "")
 
 
-def _tensors(batch: Any, where: str) -> Iterator[tuple[str, Tensor]]:
+def _tensors(batch: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a batch that can hold nan, and how to get at them."""
-    if isinstance(batch, Tensor):
-        if (batch.is_floating_point() or batch.is_complex()) and not batch.is_meta and batch.layout is torch.strided:
-            try:
-                found = batch.detach()
-            except RuntimeError:  # what a call within torch.func was handed cannot be looked at outside of it
-                return
-            yield where, found
-    elif isinstance(batch, Mapping):
-        for name, value in batch.items():
-            yield from _tensors(value, f"{where}[{name!r}]")
-    elif isinstance(batch, list | tuple):
-        for index, value in enumerate(batch):
-            yield from _tensors(value, f"{where}[{index}]")
+    for where, tensor in of_batch(batch):
+        if (tensor.is_floating_point() or tensor.is_complex()) and not tensor.is_meta:
+            with suppress(RuntimeError):  # what a call within torch.func was handed cannot be looked at outside of it
+                if tensor.layout is torch.strided:
+                    yield where, tensor.detach()
 
 
 def _is_spoiled(tensor: Tensor) -> bool:

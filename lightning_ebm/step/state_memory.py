@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ebm.program.tensors import tensors_in
+from lightning_ebm.program.tensors import of_batch
 
 
 class StateMemory:
@@ -28,7 +28,7 @@ class StateMemory:
 
     def names(self, batch: Any, size: int) -> list[str]:
         """What each of the samples of a batch is recognized by."""
-        tensors = [t for t in tensors_in(batch) if t.ndim and t.shape[0] == size]
+        tensors = [tensor for _, tensor in of_batch(batch) if tensor.ndim and tensor.shape[0] == size]
         rows = [t.detach().cpu().contiguous().view(size, -1).view(torch.uint8).numpy() for t in tensors]
         return [hashlib.blake2b(b"|".join(row[i].tobytes() for row in rows)).hexdigest() for i in range(size)]
 
