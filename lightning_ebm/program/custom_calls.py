@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.named import named
@@ -40,11 +41,14 @@ def record_function(
             raise draws_and_computes(function.__name__)
         with recorder.pausing():
             return run(*args, **kwargs)
-    if function.__module__ == "torch.utils.checkpoint":
+    if function is CheckpointFunction:
         raise UnsupportedModuleError(
             "torch.utils.checkpoint with use_reentrant=True runs the layers where nothing can be recorded, so that"
             " they could not relax and their parameters would not learn. Use use_reentrant=False."
         )
+    if function.__module__ == CheckpointFunction.__module__:  # of older releases: it keeps inputs
+        with recorder.pausing():
+            return run(*args, **kwargs)
     recorder.following.stop()
     node = Node(run, recorder.seen(args), recorder.seen_by_name(kwargs))
     before = {id(t) for t in tensors_in((args, kwargs))}
