@@ -1,40 +1,76 @@
-"""Whether what flows back between states is the slope of what flows forward, where code of the user's own says what."""
+"""Whether what flows back between states is the slope of what flows forward, where that is not torch's own rule."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_ebm.program.at_value import written_unseen
 from lightning_ebm.program.custom_calls import is_of_the_users
 from lightning_ebm.program.held import Held, ordered
 from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.named import named
+from lightning_ebm.program.operations import is_operator, traits
 from lightning_ebm.program.record import Node, Value, depending
+from lightning_ebm.program.seams import HookedCall
 from lightning_ebm.program.user_hooks import those_that_change
 
 _FAR = 0.1
 """Of the larger of two slopes along one direction, what cannot be a few kinks on the way."""
 
 
-def not_a_slope(program: Program) -> str | None:
-    """What of the user's own gives another gradient than the slope, as straight-through and reversed ones are.
+def changing_hook(program: Program) -> str | None:
+    """Which hook of the user's changes gradients on their way through states; it may do so in one step, not in another.
 
-    Custom autograd functions are compared along one direction with central differences of what they compute.
+    Args:
+        program: of a pass whose hooks have been told of its gradient.
+    """
+    if not program.record.has_hooks:
+        return None
+    moving = depending({mark.state for mark in program.marks}, program.order)
+    if any(value in moving and those_that_change(hooks) for value, hooks in program.record.hooks.items()):
+        return "a hook that changes gradients"
+    for node in program.order:
+        call = node.args[0] if node.args else None
+        if isinstance(call, HookedCall) and call.changes and any(value in moving for value in node.values()):
+            return f"a backward hook of {type(call.module).__name__} that changes gradients"
+    return None
+
+
+def function_without_slope(program: Program) -> str | None:
+    """Which function gives another gradient than its slope, as straight-through and reversed ones do.
+
+    Custom autograd functions and operators, torch's own that quantize, and writes under `no_grad` are compared along
+    one direction with central differences of what they compute.
 
     Args:
         program: of a pass.
     """
     assert program.loss is not None
     moving = depending({mark.state for mark in program.marks}, program.order)
-    if any(value in moving and those_that_change(hooks) for value, hooks in program.record.hooks.items()):
-        return "a hook that changes gradients"
-    own = [node for node in program.order if is_of_the_users(node.func) and any(v in moving for v in node.values())]
+    own = [node for node in program.order if _may_differ(node.func) and any(v in moving for v in node.values())]
     if not own:
         return None
     held = Held(program.record)
     for node in ordered(program.record, [program.loss]):
         if node in own and not _has_slope(node, held, program, moving):
-            return f"the autograd function {named(node.func).name.rpartition('.')[2]}"
+            return _in_words(node.func)
         held.run(node)
     return None
+
+
+def _may_differ(func: Any) -> bool:
+    """Whether somebody wrote down another gradient than the slope."""
+    if is_operator(func):
+        name = traits(func).name
+        return "quantize" in name or "_fq_" in name or func.namespace not in ("aten", "prims")
+    return func is written_unseen or is_of_the_users(func)
+
+
+def _in_words(func: Any) -> str:
+    if func is written_unseen:
+        return "a write under torch.no_grad()"
+    return f"the operation {func}" if is_operator(func) else f"the function {named(func).name.rpartition('.')[2]}"
 
 
 def _has_slope(node: Node, held: Held, program: Program, moving: set[Value]) -> bool:

@@ -43,6 +43,7 @@ class Known:
         covered: whether every parameter is known to be reached by the energy.
         interacting: whether its samples see each other, see `Network.samples_interact`; None until that is asked.
         analytic: whether it is known to be an analytic function of complex states.
+        other_slope: see `function_without_slope`; None until that is asked, then a name or "".
     """
 
     outline: Outline
@@ -54,6 +55,7 @@ class Known:
     covered: bool = False
     interacting: bool | None = None
     analytic: bool = False
+    other_slope: str | None = None
 
     @cached_property
     def calls(self) -> int:

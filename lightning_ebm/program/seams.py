@@ -118,6 +118,16 @@ class HookedCall:
             one is another or one == another for one, another in zip(self._parts, other._parts, strict=True)
         )
 
+    @property
+    def module(self) -> Any:
+        """That is called."""
+        return self._parts[0]
+
+    @property
+    def changes(self) -> bool:
+        """Whether any of its hooks gives another gradient."""
+        return any(those_that_change(hooks) for hooks in self._parts[1:])
+
     def renew(self) -> None:
         """The next run is another backward pass."""
         module, *hooks = self._parts

@@ -127,6 +127,7 @@ class BarzilaiBorwein(Descent):
         curvature = (slope_ahead - slope) / (reach * self.norm).square()
         overshot = active & ~(slope_ahead <= 0.9 * slope.abs())  # nan counts
         rose = ~(reached <= torch.stack(self.energies[-_MEMORY:]).amax() + self.noise(forces))
+        rose = rose & self.landscape.conservative
         # Over a hump the forces do not tell whose energy it was: all are more careful.
         if self.rarely:
             unseen = rose & ~overshot.any()

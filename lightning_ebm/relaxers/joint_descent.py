@@ -65,7 +65,8 @@ class JointDescent(Descent):
             trial = self.landscape.feasible(trial) if self.coordinates == "states" else trial
             forces, reached = self.evaluate(trial)
             ahead, rise = self._dot(forces.gradients, direction), reached - self.energy
-            level = (rise.abs() <= self.noise(forces)) & (ahead <= -0.9 * slope)
+            level = (rise.abs() <= self.noise(forces)) | (not self.landscape.conservative)
+            level = level & (ahead <= -0.9 * slope)
             gains = (rise <= _SUFFICIENT * length * slope) & (ahead <= -_TURNED * slope)
             if bool(gains | level):
                 self.gained = self.gained - 0.5 * length * (slope + ahead)

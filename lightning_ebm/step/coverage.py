@@ -10,7 +10,6 @@ from lightning_ebm.nudges.base import without_draw
 from lightning_ebm.program.autograd_graph import reached_parameters
 from lightning_ebm.program.batch_sums import sums_over_batch
 from lightning_ebm.program.calls import clean
-from lightning_ebm.program.own_slopes import not_a_slope
 from lightning_ebm.step.recorded import Recorded
 from lightning_ebm.step.setup import Setup
 
@@ -55,7 +54,7 @@ def _say_what_has_no_slope(setup: Setup, recorded: Recorded) -> None:
     """Once: where states rest by feedback, gradients that are no slopes send them where no energy has a minimum."""
     if is_divergence(setup.algorithm.energy) or "slope" in setup.programs.told:
         return
-    if (what := not_a_slope(recorded.program)) is not None:
+    if (what := recorded.not_a_slope()) is not None:
         setup.programs.told.add("slope")
         log.warning(
             "Between layers stands %s, which is not the slope of what it computes. States settle where the forces that"

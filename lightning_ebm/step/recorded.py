@@ -14,6 +14,7 @@ from lightning_ebm.network.passes import Run, Start
 from lightning_ebm.network.traced import TracedNetwork
 from lightning_ebm.program.batch_size import batch_size_among, shapes_in
 from lightning_ebm.program.interpreter import Program, at_least_float32, at_prediction
+from lightning_ebm.program.own_slopes import changing_hook, function_without_slope
 from lightning_ebm.program.programs import Found, Known
 from lightning_ebm.program.record import Value
 from lightning_ebm.program.recorder import Recorder
@@ -74,6 +75,14 @@ class Recorded(NamedTuple):
         kept = (*values, *marked) if coded else self.held
         return self._replace(held={v: self.held[v].detach() for v in kept if v in self.held})
 
+    def not_a_slope(self) -> str | None:
+        """What stands between layers and sends back something else than the slope of what it computes, in words."""
+        if (hook := changing_hook(self.program)) is not None:
+            return hook
+        if self.known.other_slope is None:
+            self.known.other_slope = function_without_slope(self.program) or ""
+        return self.known.other_slope or None
+
     def runner(self, arithmetic: Arithmetic) -> Run:
         """Runs the program with states in place."""
         return Run(self.program, arithmetic)
@@ -113,6 +122,7 @@ class Recorded(NamedTuple):
         else:
             network = Network(*parts)
         network.known = self.known
+        network.conservative = self.program.loss is None or self.not_a_slope() is None
         return network
 
     def _found_size(self, setup: Setup, states: list[torch.Size]) -> int:
