@@ -59,6 +59,15 @@ def step(net: nn.Module, relaxer: ebm.Relaxer, layers=None, start: str = "forwar
     return learner
 
 
+@pytest.mark.parametrize("rate", [1.8, 2.0, 2.2, 3.0, 8.0])
+def test_sweeps_that_run_away_at_once_are_told_by_how_much(rate):
+    """Whatever the number of sweeps until numbers are too large, which may be that of the two stretches compared."""
+    with pytest.raises(ebm.RelaxationDivergedError, match="times as far with every sweep") as caught:
+        step(chain(rate), ebm.FixedPoint(3, tol=1e-8), ["0", "1", "2"])
+    told = float(re.search(r"([\d.]+) times as far", str(caught.value))[1])
+    assert abs(told - rate) < 0.2 * rate
+
+
 RELAXERS = [ebm.FixedPoint(20, tol=1e-8), ebm.AcceleratedFixedPoint(8, tol=1e-12)]
 
 

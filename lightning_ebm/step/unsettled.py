@@ -69,14 +69,17 @@ def motion(landscape: Landscape, sweep: Evaluation[list[Tensor]], point: Sequenc
             if not longest <= bound:  # nan is not
                 break
         run = torch.stack(lengths)
+        apart = len(run) - 2 * _STRETCH  # sweeps between the two stretches
         early, late = run[_STRETCH : 2 * _STRETCH].mean(0), run[-_STRETCH:].mean(0)
+        if apart <= 0:  # it ran away before there were two
+            apart, early, late = max(len(run) - 1, 1), run[0], run[-1]
         sizes = landscape.norms(states)
         rounding = 4 * max(landscape.rounding, torch.finfo(sizes.dtype).eps) * sizes
         restless = restless & ~((late <= _SETTLING * early) | (late <= rounding))
         if len(lengths) < _WINDOW + 2 * _STRETCH or not bool(restless.any()):
             break
     ratio = (late / early)[restless].nan_to_num(torch.inf, torch.inf)
-    growth = float(ratio.median()) ** (1 / (len(lengths) - 2 * _STRETCH)) if len(ratio) else 0.0
+    growth = float(ratio.median()) ** (1 / apart) if len(ratio) else 0.0
     shares = [float(step.norm() / state.norm().clamp_min(1e-30)) for step, state in zip(moved, states, strict=True)]
     worst = max(range(len(shares)), key=lambda k: shares[k] if shares[k] == shares[k] else torch.inf)
     return Motion(restless, growth, landscape.names[worst], taken)
