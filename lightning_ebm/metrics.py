@@ -19,6 +19,9 @@ def moments(estimate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> 
 
     Sums, so that those of several parameters, micro-batches or devices add up. A name that only one side has counts as
     zero on the other: an update that a rule leaves out is an error of that rule, not a gap in the figure.
+
+    Raises:
+        ConfigurationError: both have a gradient of a name, in other shapes.
     """
     found = {}
     for name in [*reference, *(name for name in estimate if name not in reference)]:
@@ -27,6 +30,11 @@ def moments(estimate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> 
         assert some is not None
         r = torch.zeros_like(some) if r is None else r
         g = torch.zeros_like(some) if g is None else g
+        if g.shape != r.shape:
+            raise ConfigurationError(
+                f"The estimate of {name!r} has the shape {tuple(g.shape)}, and the reference {tuple(r.shape)}:"
+                " alignment compares two gradients of the same parameter, element by element. Compare those of one module."
+            )
         # float64: the angle of two vectors with cosine 1 - 1e-10 is lost in float32
         r, g = r.detach().to_dense().double(), g.detach().to_dense().double()
         same = (g.sign() == r.sign()).sum()
@@ -49,6 +57,10 @@ def alignment(estimate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -
     Args:
         estimate: ``{parameter name: tensor}``; any shapes and dtypes.
         reference: the same names and shapes; a name missing on one side counts as zeros.
+
+    Raises:
+        ConfigurationError: both have a gradient of a name, in other shapes.
+        ValueError: both are empty.
     """
     found = moments(estimate, reference)
     if not found:
@@ -133,6 +145,7 @@ class Alignment(Metric):
         """Adds one pair of gradients; names as in `alignment`.
 
         Raises:
+            ConfigurationError: both have a gradient of a name, in other shapes.
             ValueError: a gradient of a parameter that was not announced.
         """
         found = moments(estimate, reference)

@@ -1,6 +1,7 @@
 """Alignment against formulas written with NumPy, and its limits where a gradient is dead."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -59,6 +60,17 @@ def test_small_angles_are_not_lost_to_rounding():
 def test_a_dead_gradient_has_values_not_nan(estimate, reference, expected):
     found = alignment({"w": torch.full((3,), estimate)}, {"w": torch.full((3,), reference)})
     assert tuple(found.values()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("other", [(3,), (1,), (2, 2), ()])
+def test_gradients_of_other_shapes_are_refused_by_name(other):
+    """Some of them could be compared by broadcasting, which would mean nothing."""
+    estimate, reference = {"net.weight": torch.ones(2)}, {"net.weight": torch.ones(other)}
+    wanted = re.escape(f"'net.weight' has the shape (2,), and the reference {other}")
+    with pytest.raises(ebm.ConfigurationError, match=wanted):
+        alignment(estimate, reference)
+    with pytest.raises(ebm.ConfigurationError, match=wanted):
+        Alignment().update(estimate, reference)
 
 
 def test_a_missing_gradient_counts_as_zero():

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -81,6 +82,19 @@ def test_a_module_may_be_called_by_another_thread_while_a_step_is_recorded():
     for one in found:
         for a, b in zip(one.values(), true, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("algorithm", [EXACT, "equilibrium-propagation"])
+def test_what_another_thread_has_computed_for_the_step_is_refused_by_that_name(algorithm):
+    module = Net()
+
+    def closure():
+        with ThreadPoolExecutor() as pool:
+            first, second = pool.map(module.net, (X, 2 * X))
+        return F.cross_entropy(first + second, Y)
+
+    with pytest.raises(ebm.UnsupportedModuleError, match=r"by another thread.*in its own thread"):
+        ebm.Learner(module, algorithm).gradients(closure)
 
 
 class Drawing(Net):

@@ -64,6 +64,12 @@ def through_dlpack(index: int) -> Tensor:
     return weights
 
 
+def through_storage(index: int) -> Tensor:
+    weights, other = torch.ones(6, dtype=torch.float64), torch.full((6,), 1 + 0.2 * index, dtype=torch.float64)
+    weights.untyped_storage().copy_(other.untyped_storage())
+    return weights
+
+
 def empty_by_numpy(index: int) -> Tensor:
     weights = torch.empty(6, dtype=torch.float64)
     np.asarray(weights)[:] = 1 + 0.2 * index
@@ -82,6 +88,13 @@ def read_again(array, of) -> object:
         return first + F.cross_entropy(net(x - shared), y)
 
     return step
+
+
+def copied_again(net: nn.Module, x: Tensor, y: Tensor, index: int) -> Tensor:
+    shared = torch.ones(6, dtype=torch.float64)
+    first = F.cross_entropy(net(x * shared), y)
+    shared.untyped_storage().copy_(torch.full((6,), 0.1 * index, dtype=torch.float64).untyped_storage())
+    return first + F.cross_entropy(net(x * shared), y)
 
 
 def moved_halves(like):
@@ -103,6 +116,8 @@ STEPS = {
     "apply_ from the third step on": (mlp, weights_made(applied_later)),
     "map_": (mlp, weights_made(mapped)),
     "dlpack": (mlp, weights_made(through_dlpack)),
+    "untyped_storage": (mlp, weights_made(through_storage)),
+    "untyped_storage between two readings": (mlp, copied_again),
     "empty, by numpy": (mlp, weights_made(empty_by_numpy)),
     "numpy between two readings": (mlp, read_again(ARRAY, lambda: _tensor)),
     "dlpack between two readings": (mlp, read_again(None, lambda: torch.ones(6, dtype=torch.float64))),
@@ -142,6 +157,31 @@ def test_memory_that_was_not_filled_is_the_same_where_a_step_runs_twice(case: st
     found = ebm.Learner(net, algorithm).gradients(lambda: step(net, x, y, 0))
     expected = ebm.Learner(net, algorithm).gradients(lambda: without_writing(x, y))
     assert off(found, expected) < 1e-10
+
+
+def by_numpy(h: Tensor) -> None:
+    h.detach().numpy()[:] *= 0.5
+
+
+def by_storage(h: Tensor) -> None:
+    h.data.untyped_storage().fill_(0)
+
+
+@pytest.mark.parametrize(
+    ("write", "why"),
+    [(by_numpy, "memory of a tensor that it computes.*numpy"), (by_storage, "while gradients are off")],
+)
+def test_writes_of_others_to_what_the_step_computes_are_refused_by_that_name(write, why) -> None:
+    net, (x, y) = mlp().double(), batch(0)
+
+    def closure() -> Tensor:
+        h = net[:2](x)
+        write(h)
+        return F.cross_entropy(net[2:](h), y)
+
+    with pytest.raises(ebm.UnsupportedModuleError, match=why) as error:
+        ebm.Learner(net, "zero-divergence").gradients(closure)
+    assert "grad_fn" not in str(error.value)
 
 
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])

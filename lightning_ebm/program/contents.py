@@ -161,12 +161,13 @@ class Contents:
 
     def unseen_by_autograd(self, written: Sequence[Tensor]) -> bool:
         """Whether a detached alias is written to: the graph of what shares its memory stays as it is."""
-        return any(
-            not tensor.requires_grad
-            and tensor.grad_fn is None
-            and any(alias.requires_grad for alias in self._aliasing.others(tensor))
-            for tensor in written
-        )
+        with self._pausing():  # it is not the user who reads `grad_fn`
+            return any(
+                not tensor.requires_grad
+                and tensor.grad_fn is None
+                and any(alias.requires_grad for alias in self._aliasing.others(tensor))
+                for tensor in written
+            )
 
     def constant(self, tensor: Tensor) -> Value:
         """What was drawn has no slope, whatever autograd makes of it later."""
@@ -210,11 +211,14 @@ class Contents:
         for alias in [tensor, *self.others(tensor)]:
             if not alias.requires_grad:
                 self.forget(alias)
+            elif not alias.is_leaf:
+                self._record.hands_out = True
         self._shared.add(tensor.untyped_storage().data_ptr())
 
     def _is_shared(self, tensor: Tensor) -> bool:
         """Whether its memory is NumPy's, other processes', or was handed out: what it holds is read at every use."""
-        memory = tensor.untyped_storage()
+        with self._pausing():
+            memory = tensor.untyped_storage()
         return not memory.resizable() or memory.data_ptr() in self._shared
 
     def forget(self, tensor: Tensor) -> None:
@@ -272,7 +276,8 @@ def _refuse_unrecorded(tensor: Tensor) -> None:
             " it computes could not be repeated at other states. Call MyFunction.apply(...) where it is used."
         )
     raise UnsupportedModuleError(
-        f"The step uses a tensor that was computed before it began, together with its graph ({name}): what lies behind"
-        " it cannot be repeated at other states, and parameters there would learn by other rules. Compute it inside the"
-        " step, or detach it."
+        "The step uses a tensor that was computed before it began, or by another thread (ThreadPoolExecutor,"
+        f" nn.DataParallel) where nothing is recorded, together with its graph ({name}): what lies behind it cannot be"
+        " repeated at other states, and parameters there would learn by other rules. Compute it inside the step and in"
+        " its own thread, or detach it."
     )

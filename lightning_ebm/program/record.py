@@ -153,6 +153,7 @@ class Record:
         hooks: gradient hooks on values, see `Tensor.register_hook`.
         reads: operations that turned tensors into Python numbers, with the value that was read.
         reads_graph: whether the pass looked at the graph that autograd made of it, where hooks can be put unseen.
+        hands_out: whether the pass gave the memory of what it computed to others, who may write to it unseen.
         has_hooks: whether the user's gradient hooks stand between its operations.
         transformed: whether layers were called within a transform of torch.func, where they can carry no state.
         shapes: of the tensors that the module was called with, if it was.
@@ -168,6 +169,7 @@ class Record:
     hooks: dict[Value, list[Any]] = field(default_factory=dict)
     reads: list[tuple[str, Value]] = field(default_factory=list)
     reads_graph: bool = False
+    hands_out: bool = False
     has_hooks: bool = False
     transformed: bool = False
     shapes: list[torch.Size] = field(default_factory=list)

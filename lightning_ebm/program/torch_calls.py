@@ -104,7 +104,8 @@ _SET_DATA, _BACKWARD_OF, _HOOK = _TENSOR.data.__set__, Tensor.backward, Tensor.r
 _IN_PLACE = frozenset({Tensor.detach_, torch.detach_})
 _DETACHES = frozenset({Tensor.detach, torch.detach, _TENSOR.data.__get__, *_IN_PLACE})
 _UNSEEN_WRITES: frozenset[Any] = frozenset(
-    (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, _TENSOR.apply_, _TENSOR.map_, _TENSOR.map2_)
+    {Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.untyped_storage, Tensor.storage}
+    | {_TENSOR.apply_, _TENSOR.map_, _TENSOR.map2_}
 )
 """They write without an operation, or hand the memory to others who may."""
 _GRAPH = _TENSOR.grad_fn.__get__
