@@ -33,7 +33,7 @@ def moments(estimate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> 
         if g.shape != r.shape:
             raise ConfigurationError(
                 f"The estimate of {name!r} has the shape {tuple(g.shape)}, and the reference {tuple(r.shape)}:"
-                " alignment compares two gradients of the same parameter, element by element. Compare those of one module."
+                " alignment compares two gradients of one parameter, element by element. Compare those of one module."
             )
         # float64: the angle of two vectors with cosine 1 - 1e-10 is lost in float32
         r, g = r.detach().to_dense().double(), g.detach().to_dense().double()

@@ -382,21 +382,33 @@ class Functions(nn.Module):
         held = [nn.Parameter(0.4 * torch.randn(6, 6)) for _ in range(5)]
         self.weights = nn.ParameterDict({f"w{k}": w for k, w in enumerate(held)}) if kind == "dict" else None
         self.weights = nn.ParameterList(held) if self.weights is None else self.weights
+        if kind.startswith("held"):
+            self.weights = None
+            for k, w in enumerate(held):
+                setattr(self, f"w{k}", w)
+                if kind == "held with biases":
+                    setattr(self, f"b{k}", nn.Parameter(torch.zeros(6)))
         self.gate = nn.Sequential(nn.Linear(6, 2), nn.ReLU(), nn.Linear(2, 6), nn.Sigmoid()) if kind == "gate" else None
         self.pooler = nn.Tanh()
         self.head = nn.Linear(6, 2)
 
     def forward(self, x):
+        if self.weights is None:
+            for k in range(5):
+                x = torch.relu(x @ getattr(self, f"w{k}") + getattr(self, f"b{k}", 0.0))
+            return self.head(self.pooler(x))
         for w in self.weights.values() if isinstance(self.weights, nn.ParameterDict) else self.weights:
             x = torch.relu(x @ w)
         return self.head(self.pooler(x) if self.gate is None else x * self.gate(x))
 
 
-@pytest.mark.parametrize("kind", ["list", "dict", "gate"])
+@pytest.mark.parametrize("kind", ["list", "dict", "gate", "held", "held with biases"])
 def test_weights_that_functions_use_are_counted_one_by_one(kind, caplog):
     torch.manual_seed(0)
     net = Functions(kind).double()
     ebm.Learner(net).gradients(lambda: net(X).square().mean())
+    if kind != "gate":
+        assert ebm.summary(net, X).layers[0].modules_between == 5
     assert ("5 weighted modules" if kind == "gate" else "5 of 6 weighted modules") in caplog.text
 
 

@@ -25,10 +25,19 @@ def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
 
 
 def owners_of(module: nn.Module) -> dict[int, str]:
-    """Of each parameter, by its identity, the name of what holds it directly; those in a list each hold themselves."""
+    """Of each parameter, by its identity, the name of the weight that it belongs to.
+
+    A module of torch's is one weight, as is one with a single matrix or kernel. Parameters in a list each stand for
+    themselves; of several matrices that another module holds, each does, with the vectors that come after it.
+    """
     found: dict[int, str] = {}
     for name, owner in module.named_modules():
         alone = isinstance(owner, nn.ParameterList | nn.ParameterDict)
-        for key, parameter in owner.named_parameters(recurse=False):
-            found[id(parameter)] = f"{name}.{key}" if alone and name else key if alone else name
+        held = list(owner.named_parameters(recurse=False))
+        matrices = [key for key, parameter in held if parameter.ndim > 1]
+        several = len(matrices) > 1 and not type(owner).__module__.startswith("torch.")
+        weight = matrices[0] if several else ""
+        for key, parameter in held:
+            weight = key if alone or (several and parameter.ndim > 1) else weight
+            found[id(parameter)] = f"{name}.{weight}".strip(".") if weight else name
     return found
