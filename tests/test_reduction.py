@@ -42,6 +42,13 @@ MEANS = {
     "divided by hand": lambda out, net: (out - Y).square().sum() / len(X),
     "divided by what was divided": lambda out, net: (out - Y).square().sum() / torch.tensor(12.0),
     "half, divided by hand": lambda out, net: 0.5 * (out - Y).square().sum() / len(X),
+    "four times a mean of the batch": lambda out, net: (
+        4 * F.kl_div(out.log_softmax(1), Y.softmax(1), reduction="batchmean")
+    ),
+    "ten times a mean by hand": lambda out, net: 10 * ((out - Y).square().sum() / len(X)),
+    "weighted, then scaled": lambda out, net: 20 * ((out - Y).square() * torch.full((12, 1), 1 / 12)).sum(),
+    "scaled and masked": lambda out, net: 5.0 * (((out - Y).square() * (Y > 0)).sum() / (Y > 0).sum()),
+    "beside a hundredth of a sum": lambda out, net: F.cross_entropy(out, CLASSES) + 0.01 * out.square().sum(),
     "multiplied by one over it": lambda out, net: (out - Y).square().sum() * (1 / len(X)),
     "sample by sample": lambda out, net: (
         sum(F.cross_entropy(out[k : k + 1], CLASSES[k : k + 1]) for k in range(12)) / 12
@@ -83,3 +90,17 @@ def test_nothing_is_said_of_one_that_is_declared(name, caplog):
 @pytest.mark.parametrize("name", MEANS)
 def test_nothing_is_said_of_a_mean(name, caplog):
     assert not heard(MEANS[name], caplog)
+
+
+def test_a_small_part_of_a_sum_beside_a_mean_is_the_mean_that_it_equals():
+    """A hundredth of a sum over 12 is 0.12 of a mean: the same nudge for each sample, and nothing to tell."""
+
+    def update(beside):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+        learner = ebm.Learner(net, ebm.algorithm("predictive-coding", relaxer=ebm.ErrorCoordinates(100, tol=1e-9)))
+        return learner.gradients(lambda: F.cross_entropy(out := net(X.double()), CLASSES) + beside(out.square().sum(1)))
+
+    summed, averaged = update(lambda each: 0.01 * each.sum()), update(lambda each: 0.12 * each.mean())
+    for one, other in zip(summed.values(), averaged.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)

@@ -25,8 +25,9 @@ _PICKS = frozenset({"select", "slice", "unbind", "split", "index"})
 def sums_over_batch(program: Program, batch_size: int) -> bool:
     """True where the loss adds up terms of the samples that the states give, each with a weight well above 1/B.
 
-    Weights are the numbers, and the constants, that sums are multiplied with or divided by. What is divided by a number
-    that hangs on states itself is not found.
+    Weights are the numbers, and the constants, that sums are multiplied with or divided by. One of at most 1/B makes a
+    mean, which stays one where it is scaled: four times a mean is no sum. A small part of a sum pulls no sample harder
+    than a mean would, and is no matter. What is divided by a number that hangs on states itself is not found.
     """
     moving = depending({mark.state for mark in program.marks}, program.order)
     looked = _Looked(program, moving, batch_size)
@@ -106,7 +107,11 @@ class _Looked:
         number = self._constant_in(node)
         if number is None or (name == "div" and number == 0):
             return None
-        return number if name == "mul" else 1 / number
+        return self._averaged(number if name == "mul" else 1 / number)
+
+    def _averaged(self, factor: float) -> float:
+        """The factor; 0 where it makes a mean of a sum over as many as the samples at least, however that is scaled."""
+        return 0.0 if abs(factor) * self._size <= 1 + 1e-6 else factor
 
     def weight_within(self, node: Node) -> float:
         """The mean weight that the samples were multiplied with before they were added up."""
@@ -115,7 +120,7 @@ class _Looked:
         if source is None or name_of(source) != "mul":
             return 1.0
         number = self._constant_in(source)
-        return 1.0 if number is None else number
+        return 1.0 if number is None else self._averaged(number)
 
     def _constant_in(self, node: Node) -> float | None:
         """The number that a product, or a quotient, of states has as its other factor; None where it has none."""
