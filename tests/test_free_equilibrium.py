@@ -310,3 +310,26 @@ def test_a_step_just_beyond_two_over_the_curvature_is_refused_and_one_just_below
     learn(0.98)
     with pytest.raises(ebm.RelaxationDivergedError, match="curvature"):
         learn(1.02)
+
+
+class Saliency(Regressor):
+    """Evaluation that differentiates the network, as saliency maps and attacks do."""
+
+    @torch.enable_grad()
+    def validation_step(self, batch):
+        x = batch[0].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(self(x).square().sum(), x)
+        self.log("slope", slope.abs().mean())
+
+
+def test_evaluation_that_differentiates_the_layers_is_refused_where_states_are_in_place():
+    def validated(preset):
+        fresh = trainer(ebm.EBMStrategy(preset), inference_mode=False)
+        fresh.validate(Saliency(), loader(), verbose=False)
+        return fresh.callback_metrics["slope"]
+
+    assert float(validated("predictive-coding")) == float(validated("backprop"))
+    with pytest.raises(
+        ebm.UnsupportedModuleError, match=r"second run raised RuntimeError.*derivative through its layers"
+    ):
+        validated("equilibrium-propagation")

@@ -13,6 +13,7 @@ from lightning_ebm.step.arithmetic import Arithmetic
 from lightning_ebm.step.closure import Closure, check_closure, checked_loss, is_number
 from lightning_ebm.step.phases import Phases
 from lightning_ebm.step.quiet_pass import run_quietly
+from lightning_ebm.step.second_run import told_of_states_in_place
 from lightning_ebm.step.setup import Setup
 from lightning_ebm.step.user_pass import UserPass
 
@@ -61,7 +62,7 @@ def at_free_equilibrium(setup: Setup, closure: Closure) -> Iterator[None]:
         return
     keys = [mark.key for mark in seen.known.program.marks]
     free = phases().relax_freely(teaches=False)
-    with in_place(setup.module, dict(zip(keys, free.point, strict=True))):
+    with in_place(setup.module, dict(zip(keys, free.point, strict=True))), told_of_states_in_place():
         yield
 
 

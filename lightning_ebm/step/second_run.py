@@ -54,9 +54,10 @@ def repeated(module: nn.Module, first: Recorded, recorder: Recorder, loss: Tenso
         found = "what they were given"
     raise UnsupportedModuleError(
         "For this energy the step runs twice: quietly, to find the free equilibrium, and then with its states"
-        f" in place. The two runs differ in {found}: the step depends on values of its layers, or on something"
-        " outside of the module that each run changes, so that the states are of another network. Let the flow"
-        " depend on the batch alone, or take a divergence energy such as ebm.PredictiveCoding()."
+        f" in place. The two runs differ in {found}: the step depends on values of its layers (by detach(), no_grad,"
+        " .item(), a draw or a branch), or on something outside of the module that each run changes, so that the states"
+        " are of another network. Let the flow depend on the batch alone, or take a divergence energy such as"
+        " ebm.PredictiveCoding()."
     )
 
 
