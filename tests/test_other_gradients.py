@@ -318,6 +318,35 @@ def test_backward_that_is_limited_to_parameters_and_others_is_refused():
 # ------------------------------------------------------------------------------------- graphs of gradients, retain_grad
 
 
+class Cached(Manual):
+    """GradCache: the gradient of representations that were computed without one, then the network, part by part."""
+
+    by_lightning = False
+
+    def training_step(self, batch, index):
+        parts = batch[0].split(3)
+        with torch.no_grad():
+            seen = torch.cat([self.net(part) for part in parts])
+        seen.requires_grad_()
+        loss = F.cross_entropy(seen @ seen.detach().T, torch.arange(len(seen)))
+        self.optimizers().zero_grad()
+        self.manual_backward(loss) if self.by_lightning else loss.backward()
+        for part, gradient in zip(parts, seen.grad.split(3), strict=True):
+            self.manual_backward((self.net(part) * gradient).sum())
+        self.optimizers().step()
+
+
+class CachedByLightning(Cached):
+    by_lightning = True
+
+
+@pytest.mark.parametrize("make", [Cached, CachedByLightning])
+@pytest.mark.parametrize("capture", [True, False])
+def test_a_loss_of_no_parameter_fills_the_gradients_that_it_has(make, capture):
+    stock = fit(make)
+    assert farthest(stock, fit(make, ebm.EBMStrategy(EXACT, capture=capture))) < 1e-12
+
+
 class GraphByHand(Manual):
     def back(self, loss):
         self.manual_backward(loss, create_graph=True)

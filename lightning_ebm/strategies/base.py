@@ -200,6 +200,8 @@ class EnergyStrategy(ObservedStrategy):
         if not self._module.automatic_optimization:
             given, args = (args[0], args[1:]) if args else (kwargs.pop("gradient", None), args)
             closure_loss, kwargs["gradient"] = weighted(closure_loss, given)
+            if self._relaxes and not self._manual.reaches(self._module, closure_loss):
+                return super().backward(closure_loss, optimizer, *args, **kwargs)
         with nullcontext() if recorder is None else recorder.handing_over():
             surrogate = self._surrogate(closure_loss)
             if surrogate is None:  # as stock does with a step that returned no loss: gradients stay as they are

@@ -59,7 +59,7 @@ class ManualOptimization:
         if recorder is None or recorder.contents.known(loss) is None:
             return False
         if inputs is None:
-            return True
+            return self.reaches(module, loss)
         trained = {id(p) for p in module.parameters()}
         ours = [id(tensor) in trained for tensor in all_of(inputs)]
         if any(ours) and not all(ours):
@@ -68,6 +68,18 @@ class ManualOptimization:
                 " others would be left without a gradient. Take theirs by torch.autograd.grad."
             )
         return any(ours)
+
+    def reaches(self, module: LightningModule, loss: Tensor) -> bool:
+        """Whether a loss of the running step asks for gradients of parameters, and not of other leaves alone.
+
+        Representations that were computed without gradients are such leaves, where those of the network come later.
+        """
+        if self.recorder is None:
+            return True
+        with self.recorder.pausing():
+            leaves = graph_of([loss])[0]
+        trained = {id(p) for p in module.parameters()}
+        return not leaves or any(id(leaf) in trained for leaf in leaves)
 
     def tell(self, module: LightningModule) -> None:
         """Says once that `loss.backward()` is not what Lightning sees."""
