@@ -134,12 +134,16 @@ class Alignment(Metric):
             wanted = "a list of the parameters' names, each once, or None"
             if not isinstance(names, list | tuple) or len({*map(repr, names)}) < len(names):
                 checked.refuse(self, "names", names, wanted)
-            self._expect([checked.instance(self, "names", name, str, wanted) for name in names])
+            self.expect([checked.instance(self, "names", name, str, wanted) for name in names])
 
-    def _expect(self, names: Iterable[str]) -> None:
-        self.names = list(names)
+    def expect(self, names: Iterable[str]) -> None:
+        """Announces parameters, also ones that are made after others have been seen; on every device alike."""
+        before = self.total if "total" in self._defaults else None
+        self.names += [name for name in names if name not in self.names]
         self._index = {name: index for index, name in enumerate(self.names)}
         self.add_state("total", torch.zeros(len(self.names), 6, dtype=torch.float64), dist_reduce_fx="sum")
+        if before is not None:
+            self.total = torch.cat([before, self.total[len(before) :].to(before)])
 
     def update(self, estimate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
         """Adds one pair of gradients; names as in `alignment`.
@@ -150,7 +154,7 @@ class Alignment(Metric):
         """
         found = moments(estimate, reference)
         if "total" not in self._defaults:
-            self._expect(found)
+            self.expect(found)
         unknown = [name for name in found if name not in self._index]
         if unknown:
             raise ValueError(f"Alignment was made for {self.names} and got a gradient of {unknown[0]!r}.")

@@ -127,6 +127,25 @@ def test_without_names_the_first_update_gives_them():
     assert float(metric.compute()["cosine/net/0/bias"]) == pytest.approx(1)
 
 
+def test_parameters_may_be_announced_later():
+    one, other = pair(0), pair(1)
+    metric, late = Alignment(["scale", "net.0.bias"]), ["net.0.weight", "scale"]
+    short = [{k: v for k, v in side.items() if k != "net.0.weight"} for side in one]
+    metric.update(*short)
+    metric.expect(late)
+    assert metric.names == ["scale", "net.0.bias", "net.0.weight"]
+    metric.update(*other)
+    whole = Alignment()
+    whole.update(*other)
+    whole.update(*short)
+    assert {k: float(v) for k, v in metric.compute().items()} == pytest.approx(
+        {k: float(v) for k, v in whole.compute().items()}
+    )
+    metric.reset()
+    metric.update(*other)
+    assert float(metric.compute()["cosine"]) == pytest.approx(alignment(*other)["cosine"])
+
+
 def test_a_gradient_that_was_not_announced_is_refused():
     with pytest.raises(ValueError, match=r"net\.9"):
         Alignment(["net.0"]).update({"net.9": torch.ones(1)}, {"net.9": torch.ones(1)})

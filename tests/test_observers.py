@@ -6,6 +6,7 @@ import math
 import lightning as L
 import pytest
 import torch
+import torch.nn.utils.prune
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning_modules import Template
@@ -242,3 +243,33 @@ def test_mlflow_keeps_every_figure_and_picture(tmp_path):
         assert kept[own] == pytest.approx(told[key], rel=1e-5), key
     pictures = [file.path for folder in ("alignment", "ebm") for file in client.list_artifacts(logger.run_id, folder)]
     assert {"alignment/heatmap.png", "ebm/energy_curves.png"} <= set(pictures)
+
+
+class Pruned(L.Callback):
+    """Renames the weight of a layer in the second epoch, as pruning does, which keeps a mask beside it."""
+
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == 1:
+            linear = next(m for m in module.modules() if isinstance(m, torch.nn.Linear))
+            torch.nn.utils.prune.l1_unstructured(linear, "weight", amount=0.3)
+
+
+class Parametrized(L.Callback):
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == 1:
+            linear = next(m for m in module.modules() if isinstance(m, torch.nn.Linear))
+            torch.nn.utils.parametrizations.weight_norm(linear)
+            trainer.strategy.setup_optimizers(trainer)
+
+
+@pytest.mark.parametrize("change", [Pruned, Parametrized])
+def test_parameters_that_are_made_or_renamed_in_mid_run_are_compared_as_well(change, tmp_path):
+    plain = fit(tmp_path / "plain", callbacks=[change()], algorithm="zero-divergence")
+    seen = observers()
+    observed = fit(tmp_path / "observed", callbacks=[change(), *seen], algorithm="zero-divergence")
+    assert same(plain, observed)
+    names = [name for name in seen[0].run.names if name not in dict(Template(dropout=0.0).named_parameters())]
+    assert names
+    figures = seen[0].run.compute()
+    for name in names:
+        assert float(figures[f"cosine/{name.replace('.', '/')}"]) == pytest.approx(1)

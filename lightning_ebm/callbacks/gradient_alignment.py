@@ -164,6 +164,10 @@ class GradientAlignment(Callback):
             for metric in self._steps:
                 metric.reset()
             self._seen_step = trainer.global_step
+        names = [clean(name) for name, _ in pl_module.named_parameters()]
+        for metric in (*self._totals, *self._steps):
+            if not set(names) <= set(metric.names):  # parameters that were made, or renamed, in mid-run
+                metric.expect(names)
         update = named_gradients(pl_module, loss, retain_graph=True)
         values: dict[str, float] = {}
         for index, reference in enumerate(self._references):
