@@ -16,6 +16,7 @@ from lightning_ebm.network.passes import Run, Start
 from lightning_ebm.network.precomputed_gradient import with_precomputed_gradient
 from lightning_ebm.network.twin import Twin, rebuilt, settings_of
 from lightning_ebm.program.code import Code, Key, TracedProgram
+from lightning_ebm.program.elsewhere import elsewhere
 from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.record import Value
 from lightning_ebm.program.wiring import Plan
@@ -149,7 +150,10 @@ class TracedNetwork(Network):
         del before
         if takes and isinstance(point, list):
             point.clear()
-        return code.at(inputs)
+        try:
+            return code.at(inputs)
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise elsewhere(error, "in its code") from error
 
     def _key(self, kind: Key, point: Sequence[Tensor]) -> Key:
         """All that code depends on besides the program."""

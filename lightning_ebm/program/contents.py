@@ -34,6 +34,7 @@ class Contents:
         self._pausing = pausing
         self._known: dict[int, tuple[Callable[[], Tensor | None], Value]] = {}
         self._marked: set[Value] = set()
+        self._frozen: set[Value] = set()
         self._written_over: list[Tensor] = []
         self._shared: set[int] = set()
         self._aliasing = Aliasing()
@@ -55,10 +56,6 @@ class Contents:
         """What a tensor holds now, if the record knows."""
         known = self._known.get(id(tensor))
         return known[1] if known is not None and known[0]() is tensor else None
-
-    def tensor_of(self, value: Value) -> Tensor:
-        """A tensor that holds a value, one of those that are still there."""
-        return next(held for ref, known in self._known.values() if known is value and (held := ref()) is not None)
 
     def others(self, tensor: Tensor) -> list[Tensor]:
         """The other tensors that share memory with this one."""
@@ -175,6 +172,24 @@ class Contents:
         self.bind(tensor, value)
         self._record.inputs[value] = tensor
         return value
+
+    def freeze(self, value: Value) -> Value:
+        """The constant that stands for a computed value from now on; itself if it is one."""
+        if value.node is None:
+            return value
+        holding = [held for ref, known in [*self._known.values()] if known is value and (held := ref()) is not None]
+        constant = self.constant(holding[0])
+        self._frozen.add(constant)
+        for tensor in holding[1:]:
+            self.bind(tensor, constant)
+        return constant
+
+    def is_choice(self, tensor: Tensor) -> bool:
+        """Whether it holds truth values or integers that the pass has computed, or that have been frozen since."""
+        value = self.known(tensor)
+        if value is None or value.is_continuous:
+            return False
+        return value.node is not None or value in self._frozen
 
     def constant_from_now(self, tensor: Tensor) -> None:
         """Written to while gradients are off: what it holds from now on is a constant, or a leaf's new value."""

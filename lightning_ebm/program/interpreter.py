@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_ebm.energies import LayerView
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.custom_calls import is_of_the_users
+from lightning_ebm.program.elsewhere import elsewhere
 from lightning_ebm.program.held import Held, ancestors, ordered
 from lightning_ebm.program.named import named
 from lightning_ebm.program.products import Product, products_of, sent_back_by
@@ -154,6 +155,8 @@ class Program:
                     held.run(node)
                 except UnsupportedModuleError as error:
                     raise UnsupportedModuleError(f"{error} It is computed {self._place(node)}.") from error
+                except (IndexError, RuntimeError, ValueError) as error:
+                    raise elsewhere(error, f"{named(node.func).name}, {self._place(node)}") from error
             else:
                 original = held[mark.prediction]
                 prediction = at_least_float32(original)

@@ -34,6 +34,7 @@ from lightning_ebm.program.operations import (
     without_statistics,
 )
 from lightning_ebm.program.pause import Pause
+from lightning_ebm.program.picked import freeze_masks, picks
 from lightning_ebm.program.random_draws import draws, repeated_without_drawing
 from lightning_ebm.program.record import (
     Mark,
@@ -43,7 +44,6 @@ from lightning_ebm.program.record import (
     Value,
     is_continuous,
     meta_of,
-    outside_meta_of,
     stands_for,
 )
 from lightning_ebm.program.seams import seams
@@ -53,8 +53,6 @@ from lightning_ebm.program.torch_calls import TorchCalls
 TakesCare = Callable[[Tensor, dict[str, Any]], bool]
 """Told of a `backward` call, by the tensor and its options; answers whether it has done what the call was to do."""
 
-_SLOPED = BY_MASK | {"_ctc_loss"}
-"""Operations that have a slope, though the shape of what they give depends on values."""
 _COLLECTIVE = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})
 _DETACH = torch.ops.aten.detach.default
 
@@ -101,7 +99,7 @@ class Recorder(DispatchMode):
                 return result
         written = tensors_at(kind, args, kwargs) if kind.writes else []
         repeated = None
-        off = not torch.is_grad_enabled() or func is _DETACH or (kind.dynamic and kind.name not in _SLOPED)
+        off = not torch.is_grad_enabled() or func is _DETACH or picks(self.contents, kind, args)
         off = off or self.contents.unseen_by_autograd(written)
         if kind.random and not off and draws(func, args, kwargs):
             repeated = repeated_without_drawing(kind, args)
@@ -135,7 +133,7 @@ class Recorder(DispatchMode):
         if written:
             self._functional(node, kind)
         if kind.name in BY_MASK or kind.name in PUT_BY_MASK:
-            self._freeze_masks(node, kind)
+            freeze_masks(self.contents, node, kind)
         self.contents.about_to_write(written)
         result = func(*args, **kwargs)
         if repeated is not None:
@@ -238,23 +236,6 @@ class Recorder(DispatchMode):
             node.func = functional
         else:
             node.written = kind.writes
-
-    def _freeze_masks(self, node: Node, kind: Traits) -> None:
-        """How many elements a mask picks belongs to the recorded pass: masks by which others are cut are constants."""
-        if kind.name in PUT_BY_MASK and node.args[2].shape.numel() == 1:
-            return
-
-        def frozen(arg: Any) -> Any:
-            if type(arg) is tuple:
-                return tuple([frozen(a) for a in arg])
-            if type(arg) is not Value or arg.node is None or arg.meta[2] not in (torch.bool, torch.uint8):
-                return arg
-            tensor = self.contents.tensor_of(arg)
-            constant = Value(None, outside_meta_of(tensor))
-            self.record.inputs[constant] = tensor.detach().clone()
-            return constant
-
-        node.args = frozen(node.args)
 
     # Tensors and values
 
