@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_ebm.program.aliasing import is_wrapped
 from lightning_ebm.program.batch_size import declared_size, shapes_in
+from lightning_ebm.program.fast_paths import FastPaths
 from lightning_ebm.program.module_walk import modules_of, parameters_of
 from lightning_ebm.program.record import Mark, StateKey, Value, is_continuous
 from lightning_ebm.program.recorder import Recorder
@@ -51,6 +52,8 @@ class Watch:
         self.activations: list[nn.Module] = []
         self.batch_first: dict[nn.Module, bool] = {}
         """What modules with torch's attribute of that name say: whether samples come before times."""
+        self.encoders: list[nn.Module] = []
+        self.fast_paths = FastPaths(root)
         self.compiled = False
 
     def renew(self) -> None:
@@ -71,6 +74,7 @@ class Watch:
         self.activations = [module for module in self.names if is_activation(module)]
         says = {module: getattr(module, "batch_first", None) for module in self.names}
         self.batch_first = {module: first for module, first in says.items() if isinstance(first, bool)}
+        self.encoders = [module for module in modules if isinstance(module, nn.TransformerEncoder)]
         # A compiled network would not see the hooks: for a pass it runs as it was written.
         self.compiled = any("_orig_mod" in module._modules for module in modules)
 
@@ -166,6 +170,8 @@ def watched(root: nn.Module, recorder: Recorder, watch: Watch, replace: Replace)
             hooks.add(root, root.register_forward_pre_hook(note_batch, with_kwargs=True))
         for module in names:
             hooks.add(module, module.register_forward_hook(after, with_kwargs=True))
+        for module in watch.encoders:
+            hooks.add(module, module.register_forward_hook(watch.fast_paths.look, with_kwargs=True))
         for module in watch.activations:
             hooks.add(module, module.register_forward_pre_hook(before, with_kwargs=True))
         if watch.compiled:
