@@ -1059,6 +1059,62 @@ MUTATIONS = [
         'self.node(made).meta["elsewhere"]',
         "decompositions",
     ),
+    Mutation(
+        "steps are judged by the energy where forces are no slope of it",
+        "relaxers/barzilai_borwein.py",
+        "rose = rose & self.landscape.conservative",
+        "rose = rose & True",
+        "own_slopes",
+    ),
+    Mutation(
+        "a batch that is relaxed as one is judged by the energy there",
+        "relaxers/joint_descent.py",
+        "| (not self.landscape.conservative)",
+        "| False",
+        "own_slopes",
+    ),
+    Mutation(
+        "hooks of modules that change gradients are overlooked",
+        "program/own_slopes.py",
+        "isinstance(call, HookedCall) and call.changes",
+        "isinstance(call, HookedCall) and not call.changes",
+        "own_slopes",
+    ),
+    Mutation(
+        "integers that a mask picks are computed again",
+        "program/picked.py",
+        "mask.dtype in _TRUTH and contents.is_choice(mask)",
+        "mask.dtype not in _TRUTH and contents.is_choice(mask)",
+        "picked",
+    ),
+    Mutation(
+        "a mask is a constant only where it picks",
+        "program/contents.py",
+        "constant = self.constant(holding[0])",
+        "constant = self.constant(holding[0].clone())",
+        "picked",
+    ),
+    Mutation(
+        "a scaled mean is a sum",
+        "program/batch_sums.py",
+        "return 0.0 if abs(factor) * self._size <= 1 + 1e-6 else factor",
+        "return factor",
+        "reduction",
+    ),
+    Mutation(
+        "a loss of no parameter is relaxed",
+        "strategies/manual.py",
+        "return not leaves or any(id(leaf) in trained for leaf in leaves)",
+        "return True",
+        "other_gradients",
+    ),
+    Mutation(
+        "reading grad_fn is laid at the user's door",
+        "program/contents.py",
+        "        with self._pausing():  # it is not the user who reads `grad_fn`",
+        "        if True:",
+        "unseen_memory",
+    ),
 ]
 
 

@@ -184,6 +184,22 @@ def test_writes_of_others_to_what_the_step_computes_are_refused_by_that_name(wri
     assert "grad_fn" not in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_a_refusal_does_not_lay_grad_fn_at_the_users_door() -> None:
+    """The write begins in C++; autograd had saved what was there before, and has another gradient than the step."""
+    net, (x, y) = mlp().double(), batch(0)
+
+    def closure() -> Tensor:
+        h, weights = net[:2](x), torch.ones(8, dtype=torch.float64)
+        first = F.cross_entropy(net[2:](h * weights), y)
+        weights.storage()[0] = 3.0
+        return first + F.cross_entropy(net[2:](h * weights), y)
+
+    with pytest.raises(ebm.UnsupportedModuleError) as error:
+        ebm.Learner(net, "zero-divergence").gradients(closure)
+    assert "grad_fn" not in str(error.value)
+
+
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_tensors_are_refused_by_name(layout: torch.layout) -> None:
     net = mlp().double()
