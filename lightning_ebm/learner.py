@@ -62,7 +62,7 @@ class Learner:
     Args:
         module: any module; nothing of it is changed but `.grad`.
         algorithm: a preset's name, see `algorithms()`, or an `Algorithm`; None is predictive coding at the largest
-            strength up to 1 that the network bears: ``nudge="auto"``, relaxed by 8 evaluations at most.
+            strength up to 1 that the network bears: ``nudge="auto"``, to 1e-2, by 6 evaluations at most.
         layers: which calls carry states: None (those of activation modules, of repeated blocks, or of modules with
             weights, by how local they make the updates, and behind the maximum pooling that alone reads an activation,
             see `LayerFinder`), or module names, module types, or a predicate.

@@ -43,7 +43,7 @@ def predictive_coding() -> Algorithm:
     ("prospective configuration"). Relaxed by tolerance, as a fixed step diverges once weights have grown, and by 12
     evaluations after the first at most; the status says where that was too little. The published fixed-step runs are
     `algorithm("predictive-coding", relaxer=GradientDescent(lr=0.1, max_steps=20))`. Where lambda = 1 is too strong for
-    a network, ``nudge="auto"`` takes the largest that is not; so do strategies and `Learner`, in 8 evaluations, when no
+    a network, ``nudge="auto"`` takes the largest that is not; so do strategies and `Learner`, in 6 evaluations, when no
     algorithm is named.
 
     Source: Rao and Ballard 1999; Whittington and Bogacz 2017; Song et al. 2024 for the regime.
@@ -298,11 +298,12 @@ def chosen(given: str | Algorithm | None) -> Algorithm:
 
     None is predictive coding on a network that nobody tuned: at lambda = 1 residual networks with BatchNorm and
     Transformers learn little or nothing, as their states take most of the loss for themselves, and with maximum pooling
-    states go on moving for long. So the strength is chosen by what 8 evaluations after the first can settle.
+    states go on moving for long. So the strength is chosen by what 6 evaluations after the first can settle to a
+    hundredth of the first force, which is about as near as the update then is to the one at equilibrium.
     """
     if given is not None:
         return algorithm(given)
-    return algorithm("predictive-coding", nudge="auto", relaxer=ErrorCoordinates(max_steps=8, tol=1e-3))
+    return algorithm("predictive-coding", nudge="auto", relaxer=ErrorCoordinates(max_steps=6, tol=1e-2))
 
 
 def algorithms() -> tuple[str, ...]:

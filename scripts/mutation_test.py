@@ -1069,8 +1069,8 @@ MUTATIONS = [
     Mutation(
         "a batch that is relaxed as one is judged by the energy there",
         "relaxers/joint_descent.py",
-        "| (not self.landscape.conservative)",
-        "| False",
+        "or not self.landscape.conservative",
+        "or False",
         "own_slopes",
     ),
     Mutation(

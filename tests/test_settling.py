@@ -177,7 +177,7 @@ def test_samples_that_see_each_other_are_told_by_the_program_and_not_by_its_numb
     assert seen == [interact] * 3
 
 
-def lowest(net: nn.Module, x: Tensor, y: Tensor, layers: type[nn.Module]) -> float:
+def lowest(net: nn.Module, x: Tensor, y: Tensor, layers: type[nn.Module] | list[str], lam: float = 1.0) -> float:
     """The energy that momentum descent on the errors of these layers reaches in 2,000 steps, by hooks and autograd."""
     errors: list[Tensor] = []
 
@@ -188,11 +188,13 @@ def lowest(net: nn.Module, x: Tensor, y: Tensor, layers: type[nn.Module]) -> flo
         return out + errors[index[0] - 1]
 
     index = [0]
-    handles = [m.register_forward_hook(displaced) for m in net.modules() if isinstance(m, layers)]
+    named = layers if isinstance(layers, list) else [n for n, m in net.named_modules() if isinstance(m, layers)]
+    carry = [m for name, m in net.named_modules() if name in named]
+    handles = [m.register_forward_hook(displaced) for m in carry]
 
     def energy() -> Tensor:
         index[0] = 0
-        loss = len(x) * F.cross_entropy(net(x), y)
+        loss = lam * len(x) * F.cross_entropy(net(x), y)
         return 0.5 * sum(e.square().sum() for e in errors) + loss
 
     energy()
@@ -243,6 +245,68 @@ def test_the_default_costs_no_more_than_its_budget_and_says_when_that_was_too_li
     start, end = (learner.report["phases"][0]["energies"][k] for k in (0, -1))
     if learner.report["result"] == "kink":
         assert end - lowest(net, x, y, nn.ReLU) < 2e-3 * (start - end)
+
+
+def normed_conv() -> nn.Sequential:
+    """Kinks of ReLU and pooling under BatchNorm: samples see each other, and steps do not shrink."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1),
+        nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32, 10),
+    ).double()  # fmt: skip
+
+
+@pytest.mark.parametrize("lam", [0.02, 0.1])
+@pytest.mark.parametrize("seed", range(4))
+def test_where_energy_is_level_at_kinks_that_are_crossed_it_ends_and_the_energy_is_the_least(seed, lam):
+    torch.manual_seed(seed)
+    net = normed_conv()
+    x, y = torch.randn(16, 1, 8, 8, dtype=torch.float64), torch.randint(0, 10, (16,))
+    relaxer = ebm.ErrorCoordinates(max_steps=6, tol=1e-2)
+    learner = ebm.Learner(net, ebm.algorithm("predictive-coding", nudge=ebm.OneSided(lam), relaxer=relaxer))
+    learner.gradients(lambda: F.cross_entropy(net(x), y))
+    report = learner.report
+    start, *_, end = report["phases"][0]["energies"]
+    best = lowest(net, x, y, report["layers"], lam)
+    assert report["steps"] <= 6
+    assert report["result"] != "max_steps" or lam > 0.02
+    if report["result"] == "converged":
+        assert max(report["residual"]) <= 1e-2
+    if report["result"] != "max_steps":
+        assert end - best < 1e-3 * (start - best)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+def test_a_line_search_does_not_outrun_the_number_of_evaluations(steps):
+    torch.manual_seed(0)
+    net = mlp(4, 8, 8, 3, norm=True)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(4.0)
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(0, 3, (8,))
+    relaxer = ebm.ErrorCoordinates(max_steps=steps, tol=1e-6)
+    learner = ebm.Learner(net, ebm.algorithm("predictive-coding", relaxer=relaxer))
+    learner.gradients(lambda: F.cross_entropy(net(x), y))
+    assert learner.report["steps"] == steps
+    assert len(learner.report["phases"][0]["energies"]) == steps + 1
+
+
+@pytest.mark.parametrize("lam", [0.03, 0.1])
+@pytest.mark.parametrize("seed", [*range(7), 8, 9, 10])  # at 7 an output of the contrasted net is without direction
+@pytest.mark.parametrize("kind", ["contrast", "BatchNorm", "tanh"])
+def test_at_a_hundredth_of_the_force_the_update_of_smooth_nets_is_as_near(kind, seed, lam):
+    """Against L-BFGS, ten seeds; "converged" is said where the forces of all samples say so, "kink" nowhere."""
+    torch.manual_seed(seed)
+    net = mlp(4, 8, 8, 4, norm=kind == "BatchNorm")
+    u = torch.randn(6, 4, dtype=torch.float64)
+    x, y = torch.cat([u, u + 0.3 * torch.randn(6, 4, dtype=torch.float64)]), torch.randint(0, 4, (12,))
+    loss = contrast if kind == "contrast" else lambda out: F.cross_entropy(out, y)
+    learner = ebm.Learner(net, settled(lam, tol=1e-2))
+    update = learner.gradients(lambda: loss(net(x)))
+    energy, expected = equilibrium(net, x, loss, lam)
+    assert learner.report["result"] == "converged"
+    assert max(learner.report["residual"]) <= 1e-2
+    assert learner.report["energy_nudged"] == pytest.approx(energy, rel=1e-3)
+    assert ebm.metrics.alignment(update, expected)["relative_error"] < 2e-2
 
 
 @pytest.mark.parametrize("choose", [hardest, worst])

@@ -206,7 +206,9 @@ def test_where_nothing_settles_it_is_the_largest_at_which_no_energy_is_left_to_g
     settles.adapt(lambda phase: "converged" if phase.strength <= 2.0**-9 else ends(phase))
     assert settles.strength == 2.0**-9  # what settles comes first
     settles.note(["level"])
-    assert settles.strength == 2.0**-10  # where it could be had
+    assert settles.strength == 2.0**-9  # no energy is left to gain, and at kinks a weaker one would settle no better
+    settles.note(["max_steps"])
+    assert settles.strength == 2.0**-10
     neither = ebm.Strongest()
     neither.adapt(lambda phase: "max_steps")
     assert neither.strength == 2.0**-13
@@ -234,7 +236,7 @@ def test_a_net_that_settles_nowhere_relaxes_at_a_strength_that_is_not_the_weakes
     for _ in range(2):
         learner.gradients(closure)
         assert learner.report["result"] == "max_steps"
-        assert learner.algorithm.nudge.strength >= 2.0**-3
+        assert learner.algorithm.nudge.strength >= 2.0**-6
     strength = learner.algorithm.nudge.strength
     start, *_, end = learner.report["phases"][0]["energies"]
     long = ebm.Learner(net, tight(ebm.OneSided(strength), steps=400))

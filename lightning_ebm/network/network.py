@@ -51,7 +51,7 @@ class Network(Passes):
     def __init__(self, energy: Energy, plan: Plan, start: Start, run: Run, batch_size: int, loss_scale: float) -> None:
         super().__init__(plan.states, start, run, batch_size, keeps_drives=reads_drive(energy))
         self.names: Sequence[str] = [str(key) for key in plan.states]
-        depths, self._above = plan.depths()
+        depths, self._above = plan.depths
         self.depths: Sequence[int] = depths
         self.parents: Sequence[Sequence[int]] = [row.parents for row in plan.rows]
         """Of each layer, the indices of those that its drive is computed from."""

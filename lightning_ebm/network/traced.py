@@ -218,6 +218,13 @@ class TracedNetwork(Network):
         found = self._run_code(("feasible",), lambda twin, point, leaves: twin.feasible(point), states)
         return super().feasible(states) if found is None else found
 
+    def over_root_precision(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """See `Landscape.over_root_precision`. By code no pass is run for precisions that do not depend on it."""
+        found = self._run_code(
+            ("over root precision",), lambda twin, point, leaves: twin.over_root_precision(point), tensors
+        )
+        return super().over_root_precision(tensors) if found is None else found
+
     # The point of view of an update
 
     def begin_last_phase(self) -> None:

@@ -27,9 +27,10 @@ class Strongest(Nudge):
     which errors are multiplied and the update grows too small; a constant in the loss has no part in it.
 
     If no strength down to 2^-13 settles, it is the largest at which no more than a thousandth of the energy gained
-    seems left to gain when the budget ends ("level"), which is then enough of later batches, too; else the weakest.
+    seems left to gain when the budget ends ("level"); else the weakest. Of later batches "level" is always enough: at
+    kinks a weaker nudge settles no better.
 
-    When training makes states absorb more, the strength is halved; when it makes a batch not settle, at the first such
+    When training makes states absorb more, the strength is halved; when it leaves more to gain, at the first such
     batch, the second, the fourth, the eighth, so that a network on which nothing settles is not left without a nudge.
     Each choice is logged; the one of now is part of `repr`, of the report and of checkpoints. Under many devices all
     ranks go by the weakest that one of them needs.
@@ -57,7 +58,6 @@ class Strongest(Nudge):
         self.tried: list[float] = []
         """What was chosen since ranks last agreed, at most one."""
         self._failures = 0
-        self._enough = _SETTLED
         self._check()
 
     def _check(self) -> None:
@@ -95,7 +95,6 @@ class Strongest(Nudge):
                 level = strength
         if level is None:
             return self._choose(_WEAKEST, "the first batch settles under no larger one, nor under this")
-        self._enough = _LEVEL
         why = "the first batch settles under none, and this is the largest under which no energy is left to gain"
         return self._choose(level, why)
 
@@ -111,7 +110,7 @@ class Strongest(Nudge):
 
     def note(self, statuses: Sequence[str]) -> None:
         """See `Nudge.note`."""
-        if self.strength is None or self._enough.issuperset(statuses):
+        if self.strength is None or _LEVEL.issuperset(statuses):
             return
         if "absorbed" in statuses and self.strength > _WEAKEST:
             self._choose(self.strength / 2, f"states absorb more than a quarter of the pull at {self.strength:g}")
@@ -134,12 +133,11 @@ class Strongest(Nudge):
 
     def state_dict(self) -> dict[str, Any]:
         """What was chosen."""
-        return {"strength": self.strength, "failures": self._failures, "level": self._enough == _LEVEL}
+        return {"strength": self.strength, "failures": self._failures}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stays with it."""
         self.strength, self._failures, self.tried = state["strength"], state["failures"], []
-        self._enough = _LEVEL if state.get("level") else _SETTLED
 
 
 _SETTLED = frozenset({"converged", "kink", "fixed"})

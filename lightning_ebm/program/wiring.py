@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -60,6 +61,7 @@ class Plan:
     compared: tuple[Judged, ...] = ()
     chosen: str = "asked for"
 
+    @cached_property
     def depths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of each state, how many lie on the longest way to it from the input (itself included), and above it."""
         below: list[int] = []

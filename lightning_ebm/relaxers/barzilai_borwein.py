@@ -83,7 +83,7 @@ class BarzilaiBorwein(Descent):
             return found
         while True:
             last = self.steps >= max_steps
-            self._judge(last)
+            self._judge()
             if last or questions.is_due(self.steps):
                 numbers = [self.end, self.taken, self.measured, self.ran_away.any(), self.against]
                 end, taken, measured, away, against = questions.ask(torch.stack([n.to(self.energy) for n in numbers]))
@@ -100,11 +100,11 @@ class BarzilaiBorwein(Descent):
         energies = [*self.energies[: self.steps], self.energy]
         return self.found(_ENDS[int(end)], energies)
 
-    def _judge(self, last: bool) -> None:
+    def _judge(self) -> None:
         """Whether it is over, as `Descent.status` says, decided on the device."""
         self._share_left = self.share_left
         found = self.active.any().logical_not().to(self.energy)
-        judged = None if last else self.gain_left.judged(self.gained, self.tol, (self.tol / 10) ** 2)
+        judged = self.gain_left.judged(self.gained, self.squares, self.first_squares, self.tol)
         if judged is not None:
             kink, stalled = judged
             found = torch.where(found > 0, found, torch.where(kink, 2, torch.where(stalled, 3, 0)).to(found))

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -41,8 +42,8 @@ class Descent(ABC):
 
     A sample has settled when its force is below `tol` of the first, or below rounding, and "converged" is when all
     samples have. At a kink, as ReLU and maximum pooling have, no force ever vanishes. There it ends as "kink" when the
-    energy still to be gained, see `GainLeft`, is below `tol` of what was gained. Where no kink explains the forces that
-    are left it goes on; "stalled" is when less than (tol/10)^2 of what was gained seems to be left all the same.
+    energy still to be gained is below a fraction of what was gained, see `GainLeft`. Where no kink explains the forces
+    that are left it goes on; "stalled" is when less than (tol/10)^2 of what was gained seems to be left all the same.
 
     Args:
         task: what it is about.
@@ -98,13 +99,24 @@ class Descent(ABC):
         """Which samples are to move on, ``(B,)``."""
         return self.norm > self.settled_at
 
+    @cached_property
+    def first_squares(self) -> Tensor:
+        """|g|^2 of the batch at the start."""
+        return self.first.square().sum()
+
+    @property
+    def squares(self) -> Tensor:
+        """|g|^2 of the batch, of the samples that are to move."""
+        return torch.where(self.active, self.norm, 0).square().sum()
+
     def status(self, max_steps: int) -> Status | None:
         """How it ended; None while there is a step to take."""
-        if not bool(self.active.any()):
+        active = self.active
+        if not bool(active.any()):
             return "converged"
-        if self.steps >= max_steps:
-            return "max_steps"
-        return self.gain_left.verdict(self.gained, self.tol, (self.tol / 10) ** 2)
+        squares = torch.where(active, self.norm, 0).square().sum()
+        over = self.gain_left.verdict(self.gained, squares, self.first_squares, self.tol)
+        return "max_steps" if over is None and self.steps >= max_steps else over
 
     def ended(self, status: Status) -> Relaxation:
         """The end, if it is none of a runaway.
@@ -128,7 +140,7 @@ class Descent(ABC):
     @property
     def share_left(self) -> Tensor | None:
         """The energy still to be gained over what was gained; None before a step was taken."""
-        left = self.gain_left.left(torch.where(self.active, self.norm, 0).square().sum())
+        left = self.gain_left.left(self.squares)
         return None if left is None else torch.where(left > 0, left / self.gained, 0.0)
 
     @property

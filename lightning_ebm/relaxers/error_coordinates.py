@@ -24,8 +24,8 @@ class ErrorCoordinates(Relaxer):
 
     With ``tol > 0`` (the default) each sample chooses its step from the curvature it meets, starting at `lr`, and stops
     by itself, at `tol` of the force it started with; where the minimum is a kink (ReLU, max pooling), at which no force
-    ever vanishes, once the energy left to gain is below `tol` of what was gained. Samples that see each other relax as
-    one, by quasi-Newton steps. With ``tol=0`` exactly `max_steps` steps of `lr` are taken.
+    ever vanishes, once hardly any energy is left to gain: a thousandth of what was gained, or `tol` squared of it.
+    Samples that see each other relax as one, by quasi-Newton steps. With ``tol=0`` it is `max_steps` steps of `lr`.
 
     Args:
         max_steps: how many passes at most, or exactly with ``tol=0``.

@@ -1,5 +1,6 @@
 """What the last steps of a descent tell of the inverse Hessian."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -74,3 +75,41 @@ class InverseHessian:
     def _added(self, point: Sequence[Tensor], factors: Tensor, direction: Sequence[Tensor]) -> list[Tensor]:
         spread = self._spread(factors, point)
         return [torch.addcmul(x, f, d) for x, f, d in zip(point, spread, direction, strict=True)]
+
+
+class InverseHessianOfOne:
+    """`InverseHessian` of one vector, whose numbers are Python's: a few operations a step.
+
+    Args:
+        memory: see `InverseHessian`.
+    """
+
+    def __init__(self, memory: int) -> None:
+        self._pairs: deque[tuple[Tensor, Tensor, float, float]] = deque(maxlen=memory)
+
+    def __bool__(self) -> bool:
+        return bool(self._pairs)
+
+    def forget(self) -> None:
+        """H is 1 again."""
+        self._pairs.clear()
+
+    def add(self, step: Tensor, change: Tensor) -> None:
+        """One more step, and how the force changed along it; along concave ways nothing is learned."""
+        dots = torch.stack([torch.dot(step, change), torch.dot(step, step), torch.dot(change, change)])
+        curved, length, size = dots.tolist()
+        if curved > 1e-12 * math.sqrt(length * size):
+            self._pairs.append((step, change, 1 / curved, curved / size))
+
+    def times(self, gradient: Tensor, first: float) -> Tensor:
+        """H g, as a tensor of its own; `first` times g where nothing is known."""
+        if not self._pairs:
+            return first * gradient
+        found, shares = gradient.clone(), list[float]()  # the only one made: as large as all states
+        for step, change, inverse, _ in reversed(self._pairs):
+            shares.append(inverse * float(torch.dot(step, found)))
+            found.sub_(change, alpha=shares[-1])
+        found.mul_(self._pairs[-1][3])
+        for (step, change, inverse, _), share in zip(self._pairs, reversed(shares), strict=True):
+            found.add_(step, alpha=share - inverse * float(torch.dot(change, found)))
+        return found

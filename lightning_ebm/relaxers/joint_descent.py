@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_ebm.evaluations import Slope
-from lightning_ebm.relaxers.base import Status, force_norm
+from lightning_ebm.relaxers.base import Relaxation, Status, force_norm
 from lightning_ebm.relaxers.descent import Descent, Task
-from lightning_ebm.relaxers.inverse_hessian import InverseHessian
+from lightning_ebm.relaxers.inverse_hessian import InverseHessianOfOne
 
 PAIRS = 3
 """Each is as large as two points, and costs two scalar products and two sums a step; six took a tenth less steps."""
@@ -29,9 +28,11 @@ class JointDescent(Descent):
     else the least point of the cubic through both ends. Where the energy only differs by rounding, the slopes decide
     (Hager and Zhang 2005). Tolerance and residual are those of the mean square of the first forces of the batch.
 
+    All layers are one vector u, in which the scalar product is the plain one: the states, or sqrt(Pi) times the errors.
+
     Args:
         task: what it is about.
-        memory: see `InverseHessian`.
+        memory: see `InverseHessianOfOne`.
     """
 
     window = 6
@@ -40,12 +41,23 @@ class JointDescent(Descent):
         super().__init__(task)
         self.first = self.first.square().mean().sqrt().expand_as(self.first)
         self.settled_at = self.tolerance(self.first)
-        own = self.landscape.products(self.gradients, self.gradients, range(len(self.gradients)))
-        self._weighted = self.coordinates == "errors" and not torch.allclose(
-            self.landscape.metric(*[self.gradients] * 2), own
-        )
-        self._inverse = InverseHessian(memory, self._dot, _beside)
+        self._sizes = [x.numel() for x in self.point]
+        self._over_root: Tensor | None = None
+        if self.coordinates == "errors":
+            ones = [torch.ones_like(x) for x in self.point]
+            over_root = self.landscape.over_root_precision(ones)
+            if any(x is not one for x, one in zip(over_root, ones, strict=True)):
+                self._over_root = torch.cat([x.flatten() for x in over_root])
+        self._here, self._force = self._vector(self.point), self._vector(self.gradients)
+        self._inverse = InverseHessianOfOne(memory)
+        self._far = _FAR**2 * float(self.first_squares)
         self._nowhere: Status | None = None
+        self._most = 0
+
+    def run(self, max_steps: int) -> Relaxation:
+        """See `Descent.run`."""
+        self._most = max_steps
+        return super().run(max_steps)
 
     def status(self, max_steps: int) -> Status | None:
         """See `Descent.status`."""
@@ -53,55 +65,60 @@ class JointDescent(Descent):
 
     def step(self) -> None:
         """A line search along the quasi-Newton direction; along the force itself where that leads nowhere."""
-        direction = [-x for x in self._inverse.times(self.gradients, self.lr)]
-        slope = self._dot(self.gradients, direction)
-        if self._inverse and not bool(slope < 0):
+        back = self._inverse.times(self._force, self.lr)
+        squares, downhill = self.norm.square().sum(), torch.dot(self._force, back)
+        (uphill, size), length, turned = torch.stack([downhill, squares]).tolist(), 1.0, 0
+        slope = -uphill
+        if self._inverse and not slope < 0:
             self._inverse.forget()
             return self.step()
-        length, turned, squares = 1.0, 0, self.norm.square().sum()
-        for _ in range(_TRIALS):
+        trials = min(_TRIALS, self._most - self.steps)
+        for _ in range(trials):
             self.steps += 1
-            trial = [torch.add(x, d, alpha=length) for x, d in zip(self.point, direction, strict=True)]
-            trial = self.landscape.feasible(trial) if self.coordinates == "states" else trial
+            ahead = torch.sub(self._here, back, alpha=length)
+            trial = self._layers(ahead)
+            if self.coordinates == "states":
+                trial = self.landscape.feasible(trial)
+                ahead = self._vector(trial)
             forces, reached = self.evaluate(trial)
-            ahead, rise = self._dot(forces.gradients, direction), reached - self.energy
-            level = (rise.abs() <= self.noise(forces)) | (not self.landscape.conservative)
-            level = level & (ahead <= -0.9 * slope)
-            gains = (rise <= _SUFFICIENT * length * slope) & (ahead <= -_TURNED * slope)
-            if bool(gains | level):
-                self.gained = self.gained - 0.5 * length * (slope + ahead)
-                self.gain_left.note(-0.5 * length * slope, squares)
-                return self._keep(trial, forces, reached)
+            force = self._vector(forces.gradients)
+            numbers = torch.stack([torch.dot(force, back).neg(), reached - self.energy, self.noise(forces)])
+            slope_ahead, rise, noise = numbers.tolist()
+            level = abs(rise) <= noise or not self.landscape.conservative
+            level = level and slope_ahead <= -0.9 * slope
+            if level or (rise <= _SUFFICIENT * length * slope and slope_ahead <= -_TURNED * slope):
+                self.gained = self.gained - 0.5 * length * (slope + slope_ahead)
+                self.gain_left.note(0.5 * length * downhill, squares)
+                if size > self._far:
+                    self._inverse.forget()
+                step = back.mul_(-length) if self.coordinates == "errors" else ahead - self._here
+                self._inverse.add(step, torch.sub(force, self._force, out=self._force))
+                self._here, self._force = ahead, force
+                return self._keep(trial, forces.gradients, reached)
             self.energies.append(self.energy)
-            turned += int(ahead > -0.5 * slope)
-            length = _between(length, float(slope), float(ahead), float(rise))
-        self.gain_left.note(-0.5 * length * slope, squares)
+            turned += slope_ahead > -0.5 * slope
+            length = _between(length, slope, slope_ahead, rise)
+        self.gain_left.note(0.5 * length * downhill, squares)
         if self._inverse:
             self._inverse.forget()
-        else:  # however short, the steps led into a force that pushes back, as at a kink; or into none, as in rounding
+        elif trials == _TRIALS:  # however short, steps led into a force that pushes back, as at a kink; or into none
             self._nowhere = "kink" if turned == _TRIALS else "stalled"
         return None
 
-    def _dot(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-        """The scalar product in which the gradients are the energy's slope."""
-        if self._weighted:
-            return self.landscape.metric(a, b).sum()
-        return torch.stack([torch.dot(x.flatten(), y.flatten()) for x, y in zip(a, b, strict=True)]).sum()
+    def _vector(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The u of a point, or the energy's slope in u of forces."""
+        whole = torch.cat([x.flatten() for x in tensors])
+        return whole if self._over_root is None else whole / self._over_root
 
-    def _keep(self, trial: list[Tensor], forces: Slope, reached: Tensor) -> None:
-        move = [y - x for x, y in zip(self.point, trial, strict=True)]
-        turn = [h - g for g, h in zip(self.gradients, forces.gradients, strict=True)]
-        if bool(self.norm.square().mean() > _FAR**2 * self.first[0].square()):
-            self._inverse.forget()
-        self._inverse.add(move, turn)
-        self.point, self.gradients, self.energy = trial, forces.gradients, reached
-        self.norm = force_norm(self.landscape, self.gradients)
+    def _layers(self, u: Tensor) -> list[Tensor]:
+        """The point of a u."""
+        whole = u if self._over_root is None else u * self._over_root
+        return [x.view(like.shape) for x, like in zip(whole.split(self._sizes), self.point, strict=True)]
+
+    def _keep(self, trial: list[Tensor], gradients: list[Tensor], reached: Tensor) -> None:
+        self.point, self.gradients, self.energy = trial, gradients, reached
+        self.norm = force_norm(self.landscape, gradients)
         self.energies.append(reached)
-
-
-def _beside(factor: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """One number of the batch multiplies every layer."""
-    return [factor] * len(tensors)
 
 
 def _between(length: float, slope: float, ahead: float, rise: float) -> float:

@@ -34,7 +34,7 @@ class EBMDDPStrategy(JointStrategy, DDPStrategy):
 
     Args:
         algorithm: a preset's name, see `algorithms()`, or an `Algorithm`; None is predictive coding at the largest
-            strength up to 1 that the network bears: ``nudge="auto"``, relaxed by 8 evaluations at most.
+            strength up to 1 that the network bears: ``nudge="auto"``, to 1e-2, by 6 evaluations at most.
         layers: which calls carry states, see `Learner`.
         output: "readout", "state" or "auto", see `Learner`.
         loss_reduction: how the module's loss reduces over the batch of one rank, "mean" or "sum".
