@@ -92,13 +92,19 @@ class Generator:
         relaxer = ebm.QuasiNewton(12, 5, tol=1e-3)
         algorithm = ebm.Algorithm(ebm.PredictiveCoding(), ebm.OneSided(pixels), relaxer)
         self.learner = ebm.Learner(self.net, algorithm, layers=layers, output="readout")
-        # The nudge is weak, and of both signs from one free state: what of the free phase is not settled is in both
-        # phases, and in no update.
+        self.contrast_by(nudge, 2 * steps, steps)
+
+    def contrast_by(self, nudge: float, free: int, steps: int, memory: int = 5, tol: float = 1e-3) -> None:
+        """How phases relax from now on where something is learned by contrast: by so many steps to such a tolerance.
+
+        The nudge is weak, and of both signs from one free state: what of the free phase is not settled is in both
+        phases, and in no update.
+        """
         contrast = ebm.Algorithm(
-            ebm.PredictiveCoding({"6": pixels}),
+            ebm.PredictiveCoding({"6": self.pixels}),
             ebm.Centered(nudge),
-            ebm.QuasiNewton(steps, 5, tol=1e-3, coordinates="states"),
-            free_relaxer=ebm.QuasiNewton(2 * steps, 5, tol=1e-3),
+            ebm.QuasiNewton(steps, memory, tol=tol, coordinates="states"),
+            free_relaxer=ebm.QuasiNewton(free, memory, tol=tol),
         )
         self.contrast = ebm.Learner(self.net, contrast, layers=["0", *HIDDEN, "6"], output="state")
 
@@ -174,8 +180,13 @@ def fill(images: Images, out: Path, updates: int) -> dict[str, float]:
         generator = Generator(mean, 30.0, nudge=3.0, steps=16)
         learn = generator.learn_to_complete if name == "completion" else generator.learn_whole
         pairs = ((torch.zeros(len(batch), 10), images.train[batch]) for batch in images.batches(steps))
-        rate, decay = (2e-3, 1.0) if name == "completion" else (1e-3, 0.3)
-        generator.trained(out / f"{name.replace(' ', '-')}.pt", learn, pairs, steps, rate, decay)
+        if name == "completion":
+            generator.trained(out / "completion-rough.pt", learn, pairs, steps, 2e-3, 1.0)
+            torch.manual_seed(torch.initial_seed() + 1)
+            steps = max(3, round(0.12 * steps))
+            pairs = ((torch.zeros(len(batch), 10), images.train[batch]) for batch in images.batches(steps))
+            generator.contrast_by(0.3, 64, 64, memory=10, tol=1e-4)  # near enough to equilibrium for the gradient there
+        generator.trained(out / f"{name.replace(' ', '-')}.pt", learn, pairs, steps, 1e-3)
         parts = image.split(len(latent))
         found = torch.cat([generator.image(generator.inferred(latent[: len(part)], part)) for part in parts])
         result[f"{name}: image explained by its states"] = float((found - image).square().mean())
