@@ -346,7 +346,7 @@ def test_accumulation_divides_the_update_and_not_the_nudge(tmp_path):
     fitted(lambda: Keeps(**options), lambda: {"accumulate_grad_batches": 3}, "ebm", tmp_path, epochs=1)
     module = Template(**options)
     module.load_state_dict(kept["weights"], strict=False)
-    learner = ebm.Learner(module.net, "predictive-coding")
+    learner = ebm.Learner(module.net)
     batches = list(module.train_dataloader())[:3]
     expected: dict[str, torch.Tensor] = {}
     for x, y in batches:

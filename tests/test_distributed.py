@@ -77,7 +77,7 @@ def check_fit(case, left):
         assert sharded or difference(first["weights"], other["weights"]) == 0
         assert other["loss"] == first["loss"]
     # Samples stop within their tolerance, where in it depends a little on the others of their batch.
-    near = 5e-5 if case == UNEVEN else 1e-5
+    near = 5e-5 if case == UNEVEN else 2e-5
     assert difference(first["weights"], one["weights"]) < near
     assert first["loss"] == pytest.approx(one["loss"], abs=near)
     assert first["steps"] == one["steps"]

@@ -215,8 +215,9 @@ def test_a_stopped_run_goes_on_counting(tmp_path):
     second = ebm.GradientAlignment(every_n_steps=2)
     L.seed_everything(0, verbose=False)
     resumed = L.Trainer(
-        strategy=ebm.EBMStrategy(), max_epochs=3, accelerator="cpu", enable_progress_bar=False, logger=False,
-        enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path, callbacks=[second],
+        strategy=ebm.EBMStrategy("predictive-coding"), max_epochs=3, accelerator="cpu", enable_progress_bar=False,
+        logger=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
+        callbacks=[second],
     )  # fmt: skip
     resumed.fit(module(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
     assert [step for step, _ in second.history] == [step for step, _ in whole.history]
