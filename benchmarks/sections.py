@@ -12,7 +12,6 @@ from other_libraries import other_libraries
 from page import Lines, Settings
 from pooling import mean_pooling
 from steps import steps
-from sums import sums_with_products
 from sweeping import equilibrium_propagation
 from under_trainer import under_the_trainer
 
@@ -29,5 +28,4 @@ SECTIONS: dict[str, Callable[[Settings], Lines]] = {
     "auto": automatic,
     "passes": passes,
     "pooling": mean_pooling,
-    "sums": sums_with_products,
 }

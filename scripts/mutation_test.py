@@ -990,27 +990,6 @@ MUTATIONS = [
         "asymmetric",
     ),
     Mutation(
-        "a product is added where it is to be subtracted",
-        "program/fused_sums.py",
-        '{"alpha": sign * alpha}',
-        '{"alpha": alpha}',
-        "fused_sums",
-    ),
-    Mutation(
-        "what a product is added to may have another shape",
-        "program/fused_sums.py",
-        " and len(kinds) == 1",
-        "",
-        "fused_sums",
-    ),
-    Mutation(
-        "products that the batch fixes are computed at every point",
-        "program/fused_sums.py",
-        "alone and (node in moving) == (product in moving)",
-        "alone",
-        "fused_sums",
-    ),
-    Mutation(
         "the slope of a mean is not shared",
         "program/decompositions.py",
         "share = slope * (1 / (high * wide))",

@@ -49,7 +49,7 @@ ORDER = [
     {"samples", "tensor_version", "module_walk", "tensors", "batch_size"},
     {"algorithm", "closure", "plain_state", "purity"},
     # lightning_ebm.program
-    {"at_value", "decompositions", "dispatch", "elsewhere", "fast_paths", "fused_sums", "named", "operations", "pause"},
+    {"at_value", "decompositions", "dispatch", "elsewhere", "fast_paths", "named", "operations", "pause"},
     {"record", "user_hooks"},
     {"aliasing", "before", "complex_ops", "custom_calls", "numbers", "products", "random_draws"},
     {"schedule", "seams", "stage", "torch_calls"},

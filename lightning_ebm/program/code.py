@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lightning_ebm.program.fused_sums import fuse_sums, note_kind
 from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.record import Node, Value, depending, stands_for
 from lightning_ebm.program.schedule import sparing
@@ -55,18 +54,14 @@ class Code:
         with traced.graph.inserting_before(next(n for n in traced.graph.nodes if n.op != "placeholder")):
             for node, value in found.items():
                 if node.op != "placeholder" and held(value) is not None:
-                    recalled = traced.graph.placeholder(f"recalled_{len(self.recalled)}")
-                    note_kind(recalled, node)
-                    node.replace_all_uses_with(recalled)
+                    node.replace_all_uses_with(traced.graph.placeholder(f"recalled_{len(self.recalled)}"))
                     self.recalled.append(value)
         traced.graph.eliminate_dead_code()
-        placed = [node for node in traced.graph.nodes if node.name.startswith("recalled_")]
-        self.recalled = [value for value, node in zip(self.recalled, placed, strict=True) if node.users]
-        for node in placed:
+        recalled = [node for node in traced.graph.nodes if node.name.startswith("recalled_")]
+        self.recalled = [value for value, node in zip(self.recalled, recalled, strict=True) if node.users]
+        for node in recalled:
             if not node.users:
                 traced.graph.erase_node(node)
-        if not compile:  # Inductor has passes of its own
-            fuse_sums(traced.graph, _moving(traced.graph, len(point)))
         self._once, stage = _stages(traced, len(point), takes)
         self._point: Run = stage
         if compile:
@@ -97,22 +92,15 @@ class Code:
 Run = Callable[[list[Tensor]], Any]
 
 
-def _moving(graph: fx.Graph, point: int) -> set[fx.Node]:
-    """What is computed from the first inputs, and they."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    moving: set[fx.Node] = set(inputs[:point])
-    for node in graph.nodes:
-        if node.op != "output" and any(source in moving for source in node.all_input_nodes):
-            moving.add(node)
-    return moving
-
-
 def _stages(traced: Traced, point: int, takes: bool) -> tuple[Stage, Stage]:
     """What does not depend on the first inputs, as a function of the others; and the rest."""
     nodes = list(traced.graph.nodes)
     inputs = [node for node in nodes if node.op == "placeholder"]
     (end,) = (node for node in nodes if node.op == "output")
-    moving = _moving(traced.graph, point)
+    moving: set[fx.Node] = set(inputs[:point])
+    for node in nodes:
+        if node is not end and any(source in moving for source in node.all_input_nodes):
+            moving.add(node)
     needed = [source for node in nodes if node in moving or node is end for source in node.all_input_nodes]
     boundary = list(dict.fromkeys(source for source in needed if source not in moving))
     once, later = fx.Graph(), fx.Graph()

@@ -10,7 +10,6 @@ from torch import Tensor, fx
 
 from lightning_ebm.program.decompositions import DECOMPOSITIONS
 from lightning_ebm.program.dispatch import DispatchMode
-from lightning_ebm.program.fused_sums import note_kind
 from lightning_ebm.program.operations import functional_form, tensors_at, traits
 from lightning_ebm.program.schedule import note_size
 
@@ -72,7 +71,6 @@ class Tracer(DispatchMode):
     def _bind(self, tensor: Tensor, node: fx.Node) -> None:
         self._nodes[id(tensor)] = weakref.ref(tensor), node
         note_size(node, tensor)
-        note_kind(node, tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
