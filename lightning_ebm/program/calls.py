@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
@@ -209,10 +210,13 @@ def in_place(root: nn.Module, states: Mapping[StateKey, Tensor]) -> Iterator[Non
         yield
 
 
+_single: Callable[[list[Any]], Any] = operator.itemgetter(0)
+
+
 def flattened(output: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """The leaves of what a module returned, and how to put others in their place. Dataclasses count as containers."""
     if isinstance(output, Tensor):
-        return [output], operator.itemgetter(0)
+        return [output], _single
     if dataclasses.is_dataclass(output) and not isinstance(output, type | dict):
         names = [f.name for f in dataclasses.fields(output)]
         leaves, structure = pytree.tree_flatten([getattr(output, name) for name in names])
@@ -224,8 +228,17 @@ def flattened(output: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
             return again
 
         return leaves, rebuild
-    leaves, structure = pytree.tree_flatten(output)
-    return leaves, lambda others: pytree.tree_unflatten(others, structure)
+    if isinstance(output, PackedSequence):  # which older releases of torch take for a leaf
+        data, *rest = output
+        return [data], lambda others: type(output)(*others, *rest)
+    leaves, structure = pytree.tree_flatten(output, is_leaf=lambda part: isinstance(part, PackedSequence))
+    parts = [flattened(leaf) if isinstance(leaf, PackedSequence) else ([leaf], _single) for leaf in leaves]
+
+    def put_back(others: list[Any]) -> Any:
+        rest = iter(others)
+        return pytree.tree_unflatten([again([next(rest) for _ in held]) for held, again in parts], structure)
+
+    return [leaf for held, _ in parts for leaf in held], put_back
 
 
 def is_activation(module: nn.Module) -> bool:

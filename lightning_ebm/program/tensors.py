@@ -21,6 +21,8 @@ def tensors_in(tree: Any) -> list[Tensor]:
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor):
             found.append(leaf)
+        elif isinstance(leaf, tuple):  # such as PackedSequence: older releases of torch take it for a leaf
+            found += tensors_in(tuple(leaf))
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             found += tensors_in([getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)])
     return found
