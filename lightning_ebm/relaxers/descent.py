@@ -111,11 +111,9 @@ class Descent(ABC):
 
     def status(self, max_steps: int) -> Status | None:
         """How it ended; None while there is a step to take."""
-        active = self.active
-        if not bool(active.any()):
+        if not bool(self.active.any()):
             return "converged"
-        squares = torch.where(active, self.norm, 0).square().sum()
-        over = self.gain_left.verdict(self.gained, squares, self.first_squares, self.tol)
+        over = self.gain_left.verdict(self.gained, self.squares, self.first_squares, self.tol)
         return "max_steps" if over is None and self.steps >= max_steps else over
 
     def ended(self, status: Status) -> Relaxation:
@@ -133,8 +131,7 @@ class Descent(ABC):
         found = Relaxation(self.point, self.coordinates, status, self.steps, self.residual, energies)
         found.gain_left = self.share_left
         if self.coordinates == "errors":
-            squares = self.first.square().sum()
-            found.pull_left = torch.where(squares > 0, 2 * self.gained / squares, 1.0)
+            found.pull_left = torch.where(self.first_squares > 0, 2 * self.gained / self.first_squares, 1.0)
         return found
 
     @property
