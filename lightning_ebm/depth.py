@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.program.calls import clean
+from lightning_ebm.program.module_walk import clean
 
 Role = Literal["input", "hidden", "output"]
 _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)

@@ -11,10 +11,10 @@ from lightning_ebm import notebook
 from lightning_ebm.counted import counted
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.learner import Learner
-from lightning_ebm.program.calls import clean
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
 from lightning_ebm.program.locality import Judged
+from lightning_ebm.program.module_walk import clean
 from lightning_ebm.program.tensors import tensors_in
 from lightning_ebm.program.wiring import Plan
 

@@ -335,8 +335,8 @@ MUTATIONS = [
     Mutation(
         "a second call is forgotten",
         "program/calls.py",
-        "counts[module] = number + 1\n        drive",
-        "counts[module] = number\n        drive",
+        "self._counts[module] = number + 1",
+        "self._counts[module] = number",
         "predictive_coding layers",
     ),
     Mutation(

@@ -20,7 +20,7 @@ from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.harmless import harmless
 from lightning_ebm.metrics import NAMES, Alignment, dead, read
 from lightning_ebm.program.autograd_graph import named_gradients
-from lightning_ebm.program.calls import clean
+from lightning_ebm.program.module_walk import clean
 from lightning_ebm.reference import Reference
 from lightning_ebm.reports import advice
 from lightning_ebm.strategies import EnergyStrategy, strategy_of

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.program.calls import clean
+from lightning_ebm.program.module_walk import clean
 from lightning_ebm.program.user_hooks import without_hooks
 
 

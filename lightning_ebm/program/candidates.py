@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_ebm import checked
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.program.calls import clean
+from lightning_ebm.program.module_walk import clean
 
 ChosenLayers = list[str] | type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[nn.Module], bool]
 Layers = ChosenLayers | None

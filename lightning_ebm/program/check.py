@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.autograd_graph import graph_of
-from lightning_ebm.program.calls import clean
 from lightning_ebm.program.custom_calls import is_of_the_users
 from lightning_ebm.program.interpreter import Pass, Program, at_prediction
+from lightning_ebm.program.module_walk import clean
 from lightning_ebm.program.named import named
 from lightning_ebm.program.record import Record
 from lightning_ebm.program.seams import hooked_input, hooked_output

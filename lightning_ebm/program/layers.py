@@ -15,11 +15,10 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from lightning_ebm.errors import LayerDiscoveryError
-from lightning_ebm.program.calls import clean
 from lightning_ebm.program.candidates import ACTIVATIONS, MAXIMUM_POOLING, Layers, asked_for, chosen_by, found_in
 from lightning_ebm.program.locality import Judged, Locality, Products, self_gates
 from lightning_ebm.program.missing_layers import absent_from, is_read, refuse_all, refuse_output, shown, skipped_in
-from lightning_ebm.program.module_walk import modules_of, parameters_of
+from lightning_ebm.program.module_walk import clean, modules_of, parameters_of
 from lightning_ebm.program.nonlocal_weights import what_goes_around, what_is_left_in_one_drive
 from lightning_ebm.program.record import Mark, Record, StateKey, Value
 from lightning_ebm.program.wiring import Plan, Region, Wiring

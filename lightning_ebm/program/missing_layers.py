@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from lightning_ebm.errors import LayerDiscoveryError, UnsupportedModuleError
-from lightning_ebm.program.calls import clean
 from lightning_ebm.program.candidates import WEIGHTED, Asked, Layers, asked_for
-from lightning_ebm.program.module_walk import modules_of, parameters_of
+from lightning_ebm.program.module_walk import clean, modules_of, parameters_of
 from lightning_ebm.program.record import Record
 from lightning_ebm.program.wiring import Plan
 

@@ -24,6 +24,16 @@ def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     return [p for module in modules for p in module._parameters.values() if p is not None]
 
 
+def is_activation(module: nn.Module) -> bool:
+    """Whether a layer at this module is a nonlinearity of its drive, not a block with weights of its own."""
+    return isinstance(module, nn.PReLU) or not parameters_of(modules_of(module))
+
+
+def clean(name: str) -> str:
+    """A parameter's or module's name as the user wrote the model, without what torch.compile puts before it."""
+    return name.replace("_orig_mod.", "")
+
+
 def owners_of(module: nn.Module) -> dict[int, str]:
     """Of each parameter, by its identity, the name of the weight that it belongs to.
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_ebm.program.calls import Replace, Watch, nothing_in_place, watched
+from lightning_ebm.program.calls import Calls, Replace, nothing_in_place
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.check import check_against_autograd
 from lightning_ebm.program.code import TracedProgram
@@ -21,6 +21,7 @@ from lightning_ebm.program.numbers import OtherNumbers, as_input
 from lightning_ebm.program.record import Node, Record, Value, depending, meta_of
 from lightning_ebm.program.recorder import Recorder
 from lightning_ebm.program.reduction import averaged_elements, reduced_sizes
+from lightning_ebm.program.watch import Watch
 from lightning_ebm.program.wiring import Plan, Region
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class Known:
         """See `Plan.parallel_calls`."""
         return self.plan.parallel_calls()
 
-    @property
+    @cached_property
     def operations(self) -> list[str]:
         """The names of the operations between states, for messages."""
         return [str(node.func) for node in self.traced.program.between_states()]
@@ -130,7 +131,7 @@ class Programs:
         """Records what runs within."""
         if self._known:
             recorder.following.begin(self._known[0].outline.trail)
-        with watched(self._module, recorder, self._watch, replace), recorder:
+        with Calls(self._module, recorder, self._watch, replace), recorder:
             yield
 
     def of(self, recorder: Recorder, loss: Tensor, partial: bool = False) -> Found:

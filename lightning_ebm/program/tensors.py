@@ -1,13 +1,16 @@
 """The tensors in what functions are given and return, and in batches."""
 
+import copy
 import dataclasses
+import operator
 from collections import UserList, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FunctionType, MethodType, ModuleType, NoneType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
 _NUMBERS = frozenset({int, float, bool, complex, str, bytes, NoneType})
@@ -15,17 +18,54 @@ _NO_PART = (nn.Module, Dataset, DataLoader, Iterator, type, FunctionType, Method
 """What a batch may lead to, and does not hold."""
 
 
+def opened(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The leaves of what a function is given or returns, and how to put others in their place.
+
+    Lists, tuples, mappings, what else torch takes for a tree, dataclasses and packed sequences are opened, within each
+    other.
+    """
+    if isinstance(tree, Tensor):
+        return [tree], _only
+    if isinstance(tree, PackedSequence):  # which older releases of torch take for a leaf
+        parts, together = opened(tuple(tree))
+        return parts, lambda others: type(tree)(*together(others))
+    if _is_dataclass(tree):
+        names = [field.name for field in dataclasses.fields(tree) if hasattr(tree, field.name)]
+        parts, together = opened([getattr(tree, name) for name in names])
+        return parts, lambda others: _with_fields(tree, names, together(others))
+    leaves, structure = pytree.tree_flatten(tree, is_leaf=_is_opened_here)
+    held = [opened(leaf) if _is_opened_here(leaf) else ([leaf], _only) for leaf in leaves]
+
+    def rebuilt(others: list[Any]) -> Any:
+        rest = iter(others)
+        return pytree.tree_unflatten([again([next(rest) for _ in parts]) for parts, again in held], structure)
+
+    return [leaf for parts, _ in held for leaf in parts], rebuilt
+
+
+_only: Callable[[list[Any]], Any] = operator.itemgetter(0)
+
+
+def _is_dataclass(part: Any) -> bool:
+    return dataclasses.is_dataclass(part) and not isinstance(part, type)
+
+
+def _is_opened_here(part: Any) -> bool:
+    return isinstance(part, PackedSequence) or _is_dataclass(part)
+
+
+def _with_fields(held: Any, names: Sequence[str], values: Sequence[Any]) -> Any:
+    """A copy of a dataclass with other values in its fields, though it be frozen."""
+    again = copy.copy(held)
+    put = setattr if isinstance(held, dict) else object.__setattr__  # one that is a dict keeps its items by itself
+    for name, value in zip(names, values, strict=True):
+        put(again, name, value)
+    return again
+
+
 def tensors_in(tree: Any) -> list[Tensor]:
-    """All tensors in lists, tuples, mappings, what else torch takes for a tree, and dataclasses."""
-    found: list[Tensor] = []
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif isinstance(leaf, tuple):  # such as PackedSequence: older releases of torch take it for a leaf
-            found += tensors_in(tuple(leaf))
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            found += tensors_in([getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)])
-    return found
+    """All tensors among the leaves, see `opened`."""
+    return [leaf for leaf in opened(tree)[0] if isinstance(leaf, Tensor)]
 
 
 def of_batch(batch: Any, where: str = "batch", within: tuple[Any, ...] = ()) -> Iterator[tuple[str, Tensor]]:

@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_ebm.program.calls import clean, is_activation
 from lightning_ebm.program.locality import Judged, Locality
-from lightning_ebm.program.module_walk import modules_of, owners_of, parameters_of
+from lightning_ebm.program.module_walk import clean, is_activation, modules_of, owners_of, parameters_of
 from lightning_ebm.program.operations import is_by_shape
 from lightning_ebm.program.record import Mark, Record, StateKey, Value
 

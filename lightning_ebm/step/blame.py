@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ebm.errors import RelaxationDivergedError
-from lightning_ebm.program.calls import clean
+from lightning_ebm.program.module_walk import clean
 from lightning_ebm.program.tensors import of_batch
 
 _SKIP = ' on_divergence="skip" leaves out such batches, and counts them.'

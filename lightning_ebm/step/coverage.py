@@ -9,7 +9,7 @@ from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.nudges.base import without_draw
 from lightning_ebm.program.autograd_graph import reached_parameters
 from lightning_ebm.program.batch_sums import sums_over_batch
-from lightning_ebm.program.calls import clean
+from lightning_ebm.program.module_walk import clean
 from lightning_ebm.step.recorded import Recorded
 from lightning_ebm.step.setup import Setup
 

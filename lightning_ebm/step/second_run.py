@@ -63,11 +63,10 @@ def repeated(module: nn.Module, first: Recorded, recorder: Recorder, loss: Tenso
 
 def _fix_the_same(first: Recorded, second: Recorded) -> bool:
     """Whether two passes of one known program were given the same numbers, which parameters are not compared for."""
-    before, now, new = first.program, second.program, second.binding
-    examined = {mine: known for known, mine in first.binding.items()} if first.binding is not None else None
-    for value in before.given():
-        known = value if examined is None else examined[value]
-        other: Value | None = known if new is None else new.get(known)
+    before, now = first.program, second.program
+    for known in first.known.traced.values:
+        value = known if first.binding is None else first.binding[known]
+        other: Value | None = known if second.binding is None else second.binding.get(known)
         if value in before.record.leaves or other is None:
             continue
         one, another = before.content(value), now.content(other)

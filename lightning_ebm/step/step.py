@@ -21,8 +21,8 @@ from lightning_ebm.network.network import Network
 from lightning_ebm.network.precomputed_gradient import average_of, with_precomputed_gradient
 from lightning_ebm.nudges import Phase
 from lightning_ebm.program.autograd_graph import named_gradients
-from lightning_ebm.program.calls import clean
 from lightning_ebm.program.interpreter import at_states
+from lightning_ebm.program.module_walk import clean
 from lightning_ebm.program.programs import Found
 from lightning_ebm.program.recorder import Recorder, TakesCare
 from lightning_ebm.program.wiring import Plan

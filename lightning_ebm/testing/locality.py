@@ -11,9 +11,9 @@ from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.learner import Learner
 from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.program.autograd_graph import named_gradients
-from lightning_ebm.program.calls import clean
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
+from lightning_ebm.program.module_walk import clean
 from lightning_ebm.reference import backprop
 from lightning_ebm.step.closure import Closure
 from lightning_ebm.step.setup import output_for
