@@ -209,8 +209,8 @@ MUTATIONS = [
     Mutation(
         "what is off is computed again",
         "program/recorder.py",
-        "off = not torch.is_grad_enabled() or",
-        "off =",
+        "if not torch.is_grad_enabled() or",
+        "if",
         "programs",
     ),
     Mutation(
@@ -223,8 +223,8 @@ MUTATIONS = [
     Mutation(
         "random numbers are drawn again",
         "program/recorder.py",
-        "off = repeated is None",
-        "off = False",
+        "if repeated is None:",
+        "if False:",
         "programs",
     ),
     Mutation(
@@ -468,8 +468,8 @@ MUTATIONS = [
     Mutation(
         "a changed constant is not seen",
         "program/comparison.py",
-        "return same_constant(old, new)",
-        "return True",
+        "else same_constant(old, new)",
+        "else True",
         "programs",
     ),
     Mutation(
@@ -489,8 +489,8 @@ MUTATIONS = [
     Mutation(
         "another wiring is not seen",
         "program/comparison.py",
-        "if here[old] is not new:",
-        "if False:",
+        'return None if self._here[old] is new else "which tensors it uses"',
+        "return None",
         "programs",
     ),
     Mutation(

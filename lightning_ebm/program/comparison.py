@@ -1,6 +1,6 @@
 """Whether two records are of the same program."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -49,7 +49,7 @@ class Outline:
         if [type(mark.module) for mark in cut] != self.kinds:  # which energies may look at
             return "which kinds of modules are called"
         known = dict(zip(self.states, (mark.state for mark in cut), strict=True))
-        found = self._same(_roots(cut, loss), known, record)
+        found = _Comparison(self._leaves, record, known).of(self.roots, _roots(cut, loss))
         if isinstance(found, str):
             return found
         hooked = {found[value] for value in self.hooked if value in found}
@@ -69,72 +69,88 @@ class Outline:
             and made & self._values == self._made
         )
 
-    def _same(self, roots: Sequence[Value], known: dict[Value, Value], record: Record) -> dict[Value, Value] | str:
-        """Compares what two records did to arrive at some values: the same operations on the same constants.
 
-        Whatever else was done (by metrics and logging, say) may differ.
-        """
-        here = dict(known)
-        taken = set(known.values())
-        numbers: list[tuple[Any, Site]] = []
-        queue = list(zip(self.roots, roots, strict=True))
+class _Comparison:
+    """What two records did to arrive at some values: the same operations on the same constants, or what is not.
 
-        def same(old: Any, new: Any) -> bool:
-            if type(old) is not type(new):
-                return False
-            if type(old) is Value:
-                queue.append((old, new))
-                return True
-            if type(old) is tuple:
-                return len(old) == len(new) and all(map(same, old, new))
-            if isinstance(old, Tensor):
-                return old is new
-            return same_constant(old, new)
+    Whatever else was done (by metrics and logging, say) may differ.
 
-        def same_arguments(one: Node, other: Node) -> bool:
-            if len(one.args) != len(other.args):
-                return False
-            for position, (old, new) in enumerate(zip(one.args, other.args, strict=True)):
-                if not same(old, new):
-                    if not may_differ(other, position, old, new):
-                        return False
-                    numbers.append((old, Site(other, position)))
-            return same(tuple(one.kwargs.items()), tuple(other.kwargs.items()))
+    Args:
+        leaves: the parameters that the first one reads.
+        record: the second.
+        known: values of the first, and those of the second in their place.
+    """
 
-        while queue:
-            old, new = queue.pop()
-            if old in here:
-                if here[old] is not new:
-                    return "which tensors it uses"
-                continue
-            if new in taken:
-                return "which tensors it uses"
-            if old.meta != new.meta:
-                return f"shapes, strides or kinds of numbers, {old.meta} before and {new.meta} now"
-            if not self._same_leaf(old, record.leaves.get(new)):
-                return "which parameters it uses"
-            one, other = old.node, new.node
-            here[old] = new
-            taken.add(new)
-            if one is None or other is None:
-                if one is not other:
-                    return "which tensors are computed"
-                continue
-            if one.func is not other.func and one.func != other.func:
-                return f"an operation, {one} before and {other} now"
-            if not same_arguments(one, other):
-                return f"a constant, {one} before and {other} now"
-            if len(one.results) != len(other.results):
-                return f"the results of {one}"
-            for result, again in zip(one.results, other.results, strict=True):
-                if result is not None and again is not None:
-                    if result.meta != again.meta or here.setdefault(result, again) is not again:
-                        return f"which result of {one} it uses"
-                    taken.add(again)
-        if any(type(old) is not Value for old, _ in numbers):
-            return OtherNumbers([site for _, site in numbers])
-        here.update({old: as_input(site, record) for old, site in numbers})
-        return here
+    def __init__(
+        self, leaves: Mapping[Value, Callable[[], Tensor | None]], record: Record, known: dict[Value, Value]
+    ) -> None:
+        self._leaves, self._record = leaves, record
+        self._here, self._taken = dict(known), set(known.values())
+        self._queue: list[tuple[Value, Value]] = []
+        self._numbers: list[tuple[Any, Site]] = []
+
+    def of(self, old: Sequence[Value], new: Sequence[Value]) -> dict[Value, Value] | str:
+        """The values of the second in place of the first's, from these on backwards; or what is not the same."""
+        self._queue.extend(zip(old, new, strict=True))
+        while self._queue:
+            differs = self._differs(*self._queue.pop())
+            if differs is not None:
+                return differs
+        if any(type(number) is not Value for number, _ in self._numbers):
+            return OtherNumbers([site for _, site in self._numbers])
+        self._here.update({number: as_input(site, self._record) for number, site in self._numbers})
+        return self._here
+
+    def _differs(self, old: Value, new: Value) -> str | None:
+        """What is not the same about two values; None where they are, as far as what they are computed from is."""
+        if old in self._here:
+            return None if self._here[old] is new else "which tensors it uses"
+        if new in self._taken:
+            return "which tensors it uses"
+        if old.meta != new.meta:
+            return f"shapes, strides or kinds of numbers, {old.meta} before and {new.meta} now"
+        if not self._same_leaf(old, self._record.leaves.get(new)):
+            return "which parameters it uses"
+        self._here[old] = new
+        self._taken.add(new)
+        one, other = old.node, new.node
+        if one is None or other is None:
+            return None if one is other else "which tensors are computed"
+        if one.func is not other.func and one.func != other.func:
+            return f"an operation, {one} before and {other} now"
+        if not self._same_arguments(one, other):
+            return f"a constant, {one} before and {other} now"
+        return self._other_results(one, other)
+
+    def _other_results(self, one: Node, other: Node) -> str | None:
+        if len(one.results) != len(other.results):
+            return f"the results of {one}"
+        for result, again in zip(one.results, other.results, strict=True):
+            if result is not None and again is not None:
+                if result.meta != again.meta or self._here.setdefault(result, again) is not again:
+                    return f"which result of {one} it uses"
+                self._taken.add(again)
+        return None
+
+    def _same_arguments(self, one: Node, other: Node) -> bool:
+        if len(one.args) != len(other.args):
+            return False
+        for position, (old, new) in enumerate(zip(one.args, other.args, strict=True)):
+            if not self._same(old, new):
+                if not may_differ(other, position, old, new):
+                    return False
+                self._numbers.append((old, Site(other, position)))
+        return self._same(tuple(one.kwargs.items()), tuple(other.kwargs.items()))
+
+    def _same(self, old: Any, new: Any) -> bool:
+        if type(old) is not type(new):
+            return False
+        if type(old) is Value:
+            self._queue.append((old, new))
+            return True
+        if type(old) is tuple:
+            return len(old) == len(new) and all(map(self._same, old, new))
+        return old is new if isinstance(old, Tensor) else same_constant(old, new)
 
     def _same_leaf(self, old: Value, new: Tensor | None) -> bool:
         before = self._leaves.get(old)

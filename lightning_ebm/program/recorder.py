@@ -35,7 +35,7 @@ from lightning_ebm.program.operations import (
 )
 from lightning_ebm.program.pause import Pause
 from lightning_ebm.program.picked import freeze_masks, picks
-from lightning_ebm.program.random_draws import draws, repeated_without_drawing
+from lightning_ebm.program.random_draws import Repeated, draws, repeated_without_drawing
 from lightning_ebm.program.record import (
     Mark,
     Node,
@@ -97,30 +97,62 @@ class Recorder(DispatchMode):
                 result = func(*args, **kwargs)
                 self._ended_again(node, kind, result)
                 return result
-        written = tensors_at(kind, args, kwargs) if kind.writes else []
-        repeated = None
-        off = not torch.is_grad_enabled() or func is _DETACH or picks(self.contents, kind, args)
-        off = off or self.contents.unseen_by_autograd(written)
-        if kind.random and not off and draws(func, args, kwargs):
-            repeated = repeated_without_drawing(kind, args)
-            off = repeated is None
-        if not off and func.namespace in _COLLECTIVE:
-            if any(tensor.requires_grad for tensor in tensors_in((args, kwargs))):
-                raise collective(str(func))
-            off = True
-        if off and (unseen := self._unseen(func, kind, args, kwargs, written)) is not None:
-            return unseen
         if kind.unfilled:  # no operation: what it holds when it is first read; the same in every run that fills it
             result = func(*args, **kwargs)
             return result.zero_() if result.layout is torch.strided else result
-        if off:
-            self.contents.about_to_write(written)
-            result = func(*args, **kwargs)
-            for tensor in written:
-                self.contents.constant_from_now(tensor)
-            if kind.random and isinstance(result, Tensor) and not written:
-                self.following.drew(result)
-            return result
+        written = tensors_at(kind, args, kwargs) if kind.writes else []
+        if self._is_constant(func, kind, args, kwargs, written):
+            return self._constant(func, kind, args, kwargs, written)
+        repeated = None
+        if kind.random and draws(func, args, kwargs):
+            repeated = repeated_without_drawing(kind, args)
+            if repeated is None:
+                return self._constant(func, kind, args, kwargs, written)
+        return self._operation(func, kind, args, kwargs, written, repeated)
+
+    def _is_constant(self, func: Any, kind: Traits, args: Any, kwargs: dict[str, Any], written: list[Tensor]) -> bool:
+        """Whether what an operation computes is a constant of the record, whatever it computes that from."""
+        if not torch.is_grad_enabled() or func is _DETACH or picks(self.contents, kind, args):
+            return True
+        if self.contents.unseen_by_autograd(written):
+            return True
+        if func.namespace in _COLLECTIVE:
+            if any(tensor.requires_grad for tensor in tensors_in((args, kwargs))):
+                raise collective(str(func))
+            return True
+        return False
+
+    def _constant(self, func: Any, kind: Traits, args: Any, kwargs: dict[str, Any], written: list[Tensor]) -> Any:
+        """Runs an operation whose results are constants, unless it writes to what is none."""
+        if (unseen := self._unseen(func, kind, args, kwargs, written)) is not None:
+            return unseen
+        self.contents.about_to_write(written)
+        result = func(*args, **kwargs)
+        for tensor in written:
+            self.contents.constant_from_now(tensor)
+        if kind.random and isinstance(result, Tensor) and not written:
+            self.following.drew(result)
+        return result
+
+    def _operation(
+        self,
+        func: Any,
+        kind: Traits,
+        args: Any,
+        kwargs: dict[str, Any],
+        written: list[Tensor],
+        repeated: Repeated | None,
+    ) -> Any:
+        """Runs an operation and records it: the one of the known pass, or a new one.
+
+        Args:
+            func: which.
+            kind: of operation.
+            args: what it is given.
+            kwargs: and by name.
+            written: to which of those it writes.
+            repeated: what is recorded in its place where it draws, see `repeated_without_drawing`.
+        """
         if self.following.follows and (alike := self.following.alike(func, kind, args, written)) is not None:
             again = self.following.operation(*alike, kwargs)
             if again is not None:
@@ -128,8 +160,7 @@ class Recorder(DispatchMode):
                 result = func(*args, **kwargs)
                 self._ended_again(again, kind, result, written)
                 return result
-        named = self.seen_by_name(kwargs) if kwargs else kwargs
-        node = Node(func, self.seen(args), named)
+        node = Node(func, self.seen(args), self.seen_by_name(kwargs) if kwargs else kwargs)
         if written:
             self._functional(node, kind)
         if kind.name in BY_MASK or kind.name in PUT_BY_MASK:

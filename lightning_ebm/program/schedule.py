@@ -168,18 +168,26 @@ def _reduced_at_once(order: Sequence[fx.Node]) -> list[fx.Node]:
     return list(found)
 
 
-def _greedy(nodes: Sequence[fx.Node], given: Collection[fx.Node], end: fx.Node) -> list[fx.Node]:
-    """Of the groups that can run, always the one after which least is held; among equals that with fresher inputs."""
-    held, position, members = _Held(nodes, given, end), {node: k for k, node in enumerate(nodes)}, _groups(nodes)
-    group = {node: last for last, together in members.items() for node in together}
+def _dependencies(
+    members: dict[fx.Node, list[fx.Node]], group: dict[fx.Node, fx.Node]
+) -> tuple[dict[fx.Node, set[fx.Node]], dict[fx.Node, list[fx.Node]]]:
+    """Which groups each one waits for, and which wait for it."""
     waiting = {
-        last: {group[s] for node in together for s in node.all_input_nodes if s in position} - {last}
+        last: {group[s] for node in together for s in node.all_input_nodes if s in group} - {last}
         for last, together in members.items()
     }
     following: dict[fx.Node, list[fx.Node]] = {}
     for last, ahead in waiting.items():
         for other in ahead:
             following.setdefault(other, []).append(last)
+    return waiting, following
+
+
+def _greedy(nodes: Sequence[fx.Node], given: Collection[fx.Node], end: fx.Node) -> list[fx.Node]:
+    """Of the groups that can run, always the one after which least is held; among equals that with fresher inputs."""
+    held, position, members = _Held(nodes, given, end), {node: k for k, node in enumerate(nodes)}, _groups(nodes)
+    group = {node: last for last, together in members.items() for node in together}
+    waiting, following = _dependencies(members, group)
     done, reading = dict[fx.Node, int](), dict[fx.Node, set[fx.Node]]()
     costs: dict[fx.Node, tuple[int, int, int]] = {}  # of the groups that can run
     queue: list[tuple[int, int, int]] = []  # and those that they had before

@@ -33,14 +33,7 @@ class TorchCalls(TorchFunctionMode):
         if recorder.pausing.depth or func not in _SEEN:
             return func(*args, **kwargs)
         if func in _DETACHES:
-            before, recorder.asked = recorder.asked, True
-            try:
-                result = func(*args, **kwargs)
-            finally:
-                recorder.asked = before
-            if func in _IN_PLACE:
-                recorder.contents.forget(args[0])
-            return result
+            return self._detached(func, args, kwargs)
         if func == _SET_DATA:  # another object at every look
             recorder.contents.about_to_move(args[0])
             with recorder.pausing():
@@ -65,24 +58,40 @@ class TorchCalls(TorchFunctionMode):
             recorder.contents.retained.append(args[0])
             return None
         if func is _HOOK:
-            tensor, hook = args[0], args[1] if len(args) > 1 else kwargs["hook"]
-            value, owner = recorder.contents.known(tensor), named(hook).module
-            if owner == "torch.autograd.graph" and value is not None and value.node is not None:
-                raise UnsupportedModuleError(
-                    "The step puts torch.autograd.graph.register_multi_grad_hook on tensors that it computes: the hook"
-                    " waits for all of their gradients in one backward pass, and a relaxation has many, in each of"
-                    " which it would be told of errors. Use tensor.register_hook(...) on each, or put it on parameters."
-                )
-            if owner.startswith("lightning.fabric."):  # it only checks who calls backward, and here a learner does
-                return RemovableHandle(OrderedDict())
-            if owner.startswith("torch.distributed."):  # it tells FSDP when gradients are about to come
-                return func(*args, **kwargs)
-            if value is not None and value.node is not None and tensor.requires_grad:
-                heard = Heard(hook)
-                recorder.record.hooks.setdefault(value, []).append(heard)
-                recorder.record.has_hooks = True
-                return func(tensor, heard)
+            return self._hook(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _detached(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        recorder = self._recorder
+        before, recorder.asked = recorder.asked, True
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            recorder.asked = before
+        if func in _IN_PLACE:
+            recorder.contents.forget(args[0])
+        return result
+
+    def _hook(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A hook on the gradient of a tensor: those of the user's, on what is computed, are part of the program."""
+        recorder = self._recorder
+        tensor, hook = args[0], args[1] if len(args) > 1 else kwargs["hook"]
+        value, owner = recorder.contents.known(tensor), named(hook).module
+        if owner == "torch.autograd.graph" and value is not None and value.node is not None:
+            raise UnsupportedModuleError(
+                "The step puts torch.autograd.graph.register_multi_grad_hook on tensors that it computes: the hook"
+                " waits for all of their gradients in one backward pass, and a relaxation has many, in each of"
+                " which it would be told of errors. Use tensor.register_hook(...) on each, or put it on parameters."
+            )
+        if owner.startswith("lightning.fabric."):  # it only checks who calls backward, and here a learner does
+            return RemovableHandle(OrderedDict())
+        if owner.startswith("torch.distributed."):  # it tells FSDP when gradients are about to come
             return func(*args, **kwargs)
+        if value is not None and value.node is not None and tensor.requires_grad:
+            heard = Heard(hook)
+            recorder.record.hooks.setdefault(value, []).append(heard)
+            recorder.record.has_hooks = True
+            return func(tensor, heard)
         return func(*args, **kwargs)
 
     def _gumbel_softmax(

@@ -98,16 +98,8 @@ class Tracer(DispatchMode):
         if func is _aten.t.default and (turned := self.node(args[0])).target is func:  # turned round twice
             self._bind(result, turned.all_input_nodes[0])
             return result
-        if (
-            traits(func).name in _FILLED and isinstance(result, Tensor) and result.is_contiguous()
-        ):  # whatever it is like
-            filled = (
-                args[1:][int(func is _aten.new_full.default)]
-                if "full" in func.__name__
-                else int("ones" in func.__name__)
-            )
-            func, args = _aten.full.default, (tuple(result.shape), filled)
-            kwargs = {"dtype": result.dtype, "device": result.device}
+        if traits(func).name in _FILLED and isinstance(result, Tensor) and result.is_contiguous():
+            func, args, kwargs = _filled(func, args, result)
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         single = isinstance(result, Tensor)
         uniform = single and result.numel() > 0 and not kind.random and self._is_uniform(func, tensors)
@@ -115,6 +107,12 @@ class Tracer(DispatchMode):
             args = tuple(self._as_number(arg, result, tensors) if isinstance(arg, Tensor) else arg for arg in args)
         args, kwargs = self._seen(args), {name: self._seen((arg,))[0] for name, arg in kwargs.items()}
         node = self._written(func, args, kwargs)
+        if uniform:
+            self._uniform[node] = result[(0,) * result.ndim].item()
+        self._bind_results(func, node, result)
+        return result
+
+    def _bind_results(self, func: Any, node: fx.Node, result: Any) -> None:
         if isinstance(result, list | tuple):
             node.meta["several"] = True
             for index, tensor in enumerate(result):
@@ -122,11 +120,8 @@ class Tracer(DispatchMode):
                     self._bind(tensor, self.graph.call_function(operator.getitem, (node, index)))
         elif isinstance(result, Tensor):
             self._bind(result, node)
-            if uniform:
-                self._uniform[node] = result[(0,) * result.ndim].item()
-        elif any(isinstance(arg, fx.Node) for arg in (*args, *kwargs.values())):
+        elif node.all_input_nodes:
             raise NotImplementedError(f"{func} gives a number that code could depend on")
-        return result
 
     def _unchanged(self, func: Any, args: tuple[Any, ...], result: Any) -> Tensor | None:
         """The argument that an operation only hands on: a product with 1, a sum with 0."""
@@ -173,6 +168,15 @@ class Tracer(DispatchMode):
         return tuple(
             self.node(a) if isinstance(a, Tensor) else self._seen(a) if isinstance(a, list | tuple) else a for a in args
         )
+
+
+def _filled(func: Any, args: tuple[Any, ...], result: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """A tensor of one number, whatever it is to be like, as `torch.full` makes it: (function, arguments, by name)."""
+    if "full" in func.__name__:
+        number = args[2 if func is _aten.new_full.default else 1]
+    else:
+        number = int("ones" in func.__name__)
+    return _aten.full.default, (tuple(result.shape), number), {"dtype": result.dtype, "device": result.device}
 
 
 def largest(tensor: Tensor) -> float:

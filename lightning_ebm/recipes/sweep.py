@@ -131,39 +131,19 @@ def main(
     sweep = yaml.safe_load(file.read_text())
     metric, goal = sweep["metric"]["name"], sweep["metric"].get("goal", "minimize")
     folder = (root / file.stem).resolve()
-    done: list[dict[str, Any]] = []
     console = Console()
-    for number, settings in enumerate(trials(sweep, count, seed)):
-        where = folder / f"{number:04d}"
-        wanted = {"settings": settings, "metric": metric}
-        kept = where / "trial.json"
-        if not (kept.exists() and json.loads(kept.read_text()).get("settings") == settings):
-            console.print(f"trial {number}: {settings}", highlight=False, soft_wrap=True)
-            where.mkdir(parents=True, exist_ok=True)
-            (where / "result.json").unlink(missing_ok=True)
-            line = [*command(sweep, settings), "--trainer.default_root_dir", str(where), "--monitor", metric]
-            began = time.monotonic()
-            with (where / "log.txt").open("w") as log:
-                environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-                code = subprocess.run(
-                    [*line, "--wandb", wandb], stdout=log, stderr=subprocess.STDOUT, env=environment
-                ).returncode
-            result = where / "result.json"
-            found = json.loads(result.read_text()) if code == 0 and result.exists() else {"failed": f"exit code {code}"}
-            kept.write_text(
-                json.dumps({**wanted, **found, "seconds": round(time.monotonic() - began, 1)}, indent=1, default=str)
-            )
-            if "failed" in found:
-                console.print(f"  failed, see {where / 'log.txt'}", style="red", soft_wrap=True)
-        done.append({**json.loads(kept.read_text()), "trial": number})
+    done = [
+        {**_trial(sweep, settings, folder / f"{number:04d}", wandb, console), "trial": number}
+        for number, settings in enumerate(trials(sweep, count, seed))
+    ]
     sign = -1 if goal == "maximize" else 1
     done.sort(key=lambda trial: sign * trial["last"] if "last" in trial else math.inf)
     names = list(done[0]["settings"]) if done else []
-    table = Table("trial", *names, "last", "best", "seconds", title=f"{file.stem}: {metric}, {goal}")
     rows = [
         [t["trial"], *(t["settings"][n] for n in names), t.get("last", "failed"), t.get("best", ""), t["seconds"]]
         for t in done
     ]
+    table = Table("trial", *names, "last", "best", "seconds", title=f"{file.stem}: {metric}, {goal}")
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
     console.print(table)
@@ -171,3 +151,27 @@ def main(
     with (folder / "trials.csv").open("w", newline="") as out:
         csv.writer(out).writerows([["trial", *names, "last", "best", "seconds"], *rows])
     return done
+
+
+def _trial(
+    sweep: dict[str, Any], settings: dict[str, Any], where: Path, wandb: str, console: Console
+) -> dict[str, Any]:
+    """Runs one trial, unless its result is there already; what it ended with."""
+    kept, metric = where / "trial.json", sweep["metric"]["name"]
+    if kept.exists() and (before := json.loads(kept.read_text())).get("settings") == settings:
+        return dict(before)
+    console.print(f"trial {int(where.name)}: {settings}", highlight=False, soft_wrap=True)
+    where.mkdir(parents=True, exist_ok=True)
+    result = where / "result.json"
+    result.unlink(missing_ok=True)
+    line = [*command(sweep, settings), "--trainer.default_root_dir", str(where), "--monitor", metric, "--wandb", wandb]
+    began = time.monotonic()
+    with (where / "log.txt").open("w") as log:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        code = subprocess.run(line, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+    found = json.loads(result.read_text()) if code == 0 and result.exists() else {"failed": f"exit code {code}"}
+    found = {"settings": settings, "metric": metric, **found, "seconds": round(time.monotonic() - began, 1)}
+    kept.write_text(json.dumps(found, indent=1, default=str))
+    if "failed" in found:
+        console.print(f"  failed, see {where / 'log.txt'}", style="red", soft_wrap=True)
+    return dict(json.loads(kept.read_text()))

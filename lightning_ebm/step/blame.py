@@ -11,6 +11,9 @@ from lightning_ebm.errors import RelaxationDivergedError
 from lightning_ebm.program.module_walk import clean
 from lightning_ebm.program.tensors import of_batch
 
+Backprop = Callable[[], Mapping[str, Tensor]]
+"""Gives the gradient of the feed-forward network, by name."""
+
 _SKIP = ' on_divergence="skip" leaves out such batches, and counts them.'
 
 
@@ -33,7 +36,7 @@ def blamed(
     buffers: Sequence[tuple[str, Tensor]],
     batch: Any,
     loss: Tensor | None,
-    backprop: Callable[[], Mapping[str, Tensor]] | None,
+    backprop: Backprop | None,
 ) -> RelaxationDivergedError:
     """The error with its cause: the first of those that are known to spoil all that comes after.
 
@@ -45,50 +48,78 @@ def blamed(
         loss: of the forward pass; None where there is none yet.
         backprop: gives the gradient of the feed-forward network; None where there is no pass to ask.
     """
-    loss_is_finite = loss is None or bool(torch.isfinite(loss.detach()).all())
-    if weights := _spoiled(module.named_parameters()):
-        text = (
-            f"The weights hold nan or inf already: {_listed(weights)}. An update before this one was too large: lower"
-            " the learning rate of the parameters, clip gradients, and go on from a checkpoint of before."
+    text = _in_weights(module)
+    text = text or _in_batch(batch, loss, backprop) or _in_buffers(buffers)
+    text = text or _in_loss(loss, batch) or (None if backprop is None else _in_gradient(backprop))
+    return error if text is None else RelaxationDivergedError(text)
+
+
+def _in_weights(module: nn.Module) -> str | None:
+    if not (weights := _spoiled(module.named_parameters())):
+        return None
+    return (
+        f"The weights hold nan or inf already: {_listed(weights)}. An update before this one was too large: lower"
+        " the learning rate of the parameters, clip gradients, and go on from a checkpoint of before."
+    )
+
+
+def _in_batch(batch: Any, loss: Tensor | None, backprop: Backprop | None) -> str | None:
+    """Numbers that are not finite, unless loss and gradient are: then they are meant, as in masks."""
+    spoiled = _spoiled_in(batch)
+    if not spoiled or (_is_finite(loss) and backprop is not None and not spoils(backprop())):
+        return None
+    return (
+        f"The batch holds numbers that are not finite ({'; '.join(spoiled)}), and the weights are finite: one such"
+        f" number spoils every update. Clean the data, or drop the samples before training_step;{_SKIP}"
+    )
+
+
+def _in_buffers(buffers: Sequence[tuple[str, Tensor]]) -> str | None:
+    if not (stale := _spoiled(buffers)):
+        return None
+    return (
+        f"Buffers hold nan or inf: {_listed(stale)}. Running statistics stay so once a batch with nan has been"
+        " through them. Go on from a checkpoint of before, or set them anew (reset_running_stats)."
+    )
+
+
+def _in_loss(loss: Tensor | None, batch: Any) -> str | None:
+    if loss is None or _is_finite(loss):
+        return None
+    value = float(loss.detach().real)
+    if empty := _empty_in(batch):
+        return (
+            f"The batch holds no sample ({empty}), and a mean over nothing is {value}: there is nothing to learn from."
+            f" Leave it out before training_step, or sum the loss;{_SKIP}"
         )
-    elif (spoiled := _spoiled_in(batch)) and not (loss_is_finite and backprop is not None and not spoils(backprop())):
-        text = (
-            f"The batch holds numbers that are not finite ({'; '.join(spoiled)}), and the weights are finite: one such"
-            f" number spoils every update. Clean the data, or drop the samples before training_step;{_SKIP}"
-        )
-    elif stale := _spoiled(buffers):
-        text = (
-            f"Buffers hold nan or inf: {_listed(stale)}. Running statistics stay so once a batch with nan has been"
-            " through them. Go on from a checkpoint of before, or set them anew (reset_running_stats)."
-        )
-    elif loss is not None and not loss_is_finite and (empty := _empty_in(batch)):
-        text = (
-            f"The batch holds no sample ({empty}), and a mean over nothing is {float(loss.detach().real)}: there is"
-            f" nothing to learn from. Leave it out before training_step, or sum the loss;{_SKIP}"
-        )
-    elif loss is not None and not loss_is_finite:
-        text = (
-            f"The loss of the forward pass is {float(loss.detach().real)}, while weights and inputs are finite: there"
-            " is nothing finite to relax towards. Look at the labels, for log(0) or 0/0 in the loss, and for a mean"
-            " over nothing, where a mask or ignore_index leaves no target; if it has grown over the last steps, lower"
-            f" the learning rate of the parameters, or clip.{_SKIP}"
-        )
-    elif backprop is not None and (nan := [name for name, g in backprop().items() if bool(g.to_dense().isnan().any())]):
-        text = (
+    return (
+        f"The loss of the forward pass is {value}, while weights and inputs are finite: there is nothing finite to"
+        " relax towards. Look at the labels, for log(0) or 0/0 in the loss, and for a mean over nothing, where a mask"
+        " or ignore_index leaves no target; if it has grown over the last steps, lower the learning rate of the"
+        f" parameters, or clip.{_SKIP}"
+    )
+
+
+def _in_gradient(backprop: Backprop) -> str | None:
+    gradients = backprop()
+    if nan := [name for name, g in gradients.items() if bool(g.to_dense().isnan().any())]:
+        return (
             f"The loss is finite, and its own gradient is nan in {_listed(nan)}, by backprop as well: an operation of"
             " the step has no slope where it was evaluated. Such are the root, norm or standard deviation of zeros, and"
             " 0 * nan on the way back from what torch.where, nanmean or a mask has left out. Add a small number under"
             f" the root, and fill what is left out before anything is computed with it.{_SKIP}"
         )
-    elif backprop is not None and (overflown := _spoiled(_squares(backprop()))):
-        text = (
+    if overflown := _spoiled(_squares(gradients)):
+        return (
             f"The loss is finite, and the square of its own gradient is not: it overflows in {_listed(overflown)}, so"
             " that no relaxation could tell how far it has come. The weights have grown too large: lower the"
             " learning rate of the parameters, clip gradients, and go on from a checkpoint of before."
         )
-    else:
-        return error
-    return RelaxationDivergedError(text)
+    return None
+
+
+def _is_finite(loss: Tensor | None) -> bool:
+    return loss is None or bool(torch.isfinite(loss.detach()).all())
 
 
 def spoils(gradients: Mapping[str, Tensor]) -> bool:

@@ -1,6 +1,6 @@
 """Whether an update is local."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -56,25 +56,8 @@ def check_locality(
     finder.gradients(closure)
     plan = finder.plan
     assert plan is not None
-    if not chosen.rule.relaxes:
-
-        def update() -> dict[str, Tensor]:
-            return backprop(module, closure)
-
-    else:
-        learner = Learner(module, chosen, layers=layers, output=output, loss_reduction=loss_reduction)
-        step = learner.begin(closure)
-        with step.first_pass():
-            loss = closure()
-        step.surrogate(loss)
-        network = step.network
-        assert network is not None
-        held = [end._replace(found=network.held(end.found)) for end in step.held]
-
-        def update() -> dict[str, Tensor]:
-            network.parameters_moved()
-            return named_gradients(module, network.update(chosen.rule, held))
-
+    learner = Learner(module, chosen, layers=layers, output=output, loss_reduction=loss_reduction)
+    update = _read_again(learner, closure) if chosen.rule.relaxes else lambda: backprop(module, closure)
     before = update()
     again = update()
     unstable = [name for name in before if not torch.equal(before[name], again[name])]
@@ -93,6 +76,23 @@ def check_locality(
             " and every state was held: it uses information that is not present at its own layer."
         )
     return changed
+
+
+def _read_again(learner: Learner, closure: Closure) -> Callable[[], dict[str, Tensor]]:
+    """Relaxes once; reads the update at those states, and the parameters of when it is called."""
+    step = learner.begin(closure)
+    with step.first_pass():
+        loss = closure()
+    step.surrogate(loss)
+    network = step.network
+    assert network is not None
+    held = [end._replace(found=network.held(end.found)) for end in step.held]
+
+    def update() -> dict[str, Tensor]:
+        network.parameters_moved()
+        return named_gradients(learner.module, network.update(learner.algorithm.rule, held))
+
+    return update
 
 
 @contextmanager
