@@ -11,6 +11,7 @@ from lightning_ebm import checked
 from lightning_ebm.evaluations import DyadicStates, Energy, Landscape
 from lightning_ebm.questions import Arrival
 from lightning_ebm.relaxers.base import Relaxation, Relaxer, Status, checked_tol, force_norm
+from lightning_ebm.relaxers.fixed_point import rounding_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Dyadic(Relaxer):
 
     Args:
         max_steps: how many rounds, or how many at most.
-        tol: stop when the means move by less than this fraction of the pairs' distance; 0 takes exactly `max_steps`.
+        tol: stop when the means move by less than this fraction of the pairs' distance, or by rounding alone; 0 takes
+            exactly `max_steps`.
 
     Raises:
         ConfigurationError: an argument out of range.
@@ -57,7 +59,7 @@ class Dyadic(Relaxer):
                 energies.append(forces.total(strength))
             norm = force_norm(landscape, forces.gradients)
             apart = force_norm(landscape, (p - q for p, q in zip(ahead, behind, strict=True)))
-            settled = norm <= max(self.tol, 4 * landscape.rounding) * apart
+            settled = norm <= (self.tol * apart).maximum(rounding_of(landscape, mean))
             last = steps == self.max_steps
             if (self.tol and arrival.look(settled, steps, last)) or last:
                 break
