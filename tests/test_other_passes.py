@@ -147,12 +147,23 @@ def test_an_operation_without_a_second_derivative_is_named():
         learner.gradients(lambda: F.cross_entropy(net(X), Y))
 
 
+def has_second_derivative(function) -> bool:
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    try:
+        torch.autograd.functional.hvp(function, x, torch.ones_like(x))
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("operation", ["hardsigmoid", "cdist"])
 def test_a_spectrum_that_needs_one_names_it_too(operation):
     net = Net().net
     if operation == "hardsigmoid":
         net[1], net[3] = nn.Hardsigmoid(), nn.Hardsigmoid()
     others = torch.randn(5, 3, dtype=torch.float64)
+    if operation == "cdist" and has_second_derivative(lambda x: torch.cdist(x, others).square().sum()):
+        pytest.skip("this release of torch has it")
     with pytest.raises(ebm.UnsupportedModuleError, match=rf"\(\S*{operation}_backward\).*eigenvalues"):
         ebm.Learner(net).spectrum(lambda: torch.cdist(net(X), others).mean(1).square().mean(), nudge=1.0)
 

@@ -30,6 +30,8 @@ class AugmentedLagrangian(Relaxer):
     each one hop, so that credit needs as many as there are layers to arrive at the first; `ErrorCoordinates` sends it
     through all layers at once. The penalty rho is Pi / lambda; the dual step alpha is apart from it.
 
+    The residual is what the last dual step is still off by, |e| over |mu + e|, for each sample.
+
     The trap: few inner steps with a large dual step are no minimization: multipliers then swing around the deltas, and
     run away beyond alpha of about 2. With one inner step take alpha well below 1.
 
@@ -68,32 +70,42 @@ class AugmentedLagrangian(Relaxer):
         return self.inner.trusts_energy
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
-        in_errors = isinstance(self.inner, ErrorCoordinates)
         none = landscape.no_errors
         multipliers = [torch.zeros_like(error) for error in none]
+        in_errors = isinstance(self.inner, ErrorCoordinates)
         point = list(none) if in_errors else list(start)
         energies: list[Tensor] = []
         steps, statuses = 0, []
         for _ in range(self.outer_steps):
-            if in_errors:
-                found = self.inner.relax(_WithMultipliers(landscape, point, multipliers), start, strength)
-                point = [base + e for base, e in zip(point, found.point, strict=True)] if steps else found.point
-                read = [m + e for m, e in zip(multipliers, point, strict=True)]
-            else:
-                shifted = _Shifted(landscape, multipliers)
-                found = self.inner.relax(shifted, point, strength)
-                point = found.point
-                read = shifted.evaluate(PredictionErrors(), point, strength)
+            found, read = self._inner_steps(landscape, point, multipliers, strength)
             if not self.inner.tol:
                 landscape.questions.answered()
-            # e is what the constraint is off by, m + e the slope of the bracket in the prediction
-            multipliers = [m + self.dual_lr * (r - m) for m, r in zip(multipliers, read, strict=True)]
+            point, held = found.point, multipliers
+            # e is what the constraint is off by, mu + e the slope of the bracket in the prediction
+            multipliers = [m + self.dual_lr * (r - m) for m, r in zip(held, read, strict=True)]
             steps += found.steps
             statuses.append(found.status)
             energies += found.energies
         worst = next(s for s in ("max_steps", "fixed", "stalled", "kink", "converged") if s in statuses)
-        coordinates = found.coordinates
-        return Relaxation(point, coordinates, worst, steps, found.residual, energies, local_error=read)
+        size = landscape.norms(read)
+        off = landscape.norms([r - m for r, m in zip(read, held, strict=True)])
+        residual = off / size.clamp_min(torch.finfo(size.dtype).tiny)
+        return Relaxation(point, found.coordinates, worst, steps, residual, energies, local_error=read)
+
+    def _inner_steps(
+        self, landscape: Landscape, point: list[Tensor], multipliers: list[Tensor], strength: float
+    ) -> tuple[Relaxation, list[Tensor]]:
+        """Where the inner steps lead from a point, and mu + e there."""
+        if not isinstance(self.inner, ErrorCoordinates):
+            in_states = _Shifted(landscape, multipliers)
+            found = self.inner.relax(in_states, point, strength)
+            return found, in_states.evaluate(PredictionErrors(), found.point, strength)
+        # Forces begin as what multipliers and lambda dL/de, which they come to be equal to, differ by.
+        rounding = 4 * max(landscape.rounding, torch.finfo(multipliers[0].dtype).eps)
+        in_errors = _WithMultipliers(landscape, point, multipliers)
+        found = self.inner.relax_errors(in_errors, strength, rounding * landscape.norms(multipliers))
+        found.point = [base + e for base, e in zip(point, found.point, strict=True)]
+        return found, [m + e for m, e in zip(multipliers, found.point, strict=True)]
 
 
 class _WithMultipliers(Around):

@@ -21,6 +21,7 @@ def descend(
     max_steps: int,
     tol: float,
     longest: float,
+    least: Tensor | None = None,
 ) -> Relaxation:
     """argmin of the energy from `start`: each sample by itself, or the batch as one where samples see each other.
 
@@ -33,8 +34,9 @@ def descend(
         max_steps: how many evaluations after the first.
         tol: see there.
         longest: the largest step size of a sample by itself.
+        least: see there.
     """
-    task = Task(landscape, coordinates, start, strength, lr, tol)
+    task = Task(landscape, coordinates, start, strength, lr, tol, least)
     del start  # descent on errors lets go of it
     if landscape.samples_interact:
         return JointDescent(task).run(max_steps)

@@ -27,6 +27,7 @@ class Task(NamedTuple):
         strength: lambda.
         lr: first step size.
         tol: relative force at which a sample has settled.
+        least: force of each sample that may be rounding alone, ``(B,)``; None is what states and `tol` say.
     """
 
     landscape: Landscape
@@ -35,6 +36,7 @@ class Task(NamedTuple):
     strength: float
     lr: float
     tol: float
+    least: Tensor | None = None
 
 
 class Descent(ABC):
@@ -56,7 +58,7 @@ class Descent(ABC):
     """Over the first force, what is taken for a runaway at a positive nudge, where the energy is bounded below."""
 
     def __init__(self, task: Task) -> None:
-        self.landscape, self.coordinates, self.start, self.strength, self.lr, tol = task
+        self.landscape, self.coordinates, self.start, self.strength, self.lr, tol, self._least = task
         self.tol = max(tol, 4 * self.landscape.rounding)
         self.point = list(self.start)
         forces, self.energy = self.evaluate(self.point)
@@ -92,7 +94,8 @@ class Descent(ABC):
         """The force at which each sample has settled, ``(B,)``."""
         # That of a state one rounding error away from its prediction; 0 in error coordinates, which begin at 0.
         size = self.landscape.per_sample(x.square() for x in self.start).sqrt()
-        return (self.tol * first).maximum(4 * torch.finfo(first.dtype).eps * size)
+        settled_at = (self.tol * first).maximum(4 * torch.finfo(first.dtype).eps * size)
+        return settled_at if self._least is None else settled_at.maximum(self._least)
 
     @property
     def active(self) -> Tensor:

@@ -60,8 +60,18 @@ class ErrorCoordinates(Relaxer):
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: complex) -> Relaxation:
         del start  # nobody else may have to hold it
+        return self.relax_errors(landscape, strength)
+
+    def relax_errors(self, landscape: Landscape, strength: complex, least: Tensor | None = None) -> Relaxation:
+        """The relaxation, from e = 0.
+
+        Args:
+            landscape: as in `relax`.
+            strength: lambda.
+            least: force of each sample that may be rounding alone, ``(B,)``, where it is a difference of larger ones.
+        """
         errors = list(landscape.no_errors)
         if self.tol and not isinstance(strength, complex):
             longest = max(1.0, self.lr)  # the curvature 1 + lambda J' d2L J is at least 1 where the loss is convex
-            return descend(landscape, "errors", errors, strength, self.lr, self.max_steps, self.tol, longest)
+            return descend(landscape, "errors", errors, strength, self.lr, self.max_steps, self.tol, longest, least)
         return fixed_steps(self, landscape, "errors", None, errors, strength, self.max_steps, self.lr)
