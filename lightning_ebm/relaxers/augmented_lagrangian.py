@@ -100,8 +100,8 @@ class AugmentedLagrangian(Relaxer):
             in_states = _Shifted(landscape, multipliers)
             found = self.inner.relax(in_states, point, strength)
             return found, in_states.evaluate(PredictionErrors(), found.point, strength)
-        # Forces begin as what multipliers and lambda dL/de, which they come to be equal to, differ by.
-        rounding = 4 * max(landscape.rounding, torch.finfo(multipliers[0].dtype).eps)
+        # Forces begin as what multipliers and lambda dL/de differ by, and the way back rounds in every layer.
+        rounding = 16 * max(landscape.rounding, torch.finfo(multipliers[0].dtype).eps)
         in_errors = _WithMultipliers(landscape, point, multipliers)
         found = self.inner.relax_errors(in_errors, strength, rounding * landscape.norms(multipliers))
         found.point = [base + e for base, e in zip(point, found.point, strict=True)]
