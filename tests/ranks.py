@@ -290,7 +290,11 @@ def monitored(world, rank):
             })  # fmt: skip
             regime = trainer.strategy.regime()
             own.update(
-                {"ebm/relaxed": regime.relaxed, "ebm/way": regime.way, "ebm/way/layer/net/1": regime.layers[0].way}
+                {
+                    "ebm/relaxed": regime.relaxed,
+                    "ebm/toward_equilibrium": regime.toward_equilibrium,
+                    "ebm/toward_equilibrium/layer/net/1": regime.layers[0].toward_equilibrium,
+                }
             )
 
     callbacks = [ebm.RelaxationMonitor(1, regime_every_n_steps=1), Reports()]

@@ -80,7 +80,12 @@ def test_the_panels_on_the_page_are_those_that_are_logged():
     assert {name.replace("alignment_equilibrium/", "alignment/") for name in overall} == {
         name for name in named if len(name.split("/")) == 2
     }
-    for kind in ("ebm/residual/layer/", "ebm/way/layer/", "alignment/layer/cosine/", "alignment/cosine/net/"):
+    for kind in (
+        "ebm/residual/layer/",
+        "ebm/toward_equilibrium/layer/",
+        "alignment/layer/cosine/",
+        "alignment/cosine/net/",
+    ):
         assert kind in text
         assert any(name.startswith(kind) for name in logged), sorted(logged)
 

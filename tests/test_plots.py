@@ -40,16 +40,21 @@ def test_energy_and_residual_curves():
     assert last.get_legend().get_texts()[1].get_text() == "b: no force"
 
 
-def layer(way, reach="signal", detour=0.0):
+def layer(share, reach="signal", detour=0.0):
     return {
-        "name": "a", "way": way, "reach": reach, "detour": detour, "cosine_stop": 1.0, "cosine_equilibrium": 0.5,
-        "norm_ratio_stop": 0.1, "norm_ratio_equilibrium": 1.0,
+        "name": "a", "toward_equilibrium": share, "reach": reach, "detour": detour,
+        "cosine_stop": 1.0, "cosine_equilibrium": 0.5, "norm_ratio_stop": 0.1, "norm_ratio_equilibrium": 1.0,
     }  # fmt: skip
 
 
 def test_the_map_of_regimes_has_a_dot_a_layer():
-    one = {"layers": [layer(0.1), layer(0.3), layer(None, "none")], "way": 0.2, "relaxed": 0.5, "unreached": ["c"]}
-    two = {"layers": [layer(None)], "way": None, "relaxed": None, "unreached": []}
+    one = {
+        "layers": [layer(0.1), layer(0.3), layer(None, "none")],
+        "toward_equilibrium": 0.2,
+        "relaxed": 0.5,
+        "unreached": ["c"],
+    }
+    two = {"layers": [layer(None)], "toward_equilibrium": None, "relaxed": None, "unreached": []}
     (axes,) = plots.regimes_map([("one", one | {"verdict": "x"}), ("two", two | {"verdict": "both"})]).axes
     dots, mean = axes.lines
     assert list(dots.get_xdata()) == [0.1, 0.3]

@@ -66,8 +66,10 @@ def test_every_number_of_a_linear_network_in_closed_form(lr, steps):
         assert layer.norm_ratio_stop == pytest.approx(at_stop["norm_ratio"], rel=1e-6)
         assert layer.cosine_equilibrium == pytest.approx(at_equilibrium["cosine"], abs=1e-6)
         assert layer.norm_ratio_equilibrium == pytest.approx(at_equilibrium["norm_ratio"], rel=1e-4)
-        if not math.isnan(layer.way):
-            assert layer.way == pytest.approx(at_stop["angle_deg"] / (at_stop["angle_deg"] + between), abs=2e-3)
+        if not math.isnan(layer.toward_equilibrium):
+            assert layer.toward_equilibrium == pytest.approx(
+                at_stop["angle_deg"] / (at_stop["angle_deg"] + between), abs=2e-3
+            )
     assert found.layers[0].error_ratio == pytest.approx(float(e.norm() / e_star.norm()), rel=1e-4)
 
 
@@ -88,7 +90,7 @@ def test_from_backprop_to_equilibrium_in_words():
     assert ended.verdict == "equilibrium"
     assert ended.relaxed == pytest.approx(1, abs=1e-6)
     between = verdict(ebm.ErrorCoordinates(4, lr=0.2, tol=0.0))
-    assert begun.way < between.way < ended.way
+    assert begun.toward_equilibrium < between.toward_equilibrium < ended.toward_equilibrium
     assert between.verdict == "in between"
     weak = verdict(ebm.ErrorCoordinates(100, tol=1e-6), 1e-6)
     assert weak.verdict == "both: they coincide"

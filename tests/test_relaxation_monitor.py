@@ -96,7 +96,7 @@ def test_the_regime_of_a_training_step_is_that_of_its_batch(tmp_path):
     x, y = module.x[21:], module.y[21:]  # the fourth batch, the last measured
     expected = ebm.regime.of(module.net, lambda: 0.5 * (module.net(x) - y).square().sum(1).mean(), algorithm)
     assert seen.rows[-1]["ebm/relaxed"] == pytest.approx(expected.relaxed, rel=1e-6)
-    assert seen.rows[-1]["ebm/way"] == pytest.approx(expected.way, rel=1e-5)
+    assert seen.rows[-1]["ebm/toward_equilibrium"] == pytest.approx(expected.toward_equilibrium, rel=1e-5)
     for mine, theirs in zip(monitor.regime.layers, expected.layers, strict=True):
         assert mine.cosine_stop == pytest.approx(theirs.cosine_stop, abs=1e-9)
         assert mine.norm_ratio_equilibrium == pytest.approx(theirs.norm_ratio_equilibrium, rel=1e-6)

@@ -59,7 +59,7 @@ def test_every_overall_figure_that_is_logged_has_a_place_in_the_view(logged):
     media = {key.partition(".")[0] for key in ours if "." in key}
     assert media - {"alignment/histogram", "ebm/residual_histogram"} == {*view.PICTURES, *view.TABLES}
     by_layer = {key.partition("/layer/")[0] for key in ours if "/layer/" in key}
-    assert by_layer >= {"alignment", "ebm/residual", "ebm/way"}
+    assert by_layer >= {"alignment", "ebm/residual", "ebm/toward_equilibrium"}
 
 
 def test_runs_are_drawn_as_the_groups_that_the_recipes_give_them(records):

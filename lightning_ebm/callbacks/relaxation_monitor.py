@@ -34,9 +34,9 @@ class RelaxationMonitor(Callback):
     - ``ebm/residual/layer/<name>``: |dE/dx_l| at the end over the largest |dE/dx| of any layer at the start;
     - ``ebm/steps``; ``ebm/step_size``, |x' - x| / |dE/dx| of the last step; ``ebm/curvature``, the largest met, an
       estimate from below of the energy's largest: Euler steps above 2 / curvature run away;
-    - ``ebm/relaxed``, ``ebm/way`` and per layer ``ebm/way/layer/<name>`` where the regime is measured, see
-      `lightning_ebm.regime`: how much of the fall of the energy was made, and where between backprop (0) and
-      equilibrium (1) the update was read; not where there is no way, and of the first device's batch.
+    - ``ebm/relaxed``, ``ebm/toward_equilibrium`` and per layer ``ebm/toward_equilibrium/layer/<name>`` where the regime
+      is measured, see `lightning_ebm.regime`: how much of the fall of the energy was made, and where between backprop
+      (0) and equilibrium (1) the update was read; not where the two coincide, and of the first device's batch.
 
     - ``ebm/curvature_smallest``, ``ebm/curvature_largest``, ``ebm/curvature_loss`` where the curvature is measured, see
       `lightning_ebm.instruments.curvature`: eigenvalues of d2(I + lambda L)/dx2 where the update was read, and of
@@ -214,8 +214,9 @@ class RelaxationMonitor(Callback):
         if self.regime.unreached and not self._told_of_silence and trainer.is_global_zero:
             self._told_of_silence = True  # the report finds it by itself, in the regime
             log.warning(advice.unreached(self.regime.unreached, trainer.global_step))
-        values = {"ebm/relaxed": self.regime.relaxed, "ebm/way": self.regime.way}
-        return values | {f"ebm/way/layer/{layer.name.replace('.', '/')}": layer.way for layer in self.regime.layers}
+        values = {"ebm/relaxed": self.regime.relaxed, _TOWARD: self.regime.toward_equilibrium}
+        layers = {layer.name.replace(".", "/"): layer.toward_equilibrium for layer in self.regime.layers}
+        return values | {f"{_TOWARD}/layer/{name}": share for name, share in layers.items()}
 
     def _curved(self, trainer: Trainer, strategy: EnergyStrategy) -> dict[str, float]:
         try:
@@ -289,7 +290,8 @@ class RelaxationMonitor(Callback):
 
 
 _IN_PROGRESS_BAR = ("ebm/energy_nudged", "ebm/steps")
-_CHARTED = ("ebm/energy_free", "ebm/energy_nudged", "ebm/residual", "ebm/steps", "ebm/relaxed", "ebm/way")
+_TOWARD = "ebm/toward_equilibrium"
+_CHARTED = ("ebm/energy_free", "ebm/energy_nudged", "ebm/residual", "ebm/steps", "ebm/relaxed", _TOWARD)
 _WITHOUT_CHART = ("ebm/residual_max", "ebm/step_size", "ebm/curvature")
 _MOST_CURVES = 200
 _MOST_ROWS = 20_000

@@ -28,8 +28,8 @@ class LayerRegime:
         reach: "signal"; "none", the error is exactly zero, as nothing has arrived; "rounding", the state has moved by
             no more than its own rounding (4 eps |x_l|, over units that are not at 0), so that an optimizer that
             normalizes its steps, as Adam, trains this layer on noise; "read-out".
-        way: from 0, backprop's direction, to 1, equilibrium's: `angle(g, b) / (angle(g, b) + angle(g, g*))`; nan where
-            the two directions coincide within two degrees, or g is dead.
+        toward_equilibrium: from 0, backprop's direction, to 1, equilibrium's: `angle(g, b) / (angle(g, b) + angle(g,
+            g*))`; nan where the two directions coincide within two degrees, or g is dead.
         detour: `angle(g, b) + angle(g, g*) - angle(b, g*)`, degrees: 0 where g is on the arc from one to the other. It
             need not: both ends may be backprop's (a tiny nudge), and what is read on the way be another direction.
     """
@@ -42,17 +42,17 @@ class LayerRegime:
     norm_ratio_equilibrium: float
     error_ratio: float
     reach: Reach
-    way: float
+    toward_equilibrium: float
     detour: float
 
     @property
     def verdict(self) -> str:
-        """`reach`, `detour` and `way` in words."""
+        """`reach`, `detour` and `toward_equilibrium` in words."""
         if self.reach == "none":
             return "no signal"
         if self.reach == "rounding":
             return "rounding noise"
-        return NEITHER if self.detour > _DETOUR else in_words(self.way)
+        return NEITHER if self.detour > _DETOUR else in_words(self.toward_equilibrium)
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,18 @@ class Regime:
     settled: bool
 
     @property
-    def way(self) -> float:
-        """Mean of the layers' `way`, those without one left out."""
-        found = [layer.way for layer in self.layers if not math.isnan(layer.way) and layer.reach in _ALIVE]
+    def toward_equilibrium(self) -> float:
+        """Mean over the layers that have one."""
+        alive = [layer.toward_equilibrium for layer in self.layers if layer.reach in _ALIVE]
+        found = [share for share in alive if not math.isnan(share)]
         return sum(found) / len(found) if found else math.nan
 
     @property
     def verdict(self) -> str:
-        """`way` in words, unless most layers are on none."""
+        """`toward_equilibrium` in words, unless most layers go elsewhere."""
         alive = [layer for layer in self.layers if layer.reach in _ALIVE]
-        astray = sum(layer.verdict == NEITHER for layer in alive)
-        return NEITHER if astray > len(alive) / 2 else in_words(self.way)
+        elsewhere = sum(layer.verdict == NEITHER for layer in alive)
+        return NEITHER if elsewhere > len(alive) / 2 else in_words(self.toward_equilibrium)
 
     @property
     def unreached(self) -> tuple[str, ...]:
@@ -118,7 +119,8 @@ class Regime:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and words, for `json.dumps`; nan as None."""
-        found = asdict(self) | {"way": self.way, "verdict": self.verdict, "unreached": list(self.unreached)}
+        found = asdict(self) | {"verdict": self.verdict, "unreached": list(self.unreached)}
+        found["toward_equilibrium"] = self.toward_equilibrium
         found["layers"] = [asdict(layer) | {"verdict": layer.verdict} for layer in self.layers]
         plain: dict[str, Any] = _without_nan(found)
         return plain
@@ -128,11 +130,13 @@ _ALIVE = ("signal", "read-out")
 _DETOUR = 20.0
 
 
-def in_words(way: float) -> str:
+def in_words(toward_equilibrium: float) -> str:
     """Below a quarter of the way, above three quarters, in between; nan is where backprop and equilibrium coincide."""
-    if math.isnan(way):
+    if math.isnan(toward_equilibrium):
         return SAME
-    return BACKPROP if way < 0.25 else EQUILIBRIUM if way > 0.75 else BETWEEN
+    if toward_equilibrium < 0.25:
+        return BACKPROP
+    return EQUILIBRIUM if toward_equilibrium > 0.75 else BETWEEN
 
 
 def _without_nan(value: Any) -> Any:

@@ -67,8 +67,8 @@ class Network(Passes):
         self._questions = Questions(runs_behind(start.loss.device))
         energy.check_layers({key.name for key in plan.states})
 
-    way: str = "plain"
-    """Which way evaluations have run."""
+    runs_as: str = "plain"
+    """How evaluations have run: "plain", "traced" or "compiled"."""
 
     # The point of view of a relaxer
 

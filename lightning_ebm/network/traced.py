@@ -68,8 +68,7 @@ class TracedNetwork(Network):
         self._arithmetic = arithmetic
         self._settings = settings_of(energy)
         self._held: Callable[[Value], Tensor | None] = lambda value: None
-        self.way = "plain"
-        """Which way evaluations have run."""
+        self.runs_as = "plain"
         self.returns = True
         """Whether states may come back to the forward pass: False where the last phase begins there."""
         self.rebind(program, binding, held)
@@ -140,7 +139,7 @@ class TracedNetwork(Network):
         code = self._code(key, kind, evaluate, point, takes)
         if code is None:
             return None
-        self.way = "compiled" if self._compile else "traced"
+        self.runs_as = "compiled" if self._compile else "traced"
         before = self._before.get(key)
         if before is None:
             before = code.before(self._given, self._held)

@@ -149,13 +149,13 @@ def regimes_map(regimes: Sequence[tuple[str, Mapping[str, Any]]]) -> "Figure":
     figure, axes = _figure(9.5, 1.6 + 0.42 * len(regimes))
     for place, (_, regime) in enumerate(regimes):
         alive = [layer for layer in regime["layers"] if layer["reach"] in ("signal", "read-out")]
-        ways = [layer["way"] for layer in alive if layer["way"] is not None]
+        shares = [share for layer in alive if (share := layer["toward_equilibrium"]) is not None]
         if regime["verdict"].startswith("neither"):
             axes.hlines(place, 0, 1, color=ASTRAY_RED, linewidth=2, linestyle=":")
             axes.annotate("neither: a direction of its own", (0.5, place - 0.2), ha="center", va="bottom", fontsize=8)
-        elif ways:
-            axes.plot(ways, [place] * len(ways), "o", color=BACKPROP_BLUE, alpha=0.45, markersize=7)
-            axes.plot([regime["way"]], [place], "|", color="black", markersize=18, markeredgewidth=2.5)
+        elif shares:
+            axes.plot(shares, [place] * len(shares), "o", color=BACKPROP_BLUE, alpha=0.45, markersize=7)
+            axes.plot([regime["toward_equilibrium"]], [place], "|", color="black", markersize=18, markeredgewidth=2.5)
         else:
             axes.hlines(place, 0, 1, color=DEAD_GRAY, linewidth=6, alpha=0.6)
             axes.annotate("backprop and equilibrium coincide", (0.5, place), ha="center", va="center", fontsize=8)

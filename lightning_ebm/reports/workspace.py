@@ -44,7 +44,7 @@ SECTIONS = {
         Chart("Cosine of each layer", each="alignment/layer/cosine/"),
         Chart("Angle of each layer, degrees", each="alignment/layer/angle_deg/", log=True),
         Chart("Residual of each layer", each="ebm/residual/layer/", log=True),
-        Chart("From backprop (0) to equilibrium (1)", each="ebm/way/layer/"),
+        Chart("From backprop (0) to equilibrium (1)", each="ebm/toward_equilibrium/layer/"),
     ),
     "Direction and size of the update": (
         Chart("Cosine to the true gradient", ("alignment/cosine",)),
@@ -55,7 +55,7 @@ SECTIONS = {
     ),
     "Relaxation": (
         Chart("Energy, free and nudged", ("ebm/energy_free", "ebm/energy_nudged")),
-        Chart("Part of the fall made, and way to equilibrium", ("ebm/relaxed", "ebm/way")),
+        Chart("Part of the fall made, and of the way to equilibrium", ("ebm/relaxed", "ebm/toward_equilibrium")),
         Chart("Largest residual of a sample", ("ebm/residual_max",), log=True),
         Chart("Step size", ("ebm/step_size",)),
         Chart("Largest curvature met", ("ebm/curvature",)),

@@ -54,9 +54,9 @@ class Outcome:
             raise ConfigurationError("There is no report before the first backward() or gradients().")
         return report_of(self._algorithm, *self._last, self._policy.counts)
 
-    def remember(self, names: Sequence[str], phases: Sequence[PhaseReport], loss: Tensor, way: str) -> None:
+    def remember(self, names: Sequence[str], phases: Sequence[PhaseReport], loss: Tensor, runs_as: str) -> None:
         """A step is over; says it once when the states ended elsewhere than at an equilibrium."""
-        self._last = (names, phases, loss, way)
+        self._last = (names, phases, loss, runs_as)
         for status, text in _UNSETTLED.items():
             found = [phase for phase in phases if phase.status == status]
             explained = status == "max_steps" and self._unsettled.told is not None

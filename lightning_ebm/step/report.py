@@ -115,7 +115,7 @@ def report_of(
     names: Sequence[str],
     phases: Sequence[PhaseReport],
     loss: Tensor,
-    way: str,
+    runs_as: str,
     counts: Mapping[str, int],
 ) -> Report:
     """Reads the numbers off the device, once."""
@@ -144,7 +144,7 @@ def report_of(
         "phases": entries,
         "layers": list(names),
         "algorithm": algorithm.describe(),
-        "kernels": f"{way}: {torch.backends.cpu.get_cpu_capability()}",
+        "kernels": f"{runs_as}: {torch.backends.cpu.get_cpu_capability()}",
         "skipped": counts["skipped"],
         "fallbacks": counts["fallbacks"],
     }

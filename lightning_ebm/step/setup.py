@@ -26,7 +26,7 @@ Code = Literal["traced", "compiled"] | None
 Observer = Callable[[Landscape], Landscape]
 
 
-def unheard(names: Sequence[str], phases: Sequence[PhaseReport], loss: Tensor, way: str) -> None:
+def unheard(names: Sequence[str], phases: Sequence[PhaseReport], loss: Tensor, runs_as: str) -> None:
     """Nobody asks how a step went."""
 
 

@@ -210,7 +210,7 @@ class Step:
         share = scale * (1 if setup.loss_reduction == "sum" else 1 / network.batch_size)
         energy = share * phases.free.energies[-1]
         phases.ends = [End(Phase(0.0, 1.0), phases.free)]
-        setup.remember(list(network.names), phases.reports(), energy / scale, network.way)
+        setup.remember(list(network.names), phases.reports(), energy / scale, network.runs_as)
         update = network.update(setup.algorithm.rule, phases.ends) * share
         check_coverage(setup, self._pass.known, update, network.batch_size)
         return energy + (update - update.detach())
@@ -233,7 +233,7 @@ class Step:
         for number, ends in enumerate(increments(self._phases, setup.algorithm)):
             update = network.update(setup.algorithm.rule, ends) * (scale / network.loss_scale)
             reports = [PhaseReport.of(ends[0].strength, ends[0].found)]
-            setup.remember(list(network.names), reports, network.first_loss, network.way)
+            setup.remember(list(network.names), reports, network.first_loss, network.runs_as)
             check_coverage(setup, self._pass.known, update, network.batch_size)
             surrogate = loss.detach() + (update - update.detach())
             if number == 0 and surrogate.requires_grad:
@@ -374,7 +374,7 @@ class Step:
         self._arithmetic.is_complex = any(phase.is_complex for phase in table)
         phases.relax(table, self._pass.free)
         self._check_analytic(network, phases.ends)
-        setup.remember(list(network.names), phases.reports(), network.first_loss, network.way)
+        setup.remember(list(network.names), phases.reports(), network.first_loss, network.runs_as)
 
         def read(ends: Sequence[End]) -> Tensor:
             self.held = algorithm.rule.hold(network, ends)
