@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -160,10 +161,10 @@ class RelaxationMonitor(Callback):
             "residual": values["ebm/residual"], "loss": report["loss"], "phases": phases,
         }  # fmt: skip
         if self.regime_every_n_steps is not None and _due(trainer, self.regime_every_n_steps):
-            values |= self._measured(trainer, strategy)
+            values |= self._measured(trainer, "regime", self._regime_figures)
             self._keep_curves(trainer, phases)
         if self.curvature_every_n_steps is not None and _due(trainer, self.curvature_every_n_steps):
-            values |= self._curved(trainer, strategy)
+            values |= self._measured(trainer, "curvature", self._curvature_figures)
         if trainer.world_size > 1:  # the mean over devices, in one collective
             values = loggers.mean_of(strategy.gather(values))
         loggers.log_scalars(trainer, pl_module, values, _IN_PROGRESS_BAR)
@@ -200,16 +201,20 @@ class RelaxationMonitor(Callback):
         """Continues them."""
         self.statuses = Counter(state_dict["statuses"])
 
-    def _measured(self, trainer: Trainer, strategy: EnergyStrategy) -> dict[str, float]:
+    def _measured(
+        self, trainer: Trainer, what: str, figures: Callable[[Trainer], dict[str, float]]
+    ) -> dict[str, float]:
         try:
-            self.regime = strategy.regime(self.equilibrium)
+            return figures(trainer)
         except RelaxationDivergedError as error:
-            self._say(trainer, f"The regime could not be measured, there is no equilibrium to compare with: {error}")
-            return {}
+            self._say(trainer, f"The {what} could not be measured, there is no equilibrium to look at: {error}")
         except EBMError as error:  # no such thing for this algorithm: said once, and not asked again
             self._say(trainer, str(error))
-            self.regime_every_n_steps = None
-            return {}
+            setattr(self, f"{what}_every_n_steps", None)
+        return {}
+
+    def _regime_figures(self, trainer: Trainer) -> dict[str, float]:
+        self.regime = strategy_of(trainer).regime(self.equilibrium)
         self._file.add({"regime": self.regime.as_dict(), "step": trainer.global_step})
         if self.regime.unreached and not self._told_of_silence and trainer.is_global_zero:
             self._told_of_silence = True  # the report finds it by itself, in the regime
@@ -218,17 +223,8 @@ class RelaxationMonitor(Callback):
         layers = {layer.name.replace(".", "/"): layer.toward_equilibrium for layer in self.regime.layers}
         return values | {f"{_TOWARD}/layer/{name}": share for name, share in layers.items()}
 
-    def _curved(self, trainer: Trainer, strategy: EnergyStrategy) -> dict[str, float]:
-        try:
-            self.curvature = strategy.curvature()
-        except RelaxationDivergedError as error:
-            self._say(trainer, f"The curvature could not be measured, there is no equilibrium to look at: {error}")
-            return {}
-        except EBMError as error:  # no such thing for this algorithm: said once, and not asked again
-            self._say(trainer, str(error))
-            self.curvature_every_n_steps = None
-            return {}
-        found = self.curvature
+    def _curvature_figures(self, trainer: Trainer) -> dict[str, float]:
+        found = self.curvature = strategy_of(trainer).curvature()
         self._file.add({"curvature": found.as_dict(), "step": trainer.global_step})
         return {
             "ebm/curvature_smallest": found.smallest,
