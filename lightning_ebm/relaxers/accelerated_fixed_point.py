@@ -88,6 +88,7 @@ class AcceleratedFixedPoint(SweepingRelaxer):
             if going is not None:
                 point = going.stays(before, point)
             moved = [y - x for x, y in zip(before, point, strict=True)]
+            del before  # as large as all states, as is each list that is not held through the next sweep
             norm = force_norm(landscape, moved)
             if going is None:
                 settled_at = (self.tol * norm).maximum(rounding_of(landscape, point))
@@ -100,20 +101,22 @@ class AcceleratedFixedPoint(SweepingRelaxer):
                 if away:
                     sizes = [float(m.norm()) for m in moved]
                     raise ran_away(self, landscape, strength, int(taken), sizes)
-            step, searching = _Sweep(moved, point, norm), norm
+            slope = [moved[k] for k in search.layers]
+            del moved
+            searching = norm
             # Where nobody was asked, samples that are lost are looked for in vain.
             if going.lost is not None and (failed if asked else True):
-                step = search.without(step, going.lost)
-                point, norm = step.ended, step.norm
+                point, slope, norm = search.without(going.lost, point, slope, norm)
                 searching = norm.where(~going.lost, 0.0)  # lost ones start anew
             if last or (self.tol and asked and not moving):
                 break
             if len(halves) > 1 or steps > _ALONE:
-                point = search.onwards(step, ~(searching <= settled_at))
+                point = search.onwards(point, slope, norm, ~(searching <= settled_at))
+            del slope
         assert going is not None
         settled = not failed and not moving  # of a mixture of two sweeps nobody has measured anything
         first = going.first
-        del search, step, moved, going
+        del search, going
         energies.append(landscape.evaluate(Energy(), point, strength))
         return ended(point, int(taken), norm, first, settled, self.tol, energies)
 
@@ -172,15 +175,6 @@ class _Going:
         return [moving, away, any(lost), taken]
 
 
-@dataclass
-class _Sweep:
-    """By how much it moved each layer, where it ended, and how far each sample went."""
-
-    moved: list[Tensor]
-    ended: list[Tensor]
-    norm: Tensor
-
-
 class _Search:
     """x, p and r(x) of every sample, written as S(x) = x + r(x), which for odd layers is what they answer to x.
 
@@ -188,13 +182,18 @@ class _Search:
         landscape: tells samples apart.
         layers: those that determine the next sweep.
         like: a state.
+
+    Attributes:
+        layers: the same.
+        elsewhere: which samples were sent elsewhere than the last sweep went; None before any was.
     """
 
     def __init__(self, landscape: Landscape, layers: list[int], like: Tensor) -> None:
         dtype, device = like.real.dtype, like.device
         self._landscape = landscape
-        self._layers = layers
-        self._last: _Sweep | None = None
+        self.layers = layers
+        self._last: tuple[list[Tensor], list[Tensor], Tensor] | None = None
+        self.elsewhere: Tensor | None = None
         self._swept: list[Tensor] = []  # S(x)
         self._slope: list[Tensor] = []  # r(x), of `layers`
         self._ahead: list[Tensor] = []  # p, of `layers`
@@ -202,45 +201,50 @@ class _Search:
         self._descent = torch.zeros((), dtype=dtype, device=device)  # <r, p> at the x before
         self._longest = torch.full((), _FURTHEST, dtype=dtype, device=device)  # alpha that each sample may take
         self._least = torch.full((), torch.inf, dtype=dtype, device=device)  # residual where a sample started anew
-        self.elsewhere: Tensor | None = None
-        """Which samples were sent elsewhere than the last sweep went; None before any was."""
 
-    def onwards(self, sweep: _Sweep, searching: Tensor) -> list[Tensor]:
-        """Where the next sweep begins; samples that are not `searching` start anew from where this one ended."""
-        self._last = sweep
-        slope = [sweep.moved[k] for k in self._layers]
+    def onwards(self, swept: list[Tensor], slope: list[Tensor], norm: Tensor, searching: Tensor) -> list[Tensor]:
+        """Where the next sweep begins; samples that are not `searching` start anew from where this one ended.
+
+        Args:
+            swept: where it ended.
+            slope: r(y) where it began.
+            norm: how far it moved each sample.
+            searching: samples that have not settled.
+        """
+        self._last = swept, slope, norm
         if not self._swept:
-            self._swept, self._slope, self._ahead = sweep.ended, slope, slope
-            return sweep.ended
-        alpha, beta = self._steps(slope, sweep.norm, searching)
-        dtype = sweep.ended[0].dtype
-        by_alpha, by_beta, by_both = (
-            self._landscape.spread(c.to(dtype), sweep.ended) for c in (alpha, beta, alpha + beta)
-        )
-        point, ends = list(sweep.ended), list(zip(self._swept, sweep.ended, strict=True))
-        for k in set(range(len(point))).difference(self._layers):
+            self._swept, self._slope, self._ahead = swept, slope, slope
+            return swept
+        alpha, beta = self._steps(slope, norm, searching)
+        dtype = swept[0].dtype
+        by_alpha, by_beta, by_both = (self._landscape.spread(c.to(dtype), swept) for c in (alpha, beta, alpha + beta))
+        point, ends = list(swept), list(zip(self._swept, swept, strict=True))
+        for k in set(range(len(point))).difference(self.layers):
             point[k] = torch.lerp(*ends[k], by_both[k])
         # Written over where they are this search's own: fresh memory costs more than the sums.
-        self._swept = [(x.lerp_ if self._behind else x.lerp)(y, by_alpha[k]) for k, (x, y) in enumerate(ends)]
-        slopes = zip(self._layers, self._slope, slope, strict=True)
-        self._slope = [torch.lerp(r_x, r, by_alpha[k]) for k, r_x, r in slopes]
-        self._behind, self._ahead = self._ahead, []
-        for k, r_x, p in zip(self._layers, self._slope, self._behind, strict=True):
+        own = bool(self._behind)
+        self._swept = [(x.lerp_ if own else x.lerp)(y, by_alpha[k]) for k, (x, y) in enumerate(ends)]
+        slopes = zip(self.layers, self._slope, slope, strict=True)
+        self._slope = [(r_x.lerp_ if own else r_x.lerp)(r, by_alpha[k]) for k, r_x, r in slopes]
+        spare = self._behind or [torch.empty_like(p) for p in self._ahead]
+        for k, r_x, p, room in zip(self.layers, self._slope, self._ahead, spare, strict=True):
             point[k] = torch.addcmul(self._swept[k], by_beta[k], p)
-            self._ahead.append(torch.addcmul(r_x, by_beta[k], p))
+            torch.addcmul(r_x, by_beta[k], p, out=room)
+        self._behind, self._ahead = self._ahead, spare
         return self._landscape.feasible(point)
 
-    def without(self, sweep: _Sweep, lost: Tensor) -> _Sweep:
-        """The sweep with the last one in its place for these samples."""
-        last = self._last
-        assert last is not None  # without which nobody is sent elsewhere
+    def without(
+        self, lost: Tensor, swept: list[Tensor], slope: list[Tensor], norm: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """The end of the sweep, its slope and how far it went, with those of the one before for these samples."""
+        assert self._last is not None  # without which nobody is sent elsewhere
         self._longest = torch.where(lost, self._longest / 4, self._longest)
-        marks = [mark > 0 for mark in self._landscape.spread(lost.to(sweep.norm.dtype), sweep.ended)]
-        moved, ended = (
-            [torch.where(mark, x, y) for mark, x, y in zip(marks, old, new, strict=True)]
-            for old, new in ((last.moved, sweep.moved), (last.ended, sweep.ended))
-        )
-        return _Sweep(moved, ended, torch.where(lost, last.norm, sweep.norm))
+        marks = [mark > 0 for mark in self._landscape.spread(lost.to(norm.dtype), swept)]
+        ended, slope_before, norm_before = self._last
+        swept = [torch.where(mark, x, y) for mark, x, y in zip(marks, ended, swept, strict=True)]
+        of_layers = zip(self.layers, slope_before, slope, strict=True)
+        slope = [torch.where(marks[k], r, r_y) for k, r, r_y in of_layers]
+        return swept, slope, torch.where(lost, norm_before, norm)
 
     def _steps(self, slope: list[Tensor], norm: Tensor, searching: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and beta, ``(B,)``: 1 and 0 where a sample starts anew."""
@@ -260,4 +264,4 @@ class _Search:
         return torch.where(good, alpha, 1.0), torch.where(good, beta.clamp(0, _FURTHEST), 0.0)
 
     def _product(self, left: list[Tensor], right: list[Tensor]) -> Tensor:
-        return self._landscape.products(left, right, self._layers)
+        return self._landscape.products(left, right, self.layers)

@@ -39,7 +39,9 @@ class SweepingRelaxer(Relaxer):
         point = next(run)
         while True:
             try:
-                point = run.send(landscape.evaluate(sweep, point, strength))
+                swept, point = landscape.evaluate(sweep, point, strength), []
+                point = run.send(swept)  # who decides how long to hold where the sweep began, and where it ended
+                del swept
             except StopIteration as end:
                 found: Relaxation = end.value
                 return found
