@@ -843,6 +843,13 @@ MUTATIONS = [
         "infinitesimal_limit free_equilibrium equilibrium_propagation",
     ),
     Mutation(
+        "errors respond, and states above them do not",
+        "updates/linear_response.py",
+        "own[k] if slope is None else own[k] + slope",
+        "own[k]",
+        "linear_response",
+    ),
+    Mutation(
         "multipliers search among rounding",
         "relaxers/augmented_lagrangian.py",
         "strength, rounding * landscape.norms(multipliers))",

@@ -5,13 +5,14 @@ Uses second derivatives of the network, which the rest of the library never asks
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_ebm.energies.base import best_response, has_best_response
+from lightning_ebm.energies.base import best_response, has_best_response, is_quadratic
 from lightning_ebm.errors import RelaxationDivergedError
+from lightning_ebm.evaluations import ErrorForces
 
 if TYPE_CHECKING:
     from lightning_ebm.network.network import Network
@@ -29,11 +30,15 @@ def forces_with_graph(network: "Network", seen: "Pass") -> list[Tensor]:
 def linear_response(
     network: "Network", states: Sequence[Tensor], tol: float | None = None, max_steps: int = 1000
 ) -> list[Tensor]:
-    """dx/dlambda = -H^-1 dL/dx, with H = d2I/dx2 at the free equilibrium, by conjugate gradients.
+    """dx/dlambda = -H^-1 dL/dx, with H = d2I/dx2 at the free equilibrium.
 
-    Written as dx = D q, (1 - C D) q = -dL/dx, where D is the slope of each layer's best response to a pull and
-    C = D^-1 - H what layers exert on each other: so that units at a bound of their domain, which no small pull
-    moves, have slope 0 instead of an infinite curvature. An energy without a best response has D = 1, C = 1 - H.
+    Of a quadratic energy at the forward pass H = A' Pi A, with A = de/dx = 1 - J and J what states do to predictions:
+    de/dlambda = -1/Pi dL/de, and dx = de + J dx comes to an end after as many rounds as there are layers.
+
+    Of others by conjugate gradients, written as dx = D q, (1 - C D) q = -dL/dx, where D is the slope of each layer's
+    best response to a pull and C = D^-1 - H what layers exert on each other: so that units at a bound of their domain,
+    which no small pull moves, have slope 0 instead of an infinite curvature. An energy without a best response has
+    D = 1, C = 1 - H.
 
     Args:
         network: of the step.
@@ -44,6 +49,8 @@ def linear_response(
     Raises:
         RelaxationDivergedError: H is not positive definite, so the point is no minimum; or no solution was found.
     """
+    if states is network.free and is_quadratic(network.energy):
+        return _response_to_errors(network)
     slope = network.loss_slopes(states)
     near = _Linearized(network, states)
     tol = 50 * torch.finfo(slope[0].dtype).eps if tol is None else tol
@@ -70,6 +77,30 @@ def linear_response(
     else:
         _check_solved(float((_dot(residual, residual) / start).sqrt()), tol, max_steps)
     return [x.detach() for x in near.responses(solution)]
+
+
+def _response_to_errors(network: "Network") -> list[Tensor]:
+    own = [-g for g in network.evaluate(ErrorForces(), network.no_errors, 1.0).gradients]
+    with torch.enable_grad():
+        seen = network.at_states(network.free)
+        above = [k for k, layer in enumerate(seen.layers) if layer.prediction.requires_grad]
+        weights = [torch.zeros_like(seen.layers[k].prediction, requires_grad=True) for k in above]
+        predictions = [seen.layers[k].prediction for k in above]
+        # v -> J' v is linear in v, and its slope in v, along dx, is J dx.
+        back = _slopes(predictions, seen.states, weights, create_graph=True)
+        below = [k for k, slope in enumerate(back) if slope is not None]
+        slopes = [back[k] for k in below]
+    moved = own
+    for _ in range(max(network.depths) - 1):
+        ahead = _slopes(slopes, weights, [moved[k] for k in below], retain_graph=True)
+        moved = list(own)
+        for k, slope in zip(above, ahead, strict=True):
+            moved[k] = own[k] if slope is None else own[k] + slope
+    return moved
+
+
+def _slopes(outputs: Sequence[Any], inputs: Sequence[Tensor], along: Sequence[Tensor], **graph: bool) -> Sequence[Any]:
+    return torch.autograd.grad(outputs, inputs, along, allow_unused=True, **graph) if outputs else [None] * len(inputs)
 
 
 def _check_minimum(curvature: Tensor) -> None:
