@@ -214,7 +214,7 @@ def coupled_learning() -> Algorithm:
 
     Source: Stern et al. 2021; Scellier et al. 2023.
     """
-    return Algorithm(Hopfield(), Coupled(0.1), FixedPoint(max_steps=100, tol=1e-5))
+    return Algorithm(Hopfield(), Coupled(0.1), AcceleratedFixedPoint(max_steps=100, tol=1e-5))
 
 
 def dual_propagation() -> Algorithm:
