@@ -75,6 +75,18 @@ def test_what_is_opened_is_put_together_with_others_in_the_place_of_its_leaves(w
         assert torch.equal(again.hidden, 2 * tensor)
 
 
+def test_a_dataclass_that_holds_itself_is_a_leaf_there():
+    tensor = torch.randn(2)
+    root = Plain(tensor)
+    root.name = [root, {"again": Plain(2 * tensor)}]
+    leaves, rebuilt = opened(root)
+    assert [leaf is root for leaf in leaves] == [False, True, False, False]
+    again = rebuilt([leaf + 1 if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+    assert torch.equal(again.hidden, tensor + 1)
+    assert again.name[0] is root
+    assert torch.equal(again.name[1]["again"].hidden, 2 * tensor + 1)
+
+
 class Block(nn.Module):
     def __init__(self, way: str) -> None:
         super().__init__()

@@ -18,23 +18,31 @@ _NO_PART = (nn.Module, Dataset, DataLoader, Iterator, type, FunctionType, Method
 """What a batch may lead to, and does not hold."""
 
 
-def opened(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+def opened(tree: Any, within: tuple[Any, ...] = ()) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """The leaves of what a function is given or returns, and how to put others in their place.
 
     Lists, tuples, mappings, what else torch takes for a tree, dataclasses and packed sequences are opened, within each
     other.
+
+    Args:
+        tree: what is opened.
+        within: the dataclasses that it is a part of; one that holds what holds it is a leaf there.
     """
     if isinstance(tree, Tensor):
         return [tree], _only
     if isinstance(tree, PackedSequence):  # which older releases of torch take for a leaf
-        parts, together = opened(tuple(tree))
+        parts, together = opened(tuple(tree), within)
         return parts, lambda others: type(tree)(*together(others))
     if _is_dataclass(tree):
         names = [field.name for field in dataclasses.fields(tree) if hasattr(tree, field.name)]
-        parts, together = opened([getattr(tree, name) for name in names])
+        parts, together = opened([getattr(tree, name) for name in names], (*within, tree))
         return parts, lambda others: _with_fields(tree, names, together(others))
-    leaves, structure = pytree.tree_flatten(tree, is_leaf=_is_opened_here)
-    held = [opened(leaf) if _is_opened_here(leaf) else ([leaf], _only) for leaf in leaves]
+
+    def is_opened(part: Any) -> bool:
+        return isinstance(part, PackedSequence) or (_is_dataclass(part) and not any(part is one for one in within))
+
+    leaves, structure = pytree.tree_flatten(tree, is_leaf=is_opened)
+    held = [opened(leaf, within) if is_opened(leaf) else ([leaf], _only) for leaf in leaves]
 
     def rebuilt(others: list[Any]) -> Any:
         rest = iter(others)
@@ -48,10 +56,6 @@ _only: Callable[[list[Any]], Any] = operator.itemgetter(0)
 
 def _is_dataclass(part: Any) -> bool:
     return dataclasses.is_dataclass(part) and not isinstance(part, type)
-
-
-def _is_opened_here(part: Any) -> bool:
-    return isinstance(part, PackedSequence) or _is_dataclass(part)
 
 
 def _with_fields(held: Any, names: Sequence[str], values: Sequence[Any]) -> Any:
