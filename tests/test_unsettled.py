@@ -9,6 +9,7 @@ from torch import nn
 
 import lightning_ebm as ebm
 from lightning_ebm.step import unsettled
+from lightning_ebm.step.outcome import further
 
 
 def chain(rate: float, seed: int = 0) -> nn.Sequential:
@@ -216,3 +217,31 @@ def test_steps_that_are_only_looked_at_have_no_say_in_when_those_that_are_taken_
     alone = taken(looks_on=False)
     assert sum(alone) > 2
     assert taken(looks_on=True) == alone
+
+
+@pytest.mark.parametrize("preset", [name for name in ebm.algorithms() if name != "backprop"])
+@pytest.mark.parametrize("nudged", [True, False])
+def test_what_is_advised_can_be_done(preset, nudged):
+    """Relaxers of errors know nothing of Hopfield energies, and no nudge acts on the free phase."""
+    algorithm = ebm.algorithm(preset)
+    text = further(algorithm, nudged)
+    named = {
+        "Hopfield": {"energy": ebm.Hopfield(feedback=0.3)},
+        "ErrorCoordinates": {"relaxer": ebm.ErrorCoordinates()},
+    }
+    for part, options in named.items():
+        if part in text:
+            ebm.algorithm(preset, **options)  # which refuses what does not fit
+    assert ("Hopfield(feedback=0.3)" in text) == (not algorithm.rests_at_forward)
+    assert "smaller nudge" in text if nudged else ("smaller nudge" in text) == algorithm.rests_at_forward
+
+
+def test_a_free_phase_that_is_cut_off_is_told_of_its_feedback(caplog):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3))
+    short = ebm.AcceleratedFixedPoint(3, tol=1e-9)
+    with caplog.at_level(logging.WARNING):
+        learner = ebm.Learner(net, ebm.algorithm("equilibrium-propagation", relaxer=short))
+        learner.gradients(lambda: net(torch.ones(4, 6)).square().mean())
+    assert "energy=ebm.Hopfield(feedback=0.3)" in caplog.text
+    assert "smaller nudge" not in caplog.text

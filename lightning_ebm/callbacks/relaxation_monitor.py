@@ -19,6 +19,7 @@ from lightning_ebm.network.recording import Recording
 from lightning_ebm.regime import Regime
 from lightning_ebm.relaxers import Relaxer
 from lightning_ebm.reports import advice
+from lightning_ebm.step.outcome import further
 from lightning_ebm.strategies import EnergyStrategy, strategy_of
 
 log = logging.getLogger(__name__)
@@ -261,8 +262,10 @@ class RelaxationMonitor(Callback):
         monitored = sum(self.statuses.values())
         if not self._warned and monitored >= 10 and self.statuses["max_steps"] > monitored / 2:
             self._warned = True
-            told = strategy_of(trainer).learner.unsettled.told
-            self._say(trainer, told or advice.unsettled(self.statuses["max_steps"], monitored, residual))
+            strategy = strategy_of(trainer)
+            remedy = further(strategy.algorithm)
+            told = strategy.learner.unsettled.told
+            self._say(trainer, told or advice.unsettled(self.statuses["max_steps"], monitored, residual, remedy))
 
     def _say(self, trainer: Trainer, text: str) -> None:
         if trainer.is_global_zero:

@@ -20,12 +20,11 @@ def low_alignment(cosine: float, times: int, step: int) -> str:
     )
 
 
-def unsettled(cut_off: int, monitored: int, residual: float) -> str:
+def unsettled(cut_off: int, monitored: int, residual: float, remedy: str) -> str:
     """Most relaxations end above their tolerance."""
     return (
         f"{cut_off} of {monitored} monitored relaxations were still moving when max_steps was reached, the last with"
-        f" {residual:.2g} of the force it began with: the updates were read on the way. Raise max_steps or tol, take a"
-        " smaller nudge, or a relaxer that chooses its own step: ebm.ErrorCoordinates(max_steps=64, tol=1e-3). (Said"
+        f" {residual:.2g} of the force it began with: the updates were read on the way. {remedy} (Said"
         " once.)"
     )
 

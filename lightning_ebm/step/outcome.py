@@ -16,16 +16,32 @@ log = logging.getLogger(__name__)
 _UNSETTLED = {
     "max_steps": (
         "The states were still moving when max_steps was reached: after %d steps the force was up to %.2g of what it"
-        " started with%s, and the update was read there. Raise max_steps or tol, take a smaller nudge, or smaller steps"
-        " if it has grown. (Said once; the report tells it for every step.)"
+        " started with%s, and the update was read there. %s (Said once; the report tells it for every step.)"
     ),
     "stalled": (
         "The states stalled: after %d steps no step lowered the energy any more, with a force of up to %.2g of what it"
         " started with%s, and the update was read there. No kink is there to explain it, so this is no equilibrium:"
-        " take a smaller nudge, double precision, or a larger tol. (Said once; the report tells it for every step.)"
+        " %s (Said once; the report tells it for every step.)"
     ),
 }
-"""What is said once of each status, with the steps taken, the largest residual, and what was left to gain if known."""
+"""What is said once of each status: the steps taken, the largest residual, what was left to gain if known, a remedy."""
+
+_ROUNDS = "take a smaller nudge, double precision, or a larger tol."
+
+
+def further(algorithm: Algorithm, nudged: bool = True) -> str:
+    """What to do where states were still moving.
+
+    Args:
+        algorithm: by which.
+        nudged: whether in a nudged phase.
+    """
+    if algorithm.rests_at_forward:
+        return "Raise max_steps or tol, take a smaller nudge, or smaller steps if it has grown."
+    weaker = "a smaller nudge, " if nudged else ""
+    return (
+        f"Raise max_steps or tol, or take {weaker}weaker feedback, energy=ebm.Hopfield(feedback=0.3), or fewer layers."
+    )
 
 
 class Outcome:
@@ -64,7 +80,8 @@ class Outcome:
                 self._warned.add(status)
                 worst, left = found[0].ended
                 share = "" if left is None else f", some {100 * left:.2g} % of the energy gained was still to gain"
-                log.warning(text, found[0].steps, worst, share)
+                remedy = _ROUNDS if status == "stalled" else further(self._algorithm, found[0].nudge != 0)
+                log.warning(text, found[0].steps, worst, share, remedy)
 
     def gave_up(self, error: RelaxationDivergedError, loss: Tensor) -> None:
         """Counts a batch that cannot relax, and says so the first time."""
