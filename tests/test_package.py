@@ -51,8 +51,10 @@ ORDER = [
     # lightning_ebm.program
     {"at_value", "decompositions", "dispatch", "elsewhere", "fast_paths", "named", "operations", "own_hooks", "pause"},
     {"record", "user_hooks", "watch"},
-    {"aliasing", "before", "complex_ops", "custom_calls", "numbers", "products", "random_draws"},
-    {"schedule", "seams", "stage", "torch_calls"},
+    {"aliasing", "before", "complex_ops", "numbers", "products", "random_draws"},
+    {"effects"},
+    {"custom_calls", "schedule", "stage"},
+    {"seams", "torch_calls"},
     {"contents", "held"},
     {"following", "picked"},
     {"recorder"},

@@ -284,12 +284,6 @@ def _refuse_unrecorded(tensor: Tensor) -> None:
             " objects of results, which cannot be told from what was there before. Hand plain tensors to the network:"
             " x.as_subclass(torch.Tensor)."
         )
-    if isinstance(tensor.grad_fn, torch.autograd.function.BackwardCFunction):
-        raise UnsupportedModuleError(
-            f"The step uses a custom autograd function ({name}) through a reference to its `apply` that was taken"
-            " before training (such as `f = MyFunction.apply` at the head of a file), where it cannot be seen: what"
-            " it computes could not be repeated at other states. Call MyFunction.apply(...) where it is used."
-        )
     raise UnsupportedModuleError(
         "The step uses a tensor that was computed before it began, or by another thread (ThreadPoolExecutor,"
         f" nn.DataParallel) where nothing is recorded, together with its graph ({name}): what lies behind it cannot be"
