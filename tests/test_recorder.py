@@ -345,6 +345,11 @@ DETACHED = {
     "in place": lambda h, index: h + (h * 0.5).detach_().exp(),
     "from batch to batch": lambda h, index: h + (h.detach() if index % 2 else h).sin(),
     "straight through": lambda h, index: h + (h.round() - h).detach(),
+    "torch.tensor": lambda h, index: h * torch.tensor(h).cos(),
+    "new_tensor": lambda h, index: h * h.new_tensor(h).cos(),
+    "torch.tensor of each row": lambda h, index: h * torch.stack([torch.tensor(row) for row in h]).cos(),
+    "torch.tensor, late": lambda h, index: h + (torch.tensor(h.mean(0)) if index == STEPS - 1 else 0.0),
+    "nn.Parameter": lambda h, index: h * nn.Parameter(h, requires_grad=False).cos(),
     "half of it": lambda h, index: torch.cat([h[:, :4].detach(), h[:, 4:]], 1),
     "functions that save their input": lambda h, index: h.tanh() * h.exp() * F.softmax(h, 1) / h.square().add(1).sqrt(),
 }
@@ -355,6 +360,7 @@ def _constant(h: Tensor) -> Tensor:
     return h.square().mean(0)
 
 
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
 @pytest.mark.parametrize("way", DETACHED)
 def test_what_the_user_detaches_and_nothing_else_is_cut(way: str) -> None:
     agrees(mlp, between(DETACHED[way]))

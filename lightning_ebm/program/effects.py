@@ -73,7 +73,7 @@ class Effects:
                 f"The custom autograd function {name} writes to a tensor of shape {shape} that is none of its"
                 " arguments, such as a running statistic of a module that it calls: it is applied at every state of a"
                 f" relaxation, and would write each time. Hand the tensor itself to {name}.apply(...), or write to it"
-                " in training_step; in place of a checkpoint by hand take torch.utils.checkpoint with use_reentrant=False."
+                " in training_step; in place of a checkpoint by hand take torch.utils.checkpoint(use_reentrant=False)."
             )
         return tuple(position for own, position in handed.items() if own in memory)
 
