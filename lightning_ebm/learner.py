@@ -428,7 +428,8 @@ class Learner:
 
     def recording(self, recorder: Recorder) -> AbstractContextManager[None]:
         """Records what the module computes within, for steps that begin while a pass is running."""
-        return self._programs.recording(recorder)
+        self._programs.free_left()
+        return self._programs.recording_own(recorder)
 
     def begin(
         self,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.aliasing import Aliasing
 from lightning_ebm.program.before import Before
+from lightning_ebm.program.left import Left
 from lightning_ebm.program.pause import Pause
 from lightning_ebm.program.record import Node, Record, Value, meta_of, outside_meta_of
 
@@ -24,11 +25,13 @@ class Contents:
     Attributes:
         held: what values hold that the pass computed, as long as the record is not released.
         retained: whose gradients the user wants to see, see `Tensor.retain_grad`.
+        losses: what the pass is differentiated for.
     """
 
     def __init__(self, record: Record, before: Before, pausing: Pause) -> None:
         self.held: dict[Value, Tensor] = {}
         self.retained: list[Tensor] = []
+        self.losses: list[Value] = []
         self.before = before
         self._record = record
         self._pausing = pausing
@@ -254,6 +257,10 @@ class Contents:
         for value, tensor in seen:
             if tensor is not None and tensor.requires_grad and tensor.is_leaf and value not in self._record.leaves:
                 self._record.leaves[value] = tensor
+
+    def left(self) -> Left:
+        """What somebody may have kept of the pass, without keeping it."""
+        return Left(list(self._known.values()), self.losses)
 
     def release(self) -> None:
         """Lets go of all tensors but those that the record needs."""
