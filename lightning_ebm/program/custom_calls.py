@@ -50,6 +50,12 @@ def record_function(
     if function.__module__ == CheckpointFunction.__module__:  # of older releases: it keeps inputs
         with recorder.pausing():
             return run(*args, **kwargs)
+    return _record_users_own(recorder, function, run, args, kwargs)
+
+
+def _record_users_own(
+    recorder: "Recorder", function: type[torch.autograd.Function], run: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
     recorder.following.stop()
     # To autograd what lies in lists and objects is a constant.
     seen = [recorder.contents.value(arg) if isinstance(arg, Tensor) else arg for arg in args]
