@@ -123,6 +123,22 @@ class Configured(torch.autograd.Function):
         return slope * ctx.factor, None, None
 
 
+class Outdated(torch.autograd.Function):
+    """Gives sizes to empty tensors and writes to them, as code of old does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        result, scale = x.new(), x.new()
+        scale.resize_as_(x).fill_(2.0).add_(x.abs())
+        result.resize_as_(x).copy_(x).div_(scale)
+        ctx.save_for_backward(x, scale)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return 2.0 * slope / ctx.saved_tensors[1].square()
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -154,6 +170,8 @@ BETWEEN = {
     "draws of its own generator": lambda net, h, k: Binary.apply(h.sigmoid(), net.generator),
     "draws in place": lambda net, h, k: Dropped.apply(h),
     "a checkpoint by hand": _by_hand,
+    "tensors that are given a size": lambda net, h, k: Outdated.apply(h),
+    "a layer of torch's own": lambda net, h, k: nn.CrossMapLRN2d(3)(h.view(8, 5, 2, 1)).view(8, 10),
     "arrays and mappings": lambda net, h, k: Configured.apply(h, {"factor": torch.full((10,), 1.0 + k)}, np.ones(3)),
 }
 

@@ -4,6 +4,7 @@ Its forward runs while gradients are off, and no operation of it is recorded. Wh
 seen all the same.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ class Effects:
         self.written: list[Tensor] = []
         self.random: Draws | None = None
         self._contents = contents
+        self._made: dict[int, weakref.ref[Tensor]] = {}
         self._own: set[int] = set()
         """Memory that was taken within: nothing that was there before can lie in it."""
 
@@ -44,16 +46,24 @@ class Effects:
         """One operation."""
         kind = traits(func)
         written = tensors_at(kind, args, kwargs) if kind.writes else []
-        outside = [tensor for tensor in written if memory_of(tensor) not in self._own]
+        outside = [tensor for tensor in written if not self._is_own(tensor)]
         self._contents.about_to_write(outside)
         self.written += outside
         if kind.random and draws(func, args, kwargs):
             self.random = self.random or Draws(tensors_in((args, kwargs)))
             self.random.note([*args, *kwargs.values()])
         result = func(*args, **kwargs)
-        if not kind.views and not written:
-            self._own.update(memory_of(tensor) for tensor in listed(result) if isinstance(tensor, Tensor))
+        if not kind.views and not outside:
+            for tensor in listed(result):
+                if isinstance(tensor, Tensor):
+                    self._made[id(tensor)] = weakref.ref(tensor)
+                    self._own.add(memory_of(tensor))
         return result
+
+    def _is_own(self, tensor: Tensor) -> bool:
+        """Whether it was made within; one that was empty has other memory once it has been given a size."""
+        made = self._made.get(id(tensor))
+        return memory_of(tensor) in self._own or (made is not None and made() is tensor)
 
     def written_among(self, args: Sequence[Any], name: str) -> tuple[int, ...]:
         """The positions of the arguments that have been written to.
