@@ -140,6 +140,8 @@ class Contents:
                 value = self.known(alias)
                 if value is None:
                     continue
+                if value.node is None and alias is not tensor:  # a view of it is written to
+                    self.before.written(alias)
                 if self._record.inputs.get(value) is alias:
                     self._record.inputs[value] = alias.detach().clone()
                 held = self.held.pop(value, None)
@@ -155,8 +157,7 @@ class Contents:
                     value = value.node.args[0]
                     if self.held.pop(value, None) is not None:
                         self.held[value] = content
-            now = self.known(tensor)
-            if now is None or now.node is None:
+            if (now := self.known(tensor)) is None or now.node is None:
                 self.before.written(tensor)
 
     def unseen_by_autograd(self, written: Sequence[Tensor]) -> bool:
