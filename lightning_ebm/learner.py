@@ -32,6 +32,7 @@ from lightning_ebm.network.samples import FOUND, BatchSize, Samples, Scale
 from lightning_ebm.nudges import Nudge
 from lightning_ebm.presets import chosen
 from lightning_ebm.program.autograd_graph import named_gradients
+from lightning_ebm.program.before import Undoing
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
 from lightning_ebm.program.programs import Programs
@@ -200,7 +201,7 @@ class Learner:
     def gradients(self, closure: Closure, *, clamp: Clamp | None = None) -> dict[str, Tensor]:
         """The update of one batch as ``{parameter name: tensor}``, without those that the loss does not reach.
 
-        Leaves no trace: `.grad`, buffers, metrics and random generators are afterwards as they were.
+        Leaves no trace: `.grad`, tensors, metrics and random generators are afterwards as they were.
 
         Args:
             closure: as for `backward`.
@@ -209,10 +210,13 @@ class Learner:
         with self._quiet():
             build(self.module, closure)
         with untouched(self.module), self._quiet(), torch.enable_grad():
-            step = self.begin(closure, teaches=False, clamp=clamp)
-            with step.first_pass():
-                loss = closure()
-            found = named_gradients(self.module, step.surrogate(loss), hooked=True)
+            step, undoing = self.begin(closure, teaches=False, clamp=clamp), Undoing()
+            try:
+                with step.first_pass(), undoing:
+                    loss = closure()
+                found = named_gradients(self.module, step.surrogate(loss), hooked=True)
+            finally:
+                undoing.restore()
             step.release()
             return found
 
@@ -428,7 +432,8 @@ class Learner:
 
     def recording(self, recorder: Recorder) -> AbstractContextManager[None]:
         """Records what the module computes within, for steps that begin while a pass is running."""
-        return self._programs.recording(recorder)
+        self._programs.free_left()
+        return self._programs.recording_own(recorder)
 
     def begin(
         self,

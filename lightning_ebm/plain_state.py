@@ -4,7 +4,7 @@ import copy
 import random
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -31,10 +31,15 @@ _WALKED_ITEMS = 256
 
 
 class RandomState:
-    """The global generators: torch on the CPU and on the module's devices, Python's, NumPy's if it is loaded."""
+    """The global generators: torch on the CPU and on some devices, Python's, NumPy's if it is loaded.
 
-    def __init__(self, module: nn.Module) -> None:
-        held = parameters_of(modules_of(module)) if torch.cuda.is_initialized() else []
+    Args:
+        of: a module, or tensors, on whose devices something draws.
+    """
+
+    def __init__(self, of: nn.Module | Iterable[Tensor]) -> None:
+        parameters = parameters_of(modules_of(of)) if isinstance(of, nn.Module) else of
+        held = parameters if torch.cuda.is_initialized() else []
         self._devices = sorted({p.device.index or 0 for p in held if p.device.type == "cuda"})
         self._read()
 

@@ -7,8 +7,9 @@ way out (an exception too, KeyboardInterrupt included) all is as it was.
 Covered: buffers (BatchNorm, spectral norm, any other), parameters that the user's code writes to (averaged teachers),
 `requires_grad`, plain Python state of modules and of the objects they hold (see `PlainState`),
 torchmetrics objects, the generators of torch (CPU and CUDA), Python and NumPy, global ones and those that modules hold.
-A `Recorder` besides puts back every tensor that a quiet pass writes to, wherever it is held. Not covered: files,
-sockets, globals, objects that do not hang on the module. Forward hooks of the user's run, as the passes are real ones.
+A `Recorder`, or `Undoing`, besides puts back every tensor that a quiet pass writes to, wherever it is held. Not
+covered: files, sockets, globals, objects that do not hang on the module. Forward hooks of the user's run, as the passes
+are real ones.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

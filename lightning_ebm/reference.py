@@ -15,6 +15,7 @@ from lightning_ebm.learner import Learner
 from lightning_ebm.nudges import Infinitesimal
 from lightning_ebm.presets import algorithm as preset
 from lightning_ebm.program.autograd_graph import named_gradients
+from lightning_ebm.program.before import Undoing
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
 from lightning_ebm.purity import build, untouched
@@ -43,8 +44,14 @@ def backprop(module: nn.Module, closure: Closure) -> dict[str, Tensor]:
     """
     check_closure(closure)
     build(module, closure)
+    undoing = Undoing()
     with untouched(module), torch.enable_grad():
-        return named_gradients(module, checked_loss(closure(), module), hooked=True)
+        try:
+            with undoing:
+                loss = closure()
+            return named_gradients(module, checked_loss(loss, module), hooked=True)
+        finally:
+            undoing.restore()
 
 
 def equilibrium(

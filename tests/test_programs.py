@@ -411,16 +411,12 @@ def dirty(net, h):
     return Dirty.apply(h * 1)
 
 
-alias = Cube.apply
-
-
 def attention(net, h):
     return F.scaled_dot_product_attention(h[None], h[None], h[None], dropout_p=0.3)[0]
 
 
 REFUSED = [
     (lambda net, h: checkpoint(torch.sin, h, use_reentrant=True), "use_reentrant=False"),
-    (lambda net, h: alias(h), "MyFunction.apply"),
     (dirty, "mark_dirty"),
     (lambda net, h: h * net.before, "before it began"),
 ]

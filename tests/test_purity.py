@@ -412,3 +412,80 @@ def test_what_the_user_puts_on_modules_of_torch_is_put_back():
     for steps in (1, 2, 3):
         learner.backward(loss)
         assert (net.net.calls, net.net[1].history) == (steps, [5] * steps)
+
+
+class Holds(nn.Module):
+    """Writes to tensors that are no buffers: its own, one in a list, one of the world's, a view, and one it returns."""
+
+    def __init__(self, world):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        self.count, self.held, self.bank = torch.zeros(()), [torch.zeros(2)], torch.zeros(3, 8, dtype=torch.double)
+        self.world = world
+
+    def forward(self, x):
+        self.count += 1
+        self.held[0].add_(1.0)
+        self.world[0][1:].mul_(2.0)
+        self.bank[1, :4].copy_(x.mean(0))
+        self.bank[2] += 1.0
+        return self.net[2:](self.net[:2](x) + self.bank.sum(0)) * self.count
+
+    def now(self):
+        return [t.clone() for t in (self.count, self.held[0], self.world[0], self.bank)]
+
+
+LOOKS = {
+    "gradients": lambda net, closure: ebm.Learner(net, "predictive-coding").gradients(closure),
+    "gradients of the control": lambda net, closure: ebm.Learner(net, "backprop").gradients(closure),
+    "gradients, the step twice": lambda net, closure: ebm.Learner(net, "equilibrium-propagation").gradients(closure),
+    "backprop": ebm.reference.backprop,
+    "equilibrium": lambda net, closure: ebm.reference.equilibrium(net, closure, "predictive-coding"),
+    "relax": lambda net, closure: ebm.Learner(net, "predictive-coding").relax(closure),
+}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("look", LOOKS)
+def test_tensors_that_are_no_buffers_hold_what_they_held(look, fails):
+    net = Holds([torch.ones(3)])
+    x, y = torch.randn(6, 4, dtype=torch.double), torch.randint(3, (6,))
+    before = net.now()
+
+    def closure():
+        loss = F.cross_entropy(net(x), y)
+        if fails:
+            raise KeyError("of the user's")
+        return loss
+
+    if fails:
+        with pytest.raises(KeyError):
+            LOOKS[look](net, closure)
+    else:
+        LOOKS[look](net, closure)
+    assert all(map(torch.equal, before, net.now()))
+
+
+@pytest.mark.parametrize("preset", ["predictive-coding", "equilibrium-propagation"])
+def test_writes_through_views_are_made_once_a_step(preset):
+    net, other = Holds([torch.ones(3)]), Holds([torch.ones(3)])
+    x, y = torch.randn(3, 6, 4, dtype=torch.double), torch.randint(3, (6,))
+    learner = ebm.Learner(net, ebm.algorithm(preset, relaxer=ebm.FixedPoint(5)) if "eq" in preset else preset)
+    for batch in x:
+        learner.backward(lambda batch=batch: F.cross_entropy(net(batch), y))
+        other(batch)
+    assert all(map(torch.equal, other.now(), net.now()))
+
+
+def test_what_is_looked_at_is_the_pass_that_wrote():
+    """Tensors are put back after the update has been found, not before: it is that of backprop on a copy."""
+    net = Holds([torch.ones(3)])
+    x, y = torch.randn(6, 4, dtype=torch.double), torch.randint(3, (6,))
+    other = copy.deepcopy(net)
+    F.cross_entropy(other(x), y).backward()
+    for found in (
+        ebm.Learner(net, "zero-divergence").gradients(lambda: F.cross_entropy(net(x), y)),
+        ebm.reference.backprop(net, lambda: F.cross_entropy(net(x), y)),
+    ):
+        for name, parameter in other.named_parameters():
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-10, atol=1e-14)

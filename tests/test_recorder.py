@@ -345,6 +345,11 @@ DETACHED = {
     "in place": lambda h, index: h + (h * 0.5).detach_().exp(),
     "from batch to batch": lambda h, index: h + (h.detach() if index % 2 else h).sin(),
     "straight through": lambda h, index: h + (h.round() - h).detach(),
+    "torch.tensor": lambda h, index: h * torch.tensor(h).cos(),
+    "new_tensor": lambda h, index: h * h.new_tensor(h).cos(),
+    "torch.tensor of each row": lambda h, index: h * torch.stack([torch.tensor(row) for row in h]).cos(),
+    "torch.tensor, late": lambda h, index: h + (torch.tensor(h.mean(0)) if index == STEPS - 1 else 0.0),
+    "nn.Parameter": lambda h, index: h * nn.Parameter(h, requires_grad=False).cos(),
     "half of it": lambda h, index: torch.cat([h[:, :4].detach(), h[:, 4:]], 1),
     "functions that save their input": lambda h, index: h.tanh() * h.exp() * F.softmax(h, 1) / h.square().add(1).sqrt(),
 }
@@ -355,6 +360,7 @@ def _constant(h: Tensor) -> Tensor:
     return h.square().mean(0)
 
 
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
 @pytest.mark.parametrize("way", DETACHED)
 def test_what_the_user_detaches_and_nothing_else_is_cut(way: str) -> None:
     agrees(mlp, between(DETACHED[way]))
@@ -623,15 +629,31 @@ def test_custom_functions_of_parameters() -> None:
     agrees(mlp, step)
 
 
-_bound = Cube.apply
+_bound, _reversed = Cube.apply, Reversed.apply
 
 
-@pytest.mark.parametrize("capture", [True, False])
-def test_a_function_that_was_bound_before_is_refused_by_name(capture: bool) -> None:
-    net, (x, y) = mlp().double(), batch(0)
-    learner = ebm.Learner(net, "zero-divergence", capture=capture)
-    with pytest.raises(ebm.UnsupportedModuleError, match="CubeBackward"):
-        learner.gradients(lambda: F.cross_entropy(net[2:](_bound(net[:2](x))), y))
+class Keeps(nn.Module):
+    """Holds the function that its class names, as networks of spiking or binary units do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cube = Cube.apply
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.cube(h)
+
+
+BOUND: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "at the head of a file": lambda h, index: _bound(h) + h,
+    "one in another": lambda h, index: _reversed(_bound(h), 2.0) + Cube.apply(h),
+    "by a module": lambda h, index: Keeps()(h) + h,
+    "late": lambda h, index: _bound(h) if index == STEPS - 1 else h**3,
+}
+
+
+@pytest.mark.parametrize("function", BOUND)
+def test_custom_functions_whose_apply_was_taken_before(function: str) -> None:
+    agrees(mlp, between(BOUND[function]), weak=BY_COUNT)
 
 
 class Dirty(torch.autograd.Function):
@@ -657,8 +679,8 @@ def test_torch_is_as_it_was_after_a_step() -> None:
     from torch.utils.hooks import BackwardHook
 
     def attributes() -> list[object]:
-        places = (torch.autograd.Function, "apply"), (saved_tensors_hooks, "__enter__")
-        return [owner.__dict__[name] for owner, name in (*places, (BackwardHook, "setup_input_hook"))]
+        places = (torch.autograd.Function.__base__, "apply"), (saved_tensors_hooks, "__enter__")
+        return [owner.__dict__.get(name) for owner, name in (*places, (BackwardHook, "setup_input_hook"))]
 
     before, (x, y) = attributes(), batch(0)
     net = mlp().double()
@@ -1409,7 +1431,7 @@ def places() -> dict[str, object]:
     """What stands where something is put while a step is recorded."""
     hooks = torch.utils.hooks.BackwardHook
     return {
-        "Function.apply": torch.autograd.Function.__dict__["apply"],
+        "Function.apply": torch.autograd.Function.__base__.__dict__.get("apply"),
         "saved_tensors_hooks": torch.autograd.graph.saved_tensors_hooks.__enter__,
         "setup_input_hook": hooks.setup_input_hook,
         "setup_output_hook": hooks.setup_output_hook,

@@ -29,14 +29,14 @@ class Aliasing:
         """The other tensors, still there, that share memory with this one."""
         for ref in self._unsorted:
             if (alias := ref()) is not None:
-                self._groups.setdefault(_memory(alias), []).append(ref)
+                self._groups.setdefault(memory_of(alias), []).append(ref)
         self._unsorted.clear()
         found: dict[int, Tensor] = {}
-        if not (memory := _memory(tensor)):
+        if not (memory := memory_of(tensor)):
             return []
         for ref in self._groups.get(memory, ()):
             alias = ref()
-            if alias is not None and alias is not tensor and _memory(alias) == memory:
+            if alias is not None and alias is not tensor and memory_of(alias) == memory:
                 found[id(alias)] = alias
         return list(found.values())
 
@@ -106,7 +106,7 @@ def _places(memory: Tensor, size: torch.Size, stride: tuple[int, ...], offset: i
     return torch.arange(len(memory), device=memory.device).as_strided(size, stride, offset).reshape(-1)
 
 
-def _memory(tensor: Tensor) -> int:
+def memory_of(tensor: Tensor) -> int:
     """Where a tensor lies; 0 of what has no memory that could be written to."""
     try:
         return tensor.untyped_storage().data_ptr()

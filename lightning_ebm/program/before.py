@@ -1,9 +1,13 @@
 """What tensors held, and which memory they lay in, before a pass wrote to them."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_ebm.program.dispatch import DispatchMode
+from lightning_ebm.program.operations import tensors_at, traits
 
 
 class Before:
@@ -53,3 +57,24 @@ class Before:
                     tensor.copy_(content)
         self._contents.clear()
         self._memory.clear()
+
+
+class Undoing(DispatchMode):
+    """Within it what is written to tensors is noted, wherever they are held; `restore` puts it back."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._before = Before(True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        kind = None if isinstance(func, torch._ops.HigherOrderOperator) else traits(func)
+        for tensor in tensors_at(kind, args, kwargs) if kind is not None and kind.writes else ():
+            self._before.written(tensor)
+        return func(*args, **kwargs)
+
+    def restore(self) -> None:
+        """Every tensor holds again what it held before."""
+        self._before.restore(lambda tensor: None)

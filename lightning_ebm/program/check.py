@@ -1,13 +1,14 @@
 """A new record against autograd: the exact rule on the record must be autograd's own gradient of the user's pass."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ebm.errors import UnsupportedModuleError
+from lightning_ebm.network.tensor_version import versions
 from lightning_ebm.program.autograd_graph import graph_of
 from lightning_ebm.program.custom_calls import is_of_the_users
 from lightning_ebm.program.interpreter import Pass, Program, at_prediction
@@ -44,7 +45,8 @@ def check_against_autograd(module: nn.Module, program: Program, plan: Plan, loss
 def _compare(
     names: dict[int, str], module: nn.Module, program: Program, plan: Plan, loss: Tensor, leaves: Sequence[Tensor]
 ) -> None:
-    found = _autograds_own(module, program.record, loss, leaves)
+    with _writing_nothing(module, program):
+        found = _autograds_own(module, program.record, loss, leaves)
     program.record.told()
     seen = program.run(at_prediction())
     ours = exact_rule(seen, plan, leaves)
@@ -68,9 +70,31 @@ def _compare(
         if not off <= min(1e4 * rounding, 0.1) * size:
             parting[name] = f"the gradient of {name} is {off / max(size, 1e-300):.2g} off autograd's own"
     if parting:
-        _refuse(parting, program, plan, module)
+        _refuse(parting, program, plan, module, loss)
     if program.user_code():
         _check_proportional(program, plan, leaves, ours, rounding)
+
+
+@contextmanager
+def _writing_nothing(module: nn.Module, program: Program) -> Iterator[None]:
+    """Refuses backward code of the user's own that writes to what was there before: it runs at every evaluation."""
+    own = [node for node in program.order if _foreign(node.func)]
+    if not own:
+        yield
+        return
+    record = program.record
+    handed = [record.inputs.get(value, record.leaves.get(value)) for node in own for value in node.values()]
+    held = [t for t in [*handed, *module.buffers()] if t is not None and not t.is_inference()]
+    before = versions(held)
+    yield
+    for tensor, now, then in zip(held, versions(held), before, strict=True):
+        if now != then:
+            names = ", ".join(sorted({_foreign(node.func) for node in own}))
+            raise UnsupportedModuleError(
+                f"The backward code of a custom autograd function ({names}) writes to a tensor of shape"
+                f" {tuple(tensor.shape)} that was there before: it runs at every evaluation of a relaxation, and would"
+                " write each time. Write to it in training_step, or in on_after_backward."
+            )
 
 
 def told_to_hooks(module: nn.Module, record: Record, loss: Tensor) -> None:
@@ -153,8 +177,8 @@ def _foreign(func: Any) -> str:
 
 
 _SCRIPTED = (
-    " {!r} is compiled by torch.jit.script, and what torch makes of it after some calls cannot be seen. Train the"
-    " module as it was before scripting."
+    " {} is compiled by torch.jit.script, and what torch makes of it after some calls cannot be seen. Train with what"
+    " it was before scripting (PYTORCH_JIT=0 in the environment turns scripting off)."
 )
 _ON_NODES = (
     " The step reads grad_fn: a hook on a node of autograd's graph (grad_fn.register_hook) changes gradients where no"
@@ -166,12 +190,13 @@ _HANDED_OUT = (
 )
 
 
-def _refuse(parting: dict[str, str], program: Program, plan: Plan, module: nn.Module) -> NoReturn:
+def _refuse(parting: dict[str, str], program: Program, plan: Plan, module: nn.Module, loss: Tensor) -> NoReturn:
     # What comes in on the way down is wrong in every layer below: the last one from the input is where it starts.
     drives = [(str(row.key), row.parameters) for row in plan.rows] + [("the loss", plan.loss_parameters)]
     where = next((f", in the drive of {k}" for k, names in reversed(drives) if parting.keys() & set(names)), "")
     name = next((n for _, names in reversed(drives) for n in names if n in parting), next(iter(parting)))
-    scripted = [clean(name) for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    scripted = [repr(clean(name)) for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    compiled = any("torch::jit" in node.name() for node in graph_of([loss])[1])
     there = sorted({other for node in program.order if (other := _foreign(node.func))})
     raise UnsupportedModuleError(
         f"The step cannot be repeated at other states: {parting[name]}{where}."
@@ -179,7 +204,7 @@ def _refuse(parting: dict[str, str], program: Program, plan: Plan, module: nn.Mo
         + (f" Hooks on {len(program.record.hooks)} hidden tensors change gradients." if program.record.hooks else "")
         + (_ON_NODES if program.record.reads_graph else "")
         + (_HANDED_OUT if program.record.hands_out else "")
-        + (_SCRIPTED.format(scripted[0]) if scripted else "")
+        + (_SCRIPTED.format((scripted or ["A function that the step calls"])[0]) if compiled else "")
         + " A custom autograd function, a hook, a checkpoint or an operation with a state of its own can be the cause;"
         ' the update would be wrong, so nothing was learned. Use algorithm="backprop" for this module, or replace that'
         " part."

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.aliasing import Aliasing
 from lightning_ebm.program.before import Before
+from lightning_ebm.program.left import Left
 from lightning_ebm.program.pause import Pause
 from lightning_ebm.program.record import Node, Record, Value, meta_of, outside_meta_of
 
@@ -24,11 +25,13 @@ class Contents:
     Attributes:
         held: what values hold that the pass computed, as long as the record is not released.
         retained: whose gradients the user wants to see, see `Tensor.retain_grad`.
+        losses: what the pass is differentiated for.
     """
 
     def __init__(self, record: Record, before: Before, pausing: Pause) -> None:
         self.held: dict[Value, Tensor] = {}
         self.retained: list[Tensor] = []
+        self.losses: list[Value] = []
         self.before = before
         self._record = record
         self._pausing = pausing
@@ -137,6 +140,8 @@ class Contents:
                 value = self.known(alias)
                 if value is None:
                     continue
+                if value.node is None and alias is not tensor:  # a view of it is written to
+                    self.before.written(alias)
                 if self._record.inputs.get(value) is alias:
                     self._record.inputs[value] = alias.detach().clone()
                 held = self.held.pop(value, None)
@@ -152,8 +157,7 @@ class Contents:
                     value = value.node.args[0]
                     if self.held.pop(value, None) is not None:
                         self.held[value] = content
-            now = self.known(tensor)
-            if now is None or now.node is None:
+            if (now := self.known(tensor)) is None or now.node is None:
                 self.before.written(tensor)
 
     def unseen_by_autograd(self, written: Sequence[Tensor]) -> bool:
@@ -255,6 +259,10 @@ class Contents:
             if tensor is not None and tensor.requires_grad and tensor.is_leaf and value not in self._record.leaves:
                 self._record.leaves[value] = tensor
 
+    def left(self) -> Left:
+        """What somebody may have kept of the pass, without keeping it."""
+        return Left(list(self._known.values()), self.losses)
+
     def release(self) -> None:
         """Lets go of all tensors but those that the record needs."""
         self.held.clear()
@@ -283,12 +291,6 @@ def _refuse_unrecorded(tensor: Tensor) -> None:
             f"The step computes with tensors of class {type(tensor).__name__}, a subclass of Tensor that makes other"
             " objects of results, which cannot be told from what was there before. Hand plain tensors to the network:"
             " x.as_subclass(torch.Tensor)."
-        )
-    if isinstance(tensor.grad_fn, torch.autograd.function.BackwardCFunction):
-        raise UnsupportedModuleError(
-            f"The step uses a custom autograd function ({name}) through a reference to its `apply` that was taken"
-            " before training (such as `f = MyFunction.apply` at the head of a file), where it cannot be seen: what"
-            " it computes could not be repeated at other states. Call MyFunction.apply(...) where it is used."
         )
     raise UnsupportedModuleError(
         "The step uses a tensor that was computed before it began, or by another thread (ThreadPoolExecutor,"

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_ebm.errors import UnsupportedModuleError
+from lightning_ebm.program.effects import Effects, SameDraws
 from lightning_ebm.program.named import named
 from lightning_ebm.program.operations import is_operator
 from lightning_ebm.program.random_draws import draws_and_computes
@@ -49,11 +50,23 @@ def record_function(
     if function.__module__ == CheckpointFunction.__module__:  # of older releases: it keeps inputs
         with recorder.pausing():
             return run(*args, **kwargs)
+    return _record_users_own(recorder, function, run, args, kwargs)
+
+
+def _record_users_own(
+    recorder: "Recorder", function: type[torch.autograd.Function], run: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
     recorder.following.stop()
-    node = Node(run, recorder.seen(args), recorder.seen_by_name(kwargs))
+    # To autograd what lies in lists and objects is a constant.
+    seen = [recorder.contents.value(arg) if isinstance(arg, Tensor) else arg for arg in args]
+    node = Node(run, tuple(seen), recorder.seen_by_name(kwargs))
     before = {id(t) for t in tensors_in((args, kwargs))}
-    with recorder.pausing():
+    effects = Effects(recorder.contents)
+    with recorder.observing(effects):
         result = run(*args, **kwargs)
+        node.written = effects.written_among(args, function.__name__)
+    if effects.random is not None:
+        node.func = SameDraws(run, effects.random)
     for tensor in listed(result):
         if not isinstance(tensor, Tensor):
             node.results.append(None)
@@ -67,6 +80,8 @@ def record_function(
         node.results.append(value)
         recorder.contents.bind(tensor, value, keeps=True)
     recorder.record.nodes.append(node)
+    for tensor in effects.written:  # as what is written while gradients are off anywhere
+        recorder.contents.constant_from_now(tensor)
     return result
 
 

@@ -75,7 +75,9 @@ def _in_words(func: Any) -> str:
 
 def _has_slope(node: Node, held: Held, program: Program, moving: set[Value]) -> bool:
     generator = torch.Generator().manual_seed(0)
-    given = {value: held[value].detach() for value in node.values()}
+    # Parameters stay what they are: backward code may look for the slopes of those that it has been handed.
+    leaves = program.record.leaves
+    given = {value: held[value] if value in leaves else held[value].detach() for value in node.values()}
     moved = [value for value in given if value in moving and value.is_continuous and not value.is_complex]
 
     def like(tensor: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ def _has_slope(node: Node, held: Held, program: Program, moving: set[Value]) -> 
         return [run[value] for value in kept]
 
     with torch.enable_grad():
-        start = {value: given[value].clone().requires_grad_() for value in moved}
+        start = {value: given[value].detach().clone().requires_grad_() for value in moved}
         ends = [end for end in results(start) if end.requires_grad]
         if not ends or not moved:
             return True

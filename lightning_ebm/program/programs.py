@@ -17,6 +17,7 @@ from lightning_ebm.program.code import TracedProgram
 from lightning_ebm.program.comparison import Outline
 from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.layers import LayerFinder, Output
+from lightning_ebm.program.left import Left
 from lightning_ebm.program.numbers import OtherNumbers, as_input
 from lightning_ebm.program.record import Node, Record, Value, depending, meta_of
 from lightning_ebm.program.recorder import Recorder
@@ -110,12 +111,13 @@ class Programs:
         self._watch = Watch(module, self._finder.watched)
         self._known: list[Known] = []
         self._said = False
+        self._left: Left | None = None
         self.told: set[str] = set()
         """What is said once of a module, whatever its programs."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what can be found again."""
-        return {**self.__dict__, "_known": []}
+        return {**self.__dict__, "_known": [], "_left": None}
 
     @property
     def latest(self) -> Known | None:
@@ -133,6 +135,19 @@ class Programs:
             recorder.following.begin(self._known[0].outline.trail)
         with Calls(self._module, recorder, self._watch, replace), recorder:
             yield
+
+    def free_left(self) -> None:
+        """Another step begins: of the pass before nothing is kept that backprop would have freed."""
+        if self._left is not None:
+            self._left.free()
+            self._left = None
+
+    @contextmanager
+    def recording_own(self, recorder: Recorder, replace: Replace = nothing_in_place) -> Iterator[None]:
+        """Records the user's own pass, of which something may be left when the next one begins."""
+        with self.recording(recorder, replace):
+            yield
+        self._left = recorder.contents.left()
 
     def of(self, recorder: Recorder, loss: Tensor, partial: bool = False) -> Found:
         """The program whose loss this is.

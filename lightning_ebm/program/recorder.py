@@ -21,6 +21,7 @@ from lightning_ebm.program.before import Before
 from lightning_ebm.program.contents import Contents, not_dense
 from lightning_ebm.program.custom_calls import collective, higher_order
 from lightning_ebm.program.dispatch import DispatchMode
+from lightning_ebm.program.effects import Effects
 from lightning_ebm.program.following import Following
 from lightning_ebm.program.operations import (
     BATCH_NORMS,
@@ -54,7 +55,7 @@ TakesCare = Callable[[Tensor, dict[str, Any]], bool]
 """Told of a `backward` call, by the tensor and its options; answers whether it has done what the call was to do."""
 
 _COLLECTIVE = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})
-_DETACH = torch.ops.aten.detach.default
+_ALIAS, _DETACH = torch.ops.aten.alias.default, torch.ops.aten.detach.default
 
 
 class Recorder(DispatchMode):
@@ -79,6 +80,7 @@ class Recorder(DispatchMode):
         self.contents = Contents(self.record, Before(undoes), self.pausing)
         self.following = Following(self.record, self.contents)
         self._entered: list[Any] = []
+        self._effects: Effects | None = None
 
     # What is recorded
 
@@ -87,9 +89,9 @@ class Recorder(DispatchMode):
         if isinstance(func, torch._ops.HigherOrderOperator):
             raise higher_order(func.name())
         if self.pausing.depth:
-            return func(*args, **kwargs)
+            return func(*args, **kwargs) if self._effects is None else self._effects.run(func, args, kwargs)
         if func is _DETACH and not self.asked:  # autograd's own, of a tensor that it saves: the same value
-            return self.contents.aliased(func(*args), args[0])
+            return self._named_again(func(*args), args[0])
         kind = traits(func)
         if kind.plain and self.following.follows and torch.is_grad_enabled():
             node = self.following.operation(func, args, kwargs)
@@ -196,6 +198,17 @@ class Recorder(DispatchMode):
         self.contents.mark(output, state)
         self.record.marks.append(mark)
         return mark
+
+    def _named_again(self, result: Tensor, tensor: Tensor) -> Tensor:
+        """Another name of what a tensor holds; of a parameter, one that code compiled by torch.jit computes with."""
+        if not (tensor.requires_grad and tensor.is_leaf and torch.is_grad_enabled()):
+            return self.contents.aliased(result, tensor)
+        node = self.following.operation(_ALIAS, (tensor,), {})
+        if node is not None:
+            self._ended_again(node, traits(_ALIAS), result)
+        else:
+            self._ended(Node(_ALIAS, self.seen((tensor,)), {}), traits(_ALIAS), [], result)
+        return result
 
     def _unseen(
         self, func: Any, kind: Traits, args: Any, kwargs: dict[str, Any], written: Sequence[Tensor]
@@ -309,6 +322,16 @@ class Recorder(DispatchMode):
             yield
         finally:
             self.on_backward = before
+
+    @contextmanager
+    def observing(self, effects: Effects) -> Any:
+        """Within it nothing is recorded, and what is done besides computing is noted."""
+        before, self._effects = self._effects, effects
+        try:
+            with self.pausing():
+                yield
+        finally:
+            self._effects = before
 
     @contextmanager
     def handing_over(self) -> Any:

@@ -22,7 +22,9 @@ from lightning_ebm.program.user_hooks import Heard, those_that_change
 if TYPE_CHECKING:
     from lightning_ebm.program.recorder import Recorder
 
-_FUNCTION_APPLY = torch.autograd.Function.__dict__["apply"]
+_FUNCTION: Any = torch.autograd.Function.__base__
+"""What `apply` of every custom function comes to, also of one that was taken before: `f = MyFunction.apply`."""
+_FUNCTION_APPLY = next(vars(cls)["apply"] for cls in _FUNCTION.__mro__ if "apply" in vars(cls))
 _ENTER_HOOKS = saved_tensors_hooks.__dict__["__enter__"]
 _SETUP_INPUT: Callable[..., Any] = BackwardHook.setup_input_hook
 _SETUP_OUTPUT: Callable[..., Any] = BackwardHook.setup_output_hook
@@ -76,7 +78,7 @@ class _Seams(threading.local):
             _Seams._users -= 1
             if _Seams._users == 0:
                 for owner, name, plain, _ in _PLACES:
-                    setattr(owner, name, plain)
+                    delattr(owner, name) if plain is None else setattr(owner, name, plain)
 
     @property
     def recorder(self) -> "Recorder | None":
@@ -192,10 +194,10 @@ def _backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
 
 _OPTIONS = ("grad_tensors", "retain_graph", "create_graph", "grad_variables", "inputs")
 _PLACES: tuple[tuple[Any, str, Any, Any], ...] = (
-    (torch.autograd.Function, "apply", _FUNCTION_APPLY, classmethod(_apply)),
+    (_FUNCTION, "apply", vars(_FUNCTION).get("apply"), classmethod(_apply)),
     (saved_tensors_hooks, "__enter__", _ENTER_HOOKS, _enter_hooks),
     (BackwardHook, "setup_input_hook", _SETUP_INPUT, _setup_input),
     (BackwardHook, "setup_output_hook", _SETUP_OUTPUT, _setup_output),
     (torch.autograd, "backward", _BACKWARD, _backward),
 )
-"""Where something is put while anything records: the owner, the name, what is there, and what is put there."""
+"""Where something is put while anything records: owner, name, what is there (None: its base's), what is put there."""

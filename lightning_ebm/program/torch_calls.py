@@ -111,7 +111,7 @@ class TorchCalls(TorchFunctionMode):
 _TENSOR: Any = Tensor  # of which `data` and `grad_fn` are descriptors, where types say what they give
 _SET_DATA, _BACKWARD_OF, _HOOK = _TENSOR.data.__set__, Tensor.backward, Tensor.register_hook
 _IN_PLACE = frozenset({Tensor.detach_, torch.detach_})
-_DETACHES = frozenset({Tensor.detach, torch.detach, _TENSOR.data.__get__, *_IN_PLACE})
+_DETACHES = frozenset({Tensor.detach, torch.detach, _TENSOR.data.__get__, torch.tensor, _TENSOR.new_tensor, *_IN_PLACE})
 _UNSEEN_WRITES: frozenset[Any] = frozenset(
     {Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.untyped_storage, Tensor.storage}
     | {_TENSOR.apply_, _TENSOR.map_, _TENSOR.map2_}

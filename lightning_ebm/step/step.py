@@ -107,8 +107,9 @@ class Step:
             return
         recorder = self._pass.begin(on_backward)
         programs = self._setup.programs
+        programs.free_left()
         if not self._relaxes_before():
-            with programs.recording(recorder), self._arithmetic.derivatives():
+            with programs.recording_own(recorder), self._arithmetic.derivatives():
                 yield
             return
         with self._pass.blaming(None):
@@ -116,7 +117,7 @@ class Step:
             self._pass.check_finite(phases.network.questions, None)
             free = phases.relax_freely(self._teaches)
         replaced = in_place_of_layers(self._pass.known.program, free.point, recorder)
-        with programs.recording(recorder, replaced), self._arithmetic.derivatives(), told_of_states_in_place():
+        with programs.recording_own(recorder, replaced), self._arithmetic.derivatives(), told_of_states_in_place():
             yield
 
     def _relaxes_before(self) -> bool:
@@ -242,10 +243,11 @@ class Step:
 
     def _note(self, loss: Tensor) -> Retained:
         """The user's pass is over: what it was, unless a quiet one has told."""
-        recorder = self._pass.recorder
-        retained = Retained(loss, recorder.contents.retained)
-        with retained.told(recorder.record.all_hooks()):
-            self._find(loss if self._raw_loss is None else self._raw_loss)
+        raw, contents = loss if self._raw_loss is None else self._raw_loss, self._pass.recorder.contents
+        contents.losses.append(contents.value(raw))
+        retained = Retained(loss, contents.retained)
+        with retained.told(self._pass.recorder.record.all_hooks()):
+            self._find(raw)
         retained.restore()
         return retained
 

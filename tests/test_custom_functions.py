@@ -1,0 +1,279 @@
+"""Custom autograd functions are applied at every state of a relaxation: what they do besides computing is done once.
+
+The oracle is a plain loop of backprop on a copy: weights, buffers and generators are as it leaves them.
+"""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lightning_ebm as ebm
+
+STEPS, EXACT = 5, "zero-divergence"
+X = torch.randn(STEPS, 8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+Y = torch.randint(2, (STEPS, 8), generator=torch.Generator().manual_seed(2))
+
+
+class Normalized(torch.autograd.Function):
+    """Batch normalization by hand, with running statistics."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, running: Tensor) -> Tensor:
+        mean, deviation = x.mean(0), x.std(0, unbiased=False) + 1e-3
+        running.mul_(0.9).add_(mean, alpha=0.1)
+        ctx.save_for_backward((x - mean) / deviation, deviation)
+        return (x - mean) / deviation
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        z, deviation = ctx.saved_tensors
+        share = deviation / (deviation - 1e-3)  # of the deviation's own slope
+        return (slope - slope.mean(0) - z * (slope * z).mean(0) * share) / deviation, None
+
+
+class Ranged(torch.autograd.Function):
+    """Scales by the largest number that it has seen so far, and goes straight through on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, largest: Tensor) -> Tensor:
+        largest.copy_(torch.maximum(largest, x.abs().max()))
+        ctx.save_for_backward(largest.clone())
+        return x / largest
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        return slope / ctx.saved_tensors[0], None
+
+
+class Banked(torch.autograd.Function):
+    """Writes a row of a memory, through a view, and reads all of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bank: Tensor, row: int) -> Tensor:
+        bank[row].copy_(x.mean(0))
+        return x - bank.mean(0)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+        return slope, None, None
+
+
+class Binary(torch.autograd.Function):
+    """Stochastic units, straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, generator: torch.Generator | None) -> Tensor:
+        return (torch.rand(p.shape, dtype=p.dtype, generator=generator) < p).to(p)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        return slope, None
+
+
+class Dropped(torch.autograd.Function):
+    """A mask that is drawn in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        mask = torch.empty_like(x).bernoulli_(0.7)
+        ctx.save_for_backward(mask)
+        return x * mask
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return slope * ctx.saved_tensors[0]
+
+
+class Recomputed(torch.autograd.Function):
+    """A checkpoint by hand, which keeps the generator's state itself; parameters are looked for on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.run, ctx.random = run, torch.get_rng_state()
+        ctx.save_for_backward(x, *parameters)
+        return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
+        now = torch.get_rng_state()
+        torch.set_rng_state(ctx.random)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            result = ctx.run(x)
+        torch.set_rng_state(now)
+        return None, *torch.autograd.grad(result, (x, *parameters), slope)
+
+
+class Configured(torch.autograd.Function):
+    """Is given an array and a mapping that holds a tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, settings: dict[str, Tensor], array: Any) -> Tensor:
+        ctx.factor = settings["factor"] * float(array.sum())
+        return x * ctx.factor
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+        return slope * ctx.factor, None, None
+
+
+class Outdated(torch.autograd.Function):
+    """Gives sizes to empty tensors and writes to them, as code of old does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        result, scale = x.new(), x.new()
+        scale.resize_as_(x).fill_(2.0).add_(x.abs())
+        result.resize_as_(x).copy_(x).div_(scale)
+        ctx.save_for_backward(x, scale)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return 2.0 * slope / ctx.saved_tensors[1].square()
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 10), nn.Tanh())
+        self.second = nn.Sequential(nn.Linear(10, 10), nn.Dropout(0.0), nn.Tanh())
+        self.last = nn.Linear(10, 2)
+        self.register_buffer("seen", torch.zeros(10))
+        self.register_buffer("largest", torch.ones(()))
+        self.register_buffer("bank", torch.zeros(STEPS, 10))
+        self.generator = torch.Generator().manual_seed(7)
+
+
+def _statistics_in_the_loss(net: Any, h: Tensor, k: int) -> Tensor:
+    h = Normalized.apply(h, net.seen)
+    return h + 0.1 * net.seen
+
+
+def _by_hand(net: Any, h: Tensor, k: int) -> Tensor:
+    net.second[1].p = 0.3
+    return Recomputed.apply(net.second, h, *net.second.parameters())
+
+
+BETWEEN = {
+    "running statistics": lambda net, h, k: Normalized.apply(h, net.seen),
+    "running statistics that are read": _statistics_in_the_loss,
+    "an observer of ranges": lambda net, h, k: Ranged.apply(h, net.largest),
+    "a row of a memory": lambda net, h, k: Banked.apply(h, net.bank, k),
+    "draws": lambda net, h, k: Binary.apply(h.sigmoid(), None),
+    "draws of its own generator": lambda net, h, k: Binary.apply(h.sigmoid(), net.generator),
+    "draws in place": lambda net, h, k: Dropped.apply(h),
+    "a checkpoint by hand": _by_hand,
+    "tensors that are given a size": lambda net, h, k: Outdated.apply(h),
+    "a layer of torch's own": lambda net, h, k: nn.CrossMapLRN2d(3)(h.view(8, 5, 2, 1)).view(8, 10),
+    "arrays and mappings": lambda net, h, k: Configured.apply(h, {"factor": torch.full((10,), 1.0 + k)}, np.ones(3)),
+}
+
+
+def trained(kind: str, algorithm: Any = None, capture: bool = True) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The state after a few steps, and what is drawn next."""
+    torch.manual_seed(0)
+    net = Net().double()
+    learner = None if algorithm is None else ebm.Learner(net, copy.deepcopy(algorithm), capture=capture)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for k in range(STEPS):
+        optimizer.zero_grad()
+
+        def loss(k: int = k) -> Tensor:
+            return F.cross_entropy(net.last(net.second(BETWEEN[kind](net, net.first(X[k]), k))), Y[k])
+
+        if learner is None:
+            loss().backward()
+        else:
+            learner.backward(loss)
+        optimizer.step()
+    return dict(net.state_dict()), [torch.rand(3), torch.rand(3, generator=net.generator)]
+
+
+def far(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return max(float((one[k] - other[k]).abs().max()) for k in one)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("kind", BETWEEN)
+def test_it_is_done_once_a_step(kind: str, capture: bool) -> None:
+    stock, drawn = trained(kind)
+    ours, drawn_too = trained(kind, EXACT, capture)
+    assert far(stock, ours) < 1e-12
+    assert all(map(torch.equal, drawn, drawn_too))
+
+
+@pytest.mark.parametrize("kind", BETWEEN)
+def test_updates_of_a_weak_nudge_tend_to_the_gradient(kind: str) -> None:
+    stock, drawn = trained(kind)
+    errors = []
+    for strength in (1e-3, 1e-5):
+        ours, drawn_too = trained(kind, ebm.algorithm("pc-nudge", nudge=ebm.OneSided(strength)))
+        errors.append(far(stock, ours))
+        assert all(map(torch.equal, drawn, drawn_too))
+    assert errors[1] < max(0.02 * errors[0], 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["running statistics", "a row of a memory", "draws", "draws of its own generator"])
+def test_where_the_step_runs_twice_as_well(kind: str) -> None:
+    """The quiet run and the real one: draws are those of one, and captured and plain relaxations are of one energy."""
+    algorithm = ebm.algorithm("equilibrium-propagation", relaxer=ebm.FixedPoint(20))
+    _, drawn = trained(kind)
+    ours, drawn_too = trained(kind, algorithm)
+    plain, _ = trained(kind, algorithm, capture=False)
+    assert far(ours, plain) < 1e-10
+    assert all(map(torch.equal, drawn, drawn_too))
+
+
+class Hidden(torch.autograd.Function):
+    """Writes to what it finds in an object, as a module's running statistics."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, held: Any) -> Tensor:
+        held["seen"].add_(x.mean(0))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        return slope, None
+
+
+class Instances(torch.autograd.Function):
+    """Scores of a memory that is written to on the way back, as in instance discrimination."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, memory: Tensor) -> Tensor:
+        ctx.save_for_backward(x, memory)
+        return x @ memory.t()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        x, memory = ctx.saved_tensors
+        result = slope @ memory
+        memory.mul_(0.5).add_(x[: len(memory)], alpha=0.5)
+        return result, None
+
+
+@pytest.mark.parametrize(
+    ("between", "words"),
+    [
+        (lambda net, h: Hidden.apply(h, {"seen": net.seen}), r"Hidden writes to a tensor of shape \(10,\).*Hand the"),
+        (lambda net, h: Recomputed.apply(net.second, h, *net.second.parameters()), "use_reentrant=False"),
+        (lambda net, h: Instances.apply(h, net.bank).repeat(1, 2), r"backward code.*Instances.*\(5, 10\).*on_after"),
+    ],
+    ids=["what it finds in an object", "a module that it calls", "on the way back"],
+)
+@pytest.mark.parametrize("algorithm", [EXACT, "predictive-coding"])
+def test_writes_that_cannot_be_done_once_are_refused_by_name(between: Any, words: str, algorithm: str) -> None:
+    net = Net()
+    net.second[1] = nn.BatchNorm1d(10)
+    net.double()
+    learner = ebm.Learner(net, algorithm)
+    with pytest.raises(ebm.UnsupportedModuleError, match=words):
+        learner.gradients(lambda: F.cross_entropy(net.last(between(net, net.first(X[0]))), Y[0]))
