@@ -105,8 +105,8 @@ def test_of_two_phases_both_ends_are_held_and_what_their_sum_is_made_of() -> Non
 
 @pytest.mark.slow
 def test_equilibrium_propagation_holds_what_its_search_remembers() -> None:
-    """Eleven things a layer: four phases' ends and starts, and the last sweeps, slopes and directions."""
-    assert peak(ebm.algorithm("equilibrium-propagation")) < 11.5 * LAYERS
+    """Ends of phases, the last two sweeps, and of every other layer slopes and directions."""
+    assert peak(ebm.algorithm("equilibrium-propagation")) < 9.8 * LAYERS
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_the_first_steps_hold_no_graph_of_the_pass(name: str) -> None:
 
     Equilibrium propagation besides looks once whether sweeps that were cut off have an equilibrium to come to.
     """
-    room = {"euler": 6.6, "predictive-coding": 7.1, "zero-divergence": 6.6, "equilibrium-propagation": 20.0}[name]
+    room = {"euler": 6.6, "predictive-coding": 7.1, "zero-divergence": 6.6, "equilibrium-propagation": 19.0}[name]
     assert peak(preset(name), before=0) < room * LAYERS
     assert peak(preset(name), before=1) < room * LAYERS
 

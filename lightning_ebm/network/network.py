@@ -234,7 +234,7 @@ class Network(Passes):
             internal = self.internal(seen, at=ahead) - self.internal(seen, at=behind)
             return [Term(internal, weight * ones_for(internal)), *terms]
         if errors is None:
-            internal = self.internal(seen)
+            internal = self.internal(seen, own=False)  # states are held: what they cost by themselves needs no graph
             return [Term(internal, weight * ones_for(internal)), *terms]
         parts = zip(self.precisions(seen), errors, seen.layers, strict=True)
         return [*(Term(call.prediction, -weight * e if is_one(p) else -weight * p * e) for p, e, call in parts), *terms]
