@@ -102,7 +102,7 @@ class Calls:
         return self
 
     def _marks_now(self) -> bool:
-        return torch.is_grad_enabled() and not self._recorder.pausing.depth and self._counted.is_here
+        return torch.is_grad_enabled() and not self._recorder.pausing.depth
 
     def _is_seen(self, tensor: Tensor) -> bool:
         return self._contents.known(tensor) is not None or not is_wrapped(tensor)
@@ -124,8 +124,10 @@ class Calls:
             record.arguments = args[0] if len(args) == 1 and not kwargs else (args, kwargs)
 
     def _note_drive(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module not in self._watch.names or not self._counted.is_here or not self._marks_now():
+            return
         drive = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if module in self._watch.names and drive is not None and self._marks_now() and self._is_seen(drive):
+        if drive is not None and self._is_seen(drive):
             self._drives[module] = self._contents.value(drive)
 
     def _returned(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -160,7 +162,7 @@ class Calls:
             return None
         mark = self._recorder.mark(key, module, drive, tensor, self._watch.weighted[module])
         state = self._replace(mark, tensor)
-        if state is None and not tensor.requires_grad and any(tensor is other for other in given):
+        if state is None and any(tensor is other for other in given) and not tensor.requires_grad:
             # An input that is handed on: what the caller computes with his own has nothing to do with the state.
             with self._recorder.pausing():
                 state = tensor.clone()
