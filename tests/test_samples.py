@@ -447,3 +447,37 @@ def test_samples_are_recognized_whatever_the_batch_is_packed_in(kind):
     assert len(set(seen)) == 5
     turned = {name: part.flip(0) for name, part in parts.items()}
     assert names(PACKED[kind](**turned), 5) == seen[::-1]
+
+
+class FeaturesFirst(nn.Module):
+    """y = V tanh(W x) with samples as columns; or the same with samples as rows."""
+
+    def __init__(self, columns):
+        super().__init__()
+        self.columns = columns
+        torch.manual_seed(0)
+        self.w, self.v = (nn.Parameter(torch.randn(*shape).double()) for shape in ((8, 4), (2, 8)))
+        self.act = nn.Tanh()
+
+    def forward(self, x):
+        return self.v @ self.act(self.w @ x) if self.columns else self.act(x @ self.w.T) @ self.v.T
+
+
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_samples_as_columns_are_warned_of_and_right_where_they_are_counted(batch_size, caplog):
+    x, y = torch.randn(5, 4).double(), torch.randn(5, 2).double()
+
+    def update(columns, size):
+        net = FeaturesFirst(columns)
+        given, target = (x.T.contiguous(), y.T.contiguous()) if columns else (x, y)
+        learner = ebm.Learner(net, FINITE, batch_size=size)
+        return learner.gradients(lambda: F.mse_loss(net(given), target))
+
+    expected = update(False, None)
+    assert "could as well be" not in caplog.text
+    found = update(True, batch_size)
+    if batch_size is None:
+        assert "could as well be 5" in caplog.text
+    else:
+        assert off(found, expected) < 1e-12
+        assert "could as well be" not in caplog.text

@@ -26,7 +26,7 @@ def batch_size_among(
     Then the most frequent, then the first; a smaller one that the loss reduces where it does not reduce that. A
     time-major batch (T, B, ...), nodes of several graphs, or a loose tensor beside the samples is not mistaken for the
     samples that way. An input of a single sample, without a dimension for them, has one. And another size that has as
-    good a claim, if there is any.
+    good a claim, if there is any, as the last dimension of all layers has where none is the first one of all.
 
     Args:
         batch: shapes of its tensors; candidates are their first dimensions, and the second ones of those with three.
@@ -51,8 +51,11 @@ def batch_size_among(
     if best not in declared and best not in reduced:
         # What the layers have many of is pooled before the loss sees it, as nodes of a graph are.
         best = max((size for size in found if size in reduced and size < best), key=fitness, default=best)
-    rivals = [other for other in found if other != best and claim(other) == claim(best)]
-    return best, rivals[0] if rivals and batch and carried[best] else None
+    rivals = [other for other in found if other != best and claim(other) == claim(best) and carried[best]]
+    if states and carried[best] < len(states) and best not in declared:
+        # (features, samples), as in W @ x: every layer has them last.
+        rivals += [s[1] for s in shapes if len(s) == 2 and all(len(x) == 2 and x[1] == s[1] for x in states)]
+    return best, rivals[0] if rivals and batch else None
 
 
 def declared_size(first: Any, batch_first: bool | None) -> int | None:

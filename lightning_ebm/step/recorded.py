@@ -129,7 +129,7 @@ class Recorded(NamedTuple):
         """B, and once a warning where the batch may as well be read in another way."""
         record = self.program.record
         size, other = batch_size_among(self.shapes or record.shapes, states, self.known.reduced, record.declared)
-        why = "both are first dimensions of what it holds, and of all layers"
+        why = "both are dimensions of what it holds, and of its layers"
         calls = self.known.calls
         if other is None and calls > 1 and self.known.elements == calls != size:
             other, why = calls, "the module is called as many times, and the loss is a mean over the calls"
