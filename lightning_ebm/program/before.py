@@ -30,7 +30,8 @@ class Before:
     def written(self, tensor: Tensor) -> None:
         """The tensor is about to be written to."""
         if self._is_noted(tensor):
-            self._contents.append((tensor, tensor.detach().clone()))
+            with torch.no_grad():  # to a recorder around this it is a constant, and shares no memory with the tensor
+                self._contents.append((tensor, tensor.clone()))
 
     def content_of(self, tensor: Tensor) -> Tensor:
         """What it held before the pass, if it is noted."""
