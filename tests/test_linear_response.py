@@ -66,7 +66,10 @@ def test_it_solves_the_system_of_all_states(net, energy, monkeypatch):
         return found
 
     monkeypatch.setattr("lightning_ebm.updates.cross_derivative.linear_response", noting)
-    closure = lambda: F.cross_entropy(module(x), y)  # noqa: E731
+
+    def closure():
+        return F.cross_entropy(module(x), y)
+
     found = ebm.Learner(module, ebm.algorithm("infinitesimal", energy=energy)).gradients(closure)
     true = ebm.reference.backprop(module, closure)
     assert all(torch.allclose(found[name], true[name], rtol=1e-9, atol=1e-12) for name in true)

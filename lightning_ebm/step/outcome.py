@@ -26,7 +26,8 @@ _UNSETTLED = {
 }
 """What is said once of each status: the steps taken, the largest residual, what was left to gain if known, a remedy."""
 
-_ROUNDS = "take a smaller nudge, double precision, or a larger tol."
+_STALLED = "take a smaller nudge, double precision, or a larger tol."
+"""The remedy of what stalled."""
 
 
 def further(algorithm: Algorithm, nudged: bool = True) -> str:
@@ -80,7 +81,7 @@ class Outcome:
                 self._warned.add(status)
                 worst, left = found[0].ended
                 share = "" if left is None else f", some {100 * left:.2g} % of the energy gained was still to gain"
-                remedy = _ROUNDS if status == "stalled" else further(self._algorithm, found[0].nudge != 0)
+                remedy = _STALLED if status == "stalled" else further(self._algorithm, found[0].nudge != 0)
                 log.warning(text, found[0].steps, worst, share, remedy)
 
     def gave_up(self, error: RelaxationDivergedError, loss: Tensor) -> None:
