@@ -15,22 +15,21 @@ class Aliasing:
     """The tensors seen, by the memory they lie in.
 
     Nobody pays for it but who writes: where tensors lie is looked up at the first write after they were seen.
+
+    Attributes:
+        seen: those since the last write, to be added to by whoever sees one.
     """
 
     def __init__(self) -> None:
-        self._unsorted: list[weakref.ref[Tensor]] = []
+        self.seen: list[weakref.ref[Tensor]] = []
         self._groups: dict[int, list[weakref.ref[Tensor]]] = {}
-
-    def seen(self, ref: "weakref.ref[Tensor]") -> None:
-        """Notes a tensor."""
-        self._unsorted.append(ref)
 
     def others(self, tensor: Tensor) -> list[Tensor]:
         """The other tensors, still there, that share memory with this one."""
-        for ref in self._unsorted:
+        for ref in self.seen:
             if (alias := ref()) is not None:
                 self._groups.setdefault(memory_of(alias), []).append(ref)
-        self._unsorted.clear()
+        self.seen.clear()
         found: dict[int, Tensor] = {}
         if not (memory := memory_of(tensor)):
             return []

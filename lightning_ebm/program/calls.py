@@ -48,7 +48,7 @@ class _Counted:
 
     def number(self, module: nn.Module) -> int | None:
         """The number of a call that has returned; None of another thread, or of a copy, which took the hook along."""
-        if module not in self.names or not self.is_here:
+        if module not in self.names or threading.get_ident() != self._thread:
             return None
         number = self._counts.get(module, 0)
         self._counts[module] = number + 1
@@ -104,14 +104,11 @@ class Calls:
     def _marks_now(self) -> bool:
         return torch.is_grad_enabled() and not self._recorder.pausing.depth
 
-    def _is_seen(self, tensor: Tensor) -> bool:
-        return self._contents.known(tensor) is not None or not is_wrapped(tensor)
-
     def _carries(self, leaf: Any) -> bool:
         if not isinstance(leaf, Tensor):
             return False
         known = self._contents.known(leaf)
-        return is_continuous(leaf.dtype) if known is None else known.is_continuous
+        return is_continuous(leaf.dtype if known is None else known.meta[2])
 
     # Hooks
 
@@ -127,7 +124,7 @@ class Calls:
         if module not in self._watch.names or not self._counted.is_here or not self._marks_now():
             return
         drive = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if drive is not None and self._is_seen(drive):
+        if drive is not None and (self._contents.known(drive) is not None or not is_wrapped(drive)):
             self._drives[module] = self._contents.value(drive)
 
     def _returned(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -139,11 +136,14 @@ class Calls:
             return output
         if args and (size := declared_size(args[0], self._watch.batch_first.get(module))) is not None:
             self._recorder.record.declared.add(size)
+        name, given = self._watch.names[module], (*args, *kwargs.values())
+        if isinstance(output, Tensor):  # most do
+            state = self._marked(StateKey(name, number, 0), module, drive, output, given)
+            return output if state is None else state
         leaves, rebuilt = opened(output)
         replaced = False
         for part, places in enumerate(_places(leaves, self._carries)):
-            key = StateKey(self._watch.names[module], number, part)
-            state = self._marked(key, module, drive, leaves[places[0]], (*args, *kwargs.values()))
+            state = self._marked(StateKey(name, number, part), module, drive, leaves[places[0]], given)
             if state is not None:
                 replaced = True
                 for place in places:
@@ -155,10 +155,13 @@ class Calls:
     ) -> Tensor | None:
         """Marks one of the tensors that a call returned; what is to stand in its place, if anything is."""
         contents = self._contents
-        if not self._is_seen(tensor):
+        known = contents.known(tensor)
+        if not is_continuous(tensor.dtype if known is None else known.meta[2]):
+            return None
+        if known is None and is_wrapped(tensor):
             self._recorder.record.transformed = True
             return None
-        if contents.known(tensor) is None and not tensor.requires_grad and module not in self._watch.chosen:
+        if known is None and not tensor.requires_grad and module not in self._watch.chosen:
             return None
         mark = self._recorder.mark(key, module, drive, tensor, self._watch.weighted[module])
         state = self._replace(mark, tensor)

@@ -26,6 +26,7 @@ class Contents:
         held: what values hold that the pass computed, as long as the record is not released.
         retained: whose gradients the user wants to see, see `Tensor.retain_grad`.
         losses: what the pass is differentiated for.
+        bindings: what each tensor holds, by its id, which may be another's by now.
     """
 
     def __init__(self, record: Record, before: Before, pausing: Pause) -> None:
@@ -35,7 +36,7 @@ class Contents:
         self.before = before
         self._record = record
         self._pausing = pausing
-        self._known: dict[int, tuple[Callable[[], Tensor | None], Value]] = {}
+        self.bindings: dict[int, tuple[Callable[[], Tensor | None], Value]] = {}
         self._marked: set[Value] = set()
         self._frozen: set[Value] = set()
         self._written_over: list[Tensor] = []
@@ -46,7 +47,7 @@ class Contents:
 
     def value(self, tensor: Tensor) -> Value:
         """What a tensor holds now."""
-        known = self._known.get(id(tensor))
+        known = self.bindings.get(id(tensor))
         if known is not None and known[0]() is tensor:
             value = known[1]
             if value.poison is not None:
@@ -57,7 +58,7 @@ class Contents:
 
     def known(self, tensor: Tensor) -> Value | None:
         """What a tensor holds now, if the record knows."""
-        known = self._known.get(id(tensor))
+        known = self.bindings.get(id(tensor))
         return known[1] if known is not None and known[0]() is tensor else None
 
     def others(self, tensor: Tensor) -> list[Tensor]:
@@ -96,20 +97,20 @@ class Contents:
         if keeps:
             self.held[value] = tensor
         ref = weakref.ref(tensor)
-        self._known[id(tensor)] = ref, value
-        self._aliasing.seen(ref)
+        self.bindings[id(tensor)] = ref, value
+        self._aliasing.seen.append(ref)
 
     def rebind(self, tensor: Tensor, value: Value | None) -> Value | None:
         """What a tensor holds; given a value, it holds that from now on."""
         if value is not None:
-            self._known[id(tensor)] = weakref.ref(tensor), value
+            self.bindings[id(tensor)] = weakref.ref(tensor), value
         return self.known(tensor)
 
     def poison(self, tensor: Tensor, why: str) -> None:
         """Whoever reads the tensor is refused."""
         value = Value(None, meta_of(tensor))
         value.poison = why
-        self._known[id(tensor)] = weakref.ref(tensor), value
+        self.bindings[id(tensor)] = weakref.ref(tensor), value
 
     def aliased(self, result: Tensor, tensor: Tensor) -> Tensor:
         """A result that holds what the tensor holds."""
@@ -181,7 +182,7 @@ class Contents:
         """The constant that stands for a computed value from now on; itself if it is one."""
         if value.node is None:
             return value
-        holding = [held for ref, known in [*self._known.values()] if known is value and (held := ref()) is not None]
+        holding = [held for ref, known in [*self.bindings.values()] if known is value and (held := ref()) is not None]
         constant = self.constant(holding[0])
         self._frozen.add(constant)
         for tensor in holding[1:]:
@@ -242,7 +243,7 @@ class Contents:
 
     def forget(self, tensor: Tensor) -> None:
         """What the tensor holds is read anew."""
-        self._known.pop(id(tensor), None)
+        self.bindings.pop(id(tensor), None)
 
     # The end
 
@@ -254,21 +255,21 @@ class Contents:
     def settle(self) -> None:
         """The pass is over: leaves that it made itself are among those of the record."""
         # What a factory returned is handed on as a copy if it is held here: torch.zeros(3) is another than this one.
-        seen = [*self.held.items(), *((value, ref()) for ref, value in self._known.values() if value.node is not None)]
-        for value, tensor in seen:
+        bound = ((value, ref()) for ref, value in self.bindings.values() if value.node is not None)
+        for value, tensor in [*self.held.items(), *bound]:
             if tensor is not None and tensor.requires_grad and tensor.is_leaf and value not in self._record.leaves:
                 self._record.leaves[value] = tensor
 
     def left(self) -> Left:
         """What somebody may have kept of the pass, without keeping it."""
-        return Left(list(self._known.values()), self.losses)
+        return Left(list(self.bindings.values()), self.losses)
 
     def release(self) -> None:
         """Lets go of all tensors but those that the record needs."""
         self.held.clear()
         self.retained.clear()
         self._written_over.clear()
-        self._known.clear()
+        self.bindings.clear()
         self._aliasing = Aliasing()
 
 

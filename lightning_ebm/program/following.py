@@ -29,7 +29,7 @@ class Trail:
     """
 
     def __init__(self, record: Record) -> None:
-        self.nodes = list(record.nodes)
+        self.nodes = [*record.nodes, None]  # nothing comes after the last
         self.marks = {mark.state.node: mark for mark in record.marks}
         self.leaves = {value: weakref.ref(tensor) for value, tensor in record.leaves.items()}
 
@@ -70,9 +70,12 @@ class Following:
 
     def operation(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Node | None:
         """The node of an operation that is about to run; None if the known pass did something else here."""
-        node = self._next()
+        trail = self._trail
+        if trail is None:
+            return None
+        node = trail.nodes[self._at]
         if node is None or node.func is not func or not self._same_arguments(node, args, kwargs):
-            self.stop()
+            self._trail = None
             return None
         self._at += 1
         return node
@@ -81,9 +84,11 @@ class Following:
         self, key: StateKey, module: Any, drive: Value | None, prediction: Value, rounding: float, weighted: bool
     ) -> Mark | None:
         """The mark of a call that has returned; None if the known pass did something else here."""
-        node, trail = self._next(), self._trail
-        same = node is not None and node.func is stands_for and node.args[0] is prediction and node.args[1] == key
-        if same and trail is not None and node is not None:
+        trail = self._trail
+        if trail is None:
+            return None
+        node = trail.nodes[self._at]
+        if node is not None and node.func is stands_for and node.args[0] is prediction and node.args[1] == key:
             mark = trail.marks[node]
             was = mark.module, mark.drive, mark.rounding, mark.weighted
             if was == (module, drive or prediction, rounding, weighted):
@@ -110,7 +115,7 @@ class Following:
             views: whether those are views of its arguments, which are not kept; None where each is asked.
         """
         if not same_results(node, results):
-            self.stop()
+            self._trail = None
             return False
         self._record.nodes.append(node)
         for value, tensor in zip(node.results, results, strict=True):
@@ -124,14 +129,17 @@ class Following:
         if self.follows:
             self._drawn.add(value)
 
-    def _next(self) -> Node | None:
-        trail = self._trail
-        return trail.nodes[self._at] if trail is not None and self._at < len(trail.nodes) else None
-
     def _same_arguments(self, node: Node, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         if len(args) != len(node.args) or len(kwargs) != len(node.kwargs):
             return False
+        bindings = self._contents.bindings
         for arg, known in zip(args, node.args, strict=True):
+            if arg is known:  # a number
+                continue
+            if type(known) is Value and known.node is not None:  # computed by the pass, as most are
+                bound = bindings.get(id(arg))
+                if bound is not None and bound[1] is known and bound[0]() is arg:
+                    continue
             if not self._same(arg, known):
                 return False
         for name, arg in kwargs.items():
@@ -169,11 +177,14 @@ class Following:
         if known.meta != outside_meta_of(tensor) or (leaf is not None and leaf() is not tensor):
             return False
         self._taken.add(known)
-        if drawn is None:
+        if drawn is not None:
+            self._drawn.discard(drawn)
+            self._record.inputs[known] = self._record.inputs.pop(drawn)
+        elif leaf is not None:  # the same tensor of the same kind, which was looked at when it was read first
+            self._record.inputs[known] = self._record.leaves[known] = tensor
+        else:
             self._contents.from_outside(tensor, known)
             return True
-        self._drawn.discard(drawn)
-        self._record.inputs[known] = self._record.inputs.pop(drawn)
         self._contents.bind(tensor, known)
         return True
 

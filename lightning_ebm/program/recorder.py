@@ -93,11 +93,12 @@ class Recorder(DispatchMode):
         if func is _DETACH and not self.asked:  # autograd's own, of a tensor that it saves: the same value
             return self._named_again(func(*args), args[0])
         kind = traits(func)
-        if kind.plain and self.following.follows and torch.is_grad_enabled():
+        if kind.plain and torch.is_grad_enabled():
             node = self.following.operation(func, args, kwargs)
             if node is not None:
                 result = func(*args, **kwargs)
-                self._ended_again(node, kind, result)
+                if not self.following.takes(node, listed(result), kind.views):
+                    self._ended(Node(node.func, node.args, node.kwargs), kind, [], result)
                 return result
         if kind.unfilled:  # no operation: what it holds when it is first read; the same in every run that fills it
             result = func(*args, **kwargs)
