@@ -286,8 +286,8 @@ MUTATIONS = [
     Mutation(
         "other views keep what they had",
         "program/aliasing.py",
-        "            rebind(alias, read.results[0])\n",
-        "            pass\n",
+        "            rebind(alias, make(read_memory, (memory, *where), alias))\n",
+        "            make(read_memory, (memory, *where), alias)\n",
         "programs",
     ),
     Mutation(
@@ -597,9 +597,44 @@ MUTATIONS = [
     Mutation(
         "followed operations are not compared",
         "program/following.py",
-        "node.func is not func or",
-        "",
+        "        if node is None or node.func is not func or",
+        "        if node is None or",
         "following",
+    ),
+    Mutation(
+        "a followed write leaves other views what they held",
+        "program/recorder.py",
+        "        for tensor, now in zip(written, node.results[len(given) :], strict=True):\n            if now is not None:",
+        "        for tensor, now in zip(written, node.results[len(given) :], strict=True):\n            if False:",
+        "following",
+    ),
+    Mutation(
+        "what shares memory is followed whatever it reads",
+        "program/following.py",
+        "node.func is not func or node.args != args else",
+        "node.func is not func else",
+        "following",
+    ),
+    Mutation(
+        "followed values are not compared",
+        "program/following.py",
+        "if bound is not None and bound[1] is known and bound[0]() is arg:",
+        "if bound is not None and bound[0]() is arg:",
+        "following",
+    ),
+    Mutation(
+        "followed sizes are not compared",
+        "program/following.py",
+        "return (type(known) is int and arg == known) or",
+        "return type(known) is int or",
+        "following",
+    ),
+    Mutation(
+        "masks that the pass computes are followed as positions are",
+        "program/following.py",
+        "            if cuts(self._contents, kind, args):\n",
+        "            if False:\n",
+        "following picked",
     ),
     Mutation(
         "followed inputs are not compared",
@@ -653,8 +688,8 @@ MUTATIONS = [
     Mutation(
         "a number stays that of the first step",
         "program/following.py",
-        "            hold(known, arg, self._record)\n",
-        "            hold(known, known.number(1), self._record)\n",
+        "        hold(known, number, self._record)\n",
+        "        hold(known, known.number(1), self._record)\n",
         "numbers",
     ),
     Mutation(

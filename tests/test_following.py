@@ -156,13 +156,82 @@ def a_lookup(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
     return h[h > 0].sum() * h if index % 2 else h[:, [index % 3, 0, 1, 2, 3, 4]]
 
 
+def attention(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    """torch counts it among what draws, for its dropout."""
+    q = h.view(5, 1, 2, 3)
+    return F.scaled_dot_product_attention(q, q, x.view(5, 1, 2, 3), is_causal=index < LATE).reshape(5, 6)
+
+
+def attention_under_a_mask(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    """As nn.MultiheadAttention makes it of truth values: by a write to a tensor that has just been made."""
+    hidden = torch.triu(torch.ones(6, 6, dtype=torch.bool), 1 if index < LATE else 2)
+    bias = torch.zeros_like(hidden, dtype=h.dtype).masked_fill_(hidden, float("-inf"))
+    return h + (h.unsqueeze(2) * x.unsqueeze(1) + bias).softmax(-1).sum(1)
+
+
+def written_where_it_is_a_view(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    """What it is a view of, and another view, are read after it; later also before."""
+    base = h.sin()
+    view, other = base.view(6, 5), base[:, 2:]
+    part = other.exp() if index >= LATE else None
+    view += 0.1
+    view.mul_(x.view(6, 5))
+    return base * (other.sum() if part is None else part.sum())
+
+
+def gates_written_in_place(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    gates = torch.cat([h.sin(), h.cos(), x], 1)
+    first, second, third = gates[:, :6], gates[:, 6:12], gates[:, 12:]
+    (first if index < LATE else second).add_(third)
+    return first.sigmoid() * second.tanh()
+
+
+def copied_into_a_slice(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    out = h.sin()
+    out[:, : 2 if index < LATE else 3] = h[:, :1] * x[:, :1]
+    return out
+
+
+def collected(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    out = torch.zeros(5, 6, dtype=h.dtype)
+    out[:, :3] = h[:, 3:]
+    out[:, 3:] = h[:, :3] * x[:, :3] if index < LATE else h[:, 3:].sum(1, keepdim=True)
+    return out
+
+
+def picked_at_positions(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    rows = torch.arange(5) if index < LATE else torch.arange(5) % 3
+    return h[rows] * h[:, torch.tensor([1, 0, 3, 2, 5, 4])]
+
+
+def put_at_positions(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    sums = torch.zeros(3, 6, dtype=h.dtype).index_put((torch.arange(5) % 3,), h, accumulate=index < LATE)
+    return sums[torch.arange(5) % 3]
+
+
+def blotted_out(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    h = h.clone()
+    h[x < 0.3 * (index >= LATE)] = 0.5
+    return h.sin()
+
+
+def blotted_out_itself(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    h = h * 1.0
+    h[h < 0.1 * (index >= LATE)] = 0.0
+    return h.sin()
+
+
+COMES_AGAIN = [
+    attention, attention_under_a_mask, written_where_it_is_a_view, gates_written_in_place, copied_into_a_slice,
+    collected, picked_at_positions, put_at_positions, blotted_out, blotted_out_itself,
+]  # fmt: skip
 CHANGES = [
     another_constant, a_sign, another_operation, operands_the_other_way_round, another_input_of_the_same_kind,
     the_same_tensor_twice, two_tensors_where_there_was_one, another_parameter, a_frozen_parameter,
     a_parameter_that_is_frozen, a_parameter_of_another_shape, a_leaf_that_the_step_makes, other_strides,
     a_call_that_is_missing, a_detour, dropout, written_in_place, written_through_a_view_late, batch_norm, noise,
      in_place_late, a_hook_that_begins, gradients_off,
-    another_batch, a_lookup,
+    another_batch, a_lookup, *COMES_AGAIN,
 ]  # fmt: skip
 
 
@@ -260,6 +329,17 @@ def test_a_pass_that_comes_again_builds_nothing(change: Change, monkeypatch: pyt
     assert counts[0] > 0
     late = change is a_hook_that_begins
     assert counts[1 : LATE if late else None] == [0] * (LATE - 1 if late else 2 * LATE - 1)
+
+
+@pytest.mark.parametrize("change", COMES_AGAIN, ids=lambda change: change.__name__)
+def test_what_networks_do_besides_computing_comes_again_as_well(
+    change: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention, writes to views and slices, positions, masks. What changes is built once."""
+    counts = built(Net(), change, monkeypatch)
+    assert counts[0] > 0
+    assert counts[1:LATE] == [0] * (LATE - 1)
+    assert counts[LATE + 1 :] == [0] * (LATE - 1)
 
 
 def test_a_pass_that_changes_builds_what_comes_after(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,17 @@
 """Which tensors share memory, and what they hold when one of them is written to."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_ebm.program.record import Node, Value, meta_of
+from lightning_ebm.program.record import Value
 
 Rebind = Callable[[Tensor, Value | None], Value | None]
+Make = Callable[[Callable[..., Tensor], tuple[Any, ...], Tensor], Value]
+"""Notes an operation: a function, its arguments, and a tensor of the kind of its result, whose value it gives."""
 
 
 class Aliasing:
@@ -40,9 +43,9 @@ class Aliasing:
         return list(found.values())
 
     def written(
-        self, tensor: Tensor, now: Value, rebind: Rebind, poison: Callable[[Tensor, str], None]
-    ) -> Iterator[Node]:
-        """The operations that give every other tensor in the same memory what it holds after a write.
+        self, tensor: Tensor, now: Value, rebind: Rebind, poison: Callable[[Tensor, str], None], make: Make
+    ) -> None:
+        """Notes the operations that give every other tensor in the same memory what it holds after a write.
 
         The memory is taken as one flat tensor: what was written is scattered into it, and read again from there.
 
@@ -51,6 +54,7 @@ class Aliasing:
             now: what it holds.
             rebind: tells, and changes, what a tensor holds.
             poison: notes that a tensor cannot be read any more.
+            make: see `Make`.
         """
         others = [alias for alias in self.others(tensor) if rebind(alias, None) is not None]
         if not others:
@@ -65,24 +69,13 @@ class Aliasing:
                     " way that cannot be repeated at other states. Write out of place: torch.where, torch.cat.",
                 )
             return
-        flat = Node(flat_memory, (held, _order(root)), {})
-        yield from _result(flat, root.new_empty(0))
-        memory = flat.results[0]
+        memory = make(flat_memory, (held, _order(root)), root.new_empty(0))
         if root is not tensor:
             where = tensor.shape, tensor.stride(), tensor.storage_offset()
-            scattered = Node(write_memory, (memory, now, *where), {})
-            yield from _result(scattered, tensor)
-            memory = scattered.results[0]
+            memory = make(write_memory, (memory, now, *where), tensor)
         for alias in others:
             where = alias.shape, alias.stride(), alias.storage_offset()
-            read = Node(read_memory, (memory, *where), {})
-            yield from _result(read, alias)
-            rebind(alias, read.results[0])
-
-
-def _result(node: Node, like: Tensor) -> Iterator[Node]:
-    node.results.append(Value(node, meta_of(like)))
-    yield node
+            rebind(alias, make(read_memory, (memory, *where), alias))
 
 
 def flat_memory(tensor: Tensor, order: tuple[int, ...]) -> Tensor:

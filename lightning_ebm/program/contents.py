@@ -1,17 +1,17 @@
 """What the tensors of a pass hold, as values of its record, while they are written to, moved and let go."""
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ebm.errors import UnsupportedModuleError
-from lightning_ebm.program.aliasing import Aliasing
+from lightning_ebm.program.aliasing import Aliasing, Make
 from lightning_ebm.program.before import Before
 from lightning_ebm.program.left import Left
 from lightning_ebm.program.pause import Pause
-from lightning_ebm.program.record import Node, Record, Value, meta_of, outside_meta_of
+from lightning_ebm.program.record import Record, Value, meta_of, outside_meta_of
 
 
 class Contents:
@@ -126,10 +126,10 @@ class Contents:
         self.bind(output, state, keeps=True)
         self._marked.add(state)
 
-    def written(self, tensor: Tensor, now: Value) -> Iterator[Node]:
-        """A write is over: the operations that give what shares its memory what that holds now."""
+    def written(self, tensor: Tensor, now: Value, make: Make) -> None:
+        """A write is over: notes, by `make`, the operations that give what shares its memory what that holds now."""
         self.held.pop(now, None)
-        yield from self._aliasing.written(tensor, now, self.rebind, self.poison)
+        self._aliasing.written(tensor, now, self.rebind, self.poison, make)
         self.bind(tensor, now, keeps=not tensor._is_view())
 
     # Writing

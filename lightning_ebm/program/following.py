@@ -12,13 +12,15 @@ from lightning_ebm.program.contents import Contents
 from lightning_ebm.program.numbers import hold
 from lightning_ebm.program.operations import (
     BATCH_NORMS,
+    BY_MASK,
     PUT_BY_MASK,
     Traits,
+    copied,
     functional_form,
-    overwritten,
     without_statistics,
 )
-from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value, meta_of, outside_meta_of, stands_for
+from lightning_ebm.program.picked import cuts
+from lightning_ebm.program.record import Mark, Meta, Node, Record, StateKey, Value, meta_of, outside_meta_of, stands_for
 
 
 class Trail:
@@ -98,13 +100,34 @@ class Following:
         return None
 
     def alike(self, func: Any, kind: Traits, args: Any, written: Sequence[Tensor]) -> tuple[Any, Any] | None:
-        """An operation that writes, as the record has it; None where more goes on than one operation could say."""
+        """An operation that is not plain, as the record has it; None where more goes on than one could say."""
         if kind.name in BATCH_NORMS:
             return func, without_statistics(args) if written else args
+        if kind.random and not written:  # it could draw, and does not, as attention without dropout
+            return func, args
+        if kind.name in BY_MASK or kind.name in PUT_BY_MASK:
+            if cuts(self._contents, kind, args):
+                return None
+            if not written:
+                return func, args
+        if kind.name == "copy_":
+            return copied, (args[1], self._contents.value(args[0]).meta)
         functional = None if kind.random or not written else functional_form(func, kind)
-        if functional in (None, overwritten) or kind.name in PUT_BY_MASK or self._contents.others(written[0]):
+        return None if functional is None else (functional, args)
+
+    def made(self, func: Any, args: tuple[Any, ...], meta: Meta) -> Value | None:
+        """What an operation gave that no call was made for; None if the known pass did something else here."""
+        trail = self._trail
+        if trail is None:
             return None
-        return functional, args
+        node = trail.nodes[self._at]
+        value = None if node is None or node.func is not func or node.args != args else node.results[0]
+        if node is None or value is None or value.meta != meta:
+            self._trail = None
+            return None
+        self._at += 1
+        self._record.nodes.append(node)
+        return value
 
     def takes(self, node: Node, results: Sequence[Any], views: bool | None) -> bool:
         """An operation that was handed out is over: whether it gave what it gave before, which is bound if so.
@@ -130,10 +153,18 @@ class Following:
             self._drawn.add(value)
 
     def _same_arguments(self, node: Node, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-        if len(args) != len(node.args) or len(kwargs) != len(node.kwargs):
+        if len(kwargs) != len(node.kwargs) or not self._all_same(args, node.args):
+            return False
+        for name, arg in kwargs.items():
+            if name not in node.kwargs or not self._same(arg, node.kwargs[name]):
+                return False
+        return True
+
+    def _all_same(self, args: Sequence[Any], known_ones: Sequence[Any]) -> bool:
+        if len(args) != len(known_ones):
             return False
         bindings = self._contents.bindings
-        for arg, known in zip(args, node.args, strict=True):
+        for arg, known in zip(args, known_ones, strict=True):
             if arg is known:  # a number
                 continue
             if type(known) is Value and known.node is not None:  # computed by the pass, as most are
@@ -142,24 +173,27 @@ class Following:
                     continue
             if not self._same(arg, known):
                 return False
-        for name, arg in kwargs.items():
-            if name not in node.kwargs or not self._same(arg, node.kwargs[name]):
-                return False
         return True
 
     def _same(self, arg: Any, known: Any) -> bool:
+        if type(arg) is int:  # a size, mostly
+            return (type(known) is int and arg == known) or (type(known) is Value and self._is_number(arg, known))
         if isinstance(arg, Tensor):
             return type(known) is Value and self._holds(arg, known)
         if isinstance(arg, list | tuple):
-            return type(known) is tuple and len(arg) == len(known) and all(map(self._same, arg, known))
+            return type(known) is tuple and self._all_same(arg, known)
         if isinstance(arg, torch.Generator):
             return known is None
-        if type(known) is Value and known.number is not None:
-            if not isinstance(arg, int | float) or type(arg) is not known.number:
-                return False
-            hold(known, arg, self._record)
-            return True
+        if type(known) is Value:
+            return isinstance(arg, int | float) and self._is_number(arg, known)
         return same_constant(arg, known)
+
+    def _is_number(self, number: float, known: Value) -> bool:
+        """Whether the known pass has an input for a number here, which then holds this one."""
+        if known.number is not type(number):
+            return False
+        hold(known, number, self._record)
+        return True
 
     def _holds(self, tensor: Tensor, known: Value) -> bool:
         """Whether a tensor holds what the known pass read here."""

@@ -156,7 +156,8 @@ class Recorder(DispatchMode):
             written: to which of those it writes.
             repeated: what is recorded in its place where it draws, see `repeated_without_drawing`.
         """
-        if self.following.follows and (alike := self.following.alike(func, kind, args, written)) is not None:
+        alike = self.following.alike(func, kind, args, written) if repeated is None else None
+        if alike is not None:
             again = self.following.operation(*alike, kwargs)
             if again is not None:
                 self.contents.about_to_write(written)
@@ -233,14 +234,18 @@ class Recorder(DispatchMode):
 
     def _ended_again(self, node: Node, kind: Traits, result: Any, written: Sequence[Tensor] = ()) -> None:
         """An operation that was followed is over."""
-        results = listed(result)
+        given = results = listed(result)
         if kind.name in BATCH_NORMS:
             for tensor in written:
                 self.contents.constant_from_now(tensor)
+            written = ()
         elif written:
-            results = (*results, *written)
+            results = (*given, *written)
         if not self.following.takes(node, results, None if written else kind.views):
-            self._ended(Node(node.func, node.args, node.kwargs), kind, written, result)
+            return self._ended(Node(node.func, node.args, node.kwargs), kind, written, result)
+        for tensor, now in zip(written, node.results[len(given) :], strict=True):
+            if now is not None:
+                self.contents.written(tensor, now, self._made)
 
     def _ended(self, node: Node, kind: Traits, written: Sequence[Tensor], result: Any) -> None:
         results = listed(result)
@@ -267,7 +272,17 @@ class Recorder(DispatchMode):
             if now.node is not node:  # else it was returned as well: the returned one is what was written
                 now = Value(node, meta_of(tensor))
             node.results.append(now)
-            self.record.nodes.extend(self.contents.written(tensor, now))
+            self.contents.written(tensor, now, self._made)
+
+    def _made(self, func: Any, args: tuple[Any, ...], like: Tensor) -> Value:
+        """Notes an operation that no call was made for, see `Make`."""
+        value = self.following.made(func, args, meta_of(like))
+        if value is None or value.node is None:
+            node = Node(func, args, {})
+            value = Value(node, meta_of(like))
+            node.results.append(value)
+            self.record.nodes.append(node)
+        return value
 
     def _functional(self, node: Node, kind: Traits) -> None:
         """The same operation without writing to anything."""

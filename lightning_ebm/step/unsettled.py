@@ -122,6 +122,8 @@ class Unsettled:
         sweep = relaxer.plain_sweep(landscape)
         if found.status != "max_steps" or sweep is None or found.coordinates != "states":
             return
+        if self.told is not None and not relaxer.tol:  # it has been said, and no run is ended for it
+            return
         self._times += 1
         if self._times & (self._times - 1):
             return
