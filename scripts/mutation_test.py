@@ -604,8 +604,8 @@ MUTATIONS = [
     Mutation(
         "a followed write leaves other views what they held",
         "program/recorder.py",
-        "        for tensor, now in zip(written, node.results[len(given) :], strict=True):\n            if now is not None:",
-        "        for tensor, now in zip(written, node.results[len(given) :], strict=True):\n            if False:",
+        "            if now is not None:\n                self.contents.written",
+        "            if False:\n                self.contents.written",
         "following",
     ),
     Mutation(
@@ -628,13 +628,6 @@ MUTATIONS = [
         "return (type(known) is int and arg == known) or",
         "return type(known) is int or",
         "following",
-    ),
-    Mutation(
-        "masks that the pass computes are followed as positions are",
-        "program/following.py",
-        "            if cuts(self._contents, kind, args):\n",
-        "            if False:\n",
-        "following picked",
     ),
     Mutation(
         "followed inputs are not compared",

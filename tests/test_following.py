@@ -186,6 +186,16 @@ def gates_written_in_place(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor
     return first.sigmoid() * second.tanh()
 
 
+def a_view_that_is_gone(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    """Before the write that the other one sees."""
+    both = torch.cat([h.sin(), x], 1)
+    views = [both[:, :6], both[:, 6:]]
+    if index >= LATE:
+        views[0] = views[1]
+    both *= 2.0
+    return views[1] * h
+
+
 def copied_into_a_slice(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
     out = h.sin()
     out[:, : 2 if index < LATE else 3] = h[:, :1] * x[:, :1]
@@ -231,7 +241,7 @@ CHANGES = [
     a_parameter_that_is_frozen, a_parameter_of_another_shape, a_leaf_that_the_step_makes, other_strides,
     a_call_that_is_missing, a_detour, dropout, written_in_place, written_through_a_view_late, batch_norm, noise,
      in_place_late, a_hook_that_begins, gradients_off,
-    another_batch, a_lookup, *COMES_AGAIN,
+    another_batch, a_lookup, *COMES_AGAIN, a_view_that_is_gone,
 ]  # fmt: skip
 
 

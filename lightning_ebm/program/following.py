@@ -19,7 +19,6 @@ from lightning_ebm.program.operations import (
     functional_form,
     without_statistics,
 )
-from lightning_ebm.program.picked import cuts
 from lightning_ebm.program.record import Mark, Meta, Node, Record, StateKey, Value, meta_of, outside_meta_of, stands_for
 
 
@@ -103,13 +102,8 @@ class Following:
         """An operation that is not plain, as the record has it; None where more goes on than one could say."""
         if kind.name in BATCH_NORMS:
             return func, without_statistics(args) if written else args
-        if kind.random and not written:  # it could draw, and does not, as attention without dropout
-            return func, args
-        if kind.name in BY_MASK or kind.name in PUT_BY_MASK:
-            if cuts(self._contents, kind, args):
-                return None
-            if not written:
-                return func, args
+        if not written and (kind.random or kind.name in BY_MASK or kind.name in PUT_BY_MASK):
+            return func, args  # it could draw, and does not; it picks: masks that the pass computes are constants there
         if kind.name == "copy_":
             return copied, (args[1], self._contents.value(args[0]).meta)
         functional = None if kind.random or not written else functional_form(func, kind)

@@ -9,7 +9,6 @@ from torch import Tensor
 from lightning_ebm.program.contents import Contents
 from lightning_ebm.program.operations import BY_MASK, PUT_BY_MASK, Traits
 from lightning_ebm.program.record import Node, Value, is_continuous
-from lightning_ebm.program.tensors import tensors_in
 
 _SLOPED = BY_MASK | {"_ctc_loss"}
 """Operations that have a slope, though the shape of what they give depends on values."""
@@ -31,14 +30,6 @@ def picks(contents: Contents, kind: Traits, args: Sequence[Any]) -> bool:
         return False
     masks = args[1] if isinstance(args[1], list | tuple) else [args[1]]
     return any(mask is not None and mask.dtype in _TRUTH and contents.is_choice(mask) for mask in masks)
-
-
-def cuts(contents: Contents, kind: Traits, args: Sequence[Any]) -> bool:
-    """Whether masks that the pass has computed cut what it is given, see `freeze_masks`."""
-    if kind.name in PUT_BY_MASK and args[2].numel() == 1:
-        return False
-    masks = (tensor for tensor in tensors_in(args) if tensor.dtype in _TRUTH)
-    return any((value := contents.known(mask)) is not None and value.node is not None for mask in masks)
 
 
 def freeze_masks(contents: Contents, node: Node, kind: Traits) -> None:
