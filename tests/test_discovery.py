@@ -284,6 +284,19 @@ class Gnn(nn.Module):
         return self.out(x)
 
 
+class Bag(nn.Module):
+    """A bag of words, and the same table read word by word, with a function for a nonlinearity."""
+
+    def __init__(self, bag=True):
+        super().__init__()
+        self.table = nn.EmbeddingBag(500, D) if bag else nn.Embedding(500, D)
+        self.head = nn.Linear(D, 2)
+
+    def forward(self, x):
+        found = self.table(x)
+        return self.head(found if found.ndim == 2 else found.mean(1).tanh())
+
+
 class BasicBlock(nn.Module):
     def __init__(self, a, b):
         super().__init__()
@@ -336,6 +349,9 @@ CASES = {
     "gru cell": (lambda: Cells(nn.GRUCell), SEQUENCE, LOOP, COMPLETED, 1.0),
     "lstm cell": (lambda: Cells(nn.LSTMCell), SEQUENCE, LSTM_LOOP, COMPLETED, 1.0),
     "gnn": (Gnn, tensor(5, 3), ["lin1", "lin2"], "weighted modules", 1.0),
+    # With a single product behind it, the table of words is the layer in front.
+    "bag of words": (Bag, TOKENS, ["table"], "embeddings", 1.0),
+    "mean of words": (lambda: Bag(False), TOKENS, ["table"], "embeddings", 1.0),
     "mlp": (mlp, tensor(3, 6), ["1", "4"], "activations", 1.0),
     "vgg": (vgg, IMAGE, ["2", "4", "7"], "activations", 1.0),
     "resnet": (resnet, IMAGE, ["2", "3.relu", "3.relu#1", "4.relu", "4.relu#1"], "activations", 1.0),

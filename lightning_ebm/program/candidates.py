@@ -82,8 +82,8 @@ def found_in(module: nn.Module) -> dict[str, dict[nn.Module, str]]:
     """The sets of modules at which states commonly sit, in order of preference: of each module its name.
 
     "activations"; "blocks", repeated modules, the outermost rows of them, of those with parts of their own if there are
-    any; "inner blocks", the innermost rows of modules
-    with parts of their own, where these are others; "weighted modules".
+    any; "inner blocks", the innermost rows of modules with parts of their own, where these are others; "weighted
+    modules"; "embeddings", where nothing else can carry one.
     """
     named = {m: clean(name) for name, m in module.named_modules() if name}
     rows = list(_repeated(module))
@@ -95,6 +95,7 @@ def found_in(module: nn.Module) -> dict[str, dict[nn.Module, str]]:
         "blocks": outer,
         "inner blocks": inner if inner != outer else set(),
         "weighted modules": {m for m in named if isinstance(m, WEIGHTED)},
+        "embeddings": {m for m in named if isinstance(m, nn.Embedding | nn.EmbeddingBag)},
     }
     return {what: {m: name for m, name in named.items() if m in chosen} for what, chosen in found.items() if chosen}
 

@@ -255,7 +255,7 @@ class LayerFinder:
             option = add("activations", activations)
             if option.cut and option.locality.share == 1 and self._trained() in (None, option.what):
                 return options
-        weighted = found.pop("weighted modules", {})
+        weighted, embeddings = found.pop("weighted modules", {}), found.pop("embeddings", {})
         for what, candidates in found.items():
             add(what, candidates)
         blocks = found.get("inner blocks") or found.get("blocks")
@@ -268,6 +268,8 @@ class LayerFinder:
                 add("activations, and weighted modules behind others", {**activations, **some})
         if weighted:
             add("weighted modules", weighted)
+        if embeddings and not any(option.cut for option in options):
+            add("embeddings", embeddings)
         if not options:  # a single weighted module: its output may still be a state
             add("the output", {})
         return options
