@@ -90,7 +90,7 @@ def found_in(module: nn.Module) -> dict[str, dict[nn.Module, str]]:
     composite = [row for row in rows if any(True for _ in row[0].children())]
     outer = {child for row in composite or rows for child in row}
     inner = {child for children in _innermost(module) for child in children}
-    found = {
+    found: dict[str, set[nn.Module]] = {
         "activations": {m for m in named if isinstance(m, ACTIVATIONS)},
         "blocks": outer,
         "inner blocks": inner if inner != outer else set(),

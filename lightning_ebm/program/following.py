@@ -20,6 +20,7 @@ from lightning_ebm.program.operations import (
     without_statistics,
 )
 from lightning_ebm.program.record import Mark, Meta, Node, Record, StateKey, Value, meta_of, outside_meta_of, stands_for
+from lightning_ebm.program.tensors import listed
 
 
 class Trail:
@@ -123,21 +124,28 @@ class Following:
         self._record.nodes.append(node)
         return value
 
-    def takes(self, node: Node, results: Sequence[Any], views: bool | None) -> bool:
+    def takes(self, node: Node, results: Any, views: bool | None) -> bool:
         """An operation that was handed out is over: whether it gave what it gave before, which is bound if so.
 
         Args:
             node: which.
-            results: what it gave.
+            results: what it gave, one tensor or several things.
             views: whether those are views of its arguments, which are not kept; None where each is asked.
         """
-        if not same_results(node, results):
+        found, bind = node.results, self._contents.bind
+        if views is not None and len(found) == 1 and isinstance(results, Tensor):  # as of most operations
+            same = found[0] is not None and found[0].meta == meta_of(results)
+            results = (results,)
+        else:
+            results = listed(results)
+            same = same_results(node, results)
+        if not same:
             self._trail = None
             return False
         self._record.nodes.append(node)
-        for value, tensor in zip(node.results, results, strict=True):
+        for value, tensor in zip(found, results, strict=True):
             if value is not None:
-                self._contents.bind(tensor, value, keeps=not (tensor._is_view() if views is None else views))
+                bind(tensor, value, not (tensor._is_view() if views is None else views))
         return True
 
     def drew(self, tensor: Tensor) -> None:

@@ -97,7 +97,7 @@ class Recorder(DispatchMode):
             node = self.following.operation(func, args, kwargs)
             if node is not None:
                 result = func(*args, **kwargs)
-                if not self.following.takes(node, listed(result), kind.views):
+                if not self.following.takes(node, result, kind.views):
                     self._ended(Node(node.func, node.args, node.kwargs), kind, [], result)
                 return result
         if kind.unfilled:  # no operation: what it holds when it is first read; the same in every run that fills it
