@@ -597,8 +597,8 @@ MUTATIONS = [
     Mutation(
         "followed operations are not compared",
         "program/following.py",
-        "        if node is None or node.func is not func or",
-        "        if node is None or",
+        "if node is not None and node.func is func and self._same_arguments(node, args, kwargs):",
+        "if node is not None and self._same_arguments(node, args, kwargs):",
         "following",
     ),
     Mutation(
@@ -611,8 +611,8 @@ MUTATIONS = [
     Mutation(
         "what shares memory is followed whatever it reads",
         "program/following.py",
-        "node.func is not func or node.args != args else",
-        "node.func is not func else",
+        "node.results[0] if node.func is func and node.args == args else None",
+        "node.results[0] if node.func is func else None",
         "following",
     ),
     Mutation(
@@ -620,6 +620,20 @@ MUTATIONS = [
         "program/following.py",
         "if bound is not None and bound[1] is known and bound[0]() is arg:",
         "if bound is not None and bound[0]() is arg:",
+        "following",
+    ),
+    Mutation(
+        "passes that take turns are taken for each other",
+        "program/following.py",
+        "                if fits(node):\n",
+        "                if True:\n",
+        "following",
+    ),
+    Mutation(
+        "parameters of passes that take turns are taken for each other",
+        "program/following.py",
+        "                self._trail = other  # it is asked for its parameters\n                if fits(node):\n",
+        "                if fits(node):\n                    self._trail = other\n",
         "following",
     ),
     Mutation(
@@ -674,7 +688,7 @@ MUTATIONS = [
     Mutation(
         "a call of another module is followed",
         "program/following.py",
-        "was == (module, drive or prediction, rounding, weighted)",
+        "(mark.module, mark.drive, mark.rounding, mark.weighted) == was",
         "True",
         "following",
     ),

@@ -196,6 +196,10 @@ def a_view_that_is_gone(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
     return views[1] * h
 
 
+def another_parameter_in_turn(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return h.sin() * (x if index % 2 else net.other if index < LATE else net.scale)
+
+
 def copied_into_a_slice(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
     out = h.sin()
     out[:, : 2 if index < LATE else 3] = h[:, :1] * x[:, :1]
@@ -241,7 +245,7 @@ CHANGES = [
     a_parameter_that_is_frozen, a_parameter_of_another_shape, a_leaf_that_the_step_makes, other_strides,
     a_call_that_is_missing, a_detour, dropout, written_in_place, written_through_a_view_late, batch_norm, noise,
      in_place_late, a_hook_that_begins, gradients_off,
-    another_batch, a_lookup, *COMES_AGAIN, a_view_that_is_gone,
+    another_batch, a_lookup, *COMES_AGAIN, a_view_that_is_gone, another_parameter_in_turn,
 ]  # fmt: skip
 
 
@@ -350,6 +354,38 @@ def test_what_networks_do_besides_computing_comes_again_as_well(
     assert counts[0] > 0
     assert counts[1:LATE] == [0] * (LATE - 1)
     assert counts[LATE + 1 :] == [0] * (LATE - 1)
+
+
+def lengths_in_turn(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return h[: 5 - index % 3].mean(0) + h
+
+
+def losses_in_turn(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return h.sin() * x if index % 2 else (h * x).cos()
+
+
+def modes_in_turn(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    net.train(index % 2 == 0)
+    return net.norm(net.drop(h))
+
+
+def one_is_the_beginning_of_the_other(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return h.sin() if index % 2 else h.sin() * x
+
+
+def layers_in_turn(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return net.act(h.sin()) if index % 2 else h.sin()
+
+
+@pytest.mark.parametrize(
+    "change", [lengths_in_turn, losses_in_turn, modes_in_turn, one_is_the_beginning_of_the_other, layers_in_turn]
+)
+def test_passes_that_take_turns_are_each_followed(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of several lengths, two closures of a learner, training and evaluation."""
+    counts = built(Net(), change, monkeypatch)
+    assert 0 < counts[1] < counts[0]  # they begin alike
+    assert counts[3:] == [0] * (2 * LATE - 3)
+    test_what_changes_between_steps_is_never_missed(change, True)
 
 
 def test_a_pass_that_changes_builds_what_comes_after(monkeypatch: pytest.MonkeyPatch) -> None:

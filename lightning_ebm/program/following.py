@@ -1,8 +1,8 @@
-"""Following a known record: from the second step on nothing is built, as long as the same operations come again."""
+"""Following known records: from the second step on nothing is built, as long as the same operations come again."""
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,11 +37,12 @@ class Trail:
 
 
 class Following:
-    """Compares a pass with a known one, operation by operation, and hands out the nodes of that one.
+    """Compares a pass with known ones, operation by operation, and hands out the nodes of that which it is so far.
 
     What it has handed out is equal in operations, constants, shapes, strides, kinds of numbers, devices, parameters and
-    in what is computed from what. Where a pass does something else it follows no more: the pass goes on from the nodes
-    that it was given.
+    in what is computed from what. Known passes that begin alike have these nodes in common, as branches of a tree have:
+    where a pass does something else than the one it is compared with, as with batches of another length, it may be the
+    next one. Where it is none it follows no more: it goes on from the nodes that it was given, and is a new branch.
 
     Args:
         record: of this pass.
@@ -52,6 +53,7 @@ class Following:
         self._record = record
         self._contents = contents
         self._trail: Trail | None = None
+        self._known: Sequence[Trail] = ()
         self._at = 0
         self._taken: set[Value] = set()
         self._drawn: set[Value] = set()
@@ -62,9 +64,9 @@ class Following:
         """Whether the pass has been the known one so far."""
         return self._trail is not None
 
-    def begin(self, trail: Trail) -> None:
-        """From its beginning on, the pass is compared with a known one, whose nodes and values it takes over."""
-        self._trail = trail
+    def begin(self, known: Sequence[Trail]) -> None:
+        """From its beginning on, the pass is compared with known ones, the first first."""
+        self._known, self._trail = known, known[0]
 
     def stop(self) -> None:
         """The pass does something else, or is over."""
@@ -76,28 +78,30 @@ class Following:
         if trail is None:
             return None
         node = trail.nodes[self._at]
-        if node is None or node.func is not func or not self._same_arguments(node, args, kwargs):
-            self._trail = None
-            return None
-        self._at += 1
-        return node
+        if node is not None and node.func is func and self._same_arguments(node, args, kwargs):
+            self._at += 1
+            return node
+        return self._branch(lambda other: other.func is func and self._same_arguments(other, args, kwargs))
 
     def mark(
         self, key: StateKey, module: Any, drive: Value | None, prediction: Value, rounding: float, weighted: bool
     ) -> Mark | None:
         """The mark of a call that has returned; None if the known pass did something else here."""
-        trail = self._trail
-        if trail is None:
-            return None
-        node = trail.nodes[self._at]
-        if node is not None and node.func is stands_for and node.args[0] is prediction and node.args[1] == key:
-            mark = trail.marks[node]
-            was = mark.module, mark.drive, mark.rounding, mark.weighted
-            if was == (module, drive or prediction, rounding, weighted):
-                self._at += 1
-                return mark
-        self.stop()
-        return None
+        was = module, drive or prediction, rounding, weighted
+
+        def fits(node: Node) -> bool:
+            if (
+                self._trail is None
+                or node.func is not stands_for
+                or node.args[0] is not prediction
+                or node.args[1] != key
+            ):
+                return False
+            mark = self._trail.marks[node]
+            return (mark.module, mark.drive, mark.rounding, mark.weighted) == was
+
+        node = self._next(fits)
+        return None if node is None or self._trail is None else self._trail.marks[node]
 
     def alike(self, func: Any, kind: Traits, args: Any, written: Sequence[Tensor]) -> tuple[Any, Any] | None:
         """An operation that is not plain, as the record has it; None where more goes on than one could say."""
@@ -112,17 +116,16 @@ class Following:
 
     def made(self, func: Any, args: tuple[Any, ...], meta: Meta) -> Value | None:
         """What an operation gave that no call was made for; None if the known pass did something else here."""
-        trail = self._trail
-        if trail is None:
+
+        def fits(node: Node) -> bool:
+            value = node.results[0] if node.func is func and node.args == args else None
+            return value is not None and value.meta == meta
+
+        node = self._next(fits)
+        if node is None:
             return None
-        node = trail.nodes[self._at]
-        value = None if node is None or node.func is not func or node.args != args else node.results[0]
-        if node is None or value is None or value.meta != meta:
-            self._trail = None
-            return None
-        self._at += 1
         self._record.nodes.append(node)
-        return value
+        return node.results[0]
 
     def takes(self, node: Node, results: Any, views: bool | None) -> bool:
         """An operation that was handed out is over: whether it gave what it gave before, which is bound if so.
@@ -153,6 +156,33 @@ class Following:
         value = self._contents.constant(tensor)
         if self.follows:
             self._drawn.add(value)
+
+    def _next(self, fits: Callable[[Node], bool]) -> Node | None:
+        """What comes next in a known pass that has been the same so far, if it fits."""
+        node = None if self._trail is None else self._trail.nodes[self._at]
+        if node is None or not fits(node):
+            return self._branch(fits)
+        self._at += 1
+        return node
+
+    def _branch(self, fits: Callable[[Node], bool]) -> Node | None:
+        """The same of the passes that are not followed yet: that which it fits is followed from here on, or none."""
+        here, at = self._trail, self._at
+        if here is None:
+            return None
+        tried = [here.nodes[at]]
+        for other in self._known:
+            if at < len(other.nodes) and (at == 0 or other.nodes[at - 1] is here.nodes[at - 1]):
+                node = other.nodes[at]
+                if node is None or node in tried:
+                    continue
+                tried.append(node)
+                self._trail = other  # it is asked for its parameters
+                if fits(node):
+                    self._at += 1
+                    return node
+        self._trail = None
+        return None
 
     def _same_arguments(self, node: Node, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         if len(kwargs) != len(node.kwargs) or not self._all_same(args, node.args):

@@ -132,7 +132,7 @@ class Programs:
     def recording(self, recorder: Recorder, replace: Replace = nothing_in_place) -> Iterator[None]:
         """Records what runs within."""
         if self._known:
-            recorder.following.begin(self._known[0].outline.trail)
+            recorder.following.begin([known.outline.trail for known in self._known])
         with Calls(self._module, recorder, self._watch, replace), recorder:
             yield
 
