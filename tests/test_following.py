@@ -287,6 +287,16 @@ def test_the_layers_are_those_of_the_parameters_that_are_used_now(capture: bool)
     assert named == [{"scale"}] * LATE + [{"other"}] * LATE
 
 
+def test_the_layers_are_those_of_the_parameters_that_are_used_in_turn() -> None:
+    net, named = Net(), []
+    learner = ebm.Learner(net, "zero-divergence")
+    for index in range(2 * LATE):
+        learner.gradients(lambda index=index: step(net, another_parameter_in_turn, index))
+        assert learner.plan is not None
+        named.append({name for row in learner.plan.rows for name in row.parameters} & {"scale", "other"})
+    assert named == [{"other"}, set()] * (LATE // 2) + [{"scale"}, set()] * (LATE // 2)
+
+
 class OwnTanh(nn.Tanh):
     """Another module with the same operations."""
 
