@@ -277,3 +277,42 @@ def test_writes_that_cannot_be_done_once_are_refused_by_name(between: Any, words
     learner = ebm.Learner(net, algorithm)
     with pytest.raises(ebm.UnsupportedModuleError, match=words):
         learner.gradients(lambda: F.cross_entropy(net.last(between(net, net.first(X[0]))), Y[0]))
+
+
+class Reversed(torch.autograd.Function):
+    """Runs a module without a graph, and again on the way back, where `backward` fills the gradients of what it has."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
+        ctx.module = module
+        ctx.save_for_backward(x)
+        return module(x)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, None]:
+        (x,) = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            ctx.module(x).backward(slope)
+        return x.grad, None
+
+
+@pytest.mark.parametrize("algorithm", [EXACT, "pc-nudge", "predictive-coding"])
+def test_backward_code_that_fills_gradients_itself_is_refused_by_name(algorithm: str) -> None:
+    """It would once an evaluation: of autograd's own gradient when the step is checked, and of errors at any scale."""
+    net = Net().double()
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    learner = ebm.Learner(net, algorithm)
+    with pytest.raises(ebm.UnsupportedModuleError, match=r"Reversed.*backward\(\).*second\.0\.weight.*use_reentrant"):
+        learner.backward(lambda: F.cross_entropy(net.last(Reversed.apply(net.first(X[0]), net.second)), Y[0]))
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in net.parameters())
+
+
+def test_where_all_layers_are_within_a_custom_function_that_is_said() -> None:
+    net = Net().double()
+    inputs = X[0].clone().requires_grad_()  # as an embedding would give
+    learner = ebm.Learner(net, EXACT)
+    whole = nn.Sequential(net.first, net.second)
+    with pytest.raises(ebm.LayerDiscoveryError, match=r"custom autograd function \(.*Reversed\).*use_reentrant"):
+        learner.gradients(lambda: F.cross_entropy(net.last(Reversed.apply(inputs, whole)), Y[0]))

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from lightning_ebm.counted import counted
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.network.tensor_version import versions
 from lightning_ebm.program.autograd_graph import graph_of
@@ -45,7 +46,7 @@ def check_against_autograd(module: nn.Module, program: Program, plan: Plan, loss
 def _compare(
     names: dict[int, str], module: nn.Module, program: Program, plan: Plan, loss: Tensor, leaves: Sequence[Tensor]
 ) -> None:
-    with _writing_nothing(module, program):
+    with _writing_nothing(module, program), _handing_out_nothing(module, program):
         found = _autograds_own(module, program.record, loss, leaves)
     program.record.told()
     seen = program.run(at_prediction())
@@ -95,6 +96,34 @@ def _writing_nothing(module: nn.Module, program: Program) -> Iterator[None]:
                 f" {tuple(tensor.shape)} that was there before: it runs at every evaluation of a relaxation, and would"
                 " write each time. Write to it in training_step, or in on_after_backward."
             )
+
+
+@contextmanager
+def _handing_out_nothing(module: nn.Module, program: Program) -> Iterator[None]:
+    """Refuses backward code of the user's own that fills `.grad` itself: it would at every evaluation, at any scale."""
+    own = sorted({name for node in program.order if (name := _foreign(node.func))})
+    if not own:
+        yield
+        return
+    parameters = dict(module.named_parameters())
+    before = {name: p.grad for name, p in parameters.items()}
+    for p in parameters.values():
+        p.grad = None
+    try:
+        yield
+        filled = [clean(name) for name, p in parameters.items() if p.grad is not None]
+    finally:
+        for name, p in parameters.items():
+            p.grad = before[name]
+    if filled:
+        raise UnsupportedModuleError(
+            f"The backward code of a custom autograd function ({', '.join(own)}) calls backward() itself, as reversible"
+            f" blocks and checkpoints by hand do, and so adds to the gradient of {counted(len(filled), 'parameter')}"
+            f" ({', '.join(filled[:3])}{', ...' if len(filled) > 3 else ''}): it would at every evaluation of a"
+            " relaxation, of errors that are none of the loss's own. Nothing was learned. Call the layers as they are,"
+            " or within torch.utils.checkpoint(..., use_reentrant=False); or hand the function its parameters and"
+            " return their gradients, by torch.autograd.grad."
+        )
 
 
 def told_to_hooks(module: nn.Module, record: Record, loss: Tensor) -> None:
