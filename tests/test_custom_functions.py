@@ -316,3 +316,52 @@ def test_where_all_layers_are_within_a_custom_function_that_is_said() -> None:
     whole = nn.Sequential(net.first, net.second)
     with pytest.raises(ebm.LayerDiscoveryError, match=r"custom autograd function \(.*Reversed\).*use_reentrant"):
         learner.gradients(lambda: F.cross_entropy(net.last(Reversed.apply(inputs, whole)), Y[0]))
+
+
+class Assigned(torch.autograd.Function):
+    """Writes a value into a place of its first argument, unseen by autograd, and returns that, as solvers do."""
+
+    @staticmethod
+    def forward(ctx: Any, stages: Tensor, value: Tensor, place: int) -> Tensor:
+        ctx.place = place
+        stages.data[place] = value
+        return stages
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:
+        return slope, slope[ctx.place], None
+
+
+def in_stages(net: nn.Module, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Three stages of an explicit solver, each of which reads those before; and what was returned of the first."""
+    first = stages = Assigned.apply(torch.empty(4, *h.shape, dtype=h.dtype), h, 0)
+    for stage in range(1, 4):
+        stages = Assigned.apply(stages, net.second(h + 0.3 * stages[:stage].sum(0)), stage)
+    return h + torch.tensordot(torch.arange(1.0, 5.0, dtype=h.dtype), stages, 1), first
+
+
+@pytest.mark.parametrize("algorithm", [EXACT, "pc-nudge"])
+def test_a_function_may_return_the_argument_that_it_has_written_to(algorithm: str) -> None:
+    net = Net().double()
+    learner = ebm.Learner(net, algorithm)
+    for x, y in zip(X, Y, strict=True):
+        found = learner.gradients(lambda x=x, y=y: F.cross_entropy(net.last(in_stages(net, net.first(x))[0]), y))
+        h = net.first(x)
+        stages = [h]
+        for _ in range(3):
+            stages.append(net.second(h + 0.3 * sum(stages)))
+        ended = h + sum(n * stage for n, stage in enumerate(stages, 1))
+        true = torch.autograd.grad(F.cross_entropy(net.last(ended), y), list(net.parameters()), allow_unused=True)
+        pairs = {name: (g, t) for (name, g), t in zip(found.items(), true, strict=True) if t is not None}
+        apart = [{name: pair[i] for name, pair in pairs.items()} for i in range(2)]
+        off = ebm.metrics.alignment(*apart)["relative_error"]
+        assert off < (1e-12 if algorithm == EXACT else 5e-3)
+
+
+def test_what_it_returned_before_it_wrote_again_cannot_be_read_any_more() -> None:
+    """To autograd that is what it was, with other numbers in it."""
+    net = Net().double()
+    with pytest.raises(ebm.UnsupportedModuleError, match="autograd does not see the write"):
+        ebm.Learner(net, EXACT).gradients(
+            lambda: F.cross_entropy(net.last(in_stages(net, net.first(X[0]))[1][0]), Y[0])
+        )
