@@ -365,3 +365,30 @@ def test_what_it_returned_before_it_wrote_again_cannot_be_read_any_more() -> Non
         ebm.Learner(net, EXACT).gradients(
             lambda: F.cross_entropy(net.last(in_stages(net, net.first(X[0]))[1][0]), Y[0])
         )
+
+
+class Remembering(torch.autograd.Function):
+    """Computes with what a closure holds, and looks on its way back for the tensors that it was handed there."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Any, *handed: Tensor) -> Tensor:
+        ctx.compute = compute
+        ctx.save_for_backward(*handed)
+        return compute()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
+        with torch.enable_grad():
+            again = ctx.compute()
+        return None, *torch.autograd.grad(again, ctx.saved_tensors, slope, retain_graph=True)
+
+
+def test_backward_code_that_fails_at_other_states_is_refused_with_the_cause() -> None:
+    net = Net().double()
+
+    def remembered() -> Tensor:
+        h = net.first(X[0])
+        return F.cross_entropy(net.last(Remembering.apply(lambda: h.sin(), h)), Y[0])
+
+    with pytest.raises(ebm.UnsupportedModuleError, match=r"Remembering.*fails at other states.*\.apply"):
+        ebm.Learner(net, EXACT).gradients(remembered)

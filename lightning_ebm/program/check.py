@@ -50,7 +50,10 @@ def _compare(
         found = _autograds_own(module, program.record, loss, leaves)
     program.record.told()
     seen = program.run(at_prediction())
-    ours = exact_rule(seen, plan, leaves)
+    try:
+        ours = exact_rule(seen, plan, leaves)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise _fails_elsewhere(error, program) from error
     ours = [None if g is None else g.to_dense() for g in ours]
     true = [None if t is None else t.to_dense() for t in found]
     rounding = max(seen.rounding, torch.finfo(loss.dtype).eps)
@@ -145,6 +148,19 @@ def _autograds_own(
     again = nullcontext() if not record.notes else (untouched_tensors if record.has_hooks else untouched)(module)
     with again:
         return torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+
+
+def _fails_elsewhere(error: Exception, program: Program) -> Exception:
+    """What the user's own backward code raises where it has been handed other tensors than those of the pass."""
+    own = sorted({name for node in program.order if (name := _foreign(node.func))})
+    if not own or isinstance(error, UnsupportedModuleError | torch.OutOfMemoryError):
+        return error
+    return UnsupportedModuleError(
+        f"The backward code of a custom autograd function ({', '.join(own)}) fails at other states than those of the"
+        f" step's own pass: {error}. There it is handed other tensors, while a function or an object that it keeps"
+        " computes with those of the pass. Hand all tensors that it computes with to .apply(...), and compute with"
+        ' what comes in; or take algorithm="backprop" for this module.'
+    )
 
 
 _SCALES = (1e-3, 1e3)
