@@ -105,7 +105,10 @@ class Calls:
         return torch.is_grad_enabled() and not self._recorder.pausing.depth
 
     def _is_seen(self, tensor: Tensor) -> bool:
-        return self._contents.known(tensor) is not None or not is_wrapped(tensor)
+        if self._contents.known(tensor) is not None:
+            return True
+        with self._recorder.pausing():  # it is not the user who hands out its memory
+            return not is_wrapped(tensor)
 
     def _carries(self, leaf: Any) -> bool:
         if not isinstance(leaf, Tensor):
