@@ -194,6 +194,38 @@ def test_without_activation_modules_states_sit_at_the_outputs_of_weighted_module
     both(net)
 
 
+class OwnLinear(nn.Module):
+    """A linear map of another library's kind, with its weight the other way round."""
+
+    def __init__(self, a, b):
+        super().__init__()
+        self.weight, self.shift = nn.Parameter(torch.randn(a, b) / a**0.5), nn.Parameter(torch.zeros(b))
+
+    def forward(self, x):
+        return x @ self.weight + self.shift
+
+
+class Tagger(nn.Module):
+    """A table, two linear maps of another kind, and a read-out by the table: no activation that is a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.scale = nn.Embedding(9, 6), nn.LayerNorm(6)
+        self.up, self.down = OwnLinear(6, 8), OwnLinear(8, 6)
+
+    def forward(self, tokens):
+        return self.down(torch.tanh(self.up(self.scale(self.table(tokens))))) @ self.table.weight.T
+
+
+def test_weighted_modules_of_other_libraries_are_found_by_what_they_multiply_by():
+    net = Tagger().double()
+    tokens = torch.arange(12).remainder(9).view(4, 3)
+    rows, readout = table(net, tokens)
+    assert rows == [("up", ("input",)), ("down", ("up",))]
+    assert readout == ("table.weight",)
+    exact(net, lambda: F.cross_entropy(net(tokens).mT, tokens))
+
+
 def test_without_activation_modules_repeated_blocks_are_layers():
     torch.manual_seed(0)
     block = nn.TransformerEncoderLayer(6, 2, 12, dropout=0.0, batch_first=True, dtype=torch.float64)
