@@ -971,3 +971,23 @@ def test_a_list_may_ask_for_names_and_types_at_once():
     assert list(both.plan.states) == list(by_name.plan.states)
     with pytest.raises(ebm.ConfigurationError, match="a list of names of modules"):
         ebm.Learner(net, layers=["1", 3])
+
+
+@pytest.mark.parametrize("name", ["zero-divergence", "pc-nudge"])
+@pytest.mark.parametrize("three", [False, True])
+def test_a_norm_of_groups_behind_a_state_channels_last(name, three):
+    """torch ends the process where the slopes of scale and shift alone are asked for; three steps, also as code."""
+    torch.manual_seed(0)
+    convolution = nn.Conv3d if three else nn.Conv2d
+    parts = [convolution(3, 8, 3), nn.SiLU(), nn.GroupNorm(2, 8), convolution(8, 8, 3), nn.SiLU(), nn.GroupNorm(4, 8)]
+    net = nn.Sequential(*parts, nn.Flatten(), nn.Linear(8 * 2 ** (2 + three), 4)).double()
+    form = torch.channels_last_3d if three else torch.channels_last
+    net = net.to(memory_format=form)
+    x = torch.randn(4, 3, *[6] * (2 + three)).double().to(memory_format=form)
+    y = torch.randint(4, (4,))
+    learner = ebm.Learner(net, name)
+    true = torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters()))
+    for _ in range(3):
+        found = learner.gradients(lambda: F.cross_entropy(net(x), y))
+        off = ebm.metrics.alignment(found, dict(zip(found, true, strict=True)))["relative_error"]
+        assert off < (1e-12 if name == "zero-divergence" else 1e-2)
