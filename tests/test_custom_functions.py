@@ -392,3 +392,21 @@ def test_backward_code_that_fails_at_other_states_is_refused_with_the_cause() ->
 
     with pytest.raises(ebm.UnsupportedModuleError, match=r"Remembering.*fails at other states.*\.apply"):
         ebm.Learner(net, EXACT).gradients(remembered)
+
+
+class Solved(torch.autograd.Function):
+    """As adjoint methods that solve to an absolute tolerance: what is below it does not come through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return slope - 1e-6 * slope.sign()
+
+
+def test_an_adjoint_to_an_absolute_tolerance_is_refused_by_its_name_and_with_its_remedy() -> None:
+    net = Net().double()
+    with pytest.raises(ebm.UnsupportedModuleError, match=r"\(.*Solved\).*proportional.*adjoint.*fixed steps"):
+        ebm.Learner(net, EXACT).gradients(lambda: F.cross_entropy(net.last(Solved.apply(net.first(X[0]))), Y[0]))

@@ -175,11 +175,15 @@ def _check_proportional(
         scaled = exact_rule(program.run(at_prediction()), plan, leaves, scale)
         pairs = [(g, s / scale) for g, s in zip(ours, scaled, strict=True) if g is not None and s is not None]
         if any(not float((g - s).abs().max()) <= 1e5 * rounding * largest for g, s in pairs if g.numel()):
+            own = sorted({name for node in program.order if (name := _foreign(node.func))})
+            named_here = f" ({', '.join(own)})" if own else ""
             raise UnsupportedModuleError(
-                "A gradient hook, or the backward code of a custom autograd function, gives something that is not"
-                " proportional to the gradient it is given, as clipping and taking signs do. Between layers errors"
-                " come in the scale of the nudge, so that it would do something else than under backprop. Clip the"
-                " gradients of parameters instead (Trainer(gradient_clip_val=...), or a hook on the parameter)."
+                f"A gradient hook, or the backward code of a custom autograd function{named_here}, gives something that"
+                " is not proportional to the gradient it is given, as clipping and taking signs do, and adjoint methods"
+                " that solve to an absolute tolerance. Between layers errors come in the scale of the nudge, so that it"
+                " would do something else than under backprop. Clip the gradients of parameters instead"
+                " (Trainer(gradient_clip_val=...), or a hook on the parameter); differentiate through a solver in place"
+                " of its adjoint method, or let that take fixed steps."
             )
 
 
