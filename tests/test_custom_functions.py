@@ -410,3 +410,28 @@ def test_an_adjoint_to_an_absolute_tolerance_is_refused_by_its_name_and_with_its
     net = Net().double()
     with pytest.raises(ebm.UnsupportedModuleError, match=r"\(.*Solved\).*proportional.*adjoint.*fixed steps"):
         ebm.Learner(net, EXACT).gradients(lambda: F.cross_entropy(net.last(Solved.apply(net.first(X[0]))), Y[0]))
+
+
+class Asserting(torch.autograd.Function):
+    """A tangent that asserts that what comes in is finite, as solvers with steps of their own size do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        assert torch.isfinite(x).all(), "underflow"
+        ctx.save_for_backward(x.tanh())
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return slope * (1 - ctx.saved_tensors[0].square())
+
+
+def test_a_function_may_assert_that_its_input_is_finite() -> None:
+    """Whether samples see each other is tried with nan, which is no concern of the user's."""
+    net = Net().double()
+    learner = ebm.Learner(net, "pc-nudge")
+    found = learner.gradients(lambda: F.cross_entropy(net.last(Asserting.apply(net.first(X[0]))), Y[0]))
+    loss = F.cross_entropy(net.last(net.first(X[0]).tanh()), Y[0])
+    true = torch.autograd.grad(loss, [*net.first.parameters(), *net.last.parameters()])
+    pairs = {name: g for name, g in found.items() if not name.startswith("second")}
+    assert ebm.metrics.alignment(pairs, dict(zip(pairs, true, strict=True)))["relative_error"] < 1e-2
