@@ -83,6 +83,9 @@ class RandomState:
             self._numpy = (kind, keys.cpu().numpy().astype("uint32"), *rest)
 
 
+_SEQUENCES: tuple[Any, ...] = (list, deque, set, tuple)
+
+
 class PlainState:
     """Attributes of modules, torch's as well, and what they hold, recursively; and which modules hold which.
 
@@ -122,11 +125,10 @@ class PlainState:
             contents = dict(value)
             self._undo.append(partial(_refill, value, contents))
             items = list(contents.values())
-        elif isinstance(value, list | deque | set):
-            items = list(value)
-            self._undo.append(partial(_refill, value, items))
-        elif isinstance(value, tuple):
-            items = list(value)
+        elif (kind := next((kind for kind in _SEQUENCES if isinstance(value, kind)), None)) is not None:
+            items = list(kind.__iter__(value))  # not its own: a subclass may refuse a length, or count as it is read
+            if kind is not tuple:
+                self._undo.append(partial(_refill, value, items))
         elif isinstance(value, torch.Generator):
             self._undo.append(partial(value.set_state, value.get_state()))
         elif isinstance(value, random.Random):

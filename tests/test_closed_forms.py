@@ -28,6 +28,7 @@ ELEMENTWISE = {
     "hardsigmoid": nn.Hardsigmoid(),
     "leaky": nn.LeakyReLU(0.01),
     "leakier": nn.LeakyReLU(0.3),
+    "not leaky": nn.LeakyReLU(0.0),
     "tanh": nn.Tanh(),
     "sigmoid": nn.Sigmoid(),
 }
@@ -49,6 +50,11 @@ def test_the_dual_is_the_legendre_transform_of_the_potential(name):
         assert float(pair.dual(a)) == pytest.approx(float(best), abs=1e-6)
         assert float(states[where]) == pytest.approx(float(module(a)), abs=1e-3)
         assert float(pair.rho(a)) == pytest.approx(float(module(a)), abs=1e-7)
+
+
+def test_an_activation_that_falls_is_the_slope_of_no_convex_function():
+    with pytest.raises(ebm.UnsupportedModuleError, match=r"LeakyReLU.*falls and then rises"):
+        conjugate_of(nn.LeakyReLU(-0.2), "net.1")
 
 
 def test_the_dual_of_softmax_is_the_legendre_transform_of_negative_entropy():

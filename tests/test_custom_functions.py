@@ -277,3 +277,161 @@ def test_writes_that_cannot_be_done_once_are_refused_by_name(between: Any, words
     learner = ebm.Learner(net, algorithm)
     with pytest.raises(ebm.UnsupportedModuleError, match=words):
         learner.gradients(lambda: F.cross_entropy(net.last(between(net, net.first(X[0]))), Y[0]))
+
+
+class Reversed(torch.autograd.Function):
+    """Runs a module without a graph, and again on the way back, where `backward` fills the gradients of what it has."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
+        ctx.module = module
+        ctx.save_for_backward(x)
+        return module(x)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, None]:
+        (x,) = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            ctx.module(x).backward(slope)
+        return x.grad, None
+
+
+@pytest.mark.parametrize("algorithm", [EXACT, "pc-nudge", "predictive-coding"])
+def test_backward_code_that_fills_gradients_itself_is_refused_by_name(algorithm: str) -> None:
+    """It would once an evaluation: of autograd's own gradient when the step is checked, and of errors at any scale."""
+    net = Net().double()
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    learner = ebm.Learner(net, algorithm)
+    with pytest.raises(ebm.UnsupportedModuleError, match=r"Reversed.*backward\(\).*second\.0\.weight.*use_reentrant"):
+        learner.backward(lambda: F.cross_entropy(net.last(Reversed.apply(net.first(X[0]), net.second)), Y[0]))
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in net.parameters())
+
+
+def test_where_all_layers_are_within_a_custom_function_that_is_said() -> None:
+    net = Net().double()
+    inputs = X[0].clone().requires_grad_()  # as an embedding would give
+    learner = ebm.Learner(net, EXACT)
+    whole = nn.Sequential(net.first, net.second)
+    with pytest.raises(ebm.LayerDiscoveryError, match=r"custom autograd function \(.*Reversed\).*use_reentrant"):
+        learner.gradients(lambda: F.cross_entropy(net.last(Reversed.apply(inputs, whole)), Y[0]))
+
+
+class Assigned(torch.autograd.Function):
+    """Writes a value into a place of its first argument, unseen by autograd, and returns that, as solvers do."""
+
+    @staticmethod
+    def forward(ctx: Any, stages: Tensor, value: Tensor, place: int) -> Tensor:
+        ctx.place = place
+        stages.data[place] = value
+        return stages
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:
+        return slope, slope[ctx.place], None
+
+
+def in_stages(net: nn.Module, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Three stages of an explicit solver, each of which reads those before; and what was returned of the first."""
+    first = stages = Assigned.apply(torch.empty(4, *h.shape, dtype=h.dtype), h, 0)
+    for stage in range(1, 4):
+        stages = Assigned.apply(stages, net.second(h + 0.3 * stages[:stage].sum(0)), stage)
+    return h + torch.tensordot(torch.arange(1.0, 5.0, dtype=h.dtype), stages, 1), first
+
+
+@pytest.mark.parametrize("algorithm", [EXACT, "pc-nudge"])
+def test_a_function_may_return_the_argument_that_it_has_written_to(algorithm: str) -> None:
+    net = Net().double()
+    learner = ebm.Learner(net, algorithm)
+    for x, y in zip(X, Y, strict=True):
+        found = learner.gradients(lambda x=x, y=y: F.cross_entropy(net.last(in_stages(net, net.first(x))[0]), y))
+        h = net.first(x)
+        stages = [h]
+        for _ in range(3):
+            stages.append(net.second(h + 0.3 * sum(stages)))
+        ended = h + sum(n * stage for n, stage in enumerate(stages, 1))
+        true = torch.autograd.grad(F.cross_entropy(net.last(ended), y), list(net.parameters()), allow_unused=True)
+        pairs = {name: (g, t) for (name, g), t in zip(found.items(), true, strict=True) if t is not None}
+        apart = [{name: pair[i] for name, pair in pairs.items()} for i in range(2)]
+        off = ebm.metrics.alignment(*apart)["relative_error"]
+        assert off < (1e-12 if algorithm == EXACT else 5e-3)
+
+
+def test_what_it_returned_before_it_wrote_again_cannot_be_read_any_more() -> None:
+    """To autograd that is what it was, with other numbers in it."""
+    net = Net().double()
+    with pytest.raises(ebm.UnsupportedModuleError, match="autograd does not see the write"):
+        ebm.Learner(net, EXACT).gradients(
+            lambda: F.cross_entropy(net.last(in_stages(net, net.first(X[0]))[1][0]), Y[0])
+        )
+
+
+class Remembering(torch.autograd.Function):
+    """Computes with what a closure holds, and looks on its way back for the tensors that it was handed there."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Any, *handed: Tensor) -> Tensor:
+        ctx.compute = compute
+        ctx.save_for_backward(*handed)
+        return compute()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
+        with torch.enable_grad():
+            again = ctx.compute()
+        return None, *torch.autograd.grad(again, ctx.saved_tensors, slope, retain_graph=True)
+
+
+def test_backward_code_that_fails_at_other_states_is_refused_with_the_cause() -> None:
+    net = Net().double()
+
+    def remembered() -> Tensor:
+        h = net.first(X[0])
+        return F.cross_entropy(net.last(Remembering.apply(lambda: h.sin(), h)), Y[0])
+
+    with pytest.raises(ebm.UnsupportedModuleError, match=r"Remembering.*fails at other states.*\.apply"):
+        ebm.Learner(net, EXACT).gradients(remembered)
+
+
+class Solved(torch.autograd.Function):
+    """As adjoint methods that solve to an absolute tolerance: what is below it does not come through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return slope - 1e-6 * slope.sign()
+
+
+def test_an_adjoint_to_an_absolute_tolerance_is_refused_by_its_name_and_with_its_remedy() -> None:
+    net = Net().double()
+    with pytest.raises(ebm.UnsupportedModuleError, match=r"\(.*Solved\).*proportional.*adjoint.*fixed steps"):
+        ebm.Learner(net, EXACT).gradients(lambda: F.cross_entropy(net.last(Solved.apply(net.first(X[0]))), Y[0]))
+
+
+class Asserting(torch.autograd.Function):
+    """A tangent that asserts that what comes in is finite, as solvers with steps of their own size do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        assert torch.isfinite(x).all(), "underflow"
+        ctx.save_for_backward(x.tanh())
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return slope * (1 - ctx.saved_tensors[0].square())
+
+
+def test_a_function_may_assert_that_its_input_is_finite() -> None:
+    """Whether samples see each other is tried with nan, which is no concern of the user's."""
+    net = Net().double()
+    learner = ebm.Learner(net, "pc-nudge")
+    found = learner.gradients(lambda: F.cross_entropy(net.last(Asserting.apply(net.first(X[0]))), Y[0]))
+    loss = F.cross_entropy(net.last(net.first(X[0]).tanh()), Y[0])
+    true = torch.autograd.grad(loss, [*net.first.parameters(), *net.last.parameters()])
+    pairs = {name: g for name, g in found.items() if not name.startswith("second")}
+    assert ebm.metrics.alignment(pairs, dict(zip(pairs, true, strict=True)))["relative_error"] < 1e-2

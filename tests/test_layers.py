@@ -194,6 +194,38 @@ def test_without_activation_modules_states_sit_at_the_outputs_of_weighted_module
     both(net)
 
 
+class OwnLinear(nn.Module):
+    """A linear map of another library's kind, with its weight the other way round."""
+
+    def __init__(self, a, b):
+        super().__init__()
+        self.weight, self.shift = nn.Parameter(torch.randn(a, b) / a**0.5), nn.Parameter(torch.zeros(b))
+
+    def forward(self, x):
+        return x @ self.weight + self.shift
+
+
+class Tagger(nn.Module):
+    """A table, two linear maps of another kind, and a read-out by the table: no activation that is a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.scale = nn.Embedding(9, 6), nn.LayerNorm(6)
+        self.up, self.down = OwnLinear(6, 8), OwnLinear(8, 6)
+
+    def forward(self, tokens):
+        return self.down(torch.tanh(self.up(self.scale(self.table(tokens))))) @ self.table.weight.T
+
+
+def test_weighted_modules_of_other_libraries_are_found_by_what_they_multiply_by():
+    net = Tagger().double()
+    tokens = torch.arange(12).remainder(9).view(4, 3)
+    rows, readout = table(net, tokens)
+    assert rows == [("up", ("input",)), ("down", ("up",))]
+    assert readout == ("table.weight",)
+    exact(net, lambda: F.cross_entropy(net(tokens).mT, tokens))
+
+
 def test_without_activation_modules_repeated_blocks_are_layers():
     torch.manual_seed(0)
     block = nn.TransformerEncoderLayer(6, 2, 12, dropout=0.0, batch_first=True, dtype=torch.float64)
@@ -939,3 +971,23 @@ def test_a_list_may_ask_for_names_and_types_at_once():
     assert list(both.plan.states) == list(by_name.plan.states)
     with pytest.raises(ebm.ConfigurationError, match="a list of names of modules"):
         ebm.Learner(net, layers=["1", 3])
+
+
+@pytest.mark.parametrize("name", ["zero-divergence", "pc-nudge"])
+@pytest.mark.parametrize("three", [False, True])
+def test_a_norm_of_groups_behind_a_state_channels_last(name, three):
+    """torch ends the process where the slopes of scale and shift alone are asked for; three steps, also as code."""
+    torch.manual_seed(0)
+    convolution = nn.Conv3d if three else nn.Conv2d
+    parts = [convolution(3, 8, 3), nn.SiLU(), nn.GroupNorm(2, 8), convolution(8, 8, 3), nn.SiLU(), nn.GroupNorm(4, 8)]
+    net = nn.Sequential(*parts, nn.Flatten(), nn.Linear(8 * 2 ** (2 + three), 4)).double()
+    form = torch.channels_last_3d if three else torch.channels_last
+    net = net.to(memory_format=form)
+    x = torch.randn(4, 3, *[6] * (2 + three)).double().to(memory_format=form)
+    y = torch.randint(4, (4,))
+    learner = ebm.Learner(net, name)
+    true = torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters()))
+    for _ in range(3):
+        found = learner.gradients(lambda: F.cross_entropy(net(x), y))
+        off = ebm.metrics.alignment(found, dict(zip(found, true, strict=True)))["relative_error"]
+        assert off < (1e-12 if name == "zero-divergence" else 1e-2)

@@ -489,3 +489,58 @@ def test_what_is_looked_at_is_the_pass_that_wrote():
     ):
         for name, parameter in other.named_parameters():
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-10, atol=1e-14)
+
+
+class Kind(tuple):
+    """As libraries make them: a tuple for what it stores, and no container to its users."""
+
+    def __len__(self):
+        raise NotImplementedError
+
+    def __iter__(self):
+        raise NotImplementedError
+
+
+def test_what_the_module_holds_need_not_let_itself_be_counted():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    history = []
+    net.kinds = [Kind((1, -1)), Kind((0, history))]
+    net[1].register_forward_hook(lambda *_: history.append(1))
+    learner = ebm.Learner(net, "equilibrium-propagation")  # whose step runs twice
+    learner.backward(lambda: F.cross_entropy(net(torch.ones(5, 4)), torch.arange(5) % 3))
+    assert history == [1]
+
+
+class Inner(nn.Module):
+    """An inner step of learning, by torch.func, which writes to what it makes on the way, or by its formula."""
+
+    def __init__(self, by_formula):
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)
+        self.memory, self.by_formula = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), by_formula
+
+    def slope(self, h):
+        def surprise(weights, row):
+            recalled = torch.zeros_like(row).copy_(row).mul_(2.0)
+            return (torch.func.functional_call(self.memory, weights, (recalled,)) - row).square().sum()
+
+        if self.by_formula:
+            recalled = torch.tanh(F.linear(2 * h, self.memory[0].weight, self.memory[0].bias))
+            return 2 * (recalled - h) * (1 - recalled.square())
+        weights = dict(self.memory.named_parameters())
+        return torch.func.vmap(torch.func.grad(surprise), (None, 0))(weights, h)["0.bias"]
+
+    def forward(self, x):
+        h = self.act(self.first(x))
+        return self.last(h + 0.1 * self.slope(h))
+
+
+def test_a_quiet_pass_may_write_within_a_transform():
+    found = []
+    for by_formula in (False, True):
+        torch.manual_seed(0)
+        net, x = Inner(by_formula).double(), torch.randn(5, 6).double()
+        learner = ebm.Learner(net, "equilibrium-propagation", layers=["act"])
+        found.append(learner.gradients(lambda net=net, x=x: F.cross_entropy(net(x), torch.arange(5) % 3)))
+    assert ebm.metrics.alignment(*found)["relative_error"] < 1e-6

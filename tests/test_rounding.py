@@ -56,3 +56,37 @@ def test_forces_that_are_differences_settle_among_what_they_are_differences_of(n
         assert ebm.metrics.alignment(found, true)["relative_error"] < 1e-3
     if name == "augmented-lagrangian-pc":  # each dual step leaves a hundredth or less of what the one before left
         assert max(learner.report["residual"]) < 1e-5
+
+
+class Attending(nn.Module):
+    """A residual block of doubles, but for the softmax of its attention, which is taken in the kind of number given."""
+
+    def __init__(self, softmax_in: torch.dtype) -> None:
+        super().__init__()
+        self.softmax_in = softmax_in
+        self.norm, self.mixed, self.spread = nn.LayerNorm(16), nn.Linear(16, 48), nn.LayerNorm(16)
+        self.up, self.act, self.down = nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)
+
+    def forward(self, h):
+        q, k, v = self.mixed(self.norm(h)).chunk(3, dim=-1)
+        h = h + (q @ k.mT).softmax(-1, dtype=self.softmax_in).to(v.dtype) @ v
+        return h + self.down(self.act(self.up(self.spread(h))))
+
+
+def transformer(softmax_in: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), *(Attending(softmax_in) for _ in range(3)), nn.Linear(16, 5)).double()
+
+
+@pytest.mark.parametrize("layers", [nn.GELU, Attending])
+@pytest.mark.parametrize("name", ["zero-divergence", "pc-nudge"])
+def test_a_stretch_in_single_precision_rounds_a_network_of_doubles(name, layers):
+    """Neither the self-check nor a relaxation may ask for double precision where softmax is taken in single."""
+    net, exact = transformer(torch.float32), transformer(torch.float64)
+    x, y = torch.randn(8, 12, 6).double(), torch.randint(5, (8, 12))
+    learner = ebm.Learner(net, name, layers=layers)
+    found = learner.gradients(lambda: F.cross_entropy(net(x).mT, y))
+    true = torch.autograd.grad(F.cross_entropy(exact(x).mT, y), list(exact.parameters()))
+    off = ebm.metrics.alignment(found, dict(zip(found, true, strict=True)))["relative_error"]
+    assert off < (1e-5 if name == "zero-divergence" else 1e-2)
+    assert learner.report["result"] in ("converged", "max_steps")

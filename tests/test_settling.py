@@ -379,3 +379,15 @@ def test_relaxers_that_make_no_estimate_say_none():
     learner = ebm.Learner(net, "error-pc")
     learner.gradients(lambda: F.cross_entropy(net(x), torch.arange(6) % 3))
     assert learner.report["phases"][0]["gain_left"] is None
+
+
+def test_states_that_have_not_moved_at_all_are_not_said_to_be_still_moving(caplog):
+    """A softmax of very large logits behind a norm of very small ones: no step that is tried goes down."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    x, y = torch.randn(8, 4).double(), torch.randint(3, (8,))
+    learner = ebm.Learner(net, "pc-nudge")
+    found = learner.gradients(lambda: F.cross_entropy(1e6 * F.normalize(1e-6 * net(x)), y))
+    assert found["0.weight"].norm() < 1e-9 * found["2.weight"].norm()  # the read-out alone learns
+    assert "have not moved: none of 2 steps" in caplog.text
+    assert "still moving" not in caplog.text

@@ -126,6 +126,15 @@ def _box(lower: float, upper: float, slope: float = 1.0, offset: float = 0.0) ->
 
 
 def _leaky(slope: float) -> Conjugate:
+    if slope == 0:
+        return _box(0.0, math.inf)
+    if slope < 0:
+        raise UnsupportedModuleError(
+            f"LeakyReLU(negative_slope={slope}) falls and then rises: Hopfield and Fenchel-Young energies need an"
+            " activation that grows, the slope of a convex function. Take a slope of 0 or more, or"
+            " ebm.PredictiveCoding(), which takes any activation."
+        )
+
     def scaled(x: Tensor, factor: float) -> Tensor:
         _must_be_real(x)
         return F.leaky_relu(x, factor)

@@ -109,7 +109,8 @@ class Network(Passes):
         try:
             free = self._norms_with(torch.zeros_like(rows, dtype=torch.bool))
             changed = [(self._norms_with(nan) - free)[~nan] for nan in (rows == 0, rows > 0)]
-        except (RuntimeError, ValueError):  # decompositions refuse nan, and relaxing as one is never wrong
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError):
+            # Decompositions and functions of the user's own refuse nan, and relaxing as one is never wrong.
             return True
         far = 1e4 * max(self.rounding, torch.finfo(free.dtype).eps) * free.amax()
         return not bool((torch.cat(changed).abs() <= far).all())

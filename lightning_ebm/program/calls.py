@@ -104,6 +104,10 @@ class Calls:
     def _marks_now(self) -> bool:
         return torch.is_grad_enabled() and not self._recorder.pausing.depth
 
+    def _is_wrapped(self, tensor: Tensor) -> bool:
+        with self._recorder.pausing():  # it is not the user who hands out its memory
+            return is_wrapped(tensor)
+
     def _carries(self, leaf: Any) -> bool:
         if not isinstance(leaf, Tensor):
             return False
@@ -124,7 +128,7 @@ class Calls:
         if module not in self._watch.names or not self._counted.is_here or not self._marks_now():
             return
         drive = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if drive is not None and (self._contents.known(drive) is not None or not is_wrapped(drive)):
+        if drive is not None and (self._contents.known(drive) is not None or not self._is_wrapped(drive)):
             self._drives[module] = self._contents.value(drive)
 
     def _returned(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -158,7 +162,7 @@ class Calls:
         known = contents.known(tensor)
         if not is_continuous(tensor.dtype if known is None else known.meta[2]):
             return None
-        if known is None and is_wrapped(tensor):
+        if known is None and self._is_wrapped(tensor):
             self._recorder.record.transformed = True
             return None
         if known is None and not tensor.requires_grad and module not in self._watch.chosen:

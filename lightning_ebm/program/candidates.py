@@ -1,6 +1,6 @@
 """Which modules may carry states: those that were asked for, or sets of them that are commonly chosen."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -98,6 +98,27 @@ def found_in(module: nn.Module) -> dict[str, dict[nn.Module, str]]:
         "embeddings": {m for m in named if isinstance(m, nn.Embedding | nn.EmbeddingBag)},
     }
     return {what: {m: name for m, name in named.items() if m in chosen} for what, chosen in found.items() if chosen}
+
+
+def multiplying(
+    module: nn.Module, weighted: Mapping[nn.Module, str], matrices: Collection[int]
+) -> dict[nn.Module, str]:
+    """Weighted modules, with those of other libraries' kinds: innermost ones that hold a matrix, and multiply by it.
+
+    Args:
+        module: the user's.
+        weighted: those of torch's kinds.
+        matrices: identities of the parameters that a pass multiplies by.
+    """
+
+    def is_kind_of_linear(m: nn.Module) -> bool:
+        if isinstance(m, nn.Embedding | nn.EmbeddingBag):  # a table, though a read-out may multiply by it as well
+            return False
+        own = {id(p) for p in m.parameters(recurse=False)}
+        return any(key in matrices for key in own) and all(id(p) in own for p in m.parameters())
+
+    named = ((m, clean(name)) for name, m in module.named_modules() if name)
+    return {m: name for m, name in named if m in weighted or is_kind_of_linear(m)}
 
 
 def _repeated(module: nn.Module) -> Iterator[list[nn.Module]]:

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from lightning_ebm.counted import counted
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.network.tensor_version import versions
 from lightning_ebm.program.autograd_graph import graph_of
@@ -45,11 +46,14 @@ def check_against_autograd(module: nn.Module, program: Program, plan: Plan, loss
 def _compare(
     names: dict[int, str], module: nn.Module, program: Program, plan: Plan, loss: Tensor, leaves: Sequence[Tensor]
 ) -> None:
-    with _writing_nothing(module, program):
+    with _writing_nothing(module, program), _handing_out_nothing(module, program):
         found = _autograds_own(module, program.record, loss, leaves)
     program.record.told()
     seen = program.run(at_prediction())
-    ours = exact_rule(seen, plan, leaves)
+    try:
+        ours = exact_rule(seen, plan, leaves)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise _fails_elsewhere(error, program) from error
     ours = [None if g is None else g.to_dense() for g in ours]
     true = [None if t is None else t.to_dense() for t in found]
     rounding = max(seen.rounding, torch.finfo(loss.dtype).eps)
@@ -97,6 +101,34 @@ def _writing_nothing(module: nn.Module, program: Program) -> Iterator[None]:
             )
 
 
+@contextmanager
+def _handing_out_nothing(module: nn.Module, program: Program) -> Iterator[None]:
+    """Refuses backward code of the user's own that fills `.grad` itself: it would at every evaluation, at any scale."""
+    own = sorted({name for node in program.order if (name := _foreign(node.func))})
+    if not own:
+        yield
+        return
+    parameters = dict(module.named_parameters())
+    before = {name: p.grad for name, p in parameters.items()}
+    for p in parameters.values():
+        p.grad = None
+    try:
+        yield
+        filled = [clean(name) for name, p in parameters.items() if p.grad is not None]
+    finally:
+        for name, p in parameters.items():
+            p.grad = before[name]
+    if filled:
+        raise UnsupportedModuleError(
+            f"The backward code of a custom autograd function ({', '.join(own)}) calls backward() itself, as reversible"
+            f" blocks and checkpoints by hand do, and so adds to the gradient of {counted(len(filled), 'parameter')}"
+            f" ({', '.join(filled[:3])}{', ...' if len(filled) > 3 else ''}): it would at every evaluation of a"
+            " relaxation, of errors that are none of the loss's own. Nothing was learned. Call the layers as they are,"
+            " or within torch.utils.checkpoint(..., use_reentrant=False); or hand the function its parameters and"
+            " return their gradients, by torch.autograd.grad."
+        )
+
+
 def told_to_hooks(module: nn.Module, record: Record, loss: Tensor) -> None:
     """Hooks between the operations of a pass that is known already are told of its own gradient."""
     leaves = graph_of([loss])[0]
@@ -118,6 +150,19 @@ def _autograds_own(
         return torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
 
 
+def _fails_elsewhere(error: Exception, program: Program) -> Exception:
+    """What the user's own backward code raises where it has been handed other tensors than those of the pass."""
+    own = sorted({name for node in program.order if (name := _foreign(node.func))})
+    if not own or isinstance(error, UnsupportedModuleError | torch.OutOfMemoryError):
+        return error
+    return UnsupportedModuleError(
+        f"The backward code of a custom autograd function ({', '.join(own)}) fails at other states than those of the"
+        f" step's own pass: {error}. There it is handed other tensors, while a function or an object that it keeps"
+        " computes with those of the pass. Hand all tensors that it computes with to .apply(...), and compute with"
+        ' what comes in; or take algorithm="backprop" for this module.'
+    )
+
+
 _SCALES = (1e-3, 1e3)
 
 
@@ -130,11 +175,15 @@ def _check_proportional(
         scaled = exact_rule(program.run(at_prediction()), plan, leaves, scale)
         pairs = [(g, s / scale) for g, s in zip(ours, scaled, strict=True) if g is not None and s is not None]
         if any(not float((g - s).abs().max()) <= 1e5 * rounding * largest for g, s in pairs if g.numel()):
+            own = sorted({name for node in program.order if (name := _foreign(node.func))})
+            named_here = f" ({', '.join(own)})" if own else ""
             raise UnsupportedModuleError(
-                "A gradient hook, or the backward code of a custom autograd function, gives something that is not"
-                " proportional to the gradient it is given, as clipping and taking signs do. Between layers errors"
-                " come in the scale of the nudge, so that it would do something else than under backprop. Clip the"
-                " gradients of parameters instead (Trainer(gradient_clip_val=...), or a hook on the parameter)."
+                f"A gradient hook, or the backward code of a custom autograd function{named_here}, gives something that"
+                " is not proportional to the gradient it is given, as clipping and taking signs do, and adjoint methods"
+                " that solve to an absolute tolerance. Between layers errors come in the scale of the nudge, so that it"
+                " would do something else than under backprop. Clip the gradients of parameters instead"
+                " (Trainer(gradient_clip_val=...), or a hook on the parameter); differentiate through a solver in place"
+                " of its adjoint method, or let that take fixed steps."
             )
 
 

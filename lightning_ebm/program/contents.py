@@ -200,7 +200,7 @@ class Contents:
         """Written to while gradients are off: what it holds from now on is a constant, or a leaf's new value."""
         for alias in [tensor, *self.others(tensor)]:
             value = self.known(alias)
-            if value is None:
+            if value is None or value.poison is not None:
                 continue
             if alias.requires_grad and value.node is not None and value.node.func is not None:
                 self.poison(

@@ -67,6 +67,8 @@ def _record_users_own(
         node.written = effects.written_among(args, function.__name__)
     if effects.random is not None:
         node.func = SameDraws(run, effects.random)
+    for tensor in effects.written:  # as what is written while gradients are off anywhere; not what is returned of it
+        recorder.contents.constant_from_now(tensor)
     for tensor in listed(result):
         if not isinstance(tensor, Tensor):
             node.results.append(None)
@@ -80,8 +82,6 @@ def _record_users_own(
         node.results.append(value)
         recorder.contents.bind(tensor, value, keeps=True)
     recorder.record.nodes.append(node)
-    for tensor in effects.written:  # as what is written while gradients are off anywhere
-        recorder.contents.constant_from_now(tensor)
     return result
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_ebm.program.at_value import at_value
 from lightning_ebm.program.record import Node, Record, Value
 from lightning_ebm.program.tensors import listed
+from lightning_ebm.program.torch_faults import IN_PLACE_OF
 from lightning_ebm.program.user_hooks import those_that_change
 
 
@@ -57,7 +58,7 @@ class Held:
         written: list[Tensor] = []
         if node.written:  # on copies: nothing that anybody else holds is written to
             args, kwargs = _copied(node.written, list(args), dict(kwargs), written)
-        result = self.instead.get(node, node.func)(*args, **kwargs)
+        result = self.instead.get(node, IN_PLACE_OF.get(node.func, node.func))(*args, **kwargs)
         for value, tensor in zip(node.results, [*listed(result), *written], strict=False):
             if value is None:
                 continue

@@ -18,7 +18,7 @@ from lightning_ebm.program.elsewhere import elsewhere
 from lightning_ebm.program.held import Held, ancestors, ordered
 from lightning_ebm.program.named import named
 from lightning_ebm.program.products import Product, products_of, sent_back_by
-from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value, depending
+from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value, depending, eps_of
 from lightning_ebm.program.seams import hooked_input, hooked_output
 
 StateOf = Callable[[StateKey, Tensor], Tensor | None]
@@ -56,7 +56,7 @@ class Pass:
     Attributes:
         layers: what it saw at each layer, in the order of the user's pass.
         loss: the user's loss, of shape ().
-        rounding: relative, of the arithmetic that the layers computed in, autocast or not.
+        rounding: see `Program.rounding`.
     """
 
     layers: list[Call] = field(default_factory=list)
@@ -97,6 +97,17 @@ class Program:
     def order(self) -> list[Node]:
         """The operations that lead to predictions, drives and loss."""
         return ordered(self.record, [*([] if self.loss is None else [self.loss]), *_ends(self.marks)])
+
+    @cached_property
+    def rounding(self) -> float:
+        """Relative, of the coarsest arithmetic that states, or what is differentiated, pass through.
+
+        That of the layers, autocast or not, and of what lies between: a softmax or a norm taken in float32 within a
+        network of doubles rounds the forces of all layers below it to single precision.
+        """
+        moving = depending({*self.record.leaves, *(mark.state for mark in self.marks)}, self.order)
+        passed = (value for value in moving if value not in self.record.leaves)
+        return max([mark.rounding for mark in self.marks] + [eps_of(value.meta[2]) for value in passed], default=0.0)
 
     def between_states(self) -> list[Node]:
         """The operations that lead from states to predictions and drives; not those of the loss."""
@@ -139,7 +150,7 @@ class Program:
             feedback: what slopes go back through in place of each of `weights`; None is the weights themselves.
             crossed: values go up through `feedback` and slopes back through `weights`, but for the read-out's.
         """
-        seen, held = Pass(), Held(self.record, given)
+        seen, held = Pass(rounding=self.rounding), Held(self.record, given)
         if feedback is not None:
             pairs = zip(self.products, feedback, strict=True)
             held.instead = {
@@ -166,7 +177,6 @@ class Program:
                 narrower = state.dtype != original.dtype and not state.is_complex()
                 held.hand_out(mark.state, state.to(original.dtype) if narrower else state)
                 seen.layers.append(Call(mark.key, mark.module, drive, prediction, state))
-                seen.rounding = max(seen.rounding, mark.rounding)
             for value in self._last.get(node, ()):
                 held.free(value)
         if self.loss is not None:
@@ -219,7 +229,7 @@ class Program:
     def outline(self) -> "Program":
         """The same program without any tensor of the batch: it runs on what is given."""
         bare = copy.copy(self)
-        bare.__dict__.update(order=self.order, _last=self._last)
+        bare.__dict__.update(order=self.order, _last=self._last, rounding=self.rounding)
         with suppress(UnsupportedModuleError):
             bare.__dict__.update(products=self.products)  # which are found by the parameters
         bare.record = Record()

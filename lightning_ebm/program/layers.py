@@ -15,7 +15,15 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from lightning_ebm.errors import LayerDiscoveryError
-from lightning_ebm.program.candidates import ACTIVATIONS, MAXIMUM_POOLING, Layers, asked_for, chosen_by, found_in
+from lightning_ebm.program.candidates import (
+    ACTIVATIONS,
+    MAXIMUM_POOLING,
+    Layers,
+    asked_for,
+    chosen_by,
+    found_in,
+    multiplying,
+)
 from lightning_ebm.program.locality import Judged, Locality, Products, self_gates
 from lightning_ebm.program.missing_layers import absent_from, is_read, refuse_all, refuse_output, shown, skipped_in
 from lightning_ebm.program.module_walk import clean, modules_of, parameters_of
@@ -255,7 +263,8 @@ class LayerFinder:
             option = add("activations", activations)
             if option.cut and option.locality.share == 1 and self._trained() in (None, option.what):
                 return options
-        weighted, embeddings = found.pop("weighted modules", {}), found.pop("embeddings", {})
+        weighted = multiplying(self._module, found.pop("weighted modules", {}), products.matrices())
+        embeddings = found.pop("embeddings", {})
         for what, candidates in found.items():
             add(what, candidates)
         blocks = found.get("inner blocks") or found.get("blocks")

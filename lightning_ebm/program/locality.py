@@ -90,6 +90,10 @@ class Products:
                 needed.update(node.values())
         return {id(leaf) for value, leaf in self._leaves.items() if value in needed}
 
+    def matrices(self) -> set[int]:
+        """Identities of the weights."""
+        return {id(leaf) for leaves in self._weights.values() for leaf in leaves}
+
     def behind(self, cut: Sequence[Mark], loss: Value) -> set[int]:
         """Identities of the weights whose updates are propagated through others, or around the states."""
         return {key for key, (_, length) in self._chains(cut, loss).items() if length > 1}

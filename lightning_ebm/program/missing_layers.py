@@ -8,7 +8,9 @@ from torch import nn
 
 from lightning_ebm.errors import LayerDiscoveryError, UnsupportedModuleError
 from lightning_ebm.program.candidates import WEIGHTED, Asked, Layers, asked_for
+from lightning_ebm.program.custom_calls import is_of_the_users
 from lightning_ebm.program.module_walk import clean, modules_of, parameters_of
+from lightning_ebm.program.named import named
 from lightning_ebm.program.record import Record
 from lightning_ebm.program.wiring import Plan
 
@@ -63,7 +65,19 @@ def refuse_all(module: nn.Module, tried: list[str], called: bool, record: Record
         " a call of an activation module, or of a module you name, that the loss depends on and that trainable"
         " parameters feed. Without one nothing relaxes and the update would be plain backprop. If the network has a"
         ' single weighted layer, give its output a state with output="state"; if its nonlinearities are functions'
-        ' (F.relu), name the modules in front of them: layers=["fc1", "fc2"] or layers=nn.Linear.'
+        ' (F.relu), name the modules in front of them: layers=["fc1", "fc2"] or layers=nn.Linear.' + _hidden_in(record)
+    )
+
+
+def _hidden_in(record: Record) -> str:
+    """What may have called layers where none can be seen."""
+    own = sorted({named(node.func).name for node in record.nodes if is_of_the_users(node.func)})
+    if not own:
+        return ""
+    return (
+        f" Layers that a custom autograd function ({', '.join(own)}) calls in its forward, as those of reversible"
+        " networks do, cannot be seen: call them as they are, or within torch.utils.checkpoint(...,"
+        " use_reentrant=False)."
     )
 
 

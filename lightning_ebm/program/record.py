@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -189,6 +190,12 @@ class Record:
 def is_continuous(dtype: torch.dtype) -> bool:
     """Whether tensors of this kind can carry a gradient: integers and truth values cannot."""
     return dtype.is_floating_point or dtype.is_complex
+
+
+@cache
+def eps_of(dtype: torch.dtype) -> float:
+    """The relative rounding of a kind of number; 0 of integers and truth values."""
+    return torch.finfo(dtype).eps if is_continuous(dtype) else 0.0
 
 
 def depending(values: set[Value], order: Sequence[Node]) -> set[Value]:

@@ -10,7 +10,6 @@ Longer than 300 lines, as what becomes of an operation depends on what else beco
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ from lightning_ebm.program.record import (
     Record,
     StateKey,
     Value,
-    is_continuous,
+    eps_of,
     meta_of,
     stands_for,
 )
@@ -381,10 +380,5 @@ class Recorder(DispatchMode):
 
 
 def _rounding(dtype: torch.dtype, device: torch.device) -> float:
-    own, kind = _eps(dtype), device.type
-    return max(own, _eps(torch.get_autocast_dtype(kind))) if torch.is_autocast_enabled(kind) else own
-
-
-@cache
-def _eps(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps if is_continuous(dtype) else 0.0
+    own, kind = eps_of(dtype), device.type
+    return max(own, eps_of(torch.get_autocast_dtype(kind))) if torch.is_autocast_enabled(kind) else own

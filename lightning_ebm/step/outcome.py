@@ -26,6 +26,15 @@ _UNSETTLED = {
 }
 """What is said once of each status: the steps taken, the largest residual, what was left to gain if known, a remedy."""
 
+_STAYED = (
+    "The states have not moved: none of %d steps lowered the energy, so that layers whose errors come through states"
+    " learn nothing from this batch. Slopes change within the smallest step that was tried, as behind norms of very"
+    " small activations, or the loss is not finite beside the forward pass, as log(x) of a state at 0. Take a much"
+    ' smaller nudge, a larger max_steps, the exact rule "zero-divergence", or states elsewhere, layers=[...]. (Said'
+    " once; the report tells it for every step.)"
+)
+"""What is said in their place where no step was taken at all."""
+
 _STALLED = "take a smaller nudge, double precision, or a larger tol."
 """The remedy of what stalled."""
 
@@ -80,6 +89,9 @@ class Outcome:
             if found and status not in self._warned and not explained:
                 self._warned.add(status)
                 worst, left = found[0].ended
+                if found[0].stayed(worst):
+                    log.warning(_STAYED, found[0].steps)
+                    continue
                 share = "" if left is None else f", some {100 * left:.2g} % of the energy gained was still to gain"
                 remedy = _STALLED if status == "stalled" else further(self._algorithm, found[0].nudge != 0)
                 log.warning(text, found[0].steps, worst, share, remedy)

@@ -84,6 +84,21 @@ class PhaseReport:
         residual, left = torch.stack([worst, self.gain_left.to(worst)]).tolist()
         return residual, left if math.isfinite(left) else None
 
+    def stayed(self, worst: float) -> bool:
+        """Whether steps were tried, and none was taken.
+
+        The energy is that of the start to rounding. Under a weak nudge it may be where states have moved, but then the
+        largest residual, `worst`, is less than before.
+        """
+        if not self.steps or len(self.energies) < 2 or worst < _AS_BEFORE:
+            return False
+        first, last = self.energies[0], self.energies[-1]
+        eps = torch.finfo(first.dtype).eps
+        return bool(((first - last).abs() <= 16 * eps * first.abs()).all())
+
+
+_AS_BEFORE = 0.9
+
 
 class Shown(dict[str, Any]):
     """A `Report` that a notebook shows as a table; to everything else it is the dictionary."""
