@@ -99,7 +99,7 @@ class Recorded(NamedTuple):
         run, marks = self.runner(arithmetic), self.program.marks
         if fast and self.loss is not None and all(mark.state in self.held for mark in marks):
             free = [at_least_float32(self.held[mark.state].detach()) for mark in marks]
-            start = Start(self.loss, free, self.program.rounding, None)
+            start = Start(self.loss, free, self.known.traced.program.rounding, None)
         else:
             start = Start.of(run(at_prediction()))
         size = setup.samples.of(batch)
