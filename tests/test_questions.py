@@ -74,14 +74,20 @@ def test_a_number_of_steps_is_asked_about_once(case, monkeypatch):
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
 @pytest.mark.parametrize("case", TO_A_TOLERANCE)
 def test_a_relaxation_by_tolerance_is_asked_at_most_every_eighth_step(case, activation, monkeypatch):
-    """2 + steps/8 of each relaxation; a free phase besides, and one look of advice at what did not settle."""
+    """2 + steps/8 of each relaxation; a free phase besides.
+
+    Besides that, one look of advice at what did not settle, and more sweeps where some were cut off: whether they are
+    depends on how a processor rounds.
+    """
     if case in ("sweeps", "accelerated") and activation is nn.ReLU:
         activation = nn.Hardtanh  # bounded
     rarely(monkeypatch)
     _, reports, asked = trained(TO_A_TOLERANCE[case], activation)
     looks = sum(count for place, count in asked.places.items() if "report" in place)
     assert looks <= 1
-    assert asked.count - looks <= sum(2 + phase["steps"] / 8 for phase in reports[-1]["phases"]), asked.places
+    advice = sum(count for place, count in asked.places.items() if "unsettled" in place)
+    assert not advice or any(phase["status"] == "max_steps" for phase in reports[-1]["phases"])
+    assert asked.count - looks - advice <= sum(2 + phase["steps"] / 8 for phase in reports[-1]["phases"]), asked.places
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU, nn.Hardtanh])

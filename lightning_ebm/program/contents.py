@@ -37,8 +37,7 @@ class Contents:
         self._record = record
         self._pausing = pausing
         self.bindings: dict[int, tuple[Callable[[], Tensor | None], Value]] = {}
-        self._marked: set[Value] = set()
-        self._frozen: set[Value] = set()
+        self._marked, self._frozen = set[Value](), set[Value]()
         self._written_over: list[Tensor] = []
         self._shared: set[int] = set()
         self._aliasing = Aliasing()
@@ -62,7 +61,7 @@ class Contents:
         return known[1] if known is not None and known[0]() is tensor else None
 
     def others(self, tensor: Tensor) -> list[Tensor]:
-        """The other tensors that share memory with this one."""
+        """See `Aliasing.others`."""
         return self._aliasing.others(tensor)
 
     # Binding
@@ -255,8 +254,8 @@ class Contents:
     def settle(self) -> None:
         """The pass is over: leaves that it made itself are among those of the record."""
         # What a factory returned is handed on as a copy if it is held here: torch.zeros(3) is another than this one.
-        bound = ((value, ref()) for ref, value in self.bindings.values() if value.node is not None)
-        for value, tensor in [*self.held.items(), *bound]:
+        made = [(value, ref()) for ref, value in self.bindings.values() if value.node is not None]
+        for value, tensor in (*self.held.items(), *made):
             if tensor is not None and tensor.requires_grad and tensor.is_leaf and value not in self._record.leaves:
                 self._record.leaves[value] = tensor
 

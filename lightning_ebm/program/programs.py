@@ -4,7 +4,7 @@ import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -225,7 +225,8 @@ def _sum_of_ends(record: Record) -> Value:
         used |= Region([mark.prediction], states, record.leaves).states
     ends = [mark.state for mark in record.marks if mark.state not in used]
     node = Node(_summed, tuple(ends), {})
-    total = Value(node, meta_of(torch.zeros(())))
+    kinds = [end.meta[2] for end in ends]
+    total = Value(node, meta_of(torch.zeros((), dtype=reduce(torch.promote_types, kinds) if kinds else None)))
     node.results.append(total)
     record.nodes.append(node)
     return total
