@@ -56,7 +56,8 @@ def peak(algorithm: ebm.Algorithm, before: int = 2, layers: int = LAYERS, **opti
 
 @pytest.mark.parametrize("capture", [True, False])
 def test_more_steps_take_no_more(capture: bool) -> None:
-    assert peak(euler(100), capture=capture) < 1.04 * peak(euler(5), capture=capture)
+    # Which of two tensors goes first is left to the allocator: peaks of equal steps are up to 5 % apart.
+    assert peak(euler(100), capture=capture) < 1.1 * peak(euler(5), capture=capture)
 
 
 def test_code_takes_less_than_the_plain_way() -> None:
