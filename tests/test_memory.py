@@ -57,7 +57,8 @@ def peak(algorithm: ebm.Algorithm, before: int = 2, layers: int = LAYERS, **opti
 @pytest.mark.parametrize("capture", [True, False])
 def test_more_steps_take_no_more(capture: bool) -> None:
     # Which of two tensors goes first is left to the allocator: peaks of equal steps are up to 5 % apart.
-    assert peak(euler(100), capture=capture) < 1.1 * peak(euler(5), capture=capture)
+    many, few = (min(peak(euler(steps), capture=capture) for _ in range(3)) for steps in (100, 5))
+    assert many < 1.04 * few
 
 
 def test_code_takes_less_than_the_plain_way() -> None:
