@@ -48,7 +48,7 @@ class _Counted:
 
     def number(self, module: nn.Module) -> int | None:
         """The number of a call that has returned; None of another thread, or of a copy, which took the hook along."""
-        if module not in self.names or threading.get_ident() != self._thread:
+        if module not in self.names or not self.is_here:
             return None
         number = self._counts.get(module, 0)
         self._counts[module] = number + 1
@@ -142,7 +142,8 @@ class Calls:
             self._recorder.record.declared.add(size)
         name, given = self._watch.names[module], (*args, *kwargs.values())
         if isinstance(output, Tensor):  # most do
-            state = self._marked(StateKey(name, number, 0), module, drive, output, given)
+            carries = self._carries(output)
+            state = self._marked(StateKey(name, number, 0), module, drive, output, given) if carries else None
             return output if state is None else state
         leaves, rebuilt = opened(output)
         replaced = False
@@ -160,8 +161,6 @@ class Calls:
         """Marks one of the tensors that a call returned; what is to stand in its place, if anything is."""
         contents = self._contents
         known = contents.known(tensor)
-        if not is_continuous(tensor.dtype if known is None else known.meta[2]):
-            return None
         if known is None and self._is_wrapped(tensor):
             self._recorder.record.transformed = True
             return None

@@ -20,6 +20,7 @@ ACTIVATIONS: tuple[type[nn.Module], ...] = (
 WEIGHTED: tuple[type[nn.Module], ...] = (
     nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention,
 )  # fmt: skip
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
 MAXIMUM_POOLING: tuple[type[nn.Module], ...] = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
     nn.FractionalMaxPool2d, nn.FractionalMaxPool3d,
@@ -95,7 +96,7 @@ def found_in(module: nn.Module) -> dict[str, dict[nn.Module, str]]:
         "blocks": outer,
         "inner blocks": inner if inner != outer else set(),
         "weighted modules": {m for m in named if isinstance(m, WEIGHTED)},
-        "embeddings": {m for m in named if isinstance(m, nn.Embedding | nn.EmbeddingBag)},
+        "embeddings": {m for m in named if isinstance(m, _TABLES)},
     }
     return {what: {m: name for m, name in named.items() if m in chosen} for what, chosen in found.items() if chosen}
 
@@ -112,7 +113,7 @@ def multiplying(
     """
 
     def is_kind_of_linear(m: nn.Module) -> bool:
-        if isinstance(m, nn.Embedding | nn.EmbeddingBag):  # a table, though a read-out may multiply by it as well
+        if isinstance(m, _TABLES):  # a table, though a read-out may multiply by it as well
             return False
         own = {id(p) for p in m.parameters(recurse=False)}
         return any(key in matrices for key in own) and all(id(p) in own for p in m.parameters())

@@ -104,7 +104,7 @@ def _writing_nothing(module: nn.Module, program: Program) -> Iterator[None]:
 @contextmanager
 def _handing_out_nothing(module: nn.Module, program: Program) -> Iterator[None]:
     """Refuses backward code of the user's own that fills `.grad` itself: it would at every evaluation, at any scale."""
-    own = sorted({name for node in program.order if (name := _foreign(node.func))})
+    own = _foreign_in(program)
     if not own:
         yield
         return
@@ -152,7 +152,7 @@ def _autograds_own(
 
 def _fails_elsewhere(error: Exception, program: Program) -> Exception:
     """What the user's own backward code raises where it has been handed other tensors than those of the pass."""
-    own = sorted({name for node in program.order if (name := _foreign(node.func))})
+    own = _foreign_in(program)
     if not own or isinstance(error, UnsupportedModuleError | torch.OutOfMemoryError):
         return error
     return UnsupportedModuleError(
@@ -175,7 +175,7 @@ def _check_proportional(
         scaled = exact_rule(program.run(at_prediction()), plan, leaves, scale)
         pairs = [(g, s / scale) for g, s in zip(ours, scaled, strict=True) if g is not None and s is not None]
         if any(not float((g - s).abs().max()) <= 1e5 * rounding * largest for g, s in pairs if g.numel()):
-            own = sorted({name for node in program.order if (name := _foreign(node.func))})
+            own = _foreign_in(program)
             named_here = f" ({', '.join(own)})" if own else ""
             raise UnsupportedModuleError(
                 f"A gradient hook, or the backward code of a custom autograd function{named_here}, gives something that"
@@ -225,6 +225,11 @@ def _foreign(func: Any) -> str:
     return named(func).name if is_of_the_users(func) else ""
 
 
+def _foreign_in(program: Program) -> list[str]:
+    """The names of such functions."""
+    return sorted({name for node in program.order if (name := _foreign(node.func))})
+
+
 _SCRIPTED = (
     " {} is compiled by torch.jit.script, and what torch makes of it after some calls cannot be seen. Train with what"
     " it was before scripting (PYTORCH_JIT=0 in the environment turns scripting off)."
@@ -246,7 +251,7 @@ def _refuse(parting: dict[str, str], program: Program, plan: Plan, module: nn.Mo
     name = next((n for _, names in reversed(drives) for n in names if n in parting), next(iter(parting)))
     scripted = [repr(clean(name)) for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
     compiled = any("torch::jit" in node.name() for node in graph_of([loss])[1])
-    there = sorted({other for node in program.order if (other := _foreign(node.func))})
+    there = _foreign_in(program)
     raise UnsupportedModuleError(
         f"The step cannot be repeated at other states: {parting[name]}{where}."
         + (f" What stands there besides torch's own operations: {', '.join(there)}." if there else "")

@@ -143,7 +143,7 @@ class Following:
             results = listed(results)
             same = same_results(node, results)
         if not same:
-            self._trail = None
+            self.stop()
             return False
         self._record.nodes.append(node)
         for value, tensor in zip(found, results, strict=True):

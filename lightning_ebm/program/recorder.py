@@ -155,8 +155,8 @@ class Recorder(DispatchMode):
             written: to which of those it writes.
             repeated: what is recorded in its place where it draws, see `repeated_without_drawing`.
         """
-        alike = self.following.alike(func, kind, args, written) if repeated is None else None
-        if alike is not None:
+        follows = repeated is None and self.following.follows
+        if follows and (alike := self.following.alike(func, kind, args, written)) is not None:
             again = self.following.operation(*alike, kwargs)
             if again is not None:
                 self.contents.about_to_write(written)
@@ -276,7 +276,7 @@ class Recorder(DispatchMode):
     def _made(self, func: Any, args: tuple[Any, ...], like: Tensor) -> Value:
         """Notes an operation that no call was made for, see `Make`."""
         value = self.following.made(func, args, meta_of(like))
-        if value is None or value.node is None:
+        if value is None:
             node = Node(func, args, {})
             value = Value(node, meta_of(like))
             node.results.append(value)

@@ -98,6 +98,7 @@ class PhaseReport:
 
 
 _AS_BEFORE = 0.9
+"""A residual, over the first, from which on no state can have moved to speak of."""
 
 
 class Shown(dict[str, Any]):
