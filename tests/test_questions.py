@@ -34,7 +34,8 @@ TO_A_TOLERANCE = {
     "pc-nudge": "pc-nudge",
     "to 1e-6": ebm.algorithm("predictive-coding", relaxer=ebm.ErrorCoordinates(64, tol=1e-6)),
     "states": ebm.algorithm("predictive-coding", relaxer=ebm.GradientDescent(0.5, 200, tol=1e-4)),
-    "accelerated": "equilibrium-propagation",
+    # 100 sweeps, as in the preset, are enough on some processors, and others are asked about what was cut off.
+    "accelerated": ebm.algorithm("equilibrium-propagation", relaxer=ebm.AcceleratedFixedPoint(400)),
     "frozen predictions": "fixed-prediction",
     "pairs": "dual-propagation",
     "sweeps": ebm.algorithm("equilibrium-propagation", relaxer=SWEEPS),
@@ -74,20 +75,14 @@ def test_a_number_of_steps_is_asked_about_once(case, monkeypatch):
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
 @pytest.mark.parametrize("case", TO_A_TOLERANCE)
 def test_a_relaxation_by_tolerance_is_asked_at_most_every_eighth_step(case, activation, monkeypatch):
-    """2 + steps/8 of each relaxation; a free phase besides.
-
-    Besides that, one look of advice at what did not settle, and more sweeps where some were cut off: whether they are
-    depends on how a processor rounds.
-    """
+    """2 + steps/8 of each relaxation; a free phase besides, and one look of advice at what did not settle."""
     if case in ("sweeps", "accelerated") and activation is nn.ReLU:
         activation = nn.Hardtanh  # bounded
     rarely(monkeypatch)
     _, reports, asked = trained(TO_A_TOLERANCE[case], activation)
     looks = sum(count for place, count in asked.places.items() if "report" in place)
     assert looks <= 1
-    advice = sum(count for place, count in asked.places.items() if "unsettled" in place)
-    assert not advice or any(phase["status"] == "max_steps" for phase in reports[-1]["phases"])
-    assert asked.count - looks - advice <= sum(2 + phase["steps"] / 8 for phase in reports[-1]["phases"]), asked.places
+    assert asked.count - looks <= sum(2 + phase["steps"] / 8 for phase in reports[-1]["phases"]), asked.places
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU, nn.Hardtanh])
