@@ -15,7 +15,6 @@ from lightning_ebm.learner import Learner
 from lightning_ebm.network.clamp import Clamp, checked_clamp
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
-from lightning_ebm.relaxers import AcceleratedFixedPoint, FixedPoint
 
 
 class Equilibrium(nn.Module):
@@ -102,7 +101,7 @@ class Equilibrium(nn.Module):
                 "Equilibrium.exported: with units held there is no graph of it yet; export it without clamp=... and"
                 " free=..., or save the module itself."
             )
-        if not self._is_forward and not isinstance(relaxer, FixedPoint | AcceleratedFixedPoint):
+        if not self._is_forward and not relaxer.goes_into_graphs:
             raise ConfigurationError(
                 f"Equilibrium.exported: the free phase is relaxed by {relaxer!r}, which chooses its steps by looking at"
                 " energies, as no graph can. Take free_relaxer=ebm.FixedPoint(max_steps)."

@@ -130,5 +130,62 @@ def before_the_pass(world, rank):
     return found
 
 
+class Steadied:
+    """Of a user: finds out another size on each rank, and takes the least of what all have found."""
+
+    def found(self, size):
+        if not self.sizes:
+            self.sizes, self.tried = [size], [size]
+
+    def agree(self, told):
+        self.sizes, self.tried = [min(size for one in told for size in one)], []
+
+
+class Weakened(Steadied, ebm.Nudge):
+    """A nudge of a strength that is found on the first batch."""
+
+    adapts = True
+
+    def __init__(self, own):
+        self.own, self.sizes = own, []
+
+    def phases(self):
+        strength = min(self.sizes, default=self.own)
+        return ebm.OneSided(strength).phases()
+
+    def note(self, statuses):
+        self.found(self.own)
+
+
+class Shortened(Steadied, ebm.GradientDescent):
+    """A relaxer of a step size that is found on the first batch."""
+
+    def __init__(self, own):
+        super().__init__(lr=0.2, max_steps=5)
+        for name, value in {"own": own, "sizes": [], "tried": []}.items():
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name, value):
+        object.__setattr__(self, name, value)
+
+    def relax(self, landscape, start, strength):
+        self.found(self.own)
+        return ebm.GradientDescent(lr=self.sizes[0], max_steps=5).relax(landscape, start, strength)
+
+
+def own_parts(world, rank):
+    """What a user's own parts have found out, after each step."""
+    nudge, relaxer = Weakened((0.5, 0.25)[rank]), Shortened((0.1, 0.3)[rank])
+    sizes = []
+
+    class Watch(L.Callback):
+        def on_before_optimizer_step(self, *_):
+            sizes.append((nudge.phases()[0].strength, relaxer.sizes[0]))
+
+    algorithm = ebm.algorithm("predictive-coding", nudge=nudge, relaxer=relaxer)
+    fitted(Net(world, rank), ebm.EBMDDPStrategy(algorithm, **LIMIT), world, Watch())
+    return sizes
+
+
 if __name__ == "__main__":
     main(*sys.argv[1:], known=globals())

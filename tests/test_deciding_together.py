@@ -7,7 +7,7 @@ from test_distributed import difference, launch
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(450)]
 CASES = (
     "asked", "broken_while_accumulating", "broken_step_while_accumulating", "lost", "other_algorithm_fails_too",
-    "before_the_pass",
+    "before_the_pass", "own_parts",
 )  # fmt: skip
 
 
@@ -76,3 +76,10 @@ def test_a_free_phase_that_runs_away_before_the_users_pass_is_left_out(count, le
     first, second = (rank[count] for rank in left["before_the_pass"])
     assert difference(first["weights"], second["weights"]) == 0
     assert first["counts"] == second["counts"] == {"skipped": 1, "fallbacks": 0}
+
+
+def test_what_a_users_own_parts_find_out_is_agreed_upon_as_what_those_that_are_shipped_do(left):
+    """A nudge and a relaxer that no class here knows; each rank alone would keep what it found by itself."""
+    for sizes in left["own_parts"]:
+        assert len(sizes) == 4
+        assert set(sizes) == {(0.25, 0.1)}

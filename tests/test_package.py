@@ -40,7 +40,7 @@ OPEN = ("program", "network", "step", "instruments")
 
 # Lower layers know nothing of higher ones; torch alone below the strategy.
 ORDER = [
-    {"counted", "errors", "harmless", "notebook", "promises"},
+    {"counted", "errors", "harmless", "notebook", "part", "promises"},
     {"checked", "questions"},
     {"energies", "nudges"},
     {"evaluations"},

@@ -3,11 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.part import Part
 from lightning_ebm.promises import is_kept
 
 
@@ -32,7 +33,7 @@ class LayerView:
     above: int = 0
 
 
-class Energy(ABC):
+class Energy(Part, ABC):
     """Internal energy I(x, theta) = sum_l sum_b e(x_l, a_l, rho_l).
 
     A subclass writes ``layer_energy``. Everything else (which layers, which parents, batching, gradients) is the
@@ -77,17 +78,10 @@ class Energy(ABC):
         """Whether it follows what it observes, so that another process would come to another energy."""
         return False
 
-    def state_dict(self) -> dict[str, Any]:
-        """What it has learned beside the parameters, for a checkpoint."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Goes on from there."""
-
-    def check_layers(self, names: Collection[str]) -> None:  # noqa: B027
+    def check_layers(self, names: Collection[str]) -> None:
         """Told the names of the layers that carry states, once they are known; refuses settings for others."""
 
-    def observe(self, errors: Callable[[], Mapping[str, Tensor]]) -> None:  # noqa: B027
+    def observe(self, errors: Callable[[], Mapping[str, Tensor]]) -> None:
         """Offered x_l - rho(a_l) of each layer at the end of the first nudged phase of a step that is taken.
 
         Calling `errors` may cost an evaluation, so that only an energy that learns from them should.
@@ -175,12 +169,13 @@ def is_quadratic(energy: Energy) -> bool:
     return type(energy).layer_energy is QuadraticEnergy.layer_energy
 
 
-def precision_of(energy: QuadraticEnergy, layer: LayerView) -> float | Tensor:
-    """Pi_l, which relaxers and updates in error coordinates treat as a constant.
+def precision_of(energy: Energy, layer: LayerView) -> float | Tensor:
+    """Pi_l of a quadratic energy, which relaxers and updates in error coordinates treat as a constant.
 
     Raises:
         ConfigurationError: it is a function of states or parameters that autograd would differentiate.
     """
+    assert isinstance(energy, QuadraticEnergy)
     precision = energy.layer_precision(layer)
     if isinstance(precision, Tensor) and precision.requires_grad:
         name = type(energy).__name__

@@ -61,7 +61,6 @@ class ScaledQuadratic(Scaled, QuadraticEnergy):
     tangent = Energy.tangent
 
     def layer_precision(self, layer: LayerView) -> float | Tensor:
-        assert isinstance(self.energy, QuadraticEnergy)
         return self.factor(layer) * precision_of(self.energy, layer)
 
 

@@ -52,7 +52,6 @@ class QuadraticWithoutTerms(WithoutTerms, QuadraticEnergy):
     best_response = Energy.best_response  # where nothing pulls back there is none
 
     def layer_precision(self, layer: LayerView) -> float | Tensor:
-        assert isinstance(self.energy, QuadraticEnergy)
         return 0.0 if layer.name in self.names else precision_of(self.energy, layer)
 
 

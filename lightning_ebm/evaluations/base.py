@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 
 from torch import Tensor
 
+from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.evaluations.slope import Slope
 from lightning_ebm.questions import Questions
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from lightning_ebm.program.products import Product
 
 Result = TypeVar("Result")
+Which = tuple[tuple[int, bool], ...]
+"""Of each layer that is held, its index, and whether a mask says which of its units."""
 Coordinates = Literal["states", "errors"]
 
 
@@ -37,6 +40,17 @@ class Evaluation(ABC, Generic[Result]):
     def moving(self, point: Sequence[Tensor]) -> Sequence[Tensor]:
         """The part of the point that relaxers move, one tensor a layer; the rest is what the question is about."""
         return point
+
+    def where_held(self, held: Which) -> "Evaluation[Result]":
+        """The same question in the errors of the units that are free, where others are held; see `HeldErrorForces`.
+
+        Raises:
+            ConfigurationError: it has no such form; states are held without.
+        """
+        raise ConfigurationError(
+            f"{type(self).__name__} is asked at errors from the forward pass, and units are held elsewhere."
+            " Take ebm.ErrorCoordinates(...), ebm.QuasiNewton(...) or a relaxer of states."
+        )
 
     @property
     def takes_point(self) -> bool:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_ebm.evaluations.base import Which
+from lightning_ebm.evaluations.held_errors import HeldErrorForces
 from lightning_ebm.evaluations.of_slope import SlopeEvaluation, holomorphic, is_one
 from lightning_ebm.evaluations.slope import Slope
 
@@ -42,6 +44,9 @@ class ErrorForces(SlopeEvaluation):
         else:
             internal = network.quadratic(point, precisions)
         return Slope(internal, loss.detach(), signals)
+
+    def where_held(self, held: Which) -> HeldErrorForces:
+        return HeldErrorForces(held)
 
     def cost(self, layers: int) -> float:
         return 1.0

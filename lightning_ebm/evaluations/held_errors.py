@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_ebm.evaluations.base import Which
 from lightning_ebm.evaluations.of_slope import SlopeEvaluation
 from lightning_ebm.evaluations.of_tensors import TensorsEvaluation
 from lightning_ebm.evaluations.slope import Slope
@@ -14,9 +15,6 @@ from lightning_ebm.evaluations.slope import Slope
 if TYPE_CHECKING:
     from lightning_ebm.network.network import Network
     from lightning_ebm.program.record import StateKey
-
-Which = tuple[tuple[int, bool], ...]
-"""Of each layer that is held, its index, and whether a mask says which of its units."""
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from torch import Tensor
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import is_quadratic
-from lightning_ebm.energies.without_terms import WithoutTerms, without_terms
+from lightning_ebm.energies.without_terms import without_terms
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.network.network import Network
 from lightning_ebm.network.precomputed_gradient import average_of
 from lightning_ebm.network.samples import samples_first
 from lightning_ebm.nudges import Nudge, OneSided, Phase
 from lightning_ebm.nudges.base import table_of
-from lightning_ebm.relaxers import QuasiNewton, Relaxation, Relaxer, Wrapper
+from lightning_ebm.relaxers import QuasiNewton, Relaxation, Relaxer
 from lightning_ebm.relaxers.automatic import automatic
 from lightning_ebm.relaxers.base import Status
 from lightning_ebm.updates import Contrast, End
@@ -144,8 +144,8 @@ def for_equilibrium(
     own = algorithm.relaxer if nudged or algorithm.free_relaxer is None else algorithm.free_relaxer
     equilibria = algorithm.rule.relaxes and own.ends_in_states
     if relaxer is None and equilibria:
-        given = not own.tol or isinstance(own, Wrapper)  # which finds what no other would
-        relaxer = own if not free and given else _to_equilibrium(own, energy)
+        as_it_is = not own.tol or own.ends_elsewhere
+        relaxer = own if not free and as_it_is else _to_equilibrium(own, energy, by_own=not free)
     elif relaxer is None or relaxer == "auto":
         relaxer = _to_equilibrium(None, energy)
     elif not relaxer.ends_in_states:
@@ -157,12 +157,12 @@ def for_equilibrium(
     return Algorithm(energy, OneSided(), relaxer, initial_state=start)
 
 
-def _to_equilibrium(own: Relaxer | None, energy: Energy) -> Relaxer:
-    """A relaxer to a tolerance of 1e-6, or the own one's where that is finer."""
+def _to_equilibrium(own: Relaxer | None, energy: Energy, by_own: bool = True) -> Relaxer:
+    """A relaxer to a tolerance of 1e-6, or the own one's where that is finer; `by_own`, it may be of its kind."""
     tol, steps = (_TOL, _STEPS) if own is None else (min(own.tol or _TOL, _TOL), max(own.max_steps, _STEPS))
     if is_quadratic(energy):
         return QuasiNewton(steps, tol=tol)
-    if own is None or isinstance(energy, WithoutTerms) or not own.tol:
+    if own is None or not own.tol or not by_own:
         return automatic(energy, OneSided(), tol, steps)
     return replace(own, tol=tol, max_steps=steps)  # type: ignore[type-var]  # it has both
 

@@ -1,13 +1,12 @@
 """A network some of whose units are held: the one wrapper that every relaxer of it meets."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.evaluations import Around, ErrorForces, Evaluation, HeldErrorForces, HeldStates, Landscape, Slope
+from lightning_ebm.evaluations import Around, Evaluation, HeldStates, Landscape, Slope
 from lightning_ebm.evaluations.base import Result
 from lightning_ebm.relaxers import Relaxation
 
@@ -65,13 +64,8 @@ class ClampedStates(Around):
 
     def answer(self, what: Evaluation[Result], point: Sequence[Tensor], strength: complex) -> Result:
         if what.coordinates == "errors":
-            if not isinstance(what, ErrorForces):
-                raise ConfigurationError(
-                    f"{type(what).__name__} is asked at errors from the forward pass, and units are held elsewhere."
-                    " Take ebm.ErrorCoordinates(...), ebm.QuasiNewton(...) or a relaxer of states."
-                )
-            slope = self.inner.evaluate(HeldErrorForces(self._which), self._at(point), strength)
-            return cast(Result, self._still(slope))
+            slope = self.inner.evaluate(what.where_held(self._which), self._at(point), strength)
+            return what.with_slope(slope, self._still)
         found = self.inner.evaluate(what, point, strength)
         found = what.with_states(found, lambda k, state: self._held[k].put(state) if k in self._held else state)
         return what.with_slope(found, self._still)

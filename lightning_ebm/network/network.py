@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.energies import Energy
-from lightning_ebm.energies.base import LayerView, QuadraticEnergy, is_bounded, is_quadratic, precision_of, reads_drive
+from lightning_ebm.energies.base import LayerView, is_bounded, is_quadratic, precision_of, reads_drive
 from lightning_ebm.evaluations import Evaluation, Forces, Landscape
 from lightning_ebm.evaluations.base import Result
 from lightning_ebm.evaluations.of_slope import holomorphic, is_one, ones_for
@@ -318,7 +318,6 @@ class Network(Passes):
         return 0.5 * torch.stack(rows).sum(0)
 
     def precisions(self, seen: Pass) -> list[float | Tensor]:
-        assert isinstance(self.energy, QuadraticEnergy)
         return [precision_of(self.energy, view) for view in self.views(seen)]
 
     def metric_precisions(self, seen: Pass) -> list[float | Tensor]:

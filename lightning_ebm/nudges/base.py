@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_ebm import checked
 from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.part import Part
 from lightning_ebm.promises import is_kept
 
 
@@ -36,7 +37,7 @@ class Phase(NamedTuple):
         return self.held or self.strength != 0
 
 
-class Nudge(ABC):
+class Nudge(Part, ABC):
     """The update is sum_p weight_p * dE/dtheta(x_p), with x_p the state relaxed at strength_p and then held fixed.
 
     The weights of a table sum to 0 and weight * strength sums to 1, so that a finite difference in lambda results,
@@ -60,17 +61,10 @@ class Nudge(ABC):
         """Where a held phase holds the output: o - strength dL/do, both ``(B, ...)``, L per sample."""
         return free - strength * loss_slope
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where a sequence of tables stands, for a checkpoint."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Goes on from there."""
-
     adapts: ClassVar[bool] = False
     """Whether it is told how phases end, see `adapt` and `note`."""
 
-    def adapt(self, relax: Callable[[Phase], str]) -> None:  # noqa: B027  # most have nothing to do
+    def adapt(self, relax: Callable[[Phase], str]) -> None:  # most have nothing to do
         """Told before the table of a batch is asked for; for nudges that look before they pull.
 
         Args:
@@ -79,7 +73,7 @@ class Nudge(ABC):
                 of "max_steps" where no more than a thousandth of what was gained seems left to gain.
         """
 
-    def note(self, statuses: Sequence[str]) -> None:  # noqa: B027
+    def note(self, statuses: Sequence[str]) -> None:
         """Told how the nudged phases of a batch ended, as in `adapt`."""
 
     def deterministic(self) -> "Nudge":

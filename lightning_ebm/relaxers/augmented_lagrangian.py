@@ -72,8 +72,7 @@ class AugmentedLagrangian(Relaxer):
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
         none = landscape.no_errors
         multipliers = [torch.zeros_like(error) for error in none]
-        in_errors = isinstance(self.inner, ErrorCoordinates)
-        point = list(none) if in_errors else list(start)
+        point = list(none) if self.inner.needs_error_coordinates else list(start)
         energies: list[Tensor] = []
         steps, statuses = 0, []
         for _ in range(self.outer_steps):

@@ -17,6 +17,7 @@ from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.evaluations import Evaluation, Forces, Landscape
 from lightning_ebm.evaluations.of_slope import SlopeEvaluation
 from lightning_ebm.nudges import Nudge
+from lightning_ebm.part import Part
 
 if TYPE_CHECKING:
     from lightning_ebm.updates.base import Update
@@ -73,7 +74,7 @@ class Relaxation:
         return replace(self, point=states_of(self.point), coordinates="states", samples=samples)
 
 
-class Relaxer(ABC):
+class Relaxer(Part, ABC):
     """Moves states from the free point `start` towards equilibrium of I + strength * loss."""
 
     update: "ClassVar[str | Update]" = "contrast"
@@ -115,6 +116,16 @@ class Relaxer(ABC):
     def ends_in_states(self) -> bool:
         """Whether it ends in states at which an energy can be differentiated, and leaves nothing else to be read."""
         return self.update == "contrast"
+
+    @property
+    def ends_elsewhere(self) -> bool:
+        """Whether it ends where no relaxer of the network's own energy would, as one under noise does."""
+        return False
+
+    @property
+    def goes_into_graphs(self) -> bool:
+        """Whether a graph can be made of it, see `Equilibrium.exported`: no number that it reads has to steer it."""
+        return False
 
     @property
     def steps_by(self) -> SlopeEvaluation:
@@ -178,13 +189,6 @@ class Relaxer(ABC):
     def plain_sweep(self, landscape: Landscape) -> Evaluation[list[Tensor]] | None:
         """One of its steps without what it adds to hasten them; None where it does not move by sweeps."""
         return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """What it carries from one relaxation to the next, for a checkpoint."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Goes on from there."""
 
     def stepper(self, start: Sequence[Tensor]) -> "Stepper":
         """One move at a time from `start`, for updates that change parameters between moves.

@@ -68,7 +68,7 @@ class Cheapest(Relaxer):
                 " that fit the energy."
             )
         for candidate in candidates:
-            if not isinstance(candidate, Relaxer) or isinstance(candidate, Cheapest) or not candidate.ends_in_states:
+            if not isinstance(candidate, Relaxer) or candidate.decides_together or not candidate.ends_in_states:
                 raise ConfigurationError(
                     f"Cheapest({candidate!r}): expected relaxers of which any may stand in for any other. One that is"
                     " read in a way of its own (Sweep, FixedPrediction, AugmentedLagrangian, Dyadic) finds something"

@@ -24,6 +24,10 @@ class SweepingRelaxer(Relaxer):
     max_steps: int
     damping: float = 0.0
 
+    @property
+    def goes_into_graphs(self) -> bool:
+        return True
+
     @abstractmethod
     def sweeps(self, landscape: Landscape, point: list[Tensor], strength: complex) -> Sweeps:
         """One relaxation from `point`, see `Sweeps`."""

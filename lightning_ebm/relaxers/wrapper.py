@@ -71,6 +71,10 @@ class Wrapper(Relaxer):
         return self.relaxer.draws_samples
 
     @property
+    def ends_elsewhere(self) -> bool:
+        return True
+
+    @property
     def steps_by(self) -> SlopeEvaluation:
         return self.relaxer.steps_by
 

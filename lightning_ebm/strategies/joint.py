@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from lightning_ebm.errors import ConfigurationError, EBMError, RelaxationDivergedError
 from lightning_ebm.network.precomputed_gradient import with_precomputed_gradient
-from lightning_ebm.nudges import Strongest
+from lightning_ebm.part import Part
 from lightning_ebm.purity import shadowed
-from lightning_ebm.relaxers import Cheapest
 from lightning_ebm.strategies.base import EnergyStrategy
 from lightning_ebm.strategies.preemption import Preemption
 
@@ -164,7 +163,7 @@ class JointStrategy(EnergyStrategy, ParallelStrategy):
                     self._raise_together(None)
             elif gave:  # the gradients of the other micro-batches are still to be reduced
                 surrogate = self._no_update(closure_loss)
-        for part, told in zip(self._choosing, tried, strict=True):
+        for part, told in zip(self._parts, tried, strict=True):
             if told:
                 part.agree(self.gather(part.tried))
         return surrogate
@@ -181,17 +180,16 @@ class JointStrategy(EnergyStrategy, ParallelStrategy):
         return self._relaxes and self.world_size > 1 and not self._failed
 
     @property
-    def _choosing(self) -> list[Any]:
-        """Parts of the algorithm that find out on a batch what to do with those to come."""
-        return [part for part in self.algorithm.parts().values() if isinstance(part, Cheapest | Strongest)]
+    def _parts(self) -> list[Part]:
+        return list(self.algorithm.parts().values())
 
     def _vote(self, status: int) -> list[int]:
         """The largest on all ranks of the status, and of what else is told; a collective.
 
         That is whether one has been sent SIGTERM, the number of lost micro-batches, whether any has added to the
-        gradients, and of each choosing part whether it has found out something.
+        gradients, and of each part of the algorithm whether it has found out something.
         """
-        own = [status, self._preemption.came, self._lost, self._gave, *(bool(part.tried) for part in self._choosing)]
+        own = [status, self._preemption.came, self._lost, self._gave, *(bool(part.tried) for part in self._parts)]
         found = torch.tensor(own, dtype=torch.int64, device=self.root_device)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
         return list(map(int, found.tolist()))

@@ -5,7 +5,7 @@ Letters: x_l state of layer l, mu_l its prediction, e_l = x_l - mu_l, Pi_l preci
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from lightning_ebm.energies import Energy
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.nudges import Nudge, Phase
 from lightning_ebm.nudges.base import table_of
+from lightning_ebm.part import Part
 from lightning_ebm.relaxers import Relaxation, Relaxer
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class End(NamedTuple):
         return self.phase.weight
 
 
-class Update(ABC):
+class Update(Part, ABC):
     """From the ends of the phases to the gradient that the optimizer is given.
 
     The update has two halves. `hold` turns what the phases found into numbers: states, or errors at the layers. `read`
@@ -136,13 +137,6 @@ class Update(ABC):
             ends: of the phases, in the order of the table; the free phase of a divergence energy is left out.
         """
         return ends
-
-    def state_dict(self) -> dict[str, Any]:
-        """What it carries from one step to the next, for a checkpoint."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Goes on from there."""
 
     @abstractmethod
     def read(self, network: "Network", ends: Sequence[End]) -> Sequence[Term]:
