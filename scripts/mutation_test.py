@@ -42,8 +42,8 @@ MUTATIONS = [
     Mutation(
         "the update is not divided by B",
         "step/step.py",
-        "(scale / network.loss_scale)\n        check_coverage(self",
-        "scale\n        check_coverage(self",
+        "update = self._relaxed(network, scale / network.loss_scale)",
+        "update = self._relaxed(network, scale)",
         "predictive_coding",
     ),
     Mutation(
@@ -513,8 +513,8 @@ MUTATIONS = [
     Mutation(
         "random numbers are drawn once in code",
         "program/tracer.py",
-        'key = None if kind.random or kind.name == "clone" else key_of',
-        "key = key_of",
+        "again=kind.random or copies",
+        "again=copies",
         "tracer",
     ),
     Mutation(
@@ -555,7 +555,7 @@ MUTATIONS = [
     Mutation(
         "an update forgets its scale",
         "network/traced.py",
-        "total = twin.update(rule, held) * scale",
+        "total = twin.update(rule, held, factor)",
         "total = twin.update(rule, held)",
         "predictive_coding conformance",
     ),
@@ -642,6 +642,41 @@ MUTATIONS = [
         "return (type(known) is int and arg == known) or",
         "return type(known) is int or",
         "following",
+    ),
+    Mutation(
+        "errors that stand behind something else are taken for the network's",
+        "relaxers/sweep.py",
+        "self._found is None and self._landscape is landscape",
+        "self._found is None",
+        "one_pass",
+    ),
+    Mutation(
+        "an update that is not linear is scaled before it is read",
+        "updates/base.py",
+        'update.linear_in_loss and is_kept(update, "linear_in_loss", "hold", "read")',
+        "update.linear_in_loss",
+        "one_pass",
+    ),
+    Mutation(
+        "errors and update in one pass forget the factor",
+        "network/network.py",
+        "self.loss_scale * (self.first_loss.new_ones(()).real * scale), True",
+        "self.loss_scale * self.first_loss.new_ones(()).real, True",
+        "one_pass",
+    ),
+    Mutation(
+        "two calls in one give what the first was asked for",
+        "program/tracer.py",
+        "tuple(map(operator.or_, before, asked))",
+        "before",
+        "one_pass",
+    ),
+    Mutation(
+        "a product with -1 is no negative",
+        "program/tracer.py",
+        "                if self._is(other, -1) and",
+        "                if False and",
+        "one_pass",
     ),
     Mutation(
         "followed inputs are not compared",

@@ -6,6 +6,7 @@ from lightning_ebm.evaluations.best_responses import BestResponses, ResponseForc
 from lightning_ebm.evaluations.descent_step import DescentStep
 from lightning_ebm.evaluations.dyadic_states import DyadicStates, Pairs
 from lightning_ebm.evaluations.energy import Energy
+from lightning_ebm.evaluations.energy_at_rest import EnergyAtRest
 from lightning_ebm.evaluations.error_forces import ErrorForces
 from lightning_ebm.evaluations.forces import Forces
 from lightning_ebm.evaluations.frozen_forces import FrozenForces
@@ -20,6 +21,7 @@ __all__ = [
     "DescentStep",
     "DyadicStates",
     "Energy",
+    "EnergyAtRest",
     "ErrorForces",
     "Evaluation",
     "Forces",

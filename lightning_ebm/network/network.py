@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ from lightning_ebm.program.programs import Known
 from lightning_ebm.program.wiring import Plan
 from lightning_ebm.questions import Questions, runs_behind
 from lightning_ebm.relaxers import Relaxation
-from lightning_ebm.updates.base import End, Term, Update
+from lightning_ebm.relaxers.sweep import arriving
+from lightning_ebm.updates.base import End, Term, Update, is_linear
 
 _ROUNDING_OF_SINGLE = float(torch.finfo(torch.float32).eps)
 
@@ -62,6 +64,8 @@ class Network(Passes):
         self.energy = energy
         self._plan = plan
         self.loss_scale = loss_scale
+        self.is_scaled = False
+        """Whether `loss_scale` is a tensor."""
         self.known: Known | None = None
         """The program, for what holds of all its batches."""
         self._questions = Questions(runs_behind(start.loss.device))
@@ -159,6 +163,12 @@ class Network(Passes):
         other._moved = True  # states at rest are no longer at the predictions
         return other
 
+    def _with_loss_times(self, scale: float | Tensor) -> "Network":
+        """The same network under a multiple of its loss."""
+        other: Any = copy.copy(self)
+        other.loss_scale, other.is_scaled = self.loss_scale * (self.first_loss.new_ones(()).real * scale), True
+        return cast(Network, other)
+
     def with_energy(self, energy: Energy) -> "Network":
         """The same network under another energy of the same states."""
         other = copy.copy(self)
@@ -172,11 +182,24 @@ class Network(Passes):
 
     # The point of view of an update
 
-    def update(self, rule: Update, ends: Sequence[End]) -> Tensor:
-        """A scalar whose gradient with respect to the parameters is what the rule reads off the ends of phases."""
-        with torch.enable_grad(), self.showing() as shown:
-            terms = rule.read(self, ends)
-        return slopes_of(terms, [state for seen in shown for state in seen.states])
+    def update(self, rule: Update, ends: Sequence[End], scale: float | Tensor = 1.0) -> Tensor:
+        """A scalar whose gradient is what the rule reads off the ends of phases.
+
+        Args:
+            rule: of the algorithm.
+            ends: of its phases.
+            scale: factor on the update.
+        """
+        here, waiting = self, [errors for end in ends if (errors := arriving(end.found, self)) is not None]
+        if is_linear(rule) and len(waiting) == len(ends):
+            # Scaled where the signal starts, what it meets within a layer is the same for the errors and the update.
+            here, scale = self._with_loss_times(scale), 1.0
+            ends = [end._replace(found=copy.copy(end.found)) for end in ends]
+            for end, errors in zip(ends, waiting, strict=True):
+                end.found.local_error = errors.of(here)
+        with torch.enable_grad(), here.showing() as shown:
+            terms = rule.read(here, ends)
+        return slopes_of(terms, [state for seen in shown for state in seen.states]) * scale
 
     def terms_of(self, ends: Sequence[End]) -> list[Term]:
         """`sum_p weight_p dE/dtheta` at the ends of phases, every state held fixed.
@@ -190,7 +213,7 @@ class Network(Passes):
         """`weight dL/dtheta` of what the loss computes from parameters directly, L summed over the batch."""
         return [Term(seen.loss, weight * self.loss_scale * ones_for(seen.loss))]
 
-    def at_rest(self, local_error: list[Tensor] | None = None) -> Relaxation:
+    def at_rest(self, local_error: Sequence[Tensor] | None = None) -> Relaxation:
         """The free equilibrium as the end of a phase, with errors to be read at its layers.
 
         Args:

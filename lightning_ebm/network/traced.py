@@ -14,13 +14,14 @@ from lightning_ebm.evaluations.base import Result
 from lightning_ebm.network.network import Network
 from lightning_ebm.network.passes import Run, Start
 from lightning_ebm.network.precomputed_gradient import with_precomputed_gradient
-from lightning_ebm.network.twin import Twin, rebuilt, settings_of
+from lightning_ebm.network.twin import ARRIVING, Twin, rebuilt, settings_of
 from lightning_ebm.program.code import Code, Key, TracedProgram
 from lightning_ebm.program.elsewhere import elsewhere
 from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.record import Value
 from lightning_ebm.program.wiring import Plan
 from lightning_ebm.relaxers import Relaxation
+from lightning_ebm.relaxers.sweep import arriving
 from lightning_ebm.updates.base import End, Update
 
 log = logging.getLogger(__name__)
@@ -28,8 +29,8 @@ log = logging.getLogger(__name__)
 _MOST = 100
 """Pieces of code kept for one program."""
 
-Evaluate = Callable[[Network, list[Tensor], list[Tensor]], list[Tensor]]
-"""From a plain network, a point, and the tensors that autograd would give a gradient."""
+Evaluate = Callable[[Twin, list[Tensor], list[Tensor]], list[Tensor]]
+"""From the network that is traced, a point, and the tensors that autograd would give a gradient."""
 
 
 class TracedNetwork(Network):
@@ -114,7 +115,7 @@ class TracedNetwork(Network):
 
     # What code is traced from
 
-    def _twin(self, given: Sequence[Tensor]) -> Network:
+    def _twin(self, given: Sequence[Tensor]) -> Twin:
         """The plain network, as a function of what the batch fixed."""
         values = dict(zip(self._traced.values, given, strict=True))
         run = Run(self._traced.program, self._arithmetic, values)
@@ -162,7 +163,7 @@ class TracedNetwork(Network):
     def _code(
         self, key: Key, kind: Key, evaluate: Evaluate, point: Sequence[Tensor], takes: bool = False
     ) -> Code | None:
-        if self._settings is None:
+        if self._settings is None or self.is_scaled:
             return None
         codes = self._traced.codes
         if key not in codes:
@@ -203,7 +204,7 @@ class TracedNetwork(Network):
             self.departs()
         at_rest = what.coordinates == "errors" and point[0] is self.no_errors[0]
 
-        def evaluate(twin: Network, here: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
+        def evaluate(twin: Twin, here: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
             return what.flat(what.at(twin, twin.no_errors if at_rest else here, strength))
 
         takes = what.takes_point and isinstance(point, list)
@@ -230,7 +231,7 @@ class TracedNetwork(Network):
         """See `Network.begin_last_phase`."""
         self.returns = False
 
-    def update(self, rule: Update, ends: Sequence[End]) -> Tensor:
+    def update(self, rule: Update, ends: Sequence[End], scale: float | Tensor = 1.0) -> Tensor:
         """See `Network.update`. By code, it is a number whose gradients are computed when they are asked for."""
         shapes, point = [], []
         for end in ends:
@@ -240,29 +241,31 @@ class TracedNetwork(Network):
         settings = settings_of(rule)
         key = ("update", settings, *shapes)
 
-        def evaluate(twin: Network, inputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
-            *rest, scale = inputs
+        def evaluate(twin: Twin, inputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
+            *rest, factor = inputs
             held = [
-                end._replace(found=rebuilt(twin, end.found, shape[-1], rest))
+                end._replace(found=rebuilt(twin, end.found, end.strength, shape[-1], rest))
                 for end, shape in zip(ends, shapes, strict=True)
             ]
-            total = twin.update(rule, held) * scale
+            total = twin.update(rule, held, factor)
             slopes = torch.autograd.grad(total, leaves, allow_unused=True)
             return [torch.zeros_like(leaf) if s is None else s for s, leaf in zip(slopes, leaves, strict=True)]
 
-        def update(scale: Tensor) -> tuple[Tensor, ...]:
-            slopes = self._run_code(key, evaluate, [*point, scale])
+        def update(factor: Tensor) -> tuple[Tensor, ...]:
+            slopes = self._run_code(key, evaluate, [*point, factor * scale])
             assert slopes is not None
             return tuple(slopes)
 
         one = self.first_loss.new_ones(()).real
         if settings is None or self._code(self._key(key, [*point, one]), key, evaluate, [*point, one]) is None:
-            return super().update(rule, ends)
+            return super().update(rule, ends, scale)
         targets = [leaf for leaf in self._leaves if leaf is not None]
         return with_precomputed_gradient(one.new_zeros(()), update, targets)
 
     def _kind_of(self, found: Relaxation) -> tuple[str, list[Tensor]]:
         """Which of its tensors the end of a phase is read from."""
+        if arriving(found, self) is not None:
+            return ARRIVING, []
         if found.dyadic_states is not None:
             return "pairs", [*found.point, *found.dyadic_states[0], *found.dyadic_states[1]]
         here = "rest" if found.point and found.point[0] is self.no_errors[0] else "point"

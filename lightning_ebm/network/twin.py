@@ -11,6 +11,7 @@ from lightning_ebm.energies import Energy
 from lightning_ebm.network.network import Network
 from lightning_ebm.program.code import Key
 from lightning_ebm.relaxers import Relaxation
+from lightning_ebm.relaxers.sweep import ArrivingErrors
 from lightning_ebm.updates.base import Update
 
 
@@ -19,6 +20,9 @@ class Twin(Network):
 
     is_relaxed = False
     """Whether a free phase has been relaxed: code that asked for its end would keep that one."""
+
+    loss_scale: Any
+    """As in `Network`, or times a number that code is given."""
 
     @property
     def free(self) -> Sequence[Tensor]:
@@ -45,7 +49,11 @@ class Twin(Network):
         return self.free
 
 
-def rebuilt(twin: Network, found: Relaxation, kind: str, tensors: list[Tensor]) -> Relaxation:
+ARRIVING = "rest, errors arriving"
+"""The end of a phase whose errors are found where they are read."""
+
+
+def rebuilt(twin: Network, found: Relaxation, strength: complex, kind: str, tensors: list[Tensor]) -> Relaxation:
     """The end of a phase in a traced evaluation; takes its tensors off the list."""
     count = len(twin.names)
 
@@ -55,7 +63,7 @@ def rebuilt(twin: Network, found: Relaxation, kind: str, tensors: list[Tensor]) 
         return front
 
     point = list(twin.no_errors) if kind.startswith("rest") else taken()
-    errors = taken() if kind.endswith("with errors") else None
+    errors = ArrivingErrors(twin, strength) if kind == ARRIVING else taken() if kind.endswith("with errors") else None
     pair = (taken(), taken()) if kind == "pairs" else None
     made = Relaxation(point, found.coordinates, "fixed", 0, found.residual, local_error=errors, dyadic_states=pair)
     del made.status, made.steps, made.residual  # which are no part of what code is given: asked for, nothing is traced

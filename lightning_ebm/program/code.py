@@ -17,7 +17,7 @@ from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.record import Node, Value, depending, stands_for
 from lightning_ebm.program.schedule import sparing
 from lightning_ebm.program.stage import Stage
-from lightning_ebm.program.tracer import Evaluate, Traced, key_of, largest, traced_graph
+from lightning_ebm.program.tracer import Evaluate, Traced, key_of, largest, traced_graph, without_dead_code
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Code:
                 if node.op != "placeholder" and held(value) is not None:
                     node.replace_all_uses_with(traced.graph.placeholder(f"recalled_{len(self.recalled)}"))
                     self.recalled.append(value)
-        traced.graph.eliminate_dead_code()
+        without_dead_code(traced.graph)
         recalled = [node for node in traced.graph.nodes if node.name.startswith("recalled_")]
         self.recalled = [value for value, node in zip(self.recalled, recalled, strict=True) if node.users]
         for node in recalled:
@@ -109,7 +109,7 @@ def _stages(traced: Traced, point: int, takes: bool) -> tuple[Stage, Stage]:
         if node not in moving and node is not end and node not in here:
             here[node] = once.node_copy(node, here.__getitem__)
     once.output(tuple(here[node] for node in boundary))
-    once.eliminate_dead_code()
+    without_dead_code(once)
     there = {node: later.placeholder(node.name) for node in [*inputs[:point], *boundary]}
     own = [node for node in nodes if node in moving and node not in there]
     for node in sparing(own, inputs[:point] if takes else (), end):

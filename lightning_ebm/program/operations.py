@@ -20,6 +20,7 @@ class Traits(NamedTuple):
         unfilled: whether what it gives holds nothing yet: functions in C++ fill it where no operation is seen.
         plain: whether it is a function of its arguments and nothing else: it writes to none, draws nothing, and gives
             tensors whose shapes follow from those of its arguments.
+        asked: whether its last argument says which of its results are wanted, as that of a convolution's backward does.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Traits(NamedTuple):
     dynamic: bool
     unfilled: bool
     plain: bool
+    asked: bool
 
 
 BATCH_NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm"})
@@ -87,6 +89,7 @@ def _traits(func: Any) -> Traits:
         dynamic=dynamic,
         unfilled=unfilled,
         plain=bool(gives) and not aside and func.namespace == "aten" and name != "detach",
+        asked=bool(schema.arguments) and schema.arguments[-1].name == "output_mask",
     )
 
 

@@ -3,7 +3,7 @@
 import operator
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
@@ -28,6 +28,13 @@ _SPREADING = frozenset(
 _SAME_VALUE = frozenset({_aten.detach.default, _aten.alias.default})
 
 
+class _Negated(NamedTuple):
+    """What was negated, and its `_kind`."""
+
+    node: fx.Node
+    kind: Any
+
+
 class Tracer(DispatchMode):
     """Writes down the operations made while it is active, below autograd.
 
@@ -42,6 +49,8 @@ class Tracer(DispatchMode):
         self.constants: dict[str, Tensor] = {}
         self._nodes: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}
         self._made: dict[Any, fx.Node] = {}
+        self._negative: dict[fx.Node, _Negated] = {}
+        """What each negative is the negative of."""
         self._uniform: dict[fx.Node, complex] = {}
         """The number that all elements of a result are, where no input has a part in it."""
 
@@ -98,6 +107,11 @@ class Tracer(DispatchMode):
         if func is _aten.t.default and (turned := self.node(args[0])).target is func:  # turned round twice
             self._bind(result, turned.all_input_nodes[0])
             return result
+        negated = self._negated_by(func, args)
+        back = None if negated is None else self._negative.get(self.node(negated))
+        if back is not None and back.kind == _kind(result):  # negated twice
+            self._bind(result, back.node)
+            return result
         if traits(func).name in _FILLED and isinstance(result, Tensor) and result.is_contiguous():
             func, args, kwargs = _filled(func, args, result)
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -105,11 +119,14 @@ class Tracer(DispatchMode):
         uniform = single and result.numel() > 0 and not kind.random and self._is_uniform(func, tensors)
         if single and not uniform and torch.Tag.pointwise in func.tags:
             args = tuple(self._as_number(arg, result, tensors) if isinstance(arg, Tensor) else arg for arg in args)
+        copies = kind.name == "clone" and args[0].stride() == result.stride()  # for memory of its own, not for strides
         args, kwargs = self._seen(args), {name: self._seen((arg,))[0] for name, arg in kwargs.items()}
-        node = self._written(func, args, kwargs)
+        node = self._written(func, args, kwargs, again=kind.random or copies)
         if uniform:
             self._uniform[node] = result[(0,) * result.ndim].item()
         self._bind_results(func, node, result)
+        if negated is not None:
+            self._negative[node] = _Negated(self.node(negated), _kind(negated))
         return result
 
     def _bind_results(self, func: Any, node: fx.Node, result: Any) -> None:
@@ -117,7 +134,10 @@ class Tracer(DispatchMode):
             node.meta["several"] = True
             for index, tensor in enumerate(result):
                 if isinstance(tensor, Tensor):
-                    self._bind(tensor, self.graph.call_function(operator.getitem, (node, index)))
+                    key = key_of(operator.getitem, (node, index))
+                    if key not in self._made:  # else another call gave the same results
+                        self._made[key] = self.graph.call_function(operator.getitem, (node, index))
+                    self._bind(tensor, self._made[key])
         elif isinstance(result, Tensor):
             self._bind(result, node)
         elif node.all_input_nodes:
@@ -130,12 +150,24 @@ class Tracer(DispatchMode):
             return None
         orders = [args[:2]] if func in (_aten.div.Tensor, _aten.sub.Tensor) else [args[:2], args[1::-1]]
         for kept, other in orders:
-            number = self._uniform.get(self.node(other)) if isinstance(other, Tensor) else other
-            if type(number) not in (int, float) or number != neutral or not isinstance(kept, Tensor):
-                continue
-            if (kept.shape, kept.stride(), kept.dtype) == (result.shape, result.stride(), result.dtype):
+            if self._is(other, neutral) and isinstance(kept, Tensor) and _kind(kept) == _kind(result):
                 return kept
         return None
+
+    def _negated_by(self, func: Any, args: tuple[Any, ...]) -> Tensor | None:
+        """The argument of which an operation gives the negative."""
+        if func is _aten.neg.default:
+            return cast(Tensor, args[0])
+        if func is _aten.mul.Tensor:
+            for kept, other in (args[:2], args[1::-1]):
+                if self._is(other, -1) and isinstance(kept, Tensor):
+                    return kept
+        return None
+
+    def _is(self, argument: Any, number: int) -> bool:
+        """Whether it is that number, or a tensor all of whose elements are."""
+        found = self._uniform.get(self.node(argument)) if isinstance(argument, Tensor) else argument
+        return type(found) in (int, float) and found == number
 
     def _is_uniform(self, func: Any, tensors: Sequence[Tensor]) -> bool:
         """Whether all elements are one number, whatever the inputs: made as such, or computed from such."""
@@ -153,11 +185,16 @@ class Tracer(DispatchMode):
         options = {"dtype": tensor.dtype, "device": tensor.device}
         return self._written(_aten.full.default, ((), self._uniform[node]), options)
 
-    def _written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-        """An operation of the graph; the one that is there already, if it computes the same."""
+    def _written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], again: bool = False) -> fx.Node:
+        """An operation of the graph: the one that is there already if it computes the same, or, `again`, a new one."""
         kind = traits(func)
-        key = None if kind.random or kind.name == "clone" else key_of(func, (*args, *kwargs.items()))
+        # What a call is asked for (its last argument, where there is one) two calls may ask of one.
+        what, asked = (args[:-1], args[-1]) if kind.asked and not kwargs else (args, ())
+        key = None if again else key_of(func, (*what, *kwargs.items()))
         node = None if key is None else self._made.get(key)
+        if node is not None and asked:
+            before: Any = node.args[-1]
+            node.args = (*what, tuple(map(operator.or_, before, asked)))
         if node is None:
             node = self.graph.call_function(func, args, kwargs)
             if key is not None:
@@ -177,6 +214,10 @@ def _filled(func: Any, args: tuple[Any, ...], result: Tensor) -> tuple[Any, tupl
     else:
         number = int("ones" in func.__name__)
     return _aten.full.default, (tuple(result.shape), number), {"dtype": result.dtype, "device": result.device}
+
+
+def _kind(tensor: Tensor) -> Any:
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def largest(tensor: Tensor) -> float:
@@ -200,8 +241,13 @@ def traced_graph(evaluate: Evaluate, point: Sequence[Tensor], given: Sequence[Te
     with torch.enable_grad(), tracer:
         outputs = evaluate(point, given)
     tracer.graph.output(tuple(tracer.node(tensor) for tensor in outputs))
-    tracer.graph.eliminate_dead_code()
+    without_dead_code(tracer.graph)
     return Traced(tracer.graph, tracer.constants), [tensor.detach() for tensor in outputs]
+
+
+def without_dead_code(graph: fx.Graph) -> None:
+    """Erases what no output needs; also what could draw, as what is drawn is given: torch.fx would keep attention."""
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
 
 
 def key_of(func: Any, args: tuple[Any, ...]) -> Any:

@@ -58,7 +58,7 @@ class Relaxation:
     steps: int
     residual: Tensor
     energies: Sequence[Tensor] = ()
-    local_error: list[Tensor] | None = None
+    local_error: Sequence[Tensor] | None = None
     dyadic_states: tuple[list[Tensor], list[Tensor]] | None = None
     samples: list[list[Tensor]] | None = None
     gain_left: Tensor | None = None

@@ -1,14 +1,69 @@
 """One pass from the top down."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, overload
 
 import torch
 from torch import Tensor
 
-from lightning_ebm.evaluations import ErrorForces, Landscape
+from lightning_ebm.evaluations import EnergyAtRest, ErrorForces, Landscape
 from lightning_ebm.relaxers.base import Relaxation, Relaxer
+
+
+class ArrivingErrors(Sequence[Tensor]):
+    """`d_l = -lambda/Pi_l dL/dx_l` at the forward pass, one tensor a layer, found when somebody reads one.
+
+    They are linear in the loss, so that an update which reads nothing else is computed in one pass with them: what the
+    signal meets within a layer is then worked out once for both.
+
+    Args:
+        landscape: the network.
+        strength: lambda.
+    """
+
+    def __init__(self, landscape: Landscape, strength: complex) -> None:
+        self._landscape = landscape
+        self.strength = strength
+        self._count = len(landscape.no_errors)
+        self._found: list[Tensor] | None = None
+
+    def of(self, landscape: Landscape) -> list[Tensor]:
+        """The same of a network that stands for the own one."""
+        found = landscape.evaluate(ErrorForces(), landscape.no_errors, self.strength).gradients
+        for k, gradient in enumerate(found):  # one layer at a time: nothing is held twice
+            found[k] = -gradient
+            del gradient
+        return found
+
+    def waits_for(self, landscape: Landscape) -> bool:
+        """Whether nobody has read them yet, and this is the network that they are to be found from."""
+        return self._found is None and self._landscape is landscape
+
+    def found(self) -> list[Tensor]:
+        """All of them."""
+        if self._found is None:
+            self._found = self.of(self._landscape)
+        return self._found
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.found())
+
+    @overload
+    def __getitem__(self, k: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, k: slice) -> list[Tensor]: ...
+    def __getitem__(self, k: int | slice) -> Tensor | list[Tensor]:
+        return self.found()[k]
+
+
+def arriving(found: Relaxation, landscape: Landscape) -> ArrivingErrors | None:
+    """The errors that a relaxation left at the layers, where they wait to be found from this network."""
+    errors = found.local_error
+    return errors if isinstance(errors, ArrivingErrors) and errors.waits_for(landscape) else None
 
 
 @dataclass(frozen=True)
@@ -28,12 +83,8 @@ class Sweep(Relaxer):
     needs_error_coordinates: ClassVar[bool] = True
 
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: float) -> Relaxation:
-        forces = landscape.evaluate(ErrorForces(), landscape.no_errors, strength)
-        local_error = forces.gradients
-        for k, gradient in enumerate(local_error):  # one layer at a time: nothing is held twice
-            local_error[k] = -gradient
-            del gradient
-        settled = torch.zeros_like(forces.internal)
-        energies = [strength * forces.loss.detach()]
+        energy = landscape.evaluate(EnergyAtRest(), landscape.no_errors, strength)
+        settled = torch.zeros(landscape.batch_size, dtype=energy.dtype, device=energy.device)
+        arriving = ArrivingErrors(landscape, strength)
         no_errors = list(landscape.no_errors)
-        return Relaxation(no_errors, "errors", "converged", 1, settled, energies, local_error=local_error)
+        return Relaxation(no_errors, "errors", "converged", 1, settled, [energy], local_error=arriving)

@@ -211,6 +211,8 @@ class Phases:
         relaxer: Any = self._algorithm.relaxer  # whose strength may be complex where the parts fit
         if not phase.held:  # the start is not held here: the network may let go of it on the way
             found: Relaxation = relaxer.relax(self.landscape, self.network.equilibrium, phase.strength)
+            if self.landscape is not self.network and found.local_error is not None:
+                tuple(found.local_error)  # whoever watches is shown them at once
             if not phase.is_complex:
                 self._look_at(found, relaxer, phase.strength.real)
             if self.clamped is None:

@@ -193,7 +193,7 @@ class Step:
         return recorded.program.uncut() * scale
 
     def _surrogate(self, network: Network, scale: float) -> Tensor:
-        update = self._relaxed(network) * (scale / network.loss_scale)
+        update = self._relaxed(network, scale / network.loss_scale)
         check_coverage(self._setup, self._pass.known, update, network.batch_size)
         # The value is the loss, for hooks and loggers that look at it; the gradient is the update's.
         surrogate: Tensor = network.first_loss * scale + (update - update.detach())
@@ -212,7 +212,7 @@ class Step:
         energy = share * phases.free.energies[-1]
         phases.ends = [End(Phase(0.0, 1.0), phases.free)]
         setup.remember(list(network.names), phases.reports(), energy / scale, network.runs_as)
-        update = network.update(setup.algorithm.rule, phases.ends) * share
+        update = network.update(setup.algorithm.rule, phases.ends, share)
         check_coverage(setup, self._pass.known, update, network.batch_size)
         return energy + (update - update.detach())
 
@@ -232,7 +232,7 @@ class Step:
             network = self._opened(loss)
         assert self._phases is not None
         for number, ends in enumerate(increments(self._phases, setup.algorithm)):
-            update = network.update(setup.algorithm.rule, ends) * (scale / network.loss_scale)
+            update = network.update(setup.algorithm.rule, ends, scale / network.loss_scale)
             reports = [PhaseReport.of(ends[0].strength, ends[0].found)]
             setup.remember(list(network.names), reports, network.first_loss, network.runs_as)
             check_coverage(setup, self._pass.known, update, network.batch_size)
@@ -355,7 +355,7 @@ class Step:
         if self._pass.recorded.is_empty:
             return self.true_gradients(), other
         network = other._settled()
-        return named_gradients(setup.module, other._relaxed(network) / network.loss_scale), other
+        return named_gradients(setup.module, other._relaxed(network, 1 / network.loss_scale)), other
 
     def release(self) -> None:
         """Frees the graphs and the states; `true_gradients` still works."""
@@ -363,12 +363,12 @@ class Step:
         self._pass.release()
         self.held = ()
 
-    def _relaxed(self, network: Network) -> Tensor:
-        """Relaxes each phase; a scalar whose gradient is the update."""
+    def _relaxed(self, network: Network, scale: float) -> Tensor:
+        """Relaxes each phase; a scalar whose gradient is the update times `scale`."""
         with self._arithmetic.explained():
-            return self._relaxed_by_rule(network)
+            return self._relaxed_by_rule(network, scale)
 
-    def _relaxed_by_rule(self, network: Network) -> Tensor:
+    def _relaxed_by_rule(self, network: Network, scale: float) -> Tensor:
         algorithm, setup, phases = self._setup.algorithm, self._setup, self._phases
         assert phases is not None
         phases.adapt()
@@ -380,7 +380,7 @@ class Step:
 
         def read(ends: Sequence[End]) -> Tensor:
             self.held = algorithm.rule.hold(network, ends)
-            return network.update(algorithm.rule, self.held)
+            return network.update(algorithm.rule, self.held, scale)
 
         drawn = samples_of(phases.ends)
         update = read(phases.ends) if drawn is None else average_of(drawn, read)

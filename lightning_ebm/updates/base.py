@@ -14,6 +14,7 @@ from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.nudges import Nudge, Phase
 from lightning_ebm.nudges.base import table_of
 from lightning_ebm.part import Part
+from lightning_ebm.promises import is_kept
 from lightning_ebm.relaxers import Relaxation, Relaxer
 
 if TYPE_CHECKING:
@@ -89,6 +90,9 @@ class Update(Part, ABC):
     reads_linear_response: ClassVar[bool] = False
     """Whether it can do without a nudged phase, from the slope at the free equilibrium."""
 
+    linear_in_loss: ClassVar[bool] = False
+    """A promise: where what the relaxer left is linear in the loss, so is the update. Both may then take one pass."""
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
@@ -147,6 +151,11 @@ class Update(Part, ABC):
             ends: what `hold` returned: strengths, weights, states and errors. A number that depends on how a phase
                 went, such as its residual, is to be worked out in `hold`.
         """
+
+
+def is_linear(update: Update) -> bool:
+    """Whether it still keeps the promise of `linear_in_loss`."""
+    return update.linear_in_loss and is_kept(update, "linear_in_loss", "hold", "read")
 
 
 def label(update: "str | Update") -> str:

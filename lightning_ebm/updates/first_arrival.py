@@ -15,3 +15,4 @@ class FirstArrival(LeftAtLayers):
     """
 
     name: ClassVar[str] = "first-arrival"
+    linear_in_loss: ClassVar[bool] = True
