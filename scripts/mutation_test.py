@@ -646,8 +646,8 @@ MUTATIONS = [
     Mutation(
         "errors that stand behind something else are taken for the network's",
         "relaxers/sweep.py",
-        "self._found is None and self._landscape is landscape",
-        "self._found is None",
+        "isinstance(errors, ArrivingErrors) and errors.is_of(landscape)",
+        "isinstance(errors, ArrivingErrors)",
         "one_pass",
     ),
     Mutation(

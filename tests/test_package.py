@@ -62,7 +62,7 @@ ORDER = [
         "torch_faults",
     },
     {"record", "user_hooks", "watch"},
-    {"aliasing", "before", "complex_ops", "numbers", "products", "random_draws"},
+    {"aliasing", "before", "complex_ops", "numbers", "products", "random_draws", "trail"},
     {"effects", "held"},
     {"custom_calls", "left", "schedule", "stage"},
     {"seams", "torch_calls"},

@@ -193,10 +193,12 @@ class Network(Passes):
         here, waiting = self, [errors for end in ends if (errors := arriving(end.found, self)) is not None]
         if is_linear(rule) and len(waiting) == len(ends):
             # Scaled where the signal starts, what it meets within a layer is the same for the errors and the update.
-            here, scale = self._with_loss_times(scale), 1.0
+            here = self._with_loss_times(scale)
             ends = [end._replace(found=copy.copy(end.found)) for end in ends]
             for end, errors in zip(ends, waiting, strict=True):
-                end.found.local_error = errors.of(here)
+                end.found.local_error = multiples = errors.of(here)
+                errors.note(multiples, scale)
+            scale = 1.0
         with torch.enable_grad(), here.showing() as shown:
             terms = rule.read(here, ends)
         return slopes_of(terms, [state for seen in shown for state in seen.states]) * scale

@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ebm.program.following import Trail, same_constant
+from lightning_ebm.program.following import same_constant
 from lightning_ebm.program.numbers import OtherNumbers, Site, as_input, may_differ
 from lightning_ebm.program.record import Mark, Node, Record, Value
+from lightning_ebm.program.trail import Trail
 
 
 class Outline:

@@ -1,7 +1,7 @@
 """Following known records: from the second step on nothing is built, as long as the same operations come again."""
 
 import math
-import weakref
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,23 +17,12 @@ from lightning_ebm.program.operations import (
     Traits,
     copied,
     functional_form,
+    traits,
     without_statistics,
 )
 from lightning_ebm.program.record import Mark, Meta, Node, Record, StateKey, Value, meta_of, outside_meta_of, stands_for
 from lightning_ebm.program.tensors import listed
-
-
-class Trail:
-    """What a pass did, in order, without what its tensors held.
-
-    Args:
-        record: of the pass.
-    """
-
-    def __init__(self, record: Record) -> None:
-        self.nodes = [*record.nodes, None]  # nothing comes after the last
-        self.marks = {mark.state.node: mark for mark in record.marks}
-        self.leaves = {value: weakref.ref(tensor) for value, tensor in record.leaves.items()}
+from lightning_ebm.program.trail import Trail, same_results
 
 
 class Following:
@@ -55,6 +44,8 @@ class Following:
         self._trail: Trail | None = None
         self._known: Sequence[Trail] = ()
         self._at = 0
+        self.next: Any = None
+        """The function of the operation that comes next in the known pass, where that is a plain one."""
         self._taken: set[Value] = set()
         self._drawn: set[Value] = set()
         """What was drawn while a known pass is followed, and nothing has read yet."""
@@ -67,10 +58,49 @@ class Following:
     def begin(self, known: Sequence[Trail]) -> None:
         """From its beginning on, the pass is compared with known ones, the first first."""
         self._known, self._trail = known, known[0]
+        self.next = known[0].plain[0]
 
     def stop(self) -> None:
         """The pass does something else, or is over."""
-        self._trail = None
+        self._trail = self.next = None
+
+    def run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], ended: Callable[[Node, Any], None]) -> Any:
+        """Runs a plain operation, if a known pass makes it here, and notes what it gave.
+
+        Most operations come this way, which therefore asks as little of others as it can.
+
+        Args:
+            func: which.
+            args: what it is given.
+            kwargs: and by name.
+            ended: told of one that gave something else this time.
+
+        Returns:
+            the result; `NotImplemented` where the known pass did something else, and nothing has run.
+        """
+        trail, at = self._trail, self._at
+        if trail is None:
+            return NotImplemented
+        node = trail.nodes[at]
+        if func is not self.next or kwargs or node is None or node.kwargs or not self._all_same(args, node.args):
+            node = self.operation(func, args, kwargs)
+            if node is None:
+                return NotImplemented
+        else:
+            self._at = at + 1
+            self.next = trail.plain[at + 1]
+        result = func(*args, **kwargs)
+        found, views = node.results, traits(func).views
+        if len(found) != 1 or not isinstance(result, Tensor):
+            if not self.takes(node, result, views):
+                ended(node, result)
+        elif (value := found[0]) is not None and value.meta == meta_of(result):
+            self._record.nodes.append(node)
+            self._contents.bind(result, value, not views)
+        else:
+            self.stop()
+            ended(node, result)
+        return result
 
     def operation(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Node | None:
         """The node of an operation that is about to run; None if the known pass did something else here."""
@@ -80,6 +110,7 @@ class Following:
         node = trail.nodes[self._at]
         if node is not None and node.func is func and self._same_arguments(node, args, kwargs):
             self._at += 1
+            self.next = trail.plain[self._at]
             return node
         return self._branch(lambda other: other.func is func and self._same_arguments(other, args, kwargs))
 
@@ -136,13 +167,8 @@ class Following:
             views: whether those are views of its arguments, which are not kept; None where each is asked.
         """
         found, bind = node.results, self._contents.bind
-        if views is not None and len(found) == 1 and isinstance(results, Tensor):  # as of most operations
-            same = found[0] is not None and found[0].meta == meta_of(results)
-            results = (results,)
-        else:
-            results = listed(results)
-            same = same_results(node, results)
-        if not same:
+        results = listed(results)
+        if not same_results(node, results):
             self.stop()
             return False
         self._record.nodes.append(node)
@@ -159,10 +185,12 @@ class Following:
 
     def _next(self, fits: Callable[[Node], bool]) -> Node | None:
         """What comes next in a known pass that has been the same so far, if it fits."""
-        node = None if self._trail is None else self._trail.nodes[self._at]
-        if node is None or not fits(node):
+        trail = self._trail
+        node = None if trail is None else trail.nodes[self._at]
+        if trail is None or node is None or not fits(node):
             return self._branch(fits)
         self._at += 1
+        self.next = trail.plain[self._at]
         return node
 
     def _branch(self, fits: Callable[[Node], bool]) -> Node | None:
@@ -180,8 +208,9 @@ class Following:
                 self._trail = other  # it is asked for its parameters
                 if fits(node):
                     self._at += 1
+                    self.next = other.plain[self._at]
                     return node
-        self._trail = None
+        self.stop()
         return None
 
     def _same_arguments(self, node: Node, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -213,7 +242,9 @@ class Following:
         if isinstance(arg, Tensor):
             return type(known) is Value and self._holds(arg, known)
         if isinstance(arg, list | tuple):
-            return type(known) is tuple and self._all_same(arg, known)
+            if type(known) is not tuple or len(arg) != len(known):
+                return False
+            return all(map(operator.is_, arg, known)) or self._all_same(arg, known)  # sizes and flags, mostly
         if isinstance(arg, torch.Generator):
             return known is None
         if type(known) is Value:
@@ -266,16 +297,3 @@ def same_constant(one: Any, other: Any) -> bool:
     if equal:
         return one != 0 or type(one) is not float or math.copysign(1.0, one) == math.copysign(1.0, other)
     return bool(one != one and other != other)
-
-
-def same_results(node: Node, results: Sequence[Any]) -> bool:
-    """Whether an operation has given tensors of the kinds that it gave before."""
-    if len(results) != len(node.results):
-        return False
-    for value, result in zip(node.results, results, strict=True):
-        if isinstance(result, Tensor):
-            if value is None or value.meta != meta_of(result):
-                return False
-        elif value is not None:
-            return False
-    return True

@@ -62,6 +62,11 @@ def is_operator(func: Any) -> "TypeGuard[torch._ops.OpOverload]":
     return isinstance(func, torch._ops.OpOverload)
 
 
+def is_plain(func: Any) -> bool:
+    """Whether it is one of torch's operations that only computes, see `Traits`."""
+    return is_operator(func) and traits(func).plain
+
+
 def is_by_shape(func: Any) -> bool:
     """Whether only the shapes of its arguments matter to it."""
     return is_operator(func) and traits(func).by_shape

@@ -32,6 +32,14 @@ def picks(contents: Contents, kind: Traits, args: Sequence[Any]) -> bool:
     return any(mask is not None and mask.dtype in _TRUTH and contents.is_choice(mask) for mask in masks)
 
 
+def counts(contents: Contents, args: Sequence[Any]) -> bool:
+    """Whether a write to the first argument counts, by numbers, on an integer from outside, as of batches seen."""
+    tensor, *others = args
+    if is_continuous(tensor.dtype) or tensor.ndim or any(isinstance(other, Tensor) for other in others):
+        return False
+    return not contents.is_choice(tensor)
+
+
 def freeze_masks(contents: Contents, node: Node, kind: Traits) -> None:
     """Masks by which others are cut are constants, in this operation and from here on."""
     if kind.name in PUT_BY_MASK and node.args[2].shape.numel() == 1:

@@ -34,7 +34,7 @@ from lightning_ebm.program.operations import (
     without_statistics,
 )
 from lightning_ebm.program.pause import Pause
-from lightning_ebm.program.picked import freeze_masks, picks
+from lightning_ebm.program.picked import counts, freeze_masks, picks
 from lightning_ebm.program.random_draws import Repeated, draws, repeated_without_drawing
 from lightning_ebm.program.record import (
     Mark,
@@ -85,6 +85,12 @@ class Recorder(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        known = func is self.following.next and not self.pausing.depth and torch.is_grad_enabled()
+        if (
+            known
+            and (result := self.following.run(func, args, kwargs, self._gave_something_else)) is not NotImplemented
+        ):
+            return result  # most operations, from the second step on
         if isinstance(func, torch._ops.HigherOrderOperator):
             raise higher_order(func.name())
         if self.pausing.depth:
@@ -93,12 +99,8 @@ class Recorder(DispatchMode):
             return self._named_again(func(*args), args[0])
         kind = traits(func)
         if kind.plain and torch.is_grad_enabled():
-            node = self.following.operation(func, args, kwargs)
-            if node is not None:
-                result = func(*args, **kwargs)
-                if not self.following.takes(node, result, kind.views):
-                    self._ended(Node(node.func, node.args, node.kwargs), kind, [], result)
-                return result
+            result = self.following.run(func, args, kwargs, self._gave_something_else)
+            return self._computed(func, kind, args, kwargs) if result is NotImplemented else result
         if kind.unfilled:  # no operation: what it holds when it is first read; the same in every run that fills it
             result = func(*args, **kwargs)
             return result.zero_() if result.layout is torch.strided else result
@@ -112,9 +114,21 @@ class Recorder(DispatchMode):
                 return self._constant(func, kind, args, kwargs, written)
         return self._operation(func, kind, args, kwargs, written, repeated)
 
+    def _computed(self, func: Any, kind: Traits, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Runs an operation that only computes, and that no known pass makes here, and records it."""
+        node = Node(func, self.seen(args), self.seen_by_name(kwargs) if kwargs else kwargs)
+        result = func(*args, **kwargs)
+        self._ended(node, kind, [], result)
+        return result
+
+    def _gave_something_else(self, node: Node, result: Any) -> None:
+        self._ended(Node(node.func, node.args, node.kwargs), traits(node.func), [], result)
+
     def _is_constant(self, func: Any, kind: Traits, args: Any, kwargs: dict[str, Any], written: list[Tensor]) -> bool:
         """Whether what an operation computes is a constant of the record, whatever it computes that from."""
         if not torch.is_grad_enabled() or func is _DETACH or picks(self.contents, kind, args):
+            return True
+        if written and counts(self.contents, args):
             return True
         if self.contents.unseen_by_autograd(written):
             return True

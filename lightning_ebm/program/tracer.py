@@ -101,16 +101,9 @@ class Tracer(DispatchMode):
             self._bind(result, self.node(args[0]))
             return result
         func = written
-        if (same := self._unchanged(func, args, result)) is not None:
-            self._bind(result, self.node(same))
-            return result
-        if func is _aten.t.default and (turned := self.node(args[0])).target is func:  # turned round twice
-            self._bind(result, turned.all_input_nodes[0])
-            return result
         negated = self._negated_by(func, args)
-        back = None if negated is None else self._negative.get(self.node(negated))
-        if back is not None and back.kind == _kind(result):  # negated twice
-            self._bind(result, back.node)
+        if (same := self._there_already(func, args, result, negated)) is not None:
+            self._bind(result, same)
             return result
         if traits(func).name in _FILLED and isinstance(result, Tensor) and result.is_contiguous():
             func, args, kwargs = _filled(func, args, result)
@@ -142,6 +135,15 @@ class Tracer(DispatchMode):
             self._bind(result, node)
         elif node.all_input_nodes:
             raise NotImplementedError(f"{func} gives a number that code could depend on")
+
+    def _there_already(self, func: Any, args: tuple[Any, ...], result: Any, negated: Tensor | None) -> fx.Node | None:
+        """What has the same value: what is multiplied by 1, turned round twice, or negated twice."""
+        if (same := self._unchanged(func, args, result)) is not None:
+            return self.node(same)
+        if func is _aten.t.default and (turned := self.node(args[0])).target is func:
+            return turned.all_input_nodes[0]
+        back = None if negated is None else self._negative.get(self.node(negated))
+        return None if back is None or back.kind != _kind(result) else back.node
 
     def _unchanged(self, func: Any, args: tuple[Any, ...], result: Any) -> Tensor | None:
         """The argument that an operation only hands on: a product with 1, a sum with 0."""

@@ -27,6 +27,7 @@ class ArrivingErrors(Sequence[Tensor]):
         self.strength = strength
         self._count = len(landscape.no_errors)
         self._found: list[Tensor] | None = None
+        self._noted: tuple[list[Tensor], float | Tensor] | None = None
 
     def of(self, landscape: Landscape) -> list[Tensor]:
         """The same of a network that stands for the own one."""
@@ -36,13 +37,20 @@ class ArrivingErrors(Sequence[Tensor]):
             del gradient
         return found
 
-    def waits_for(self, landscape: Landscape) -> bool:
-        """Whether nobody has read them yet, and this is the network that they are to be found from."""
-        return self._found is None and self._landscape is landscape
+    def is_of(self, landscape: Landscape) -> bool:
+        """Whether this is the network that they are found from, watched or not, and nothing that stands before it."""
+        return self._landscape.unwatched is landscape
+
+    def note(self, multiples: list[Tensor], factor: float | Tensor) -> None:
+        """Told what they are, times a factor, by whom the pass is used up."""
+        self._noted = multiples, factor
 
     def found(self) -> list[Tensor]:
         """All of them."""
-        if self._found is None:
+        if self._found is None and self._noted is not None:
+            multiples, factor = self._noted
+            self._found = [error / factor for error in multiples]
+        elif self._found is None:
             self._found = self.of(self._landscape)
         return self._found
 
@@ -61,9 +69,9 @@ class ArrivingErrors(Sequence[Tensor]):
 
 
 def arriving(found: Relaxation, landscape: Landscape) -> ArrivingErrors | None:
-    """The errors that a relaxation left at the layers, where they wait to be found from this network."""
+    """The errors that a relaxation left at the layers, where they can be found again from this network."""
     errors = found.local_error
-    return errors if isinstance(errors, ArrivingErrors) and errors.waits_for(landscape) else None
+    return errors if isinstance(errors, ArrivingErrors) and errors.is_of(landscape) else None
 
 
 @dataclass(frozen=True)
