@@ -679,6 +679,13 @@ MUTATIONS = [
         "one_pass",
     ),
     Mutation(
+        "what is counted of states is a constant",
+        "program/picked.py",
+        "return not contents.is_choice(tensor)",
+        "return True",
+        "following",
+    ),
+    Mutation(
         "followed inputs are not compared",
         "program/following.py",
         "            return value is known\n",

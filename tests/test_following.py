@@ -1,5 +1,6 @@
 """A pass is followed along a known one as long as it is the same, and not one operation further."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -403,3 +404,78 @@ def test_a_pass_that_changes_builds_what_comes_after(monkeypatch: pytest.MonkeyP
     assert counts[1:LATE] == [0] * (LATE - 1)
     assert 0 < counts[LATE] < counts[0]
     assert counts[LATE + 1 :] == [0] * (LATE - 1)
+
+
+class Counted(nn.Module):
+    """Counts its batches in an integer, in ways of its own, and divides by what it has counted."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        self.how = how
+        self.register_buffer("count", torch.zeros(2 if how == "one of two" else (), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.net(x)
+        before = self.count.clone() if self.how == "and reads what it was" else None
+        if self.how == "by a tensor":
+            self.count += (h > 0).sum()
+        elif self.how == "one of two":
+            self.count[0] += 1
+        elif self.how == "twice":
+            self.count.add_(1)
+            self.count *= 2
+        else:
+            self.count += 1
+        total = self.count.sum() if before is None else self.count + before
+        return h / (1 + total)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("how", ["by a number", "by a tensor", "one of two", "twice", "and reads what it was"])
+def test_what_a_step_counts_may_be_read_in_it(how: str, capture: bool) -> None:
+    """The oracle is an untouched copy, whose counter and gradients are autograd's."""
+    torch.manual_seed(0)
+    net = Counted(how).double()
+    stock, x = copy.deepcopy(net), torch.randn(5, 3, dtype=torch.double)
+    learner = ebm.Learner(net, "zero-divergence", capture=capture)
+    for _ in range(4):
+        for one in (net, stock):
+            one.zero_grad()
+        learner.backward(lambda: net(x).square().mean())
+        stock(x).square().mean().backward()
+        assert torch.equal(net.count, stock.count)
+        for ours, theirs in zip(net.parameters(), stock.parameters(), strict=True):
+            assert float((ours.grad - theirs.grad).abs().max()) < 1e-12
+
+
+class Active(nn.Module):
+    """Divides by how many units are on, which depends on the states, and one."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.net[:4](x)
+        on = (h > 0).sum()
+        if self.in_place:
+            on += 1
+        else:
+            on = on + 1
+        return 20 * self.net[4](h) / on
+
+
+def test_what_is_counted_of_states_moves_with_them() -> None:
+    found = []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        net, x = Active(in_place).double(), torch.randn(5, 3, dtype=torch.double)
+        euler = ebm.algorithm("predictive-coding", relaxer=ebm.GradientDescent(0.1, 20))
+        learner = ebm.Learner(net, euler)
+        for _ in range(3):
+            net.zero_grad()
+            learner.backward(lambda net=net, x=x: (net(x) - 3).square().sum(1).mean())
+        found.append([p.grad for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -86,10 +86,7 @@ class Recorder(DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         known = func is self.following.next and not self.pausing.depth and torch.is_grad_enabled()
-        if (
-            known
-            and (result := self.following.run(func, args, kwargs, self._gave_something_else)) is not NotImplemented
-        ):
+        if known and (result := self.following.run(func, args, kwargs, self._gave_other)) is not NotImplemented:
             return result  # most operations, from the second step on
         if isinstance(func, torch._ops.HigherOrderOperator):
             raise higher_order(func.name())
@@ -99,7 +96,7 @@ class Recorder(DispatchMode):
             return self._named_again(func(*args), args[0])
         kind = traits(func)
         if kind.plain and torch.is_grad_enabled():
-            result = self.following.run(func, args, kwargs, self._gave_something_else)
+            result = self.following.run(func, args, kwargs, self._gave_other)
             return self._computed(func, kind, args, kwargs) if result is NotImplemented else result
         if kind.unfilled:  # no operation: what it holds when it is first read; the same in every run that fills it
             result = func(*args, **kwargs)
@@ -121,7 +118,7 @@ class Recorder(DispatchMode):
         self._ended(node, kind, [], result)
         return result
 
-    def _gave_something_else(self, node: Node, result: Any) -> None:
+    def _gave_other(self, node: Node, result: Any) -> None:
         self._ended(Node(node.func, node.args, node.kwargs), traits(node.func), [], result)
 
     def _is_constant(self, func: Any, kind: Traits, args: Any, kwargs: dict[str, Any], written: list[Tensor]) -> bool:
