@@ -201,7 +201,7 @@ class Contents:
             value = self.known(alias)
             if value is None or value.poison is not None:
                 continue
-            if alias.requires_grad and value.node is not None and value.node.func is not None:
+            if alias.requires_grad and not alias.is_leaf and value.node is not None and value.node.func is not None:
                 self.poison(
                     alias,
                     "The step writes, while gradients are off (under no_grad, or through .data or detach()), to a"
