@@ -213,7 +213,7 @@ class EnergyStrategy(ObservedStrategy):
             with _or_undone(self._step), shadowed(self._module, own):
                 loss = super().backward(surrogate, optimizer, *args, **kwargs)
             if recorder is not None and self._relaxes:
-                self._manual.gives(surrogate)
+                self._manual.gives(self._module, surrogate)
         if self._increments is None:
             self._step.release()
         return loss
@@ -289,7 +289,7 @@ class EnergyStrategy(ObservedStrategy):
             step = self._begun(manual.recorder)
             surrogate = step.surrogate(loss)
             self._print_layers()
-            manual.gives(surrogate)
+            manual.gives(self._module, surrogate)
             with self._other.handing_over(surrogate):
                 torch.autograd.backward(surrogate, **options)
             step.release()
