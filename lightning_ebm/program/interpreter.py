@@ -226,6 +226,11 @@ class Program:
         own = next(filter(is_of_the_users, functions), None)
         return None if own is None else f"custom functions: {named(own).name.rpartition('.')[2]}"
 
+    def overwritten(self) -> bool:
+        """Whether memory that it reads has been written to where autograd does not look."""
+        late = self.record.overwritten
+        return bool(late) and any(value in late for node in self.order for value in node.values())
+
     def outline(self) -> "Program":
         """The same program without any tensor of the batch: it runs on what is given."""
         bare = copy.copy(self)

@@ -154,7 +154,7 @@ class Record:
         hooks: gradient hooks on values, see `Tensor.register_hook`.
         reads: operations that turned tensors into Python numbers, with the value that was read.
         reads_graph: whether the pass looked at the graph that autograd made of it, where hooks can be put unseen.
-        hands_out: whether the pass gave the memory of what it computed to others, who may write to it unseen.
+        overwritten: values whose memory has been written to where autograd does not look, see `UnseenWrites`.
         has_hooks: whether the user's gradient hooks stand between its operations.
         transformed: whether layers were called within a transform of torch.func, where they can carry no state.
         shapes: of the tensors that the module was called with, if it was.
@@ -170,7 +170,7 @@ class Record:
     hooks: dict[Value, list[Any]] = field(default_factory=dict)
     reads: list[tuple[str, Value]] = field(default_factory=list)
     reads_graph: bool = False
-    hands_out: bool = False
+    overwritten: set[Value] = field(default_factory=set)
     has_hooks: bool = False
     transformed: bool = False
     shapes: list[torch.Size] = field(default_factory=list)
