@@ -67,7 +67,7 @@ ORDER = [
     {"effects", "held"},
     {"custom_calls", "left", "schedule", "stage"},
     {"seams", "torch_calls"},
-    {"contents"},
+    {"contents", "meanwhile"},
     {"following", "picked"},
     {"recorder"},
     {"calls", "interpreter", "seen_grad", "tracer"},

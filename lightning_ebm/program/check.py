@@ -238,7 +238,11 @@ _ON_NODES = (
     " The step reads grad_fn: a hook on a node of autograd's graph (grad_fn.register_hook) changes gradients where no"
     " other state could have it. Use tensor.register_hook on the tensor instead."
 )
-_OVERWRITTEN = (
+_PACKED = (
+    " Hooks on saved tensors (torch.autograd.graph.saved_tensors_hooks) may hand back others than they were given, as"
+    " those that compress do: the gradient is then that of no function."
+)
+OVERWRITTEN = (
     " The step has used a tensor, and then writes to its memory where autograd does not look (.data, .numpy(), DLPack,"
     " .untyped_storage(); a batch norm in training mode does, to running statistics that it has read in evaluation mode"
     " before): autograd's own gradient then mixes what was there with what is. Write before the tensor is used, after"
@@ -259,7 +263,8 @@ def _refuse(parting: dict[str, str], program: Program, plan: Plan, module: nn.Mo
         + (f" What stands there besides torch's own operations: {', '.join(there)}." if there else "")
         + (f" Hooks on {len(program.record.hooks)} hidden tensors change gradients." if program.record.hooks else "")
         + (_ON_NODES if program.record.reads_graph else "")
-        + (_OVERWRITTEN if program.overwritten() else "")
+        + (_PACKED if program.record.packs else "")
+        + (OVERWRITTEN if program.overwritten() else "")
         + (_SCRIPTED.format((scripted or ["A function that the step calls"])[0]) if compiled else "")
         + " A custom autograd function, a hook, a checkpoint or an operation with a state of its own can be the cause;"
         ' the update would be wrong, so nothing was learned. Use algorithm="backprop" for this module, or replace that'

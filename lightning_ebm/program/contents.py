@@ -223,6 +223,7 @@ class Contents:
             self.before.moved(tensor)
             if value is None:
                 return
+            self._unseen.moved(value)
             if self._record.inputs.get(value, self._record.leaves.get(value)) is tensor:
                 self._record.inputs[value] = tensor.detach()
             if self.held.get(value) is tensor:
@@ -258,7 +259,7 @@ class Contents:
     def settle(self) -> None:
         """The pass is over: leaves that it made itself are among those of the record."""
         with self._pausing():
-            self._record.overwritten = self._unseen.found()
+            self._record.overwritten |= self._unseen.found()
         # What a factory returned is handed on as a copy if it is held here: torch.zeros(3) is another than this one.
         made = [(value, ref()) for ref, value in self.bindings.values() if value.node is not None]
         for value, tensor in (*self.held.items(), *made):

@@ -227,9 +227,12 @@ class Program:
         return None if own is None else f"custom functions: {named(own).name.rpartition('.')[2]}"
 
     def overwritten(self) -> bool:
-        """Whether memory that it reads has been written to where autograd does not look."""
-        late = self.record.overwritten
-        return bool(late) and any(value in late for node in self.order for value in node.values())
+        """Whether memory that its gradient may hang on has been written to where autograd does not look."""
+        if not (late := self.record.overwritten):
+            return False
+        learned = depending(set(self.record.leaves), self.order)
+        kept = (node for node in self.order if not learned.isdisjoint(node.results))
+        return any(value in late for node in kept for value in node.values())
 
     def outline(self) -> "Program":
         """The same program without any tensor of the batch: it runs on what is given."""

@@ -172,7 +172,7 @@ class Programs:
                 break
             if not isinstance(found, str):
                 program = Program(record, found[0], value)
-                if record.reads_graph or record.has_hooks or program.overwritten():
+                if record.reads_graph or record.has_hooks or record.packs or program.overwritten():
                     self._check(recorder, program, known.plan, loss)
                 self._known.remove(known)
                 self._known.insert(0, known)

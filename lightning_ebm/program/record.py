@@ -154,6 +154,7 @@ class Record:
         hooks: gradient hooks on values, see `Tensor.register_hook`.
         reads: operations that turned tensors into Python numbers, with the value that was read.
         reads_graph: whether the pass looked at the graph that autograd made of it, where hooks can be put unseen.
+        packs: whether code of the user's own keeps tensors for the backward pass, and may hand back others.
         overwritten: values whose memory has been written to where autograd does not look, see `UnseenWrites`.
         has_hooks: whether the user's gradient hooks stand between its operations.
         transformed: whether layers were called within a transform of torch.func, where they can carry no state.
@@ -170,6 +171,7 @@ class Record:
     hooks: dict[Value, list[Any]] = field(default_factory=dict)
     reads: list[tuple[str, Value]] = field(default_factory=list)
     reads_graph: bool = False
+    packs: bool = False
     overwritten: set[Value] = field(default_factory=set)
     has_hooks: bool = False
     transformed: bool = False

@@ -1,8 +1,8 @@
 """Writes to memory that autograd has kept, where it does not look: it then differentiates by what is there by now.
 
-So do writes to `x.data`, those of NumPy and of others that are handed the memory, and those of a batch norm in training
-mode to running statistics that one in evaluation mode has read before. What autograd gives then is the slope of no
-function, and no record gives it at other states.
+So do writes to `x.data`, and other tensors in its place; those of NumPy and of others that are handed the memory; and
+those of a batch norm in training mode to running statistics that one in evaluation mode has read before. What autograd
+gives then is the slope of no function, and no record gives it at other states.
 """
 
 import torch
@@ -30,6 +30,10 @@ class UnseenWrites:
         """What was announced has been done; autograd counts those writes that it sees."""
         self._found.update(value for tensor, count, value in self._announced if tensor._version == count)
         self._announced.clear()
+
+    def moved(self, value: Value) -> None:
+        """What holds it is given other memory, which autograd takes for that which it has kept, if it is a leaf."""
+        self._found.add(value)
 
     def lent(self) -> None:
         """What was announced may be done at any time, by others."""
