@@ -23,8 +23,10 @@ class UnseenWrites:
 
     def about_to_write(self, tensor: Tensor, value: Value) -> None:
         """What holds a value is about to be written to, or shares memory with what is."""
-        if not tensor.is_inference():
+        try:
             self._announced.append((tensor, tensor._version, value))
+        except RuntimeError:  # made in inference mode: autograd has kept it nowhere, and counts nothing
+            return
 
     def over(self) -> None:
         """What was announced has been done; autograd counts those writes that it sees."""

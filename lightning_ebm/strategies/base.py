@@ -36,7 +36,7 @@ from lightning_ebm.strategies import other_backward
 from lightning_ebm.strategies.manual import ManualOptimization, weighted
 from lightning_ebm.strategies.observed import ObservedStrategy
 from lightning_ebm.strategies.once_more import Arguments, loss_of, run_again
-from lightning_ebm.strategies.quiet import callbacks_of, print_layers, unlogged
+from lightning_ebm.strategies.quiet import callbacks_of, has_hooks, print_layers, unlogged
 from lightning_ebm.strategies.resume import ExactResume
 
 
@@ -150,12 +150,13 @@ class EnergyStrategy(ObservedStrategy):
         self._meanwhile.close()
         with shadowed(module, {"training_step": partial(self._first_pass, module.training_step)}):
             output = super().training_step(*args, **kwargs)
-        self._look_after(self._step)
+        self._look_after(self._step, "on_before_zero_grad", "optimizer_zero_grad")
         return output
 
-    def _look_after(self, step: Step | None) -> Meanwhile | None:
-        """Until `_meanwhile` is closed, what a pass has read stays as it was."""
-        if step is None or not self._module.automatic_optimization or not self._relaxes or self._increments is not None:
+    def _look_after(self, step: Step | None, *hooks: str) -> Meanwhile | None:
+        """Until `_meanwhile` is closed, what a pass has read stays as it was, whatever these hooks of the user's do."""
+        module, once = self._module, self._increments is None
+        if step is None or not (module.automatic_optimization and self._relaxes and once and has_hooks(module, *hooks)):
             return None
         return self._meanwhile.enter_context(step.meanwhile())
 
@@ -225,7 +226,7 @@ class EnergyStrategy(ObservedStrategy):
             assert self._step is not None
             own = {"backward": partial(self._module_backward, surrogate, self._module.backward)}
             with _or_undone(self._step), shadowed(self._module, own), self._meanwhile:
-                self._kept = self._look_after(self._step)
+                self._kept = self._look_after(self._step, "on_before_backward")
                 loss = super().backward(surrogate, optimizer, *args, **kwargs)
             if recorder is not None and self._relaxes:
                 self._manual.gives(self._module, surrogate)
