@@ -17,6 +17,7 @@ from lightning_ebm.program.custom_calls import is_of_the_users
 from lightning_ebm.program.elsewhere import elsewhere
 from lightning_ebm.program.held import Held, ancestors, ordered
 from lightning_ebm.program.named import named
+from lightning_ebm.program.operations import only_views
 from lightning_ebm.program.products import Product, products_of, sent_back_by
 from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value, depending, eps_of
 from lightning_ebm.program.seams import hooked_input, hooked_output
@@ -231,8 +232,8 @@ class Program:
         if not (late := self.record.overwritten):
             return False
         learned = depending(set(self.record.leaves), self.order)
-        kept = (node for node in self.order if not learned.isdisjoint(node.results))
-        return any(value in late for node in kept for value in node.values())
+        keep = (node for node in self.order if not learned.isdisjoint(node.results) and not only_views(node.func))
+        return any(value in late for node in keep for value in node.values())
 
     def outline(self) -> "Program":
         """The same program without any tensor of the batch: it runs on what is given."""

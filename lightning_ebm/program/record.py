@@ -161,6 +161,7 @@ class Record:
         shapes: of the tensors that the module was called with, if it was.
         declared: sizes of batches, by modules that say where samples are, see `declared_size`.
         arguments: what it was called with first: the one positional argument, or all of them.
+        kind: of numbers that torch made where nobody said, as of integers that are divided.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -178,6 +179,7 @@ class Record:
     shapes: list[torch.Size] = field(default_factory=list)
     declared: set[int] = field(default_factory=set)
     arguments: Any = None
+    kind: torch.dtype = field(default_factory=torch.get_default_dtype)
 
     def told(self) -> None:
         """The user's pass has been differentiated, and its hooks have been told."""
