@@ -83,9 +83,12 @@ class Redundant(Net):
 
 
 def test_a_slope_of_nothing_but_rounding_is_no_fault_of_the_step():
-    stock = fitted(Redundant, "bf16-mixed")
-    ours = fitted(Redundant, "bf16-mixed", ebm.EBMStrategy("zero-divergence"))
-    assert off(stock.net[:4], ours.net[:4]) < 0.1
+    L.seed_everything(0, verbose=False)
+    module = Redundant()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ebm.Learner(module, "zero-divergence").gradients(lambda: module.training_step((X[:8], Y[:8]), 0))
+        expected = ebm.reference.backprop(module, lambda: module.training_step((X[:8], Y[:8]), 0))
+    assert ebm.metrics.alignment(found, expected)["relative_error"] < 0.05
 
 
 class Adding(Net):
