@@ -679,6 +679,13 @@ def test_networks_without_calls_are_told_how_to_mark_layers_and_the_remedy_works
     assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(found.values(), slopes, strict=True))
 
 
+def test_a_network_that_calls_its_head_alone_is_told_so_too():
+    net = ByTensors(False)
+    net.head = nn.Linear(2, 2).double()
+    with pytest.raises(ebm.LayerDiscoveryError, match=r"\(first, second, last\): tensors are used directly"):
+        ebm.Learner(net).gradients(lambda: net.head(net(X)).square().mean())
+
+
 def test_an_input_that_is_named_carries_a_state():
     """Nothing predicts it but the data: with a list of names somebody has said that it is to be free."""
     net = Branches()

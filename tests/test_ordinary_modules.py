@@ -900,6 +900,16 @@ class Distilled(Base):
         return super().loss(x, y) + F.kl_div(F.log_softmax(self.net(x) / 2, -1), soft, log_target=True)
 
 
+class ClosedFormHead(Base):
+    """Least squares on features, as in few-shot learning; the shape of what they leave over depends on values."""
+
+    def loss(self, x, y):
+        features, wanted = self.net[:4](x), F.one_hot(y, 3).to(x.dtype)
+        ridge, zeros = 0.3 * torch.eye(6, dtype=x.dtype), x.new_zeros(6, 3)
+        head = torch.linalg.lstsq(torch.cat([features, ridge]), torch.cat([wanted, zeros])).solution
+        return F.mse_loss(self.net[:4](x + 0.1) @ head, wanted) + super().loss(x, y)
+
+
 class Ordinal(Base):
     """A loss with data-dependent loops and numbers read off the network."""
 

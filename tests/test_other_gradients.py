@@ -3,6 +3,8 @@
 The oracle of what is right is a stock Trainer; of what would be silent, that lambda = 1 ends where stock ends.
 """
 
+import copy
+
 import lightning as L
 import pytest
 import torch
@@ -538,17 +540,70 @@ def test_weights_of_losses_may_have_gradients_of_their_own():
 class ByHand(Manual):
     """Gradients of the network by torch.autograd.grad."""
 
+    def slopes(self, batch):
+        return torch.autograd.grad(self.loss(batch), list(self.net.parameters()))
+
     def training_step(self, batch, index):
-        for p, gradient in zip(
-            self.net.parameters(), torch.autograd.grad(self.loss(batch), list(self.net.parameters())), strict=True
-        ):
+        for p, gradient in zip(self.net.parameters(), self.slopes(batch), strict=True):
             p.grad = gradient
         self.optimizers().step()
 
 
-def test_weights_of_the_network_may_not():
+class ByTransform(ByHand):
+    def slopes(self, batch):
+        def loss(parameters):
+            return F.cross_entropy(torch.func.functional_call(self.net, parameters, batch[0]), batch[1])
+
+        return torch.func.grad(loss)({name: p.detach() for name, p in self.net.named_parameters()}).values()
+
+
+class ByCopy(ByHand):
+    """First-order meta-learning: an inner loop on a copy, whose gradients the module takes."""
+
+    def slopes(self, batch):
+        fast = copy.deepcopy(self.net)
+        inner = torch.optim.SGD(fast.parameters(), 0.1)
+        for _ in range(2):
+            inner.zero_grad()
+            self.manual_backward(F.cross_entropy(fast(batch[0]), batch[1]))
+            inner.step()
+        return [p.grad for p in fast.parameters()]
+
+
+@pytest.mark.parametrize("make", [ByHand, ByTransform, ByCopy])
+def test_weights_of_the_network_may_not(make):
+    fit(make)
     with pytest.raises(ebm.ConfigurationError, match="that no relaxation has given"):
-        fit(ByHand, ebm.EBMStrategy(EXACT))
+        fit(make, ebm.EBMStrategy(EXACT))
+
+
+class Multiplier(Manual):
+    """A multiplier of a constraint goes up by hand, and every optimizer steps, also on gradients of zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.multiplier = nn.Parameter(torch.zeros(()).double())
+        self.other = nn.Linear(3, 3).double()
+
+    def configure_optimizers(self):
+        return [
+            torch.optim.SGD(p, 0.1, 0.9) for p in (self.net.parameters(), [self.multiplier], self.other.parameters())
+        ]
+
+    def training_step(self, batch, index):
+        output = self.net(batch[0])
+        if index % 2:
+            output = self.other(output)
+        excess = output.square().mean() - 0.1
+        self.manual_backward(F.cross_entropy(output, batch[1]) + self.multiplier.detach() * excess)
+        self.multiplier.grad = -excess.detach()
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+
+
+def test_what_is_no_weight_may_be_stepped_on_by_hand_and_so_may_gradients_of_zero():
+    assert farthest(fit(Multiplier), fit(Multiplier, ebm.EBMStrategy(EXACT))) < 1e-12
 
 
 @pytest.mark.parametrize(

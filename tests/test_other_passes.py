@@ -39,6 +39,53 @@ def test_writes_that_autograd_does_not_see_keep_their_slope(make, capture):
     assert farthest(stock, fit(make, ebm.EBMStrategy(EXACT, capture=capture))) < 1e-12
 
 
+class Langevin(Net):
+    """Samples kept from step to step move by their slopes, written where autograd does not look."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = X[:8].clone()
+
+    def moved(self, samples):
+        for _ in range(2):
+            (slope,) = torch.autograd.grad(self.net(samples).square().sum(), samples)
+            samples.data.add_(0.1 * slope).clamp_(-2, 2)
+        return samples.detach()
+
+    def training_step(self, batch, index):
+        samples = self.moved(self.kept[: len(batch[0])].clone().requires_grad_())
+        self.kept[: len(samples)] = samples
+        return F.cross_entropy(self.net(batch[0]), batch[1]) + self.net(samples).square().mean()
+
+
+class LangevinByBackward(Langevin):
+    def moved(self, samples):
+        for _ in range(2):
+            self.net(samples).square().sum().backward()
+            with torch.no_grad():
+                samples.add_(0.1 * samples.grad)
+            samples.grad.detach_().zero_()
+        self.zero_grad()
+        return samples.detach()
+
+
+class LangevinAndPenalty(Langevin):
+    """The slope at where a sample has gone to is part of the loss."""
+
+    def training_step(self, batch, index):
+        samples = (2 * batch[0]).requires_grad_()
+        samples.data.mul_(0.5).add_(self.moved(batch[0].clone().requires_grad_()))
+        (slope,) = torch.autograd.grad(self.net(samples).sum(), samples, create_graph=True)
+        return F.cross_entropy(self.net(samples), batch[1]) + slope.square().sum(1).mean()
+
+
+@pytest.mark.parametrize("make", [Langevin, LangevinByBackward, LangevinAndPenalty])
+@pytest.mark.parametrize("capture", [True, False])
+def test_a_leaf_that_the_step_has_made_may_be_written_to(make, capture):
+    stock = fit(make)
+    assert farthest(stock, fit(make, ebm.EBMStrategy(EXACT, capture=capture))) < 1e-12
+
+
 def test_they_are_repeated_at_other_states():
     """pc-nudge tends to autograd's gradient with the nudge, and code is the plain way."""
     module = Clamped()

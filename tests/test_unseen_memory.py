@@ -169,7 +169,7 @@ def by_storage(h: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("write", "why"),
-    [(by_numpy, "memory of a tensor that it computes.*numpy"), (by_storage, "while gradients are off")],
+    [(by_numpy, "its memory where autograd does not look.*numpy"), (by_storage, "while gradients are off")],
 )
 def test_writes_of_others_to_what_the_step_computes_are_refused_by_that_name(write, why) -> None:
     net, (x, y) = mlp().double(), batch(0)
@@ -227,3 +227,91 @@ def test_passes_within_one_region_of_autocast_know_nothing_of_each_other(preset:
                 net(x)
             found = learner.gradients(lambda: F.cross_entropy(net(x), y))
             assert off(found, first) == 0
+
+
+def hidden_by_data(net: nn.Module, h: Tensor, x: Tensor) -> None:
+    h.data.mul_(0.5)
+
+
+def hidden_by_numpy(net: nn.Module, h: Tensor, x: Tensor) -> None:
+    h.detach().numpy()[:] *= 0.5
+
+
+def batch_by_data(net: nn.Module, h: Tensor, x: Tensor) -> None:
+    x.data.mul_(0.5)
+
+
+def weights_by_data(net: nn.Module, h: Tensor, x: Tensor) -> None:
+    """As clipping in the step does, between the loss and its gradient."""
+    for parameter in net.parameters():
+        parameter.data.clamp_(-0.1, 0.1)
+
+
+def weights_by_storage(net: nn.Module, h: Tensor, x: Tensor) -> None:
+    weight = net[2].weight
+    weight.untyped_storage().copy_((0.5 * weight.detach()).untyped_storage())
+
+
+def statistics(net: nn.Module, h: Tensor, x: Tensor) -> None:
+    """Torch counts no write where a batch norm in training mode writes to its running statistics."""
+    net[1].train()
+    net[1](h.detach())
+    net[1].eval()
+
+
+def nothing(net: nn.Module, h: Tensor, x: Tensor) -> None:
+    """Who only looks is let be."""
+    assert np.isfinite(h.detach().numpy()).all()
+    assert h.data.norm() > 0
+
+
+def what_nobody_keeps(net: nn.Module, h: Tensor, x: Tensor) -> None:
+    """Autograd has kept no bias."""
+    net[0].bias.data.mul_(0.5)
+
+
+LATE_WRITES = [hidden_by_data, hidden_by_numpy, batch_by_data, weights_by_data, weights_by_storage, statistics]
+
+
+class WritingLate:
+    """A step that begins to write, once its loss has been computed, when the program is known already."""
+
+    def __init__(self, write) -> None:
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8).eval(), nn.Tanh(), nn.Linear(8, 3)).double()
+        self.write, self.steps = write, 0
+
+    def __call__(self) -> Tensor:
+        x, y = batch(0)
+        x = x.clone()
+        before = self.net[:2](x)
+        h = self.net[2](before)
+        loss = F.cross_entropy(self.net[3](h), y)
+        self.steps += 1
+        if self.steps > 3:
+            self.write(
+                nn.Sequential(self.net[0], self.net[1], self.net[3]), before if self.write is statistics else h, x
+            )
+        return loss
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("write", LATE_WRITES)
+def test_memory_that_autograd_has_kept_is_not_written_to_in_silence(write, capture) -> None:
+    step = WritingLate(write)
+    learner = ebm.Learner(step.net, "zero-divergence", capture=capture)
+    for _ in range(3):
+        learner.backward(step)
+    with pytest.raises(ebm.UnsupportedModuleError, match="where autograd does not look"):
+        learner.backward(step)
+
+
+@pytest.mark.parametrize("write", [nothing, what_nobody_keeps])
+def test_memory_that_is_looked_at_or_that_autograd_has_not_kept_is_no_matter(write) -> None:
+    step, other = WritingLate(write), WritingLate(write)
+    learner = ebm.Learner(step.net, "zero-divergence")
+    for _ in range(5):
+        found = learner.gradients(step)
+        expected = torch.autograd.grad(other(), list(other.net.parameters()))
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(found.values(), expected, strict=True))
+        step.net.load_state_dict(other.net.state_dict())

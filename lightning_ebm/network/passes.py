@@ -125,6 +125,9 @@ class Passes(Geometry):
     def rebind(self, program: Program, binding: dict[Value, Value] | None, held: Mapping[Value, Tensor]) -> None:
         """Told what another pass of the same program holds, for whoever runs code."""
 
+    def read_again(self, program: Program, binding: dict[Value, Value] | None) -> None:
+        """Told that the record of the pass holds copies of what has been written to since, for whoever runs code."""
+
     def begin_last_phase(self) -> None:
         """Told that nobody asks for states of the forward pass once the next relaxation has left them."""
 

@@ -86,11 +86,15 @@ class TracedNetwork(Network):
                 return found
             return held.get(value if binding is None else binding[value])
 
-        values = self._traced.values if binding is None else [binding[value] for value in self._traced.values]
         self._held = held_now
+        self._before: dict[Key, list[Tensor]] = {}
+        self.read_again(program, binding)
+
+    def read_again(self, program: Program, binding: dict[Value, Value] | None) -> None:
+        """See `Passes.read_again`. What has been computed of them is what it was."""
+        values = self._traced.values if binding is None else [binding[value] for value in self._traced.values]
         self._leaves = [program.record.leaves.get(value) for value in values]
         self._given = [program.content(value) for value in values]
-        self._before: dict[Key, list[Tensor]] = {}
 
     def rest_at(self, states: Sequence[Tensor]) -> None:
         """See `Passes.rest_at`."""

@@ -4,14 +4,16 @@ import weakref
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.aliasing import Aliasing, Make
 from lightning_ebm.program.before import Before
 from lightning_ebm.program.left import Left
+from lightning_ebm.program.not_recorded import not_dense, unrecorded
 from lightning_ebm.program.pause import Pause
 from lightning_ebm.program.record import Record, Value, meta_of, outside_meta_of
+from lightning_ebm.program.unseen_writes import UnseenWrites
 
 
 class Contents:
@@ -41,6 +43,7 @@ class Contents:
         self._written_over: list[Tensor] = []
         self._shared: set[int] = set()
         self._aliasing = Aliasing()
+        self._unseen = UnseenWrites()
 
     # Reading
 
@@ -72,7 +75,7 @@ class Contents:
         if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or (sparse and tensor.requires_grad):
             raise not_dense(tensor)
         if tensor.requires_grad and not tensor.is_leaf:
-            _refuse_unrecorded(tensor)
+            raise unrecorded(tensor)
         value = value or Value(None, outside_meta_of(tensor))
         self._record.inputs[value] = tensor
         if tensor.requires_grad:
@@ -135,11 +138,13 @@ class Contents:
 
     def about_to_write(self, written: Sequence[Tensor]) -> None:
         """What the record holds of this memory is copied before it changes."""
+        self._unseen.over()
         for tensor in written:
             for alias in [tensor, *self.others(tensor)]:
                 value = self.known(alias)
                 if value is None:
                     continue
+                self._unseen.about_to_write(alias, value)
                 if value.node is None and alias is not tensor:  # a view of it is written to
                     self.before.written(alias)
                 if self._record.inputs.get(value) is alias:
@@ -201,7 +206,7 @@ class Contents:
             value = self.known(alias)
             if value is None or value.poison is not None:
                 continue
-            if alias.requires_grad and value.node is not None and value.node.func is not None:
+            if alias.requires_grad and not alias.is_leaf and value.node is not None and value.node.func is not None:
                 self.poison(
                     alias,
                     "The step writes, while gradients are off (under no_grad, or through .data or detach()), to a"
@@ -218,6 +223,7 @@ class Contents:
             self.before.moved(tensor)
             if value is None:
                 return
+            self._unseen.moved(value)
             if self._record.inputs.get(value, self._record.leaves.get(value)) is tensor:
                 self._record.inputs[value] = tensor.detach()
             if self.held.get(value) is tensor:
@@ -227,11 +233,10 @@ class Contents:
         """Others (NumPy) may write to the tensor's memory from now on, and nobody would see it."""
         with self._pausing():
             self.about_to_write([tensor])
+            self._unseen.lent()
         for alias in [tensor, *self.others(tensor)]:
             if not alias.requires_grad:
                 self.forget(alias)
-            elif not alias.is_leaf:
-                self._record.hands_out = True
         self._shared.add(tensor.untyped_storage().data_ptr())
 
     def _is_shared(self, tensor: Tensor) -> bool:
@@ -253,6 +258,8 @@ class Contents:
 
     def settle(self) -> None:
         """The pass is over: leaves that it made itself are among those of the record."""
+        with self._pausing():
+            self._record.overwritten |= self._unseen.found()
         # What a factory returned is handed on as a copy if it is held here: torch.zeros(3) is another than this one.
         made = [(value, ref()) for ref, value in self.bindings.values() if value.node is not None]
         for value, tensor in (*self.held.items(), *made):
@@ -269,32 +276,4 @@ class Contents:
         self.retained.clear()
         self._written_over.clear()
         self.bindings.clear()
-        self._aliasing = Aliasing()
-
-
-def not_dense(tensor: Tensor) -> UnsupportedModuleError:
-    """For a step that computes with a tensor that is no ordinary one."""
-    learns = ", which requires a gradient" if tensor.requires_grad and tensor.layout is not torch.strided else ""
-    nested = " (a nested one: pad it before, with a mask in the loss)" if tensor.is_nested else ""
-    return UnsupportedModuleError(
-        f"The step computes with a tensor of class {type(tensor).__name__} and layout {tensor.layout}{learns}{nested};"
-        " what is computed with it cannot be repeated at other states. Use ordinary dense tensors in training_step;"
-        " where torch makes such tensors itself, as tracing does within torch.cond or scan, write loops and branches in"
-        " Python."
-    )
-
-
-def _refuse_unrecorded(tensor: Tensor) -> None:
-    name = type(tensor.grad_fn).__name__
-    if type(tensor) not in (Tensor, nn.Parameter):
-        raise UnsupportedModuleError(
-            f"The step computes with tensors of class {type(tensor).__name__}, a subclass of Tensor that makes other"
-            " objects of results, which cannot be told from what was there before. Hand plain tensors to the network:"
-            " x.as_subclass(torch.Tensor)."
-        )
-    raise UnsupportedModuleError(
-        "The step uses a tensor that was computed before it began, or by another thread (ThreadPoolExecutor,"
-        f" nn.DataParallel) where nothing is recorded, together with its graph ({name}): what lies behind it cannot be"
-        " repeated at other states, and parameters there would learn by other rules. Compute it inside the step and in"
-        " its own thread, or detach it."
-    )
+        self._aliasing, self._unseen = Aliasing(), UnseenWrites()

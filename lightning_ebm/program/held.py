@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_ebm.program.at_value import at_value
@@ -20,6 +21,7 @@ class Held:
         self._record = record
         self._tensors: dict[Value, Tensor] = dict(given)
         self._given_values = given
+        self._kind = None if record.kind is torch.get_default_dtype() else record.kind
         self.instead: Mapping[Node, Any] = {}
 
     def __getitem__(self, value: Value) -> Tensor:
@@ -58,7 +60,8 @@ class Held:
         written: list[Tensor] = []
         if node.written:  # on copies: nothing that anybody else holds is written to
             args, kwargs = _copied(node.written, list(args), dict(kwargs), written)
-        result = self.instead.get(node, IN_PLACE_OF.get(node.func, node.func))(*args, **kwargs)
+        func = self.instead.get(node, IN_PLACE_OF.get(node.func, node.func))
+        result = func(*args, **kwargs) if self._kind is None else _with_default(self._kind, func, args, kwargs)
         for value, tensor in zip(node.results, [*listed(result), *written], strict=False):
             if value is None:
                 continue
@@ -78,6 +81,16 @@ class Held:
         if type(arg) is Value:
             return self[arg]
         return self._filled(arg) if type(arg) is tuple else arg
+
+
+def _with_default(kind: torch.dtype, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """As in a step under precision="bf16-true" or "64-true", which the Trainer gives another default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(kind)
+    try:
+        return func(*args, **kwargs)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _copied(

@@ -17,6 +17,7 @@ from lightning_ebm.program.custom_calls import is_of_the_users
 from lightning_ebm.program.elsewhere import elsewhere
 from lightning_ebm.program.held import Held, ancestors, ordered
 from lightning_ebm.program.named import named
+from lightning_ebm.program.operations import only_views
 from lightning_ebm.program.products import Product, products_of, sent_back_by
 from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value, depending, eps_of
 from lightning_ebm.program.seams import hooked_input, hooked_output
@@ -225,6 +226,14 @@ class Program:
             return "backward hooks of modules"
         own = next(filter(is_of_the_users, functions), None)
         return None if own is None else f"custom functions: {named(own).name.rpartition('.')[2]}"
+
+    def overwritten(self) -> bool:
+        """Whether memory that its gradient may hang on has been written to where autograd does not look."""
+        if not (late := self.record.overwritten):
+            return False
+        learned = depending(set(self.record.leaves), self.order)
+        keep = (node for node in self.order if not learned.isdisjoint(node.results) and not only_views(node.func))
+        return any(value in late for node in keep for value in node.values())
 
     def outline(self) -> "Program":
         """The same program without any tensor of the batch: it runs on what is given."""

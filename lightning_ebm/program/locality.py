@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_ebm.program.module_walk import modules_of, parameters_of
 from lightning_ebm.program.operations import is_by_shape, is_operator, traits
-from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value, values_in
+from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value, depending, values_in
 
 
 class Locality(NamedTuple):
@@ -47,7 +47,8 @@ class Products:
 
     Matrix products, convolutions, whole recurrent layers. Not scales, shifts and norms, which act on each feature by
     itself, and not tables that are looked up, which the network begins with. Weights that are computed from parameters
-    alone, as under weight norm, count as those parameters; rows that integers look up are data.
+    alone, as under weight norm, count as those parameters, and so do those that constants are put into, see
+    `_mixes`; rows that integers look up are data.
 
     Args:
         module: the user's module.
@@ -55,20 +56,30 @@ class Products:
     """
 
     def __init__(self, module: nn.Module, record: Record) -> None:
-        trained = {id(p) for p in parameters_of(modules_of(module)) if p.requires_grad}
         self._nodes = record.nodes
         self._leaves = record.leaves
         self._weights: dict[Node, list[Tensor]] = {}
+        trained = {id(p) for p in parameters_of(modules_of(module)) if p.requires_grad}
+        learned = depending(set(record.leaves), record.nodes)
         weights = {value: [leaf] for value, leaf in record.leaves.items() if id(leaf) in trained}
+        mixed = set[Value]()
         for node in record.nodes:
             found = [value for value in node.values() if value in weights]
             if not found or is_by_shape(node.func):
                 continue
+            others = [value for value in node.values() if value not in weights and not _is_number(value)]
+            multiplies = _multiplies(node)
+            if multiplies and not others:  # what constants were put into may be what flows: the batch, and positions
+                others = [value for value in found if value in mixed and len(value.shape) > 1]
+                pure = [value for value in found if value not in others]
+                found = pure if any(len(value.shape) > 1 for value in pure) else found
+                others = others if found is pure else []
             leaves = [leaf for value in found for leaf in weights[value]]
-            if all(value in weights or (value.is_continuous and not value.shape) for value in node.values()):
+            if not others or _mixes(node, found, others, learned):
                 weights.update((result, leaves) for result in node.results if result is not None)
-            # What flows has samples before its features: a vector, as spectral norm has one, is a part of the weight.
-            elif _multiplies(node) and any(len(v.shape) > 1 for v in node.values() if v not in weights):
+                if others or not mixed.isdisjoint(found):
+                    mixed.update(result for result in node.results if result is not None)
+            elif multiplies and any(len(value.shape) > 1 for value in others):
                 matrices = [leaf for leaf in leaves if leaf.ndim > 1]
                 if matrices:
                     self._weights[node] = matrices
@@ -188,6 +199,23 @@ def _upstream(value: Value) -> set[Value]:
             seen.add(one)
             queue.extend(one.node.values() if one.node is not None else ())
     return seen
+
+
+def _is_number(value: Value) -> bool:
+    return value.is_continuous and value.shape.numel() == 1
+
+
+def _mixes(node: Node, weights: Sequence[Value], others: Sequence[Value], learned: set[Value]) -> bool:
+    """Whether constants are put into a weight, which stays one: a mask, noise, what it was; or vectors, for its norm.
+
+    Element by element the shape of the weight is kept. A gain has another shape than the samples that it scales.
+    """
+    if any(value in learned or not (value.is_continuous or value.meta[2] is torch.bool) for value in others):
+        return False
+    if is_operator(node.func) and torch.Tag.pointwise in node.func.tags:
+        shapes = {value.shape for value in weights if len(value.shape) > 1}
+        return all(result is None or result.shape in shapes for result in node.results)
+    return all(len(value.shape) == 1 for value in others)
 
 
 def _multiplies(node: Node) -> bool:

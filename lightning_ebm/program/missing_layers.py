@@ -47,12 +47,13 @@ def refuse_all(module: nn.Module, tried: list[str], called: bool, record: Record
             " slopes by torch.autograd.grad(..., create_graph=True)."
         )
     inside = any(mark.module is not module or isinstance(module, WEIGHTED) for mark in record.marks)
-    if not inside and is_read([module], record):
+    if direct := _used_directly(module, record):
         raise LayerDiscoveryError(
-            f"The loss is computed from parameters of {type(module).__name__}, and no layer of it was called: its"
-            " tensors are used directly (x @ self.W, F.linear(x, layer.weight), layer.forward(x), torch.tanh), so that"
-            " nothing says where a layer ends. Call modules there (nn.Linear, nn.Tanh), or hand the output of each"
-            " layer through an nn.Identity() of its own and name these: layers=[...]."
+            f"The loss is computed from parameters of {type(module).__name__} that no call of a layer has used"
+            f" ({', '.join(direct[:3])}{', ...' if len(direct) > 3 else ''}): tensors are used directly (x @ self.W,"
+            " F.linear(x, layer.weight), layer.forward(x), torch.tanh), so that nothing says where a layer ends. Call"
+            " modules there (nn.Linear, nn.Tanh), or hand the output of each layer through an nn.Identity() of its own"
+            " and name these: layers=[...]."
         )
     if not called and not inside and any(True for _ in module.children()):
         raise LayerDiscoveryError(
@@ -67,6 +68,23 @@ def refuse_all(module: nn.Module, tried: list[str], called: bool, record: Record
         ' single weighted layer, give its output a state with output="state"; if its nonlinearities are functions'
         ' (F.relu), name the modules in front of them: layers=["fc1", "fc2"] or layers=nn.Linear.' + _hidden_in(record)
     )
+
+
+def _used_directly(module: nn.Module, record: Record) -> list[str]:
+    """Names of parameters that a pass has read outside of any call of the module that holds them.
+
+    Where others were called, of matrices alone: a temperature beside a network hides no layer.
+    """
+    called = {m for mark in record.marks if mark.module is not module for m in modules_of(mark.module)}
+    if isinstance(module, WEIGHTED):
+        called.add(module)
+    read = _read_by(record)
+    return [
+        clean(f"{name}.{own}" if name else own)
+        for name, m in module.named_modules()
+        for own, p in m.named_parameters(recurse=False)
+        if id(p) in read and m not in called and (p.ndim > 1 or not called)
+    ]
 
 
 def _hidden_in(record: Record) -> str:

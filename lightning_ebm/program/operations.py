@@ -72,6 +72,11 @@ def is_by_shape(func: Any) -> bool:
     return is_operator(func) and traits(func).by_shape
 
 
+def only_views(func: Any) -> bool:
+    """Whether it only gives memory another shape: autograd keeps nothing of what it is given."""
+    return is_operator(func) and (traits(func).views or traits(func).name == "_unsafe_view")
+
+
 def _traits(func: Any) -> Traits:
     schema = func._schema
     name = schema.name.split("::")[1]

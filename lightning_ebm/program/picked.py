@@ -10,7 +10,7 @@ from lightning_ebm.program.contents import Contents
 from lightning_ebm.program.operations import BY_MASK, PUT_BY_MASK, Traits
 from lightning_ebm.program.record import Node, Value, is_continuous
 
-_SLOPED = BY_MASK | {"_ctc_loss"}
+_SLOPED = BY_MASK | {"_ctc_loss", "linalg_lstsq"}
 """Operations that have a slope, though the shape of what they give depends on values."""
 _TRUTH = (torch.bool, torch.uint8)
 """Kinds of numbers that masks are of."""

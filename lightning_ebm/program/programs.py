@@ -171,12 +171,13 @@ class Programs:
                 before = known.uses
                 break
             if not isinstance(found, str):
-                if record.reads_graph or record.has_hooks:
-                    self._check(recorder, Program(record, found[0], value), known.plan, loss)
+                program = Program(record, found[0], value)
+                if record.reads_graph or record.has_hooks or record.packs or program.overwritten():
+                    self._check(recorder, program, known.plan, loss)
                 self._known.remove(known)
                 self._known.insert(0, known)
                 known.uses += 1
-                return Found(Program(record, found[0], value), known, found[1])
+                return Found(program, known, found[1])
         self._say_what_is_read(record)
         plan, marks = self._finder.find(record, value, partial)
         program = Program(record, marks, value)

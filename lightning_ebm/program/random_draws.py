@@ -13,11 +13,14 @@ Repeated = Callable[[Any, Any, Any], tuple[Callable[..., Any], tuple[Any, ...]]]
 """From arguments and results of the recorded operation, a function that draws nothing, and its arguments."""
 
 _NO_SLOPE = frozenset(
-    {"bernoulli", "normal", "multinomial", "poisson", "randperm", "rand", "randn", "randint", "binomial"}
-    | {"rand_like", "randn_like", "randint_like"}
-    | {"bernoulli_", "uniform_", "normal_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
+    {"multinomial", "randperm", "rand", "randn", "randint", "binomial", "rand_like", "randn_like", "randint_like"}
 )
 """What these give has no slope in what they are given, so it is a constant."""
+_ZERO_SLOPE = frozenset(
+    {"bernoulli", "normal", "poisson"}
+    | {"bernoulli_", "uniform_", "normal_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
+)
+"""What these give, or leave where they write, has a slope of zero: autograd reaches what they are given."""
 
 
 def draws(func: Any, args: Any, kwargs: Any) -> bool:
@@ -39,9 +42,15 @@ def repeated_without_drawing(kind: Traits, args: Any) -> Repeated | None:
         return _dropout
     if kind.name in ("rrelu_with_noise", "rrelu_with_noise_"):
         return _leaky
-    if kind.name in _NO_SLOPE or not any(isinstance(a, Tensor) and a.requires_grad for a in args):
+    if kind.name in _NO_SLOPE or not _learning(args):
         return None
+    if kind.name in _ZERO_SLOPE:
+        return _drawn
     raise draws_and_computes(kind.name)
+
+
+def _learning(args: Any) -> list[Tensor]:
+    return [a for a in args if isinstance(a, Tensor) and a.requires_grad]
 
 
 def draws_and_computes(name: str) -> UnsupportedModuleError:
@@ -52,6 +61,18 @@ def draws_and_computes(name: str) -> UnsupportedModuleError:
         " torch.nn.attention.sdpa_kernel(SDPBackend.MATH); for gamma, beta and Dirichlet samples, a distribution whose"
         " draws are a function of noise, such as Normal or Kumaraswamy, or .sample() and its log_prob."
     )
+
+
+def _drawn(args: Any, kwargs: Any, result: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    return drawn, (result.detach().clone(), *_learning(args))
+
+
+def drawn(result: Tensor, *given: Tensor) -> Tensor:
+    """What has been drawn, with a slope of zero in what it was drawn by, or was written over."""
+    for tensor in given:  # by `where`, as 0 * tensor is nan where that is infinite
+        other = tensor if tensor.is_complex() else tensor.to(result.dtype)
+        result = torch.where(torch.ones_like(result, dtype=torch.bool), result, other)
+    return result
 
 
 def _dropout(args: Any, kwargs: Any, result: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:

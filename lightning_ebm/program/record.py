@@ -154,12 +154,14 @@ class Record:
         hooks: gradient hooks on values, see `Tensor.register_hook`.
         reads: operations that turned tensors into Python numbers, with the value that was read.
         reads_graph: whether the pass looked at the graph that autograd made of it, where hooks can be put unseen.
-        hands_out: whether the pass gave the memory of what it computed to others, who may write to it unseen.
+        packs: whether code of the user's own keeps tensors for the backward pass, and may hand back others.
+        overwritten: values whose memory has been written to where autograd does not look, see `UnseenWrites`.
         has_hooks: whether the user's gradient hooks stand between its operations.
         transformed: whether layers were called within a transform of torch.func, where they can carry no state.
         shapes: of the tensors that the module was called with, if it was.
         declared: sizes of batches, by modules that say where samples are, see `declared_size`.
         arguments: what it was called with first: the one positional argument, or all of them.
+        kind: of numbers that torch made where nobody said, as of integers that are divided.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -170,12 +172,14 @@ class Record:
     hooks: dict[Value, list[Any]] = field(default_factory=dict)
     reads: list[tuple[str, Value]] = field(default_factory=list)
     reads_graph: bool = False
-    hands_out: bool = False
+    packs: bool = False
+    overwritten: set[Value] = field(default_factory=set)
     has_hooks: bool = False
     transformed: bool = False
     shapes: list[torch.Size] = field(default_factory=list)
     declared: set[int] = field(default_factory=set)
     arguments: Any = None
+    kind: torch.dtype = field(default_factory=torch.get_default_dtype)
 
     def told(self) -> None:
         """The user's pass has been differentiated, and its hooks have been told."""

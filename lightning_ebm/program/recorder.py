@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from lightning_ebm.program.at_value import written_unseen
 from lightning_ebm.program.before import Before
-from lightning_ebm.program.contents import Contents, not_dense
+from lightning_ebm.program.contents import Contents
 from lightning_ebm.program.custom_calls import collective, higher_order
 from lightning_ebm.program.dispatch import DispatchMode
 from lightning_ebm.program.effects import Effects
 from lightning_ebm.program.following import Following
+from lightning_ebm.program.not_recorded import not_dense
 from lightning_ebm.program.operations import (
     BATCH_NORMS,
     BY_MASK,
@@ -174,11 +175,13 @@ class Recorder(DispatchMode):
                 result = func(*args, **kwargs)
                 self._ended_again(again, kind, result, written)
                 return result
-        node = Node(func, self.seen(args), self.seen_by_name(kwargs) if kwargs else kwargs)
-        if written:
-            self._functional(node, kind)
-        if kind.name in BY_MASK or kind.name in PUT_BY_MASK:
-            freeze_masks(self.contents, node, kind)
+        node = None
+        if repeated is None:
+            node = Node(func, self.seen(args), self.seen_by_name(kwargs) if kwargs else kwargs)
+            if written:
+                self._functional(node, kind)
+            if kind.name in BY_MASK or kind.name in PUT_BY_MASK:
+                freeze_masks(self.contents, node, kind)
         self.contents.about_to_write(written)
         result = func(*args, **kwargs)
         if repeated is not None:
@@ -188,6 +191,7 @@ class Recorder(DispatchMode):
                 self._ended_again(again, kind, result)
                 return result
             node, written = Node(by, self.seen(given), {}), written[:1] if kind.name.endswith("_") else []
+        assert node is not None
         self._ended(node, kind, written, result)
         if written and kind.name in BATCH_NORMS:
             for tensor in written:

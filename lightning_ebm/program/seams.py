@@ -102,8 +102,9 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
 def _enter_hooks(self: saved_tensors_hooks) -> None:
     recorder = seams.recorder
     if recorder is not None:
-        pack = self.pack_hook
-        recorder.record.notes.append(".".join(named(pack)))
+        name = named(self.pack_hook)
+        recorder.record.notes.append(".".join(name))
+        recorder.record.packs = recorder.record.packs or name.module.partition(".")[0] != "torch"
     _ENTER_HOOKS(self)
 
 

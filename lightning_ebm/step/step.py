@@ -15,13 +15,15 @@ from torch import Tensor
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.energies.base import is_divergence
-from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
+from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError, UnsupportedModuleError
 from lightning_ebm.network.analytic import is_analytic
 from lightning_ebm.network.network import Network
 from lightning_ebm.network.precomputed_gradient import average_of, with_precomputed_gradient
 from lightning_ebm.nudges import Phase
 from lightning_ebm.program.autograd_graph import named_gradients
+from lightning_ebm.program.check import OVERWRITTEN
 from lightning_ebm.program.interpreter import at_states
+from lightning_ebm.program.meanwhile import Meanwhile
 from lightning_ebm.program.module_walk import clean
 from lightning_ebm.program.programs import Found
 from lightning_ebm.program.recorder import Recorder, TakesCare
@@ -265,6 +267,23 @@ class Step:
         network = self._at_equilibrium(self._phases.network, loss)  # its states are in place in the user's pass
         self._pass.check_finite(network.questions, loss)
         return network
+
+    def meanwhile(self) -> Meanwhile:
+        """To be active while the user's code runs between the pass and its gradient."""
+        return Meanwhile(self._pass.recorder.record)
+
+    def read_again(self) -> None:
+        """What the pass has read has been written to since, and is read from copies now.
+
+        Raises:
+            UnsupportedModuleError: where autograd does not look, so that its own gradient would be of what is there.
+        """
+        network, recorded = self.network, self._pass.recorded
+        if network is None or recorded is None:
+            return
+        if recorded.program.overwritten():
+            raise UnsupportedModuleError("The gradient of this step is no function's." + OVERWRITTEN)
+        network.read_again(recorded.program, recorded.binding)
 
     def undo(self) -> None:
         """Puts back what the user's own pass wrote to (running statistics), as this step is refused."""

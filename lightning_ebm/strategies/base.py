@@ -23,6 +23,7 @@ from lightning_ebm.network.samples import BatchSize, Samples
 from lightning_ebm.presets import chosen
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
+from lightning_ebm.program.meanwhile import Meanwhile
 from lightning_ebm.program.recorder import Recorder
 from lightning_ebm.program.seams import seams
 from lightning_ebm.program.seen_grad import SeenGrad
@@ -35,7 +36,7 @@ from lightning_ebm.strategies import other_backward
 from lightning_ebm.strategies.manual import ManualOptimization, weighted
 from lightning_ebm.strategies.observed import ObservedStrategy
 from lightning_ebm.strategies.once_more import Arguments, loss_of, run_again
-from lightning_ebm.strategies.quiet import callbacks_of, print_layers, unlogged
+from lightning_ebm.strategies.quiet import callbacks_of, has_hooks, print_layers, unlogged
 from lightning_ebm.strategies.resume import ExactResume
 
 
@@ -74,7 +75,10 @@ class EnergyStrategy(ObservedStrategy):
         self._increments: Iterator[Tensor] | None = None
         self._other = other_backward.OtherBackward()
         self._manual = ManualOptimization()
+        self._meanwhile = ExitStack()
+        """Open while hooks of the user's run between a pass and its gradient."""
         self._resume = ExactResume(self.gather, self._engine)
+        self._kept: Meanwhile | None = None
         self._runs = False
         self._printed = False
         self._arguments: Arguments = ((), {})
@@ -143,8 +147,18 @@ class EnergyStrategy(ObservedStrategy):
         self._arguments = args, kwargs
         self._step = self._diverged = None
         # Begun inside super(): a wrapper may change buffers first, and a quiet pass starts from where this one does.
+        self._meanwhile.close()
         with shadowed(module, {"training_step": partial(self._first_pass, module.training_step)}):
-            return super().training_step(*args, **kwargs)
+            output = super().training_step(*args, **kwargs)
+        self._look_after(self._step, "on_before_zero_grad", "optimizer_zero_grad")
+        return output
+
+    def _look_after(self, step: Step | None, *hooks: str) -> Meanwhile | None:
+        """Until `_meanwhile` is closed, what a pass has read stays as it was, whatever these hooks of the user's do."""
+        module, once = self._module, self._increments is None
+        if step is None or not (module.automatic_optimization and self._relaxes and once and has_hooks(module, *hooks)):
+            return None
+        return self._meanwhile.enter_context(step.meanwhile())
 
     def _first_pass(self, training_step: Callable[..., STEP_OUTPUT], *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         module = self._module
@@ -196,6 +210,7 @@ class EnergyStrategy(ObservedStrategy):
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Relaxes, and lets Lightning run its backward on the scalar whose gradient is the update."""
+        self._meanwhile.close()
         recorder = self._manual.recorder
         if not self._module.automatic_optimization:
             given, args = (args[0], args[1:]) if args else (kwargs.pop("gradient", None), args)
@@ -210,10 +225,11 @@ class EnergyStrategy(ObservedStrategy):
                 return closure_loss.detach()
             assert self._step is not None
             own = {"backward": partial(self._module_backward, surrogate, self._module.backward)}
-            with _or_undone(self._step), shadowed(self._module, own):
+            with _or_undone(self._step), shadowed(self._module, own), self._meanwhile:
+                self._kept = self._look_after(self._step, "on_before_backward")
                 loss = super().backward(surrogate, optimizer, *args, **kwargs)
             if recorder is not None and self._relaxes:
-                self._manual.gives(surrogate)
+                self._manual.gives(self._module, surrogate)
         if self._increments is None:
             self._step.release()
         return loss
@@ -289,7 +305,7 @@ class EnergyStrategy(ObservedStrategy):
             step = self._begun(manual.recorder)
             surrogate = step.surrogate(loss)
             self._print_layers()
-            manual.gives(surrogate)
+            manual.gives(self._module, surrogate)
             with self._other.handing_over(surrogate):
                 torch.autograd.backward(surrogate, **options)
             step.release()
@@ -300,6 +316,10 @@ class EnergyStrategy(ObservedStrategy):
 
     def _module_backward(self, surrogate: Tensor, backward: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """LightningModule.backward, which may be the user's own; what hooks do after it is another matter."""
+        self._meanwhile.close()
+        kept, self._kept = self._kept, None
+        if kept is not None and kept.kept and self._step is not None:
+            self._step.read_again()
         with self._other.handing_over(surrogate), SeenGrad(self._sees):
             backward(*args, **kwargs)
 
@@ -316,7 +336,8 @@ class EnergyStrategy(ObservedStrategy):
         is_manual = self._manual.recorder is not None
 
         def checked() -> Any:
-            output = closure()
+            with self._meanwhile:  # closed, if the closure fails before it has asked for a gradient
+                output = closure()
             self._other.refuse()
             return output
 
@@ -372,7 +393,8 @@ class EnergyStrategy(ObservedStrategy):
     def teardown(self) -> None:
         """Lightning's own; drops the last batch and its graph."""
         seams.unwatch(self._sees)  # an error ends no training
-        self._step = None
+        self._step = self._kept = None
+        self._meanwhile.close()
         self._other.forget()
         self._runs = False
         self._manual.forget()

@@ -25,6 +25,15 @@ def weighted(losses: Tensor, gradient: Tensor | None) -> tuple[Tensor, Tensor | 
     return (losses * gradient.detach()).sum(), None
 
 
+def _names(module: LightningModule) -> dict[int, str]:
+    return {id(p): name for name, p in module.named_parameters()}
+
+
+def _teaches(parameter: Tensor) -> bool:
+    gradient = parameter.grad
+    return gradient is not None and (gradient.is_sparse or bool(gradient.any()))
+
+
 class ManualOptimization:
     """The record of a training step that calls `backward` itself, and whose gradients it has.
 
@@ -34,8 +43,11 @@ class ManualOptimization:
 
     def __init__(self) -> None:
         self.recorder: Recorder | None = None
-        self._relaxed: dict[int, set[int]] = {}
-        """Parameters whose gradients a relaxation has given, and the optimizers that have stepped on them since."""
+        self._relaxed: dict[str | int, set[int]] = {}
+        """Parameters whose gradients a relaxation has given, and the optimizers that have stepped on them since.
+
+        By name, as those of FSDP are other tensors in a backward pass; by identity where the module does not hold them.
+        """
         self._told = False
 
     @contextmanager
@@ -91,30 +103,40 @@ class ManualOptimization:
                 type(module).__name__,
             )
 
-    def gives(self, surrogate: Tensor) -> None:
+    def gives(self, module: LightningModule, surrogate: Tensor) -> None:
         """Notes the parameters that get their gradients from a relaxation."""
-        self._relaxed.update({id(leaf): set() for leaf in graph_of([surrogate])[0]})
+        names = _names(module)
+        self._relaxed.update({names.get(id(leaf), id(leaf)): set() for leaf in graph_of([surrogate])[0]})
 
     def check_step(self, module: LightningModule, optimizer: Optimizer) -> None:
         """Refuses a step on gradients that no relaxation has given since this optimizer's last one.
 
-        Those of parameters that only scale losses are the losses' own.
+        Those of parameters that only scale losses are the losses' own, and those of zero teach nothing.
         """
-        parameters = [id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        relaxed = any(id(optimizer) not in self._relaxed.get(p, {id(optimizer)}) for p in parameters)
-        if not relaxed and self._are_weights(module, parameters):
+        names = _names(module)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        stepped = [self._relaxed.get(names.get(id(p), id(p))) for p in parameters]
+        relaxed = any(by is not None and id(optimizer) not in by for by in stepped)
+        if not relaxed and any(_teaches(p) for p in self._weights(module, parameters)):
             raise ConfigurationError(
-                f"{type(optimizer).__name__} took a step on gradients that no relaxation has given (from"
-                " torch.autograd.grad or torch.autograd.backward in training_step): that is plain backpropagation. Call"
-                ' self.manual_backward(loss) before the step, or use the algorithm "backprop".'
+                f"{type(optimizer).__name__} took a step on gradients that no relaxation has given: they come from"
+                " torch.autograd.grad, torch.func or torch.autograd.backward in training_step, from a copy of the"
+                " module, or were written by hand. That is plain backpropagation, or another rule than this algorithm."
+                " Call self.manual_backward(loss), of a loss of the module itself, before the step, or use the"
+                ' algorithm "backprop".'
             )
-        for p in parameters:
-            self._relaxed.get(p, set()).add(id(optimizer))
+        for by in stepped:
+            if by is not None:
+                by.add(id(optimizer))
 
-    def _are_weights(self, module: LightningModule, parameters: Sequence[int]) -> bool:
+    def _weights(self, module: LightningModule, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Those that flow through the network, or may: matrices that the step has not read itself."""
         if self.recorder is None:
-            return bool(parameters)
-        return not Products(module, self.recorder.settled()).feeding().isdisjoint(parameters)
+            return list(parameters)
+        record = self.recorder.settled()
+        read = {id(leaf) for leaf in record.leaves.values()}
+        feeding = Products(module, record).feeding()
+        return [p for p in parameters if id(p) in feeding or (p.ndim > 1 and id(p) not in read)]
 
     def forget(self) -> None:
         """Drops what it knows of parameters and of the last step."""

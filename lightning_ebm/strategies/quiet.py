@@ -48,6 +48,18 @@ def callbacks_of(trainer: Any) -> list[Callback]:
     return found
 
 
+def has_hooks(module: LightningModule, *names: str) -> bool:
+    """Whether code of the user's own is called by any of these names, of the module or of callbacks."""
+    libraries = ("lightning", "lightning_ebm")
+    callbacks = [c for c in callbacks_of(module.trainer) if type(c).__module__.partition(".")[0] not in libraries]
+    pairs = [(module, LightningModule), *((callback, Callback) for callback in callbacks)]
+    return any(
+        name in vars(one) or getattr(type(one), name, None) is not getattr(kind, name, None)
+        for one, kind in pairs
+        for name in names
+    )
+
+
 def print_layers(module: LightningModule, plan: Plan) -> None:
     """The layer table, where Lightning prints its own summary of the model."""
     trainer = module.trainer

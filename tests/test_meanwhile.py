@@ -1,0 +1,140 @@
+"""Hooks that write between the step and its backward pass: `on_before_zero_grad`, `on_before_backward`.
+
+Lightning's own documentation calls the first a good place to look at weights after a step, and averaged weights are
+moved there. As under stock, the gradient is that of what the step has read.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from test_other_gradients import EXACT, Net, farthest, fit
+from torch.nn import functional as F
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+import lightning_ebm as ebm
+
+HOOKS = ("on_before_zero_grad", "on_before_backward")
+
+
+class Writing(Net):
+    """A bias, the first weights, what is added: autograd keeps none of them, and does not complain."""
+
+    def __init__(self, hook, late=0):
+        super().__init__()
+        self.register_buffer("shift", torch.ones(6).double())
+        self.late = late
+        setattr(self, hook, self.write)
+
+    def loss(self, batch):
+        return F.cross_entropy(self.net[2:](self.net[:2](batch[0]) + self.shift), batch[1])
+
+    def write(self, *args):
+        if self.current_epoch >= self.late:
+            with torch.no_grad():
+                self.net[0].weight.mul_(0.9)
+                self.net[2].bias.clamp_(-0.05, 0.05)
+            self.shift.mul_(0.9)
+
+
+class Averaged(Net):
+    """The loss reads averaged weights, which move in the hook, by their data."""
+
+    def __init__(self, hook, late=0):
+        super().__init__()
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+        setattr(self, hook, self.move)
+
+    def loss(self, batch):
+        wanted = self.teacher(batch[0]).softmax(1)
+        return super().loss(batch) + F.kl_div(self.net(batch[0]).log_softmax(1), wanted, reduction="batchmean")
+
+    def move(self, *args):
+        for mean, now in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+            mean.data = 0.5 * mean.data + 0.5 * now.data
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("make", [Writing, Averaged])
+def test_the_gradient_is_that_of_what_the_step_has_read(make, hook, late, capture):
+    stock = fit(lambda: make(hook, late), epochs=3)
+    ours = fit(lambda: make(hook, late), ebm.EBMStrategy(EXACT, capture=capture), epochs=3)
+    assert farthest(stock, ours) < 1e-12
+    weak = ebm.EBMStrategy(ebm.algorithm("pc-nudge", nudge=ebm.OneSided(1e-6)), capture=capture)
+    assert farthest(stock, fit(lambda: make(hook, late), weak, epochs=3)) < 1e-4
+
+
+class Decaying(Net):
+    """By the data of weights that autograd has kept: its gradient is of old and new ones, and no function's."""
+
+    def __init__(self, hook):
+        super().__init__()
+        setattr(self, hook, self.decay)
+
+    def decay(self, *args):
+        if self.current_epoch:
+            for parameter in self.net.parameters():
+                parameter.data.mul_(0.9)
+
+
+class Moving(Decaying):
+    """Autograd has kept a gain, and reads what stands in its place."""
+
+    def __init__(self, hook):
+        super().__init__(hook)
+        self.register_buffer("gain", torch.ones(6).double())
+
+    def loss(self, batch):
+        return F.cross_entropy(self.net[2:](self.net[:2](batch[0]) * self.gain), batch[1])
+
+    def decay(self, *args):
+        if self.current_epoch:
+            self.gain.data = 0.5 * self.gain.data
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("algorithm", [EXACT, "pc-nudge"])
+@pytest.mark.parametrize("make", [Decaying, Moving])
+def test_writes_that_autograd_does_not_see_are_refused(make, hook, algorithm):
+    with pytest.raises(ebm.UnsupportedModuleError, match="where autograd does not look"):
+        fit(lambda: make(hook), ebm.EBMStrategy(algorithm))
+
+
+class Failing(Net):
+    def on_before_zero_grad(self, optimizer):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_no_mode_stays_behind(accumulated):
+    strategy = ebm.EBMStrategy(EXACT)
+    with pytest.raises(ZeroDivisionError):
+        fit(Failing, strategy, accumulate_grad_batches=accumulated)
+    assert not _get_current_dispatch_mode_stack()
+    assert not _get_current_function_mode_stack()
+    pickle.dumps(strategy)
+
+
+class Compressing(Net):
+    """Activations are kept in half precision from the second epoch on."""
+
+    def loss(self, batch):
+        kind = torch.half if self.current_epoch else torch.double
+
+        def pack(tensor):
+            return tensor.to(kind) if tensor.is_floating_point() else tensor
+
+        def unpack(tensor):
+            return tensor.double() if tensor.is_floating_point() else tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return super().loss(batch)
+
+
+def test_hooks_on_saved_tensors_that_begin_to_hand_back_others_are_refused():
+    with pytest.raises(ebm.UnsupportedModuleError, match="saved_tensors_hooks"):
+        fit(Compressing, ebm.EBMStrategy(EXACT))
