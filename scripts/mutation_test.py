@@ -223,8 +223,8 @@ MUTATIONS = [
     Mutation(
         "random numbers are drawn again",
         "program/recorder.py",
-        "if repeated is None:",
-        "if False:",
+        "repeated is None:\n                return self._constant(func, kind, args, kwargs, written)",
+        "False:\n                return self._constant(func, kind, args, kwargs, written)",
         "programs",
     ),
     Mutation(
@@ -569,7 +569,7 @@ MUTATIONS = [
     Mutation(
         "steps on gradients of backprop are taken",
         "strategies/manual.py",
-        "if not relaxed and self._are_weights(module, parameters):",
+        "if not relaxed and any(_teaches(p) for p in self._weights(module, parameters)):",
         "if False:",
         "same_step",
     ),
@@ -681,8 +681,8 @@ MUTATIONS = [
     Mutation(
         "what is counted of states is a constant",
         "program/picked.py",
-        "return not contents.is_choice(tensor)",
-        "return True",
+        "return not contents.is_choice(tensor) and not any",
+        "return not any",
         "following",
     ),
     Mutation(
@@ -751,7 +751,7 @@ MUTATIONS = [
     Mutation(
         "a known program is never checked again",
         "program/programs.py",
-        "if record.reads_graph or record.has_hooks:",
+        "if record.reads_graph or record.has_hooks or record.packs or program.overwritten():",
         "if False:",
         "seen_autograd",
     ),
@@ -1062,8 +1062,8 @@ MUTATIONS = [
     Mutation(
         "one update serves any number of steps",
         "strategies/manual.py",
-        "            self._relaxed.get(p, set()).add(id(optimizer))",
-        "            pass",
+        "                by.add(id(optimizer))",
+        "                pass",
         "conformance",
     ),
     Mutation(

@@ -32,12 +32,11 @@ def picks(contents: Contents, kind: Traits, args: Sequence[Any]) -> bool:
     return any(mask is not None and mask.dtype in _TRUTH and contents.is_choice(mask) for mask in masks)
 
 
-def counts(contents: Contents, args: Sequence[Any]) -> bool:
-    """Whether a write to the first argument counts, by numbers, on an integer from outside, as of batches seen."""
-    tensor, *others = args
-    if is_continuous(tensor.dtype) or tensor.ndim or any(isinstance(other, Tensor) for other in others):
+def counts(contents: Contents, args: Sequence[Any], written: Sequence[Tensor]) -> bool:
+    """Whether a write counts, by numbers, on an integer from outside, as of batches seen."""
+    if len(written) != 1 or is_continuous((tensor := written[0]).dtype) or tensor.ndim:
         return False
-    return not contents.is_choice(tensor)
+    return not contents.is_choice(tensor) and not any(isinstance(a, Tensor) and a is not tensor for a in args)
 
 
 def freeze_masks(contents: Contents, node: Node, kind: Traits) -> None:

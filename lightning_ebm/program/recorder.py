@@ -126,7 +126,7 @@ class Recorder(DispatchMode):
         """Whether what an operation computes is a constant of the record, whatever it computes that from."""
         if not torch.is_grad_enabled() or func is _DETACH or picks(self.contents, kind, args):
             return True
-        if written and counts(self.contents, args):
+        if written and counts(self.contents, args, written):
             return True
         if self.contents.unseen_by_autograd(written):
             return True
