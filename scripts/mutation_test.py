@@ -223,8 +223,8 @@ MUTATIONS = [
     Mutation(
         "random numbers are drawn again",
         "program/recorder.py",
-        "if repeated is None:",
-        "if False:",
+        "            if repeated is None:",
+        "            if False:",
         "programs",
     ),
     Mutation(
@@ -569,7 +569,7 @@ MUTATIONS = [
     Mutation(
         "steps on gradients of backprop are taken",
         "strategies/manual.py",
-        "if not relaxed and self._are_weights(module, parameters):",
+        "if not relaxed and any(_teaches(p) for p in self._weights(module, parameters)):",
         "if False:",
         "same_step",
     ),
@@ -709,9 +709,37 @@ MUTATIONS = [
     Mutation(
         "a known program is never checked again",
         "program/programs.py",
-        "if record.reads_graph or record.has_hooks:",
+        "if record.reads_graph or record.has_hooks or record.packs or program.overwritten():",
         "if False:",
         "seen_autograd",
+    ),
+    Mutation(
+        "writes that autograd does not see are no matter",
+        "program/interpreter.py",
+        "if not (late := self.record.overwritten):",
+        "if True:",
+        "unseen_memory",
+    ),
+    Mutation(
+        "what hooks write to after a step is not copied",
+        "program/meanwhile.py",
+        "            self._record.inputs[value] = held.detach().clone()",
+        "            pass",
+        "meanwhile",
+    ),
+    Mutation(
+        "draws have no slope, not even zero",
+        "program/random_draws.py",
+        "        return _drawn",
+        "        return None",
+        "draws",
+    ),
+    Mutation(
+        "a masked weight is none",
+        "program/locality.py",
+        "if not others or _mixes(node, found, others, learned):",
+        "if not others:",
+        "own_weights",
     ),
     Mutation(
         "backward as a function is let pass",
@@ -1020,8 +1048,8 @@ MUTATIONS = [
     Mutation(
         "one update serves any number of steps",
         "strategies/manual.py",
-        "            self._relaxed.get(p, set()).add(id(optimizer))",
-        "            pass",
+        "                by.add(id(optimizer))",
+        "                pass",
         "conformance",
     ),
     Mutation(
