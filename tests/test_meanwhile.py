@@ -68,6 +68,39 @@ def test_the_gradient_is_that_of_what_the_step_has_read(make, hook, late, captur
     assert farthest(stock, fit(lambda: make(hook, late), weak, epochs=3)) < 1e-4
 
 
+class Manually(Averaged):
+    """Two backward calls of one pass, and a third of a pass after what the hook has moved."""
+
+    def __init__(self, hook):
+        super().__init__(hook)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        optimizer, output, wanted = self.optimizers(), self.net(batch[0]), self.teacher(batch[0])
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(output, batch[1]), retain_graph=True)
+        self.manual_backward(F.mse_loss(output, wanted))
+        self.manual_backward(F.mse_loss(self.net(batch[0] + 0.1), self.teacher(batch[0])))
+        optimizer.step()
+
+    def move(self, *args):
+        super().move()
+        for mean in self.teacher.parameters():
+            mean.data.mul_(0.9)
+        with torch.no_grad():
+            self.net[0].bias.mul_(0.9)
+            self.net[2].bias.add_(0.05)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("hook", ["on_before_backward", "on_after_backward"])
+def test_so_it_is_where_a_manual_step_goes_on(hook, capture):
+    stock = fit(lambda: Manually(hook), epochs=3)
+    assert farthest(stock, fit(lambda: Manually(hook), ebm.EBMStrategy(EXACT, capture=capture), epochs=3)) < 1e-12
+    weak = ebm.EBMStrategy(ebm.algorithm("pc-nudge", nudge=ebm.OneSided(1e-6)), capture=capture)
+    assert farthest(stock, fit(lambda: Manually(hook), weak, epochs=3)) < 1e-4
+
+
 class Decaying(Net):
     """By the data of weights that autograd has kept: its gradient is of old and new ones, and no function's."""
 

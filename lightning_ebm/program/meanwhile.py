@@ -1,6 +1,7 @@
 """What hooks do between a pass and the gradient of its record: the record keeps what the pass has read.
 
-Lightning calls `on_before_zero_grad` and `on_before_backward` there, in which weights are averaged, clipped or drawn.
+Lightning calls `on_before_zero_grad` and `on_before_backward` there, in which weights are averaged, clipped or drawn. A
+manual step goes on after `on_after_backward`.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_ebm.program.aliasing import memory_of
+from lightning_ebm.program.contents import Contents
 from lightning_ebm.program.dispatch import DispatchMode
 from lightning_ebm.program.operations import tensors_at, traits
 from lightning_ebm.program.record import Record, Value
@@ -21,7 +23,8 @@ class Meanwhile(DispatchMode):
     """While it is active, whatever a record has read and is about to be written to is copied before.
 
     Args:
-        record: of a pass that is over.
+        record: of a pass.
+        contents: what tensors hold, of a pass that goes on after what is not recorded; None if it is over.
 
     Attributes:
         kept: whether anything has been.
@@ -29,10 +32,11 @@ class Meanwhile(DispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, contents: Contents | None = None) -> None:
         super().__init__()
         self.kept = False
         self._record = record
+        self._contents = contents
         self._places: dict[int, list[tuple[Value, Tensor]]] | None = None
         self._unseen = UnseenWrites()
         self._calls: Any = _Calls(self)
@@ -40,9 +44,14 @@ class Meanwhile(DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         kind = None if isinstance(func, torch._ops.HigherOrderOperator) else traits(func)
-        for tensor in tensors_at(kind, args, kwargs) if kind is not None and kind.writes else ():
+        written = tensors_at(kind, args, kwargs) if kind is not None and kind.writes else []
+        for tensor in written:
             self.about_to_write(tensor)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if self._contents is not None:
+            for tensor in written:
+                self._contents.constant_from_now(tensor)
+        return result
 
     def about_to_write(self, tensor: Tensor) -> None:
         """It will hold something else."""
@@ -55,12 +64,16 @@ class Meanwhile(DispatchMode):
         """Others may write to its memory."""
         self.about_to_write(tensor)
         self._unseen.lent()
+        if self._contents is not None:
+            self._contents.about_to_share(tensor)
 
     def about_to_move(self, tensor: Tensor) -> None:
         """It is about to be given other memory."""
         for value, held in self._read_from(tensor):
             self._record.inputs[value] = held.detach()
             self._unseen.moved(value)
+        if self._contents is not None:
+            self._contents.forget(tensor)
 
     def _read_from(self, tensor: Tensor) -> list[tuple[Value, Tensor]]:
         """What the record has read from the memory of a tensor, and has no copy of."""

@@ -270,7 +270,8 @@ class Step:
 
     def meanwhile(self) -> Meanwhile:
         """To be active while the user's code runs between the pass and its gradient."""
-        return Meanwhile(self._pass.recorder.record)
+        recorder = self._pass.recorder
+        return Meanwhile(recorder.record, None if self._pass.owns_recorder else recorder.contents)
 
     def read_again(self) -> None:
         """What the pass has read has been written to since, and is read from copies now.

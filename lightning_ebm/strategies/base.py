@@ -150,13 +150,14 @@ class EnergyStrategy(ObservedStrategy):
         self._meanwhile.close()
         with shadowed(module, {"training_step": partial(self._first_pass, module.training_step)}):
             output = super().training_step(*args, **kwargs)
-        self._look_after(self._step, "on_before_zero_grad", "optimizer_zero_grad")
+        if module.automatic_optimization:
+            self._look_after(self._step, "on_before_zero_grad", "optimizer_zero_grad")
         return output
 
     def _look_after(self, step: Step | None, *hooks: str) -> Meanwhile | None:
         """Until `_meanwhile` is closed, what a pass has read stays as it was, whatever these hooks of the user's do."""
-        module, once = self._module, self._increments is None
-        if step is None or not (module.automatic_optimization and self._relaxes and once and has_hooks(module, *hooks)):
+        once = self._increments is None
+        if step is None or not (self._relaxes and once and has_hooks(self._module, *hooks)):
             return None
         return self._meanwhile.enter_context(step.meanwhile())
 
@@ -322,6 +323,8 @@ class EnergyStrategy(ObservedStrategy):
             self._step.read_again()
         with self._other.handing_over(surrogate), SeenGrad(self._sees):
             backward(*args, **kwargs)
+        if not self._module.automatic_optimization:
+            self._look_after(self._step, "on_after_backward")
 
     def _sees(self, losses: Sequence[Tensor], inputs: Sequence[Tensor] | None) -> None:
         """Gradients are taken outside of a record."""
