@@ -18,10 +18,12 @@ class WithPrecomputedGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, update: Callable[..., tuple[Tensor | None, ...]], *targets: Tensor) -> Tensor:
         ctx.update = update
+        ctx.save_for_backward(value)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> Any:
+        _ = ctx.saved_tensors  # raises where the graph has been used up, as that of any other function
         with torch.no_grad():
             return None, None, *ctx.update(scale)
 
