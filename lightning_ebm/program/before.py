@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.program.dispatch import DispatchMode
-from lightning_ebm.program.operations import tensors_at, traits
+from lightning_ebm.program.operations import written_by
 
 
 class Before:
@@ -71,8 +71,7 @@ class Undoing(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        kind = None if isinstance(func, torch._ops.HigherOrderOperator) else traits(func)
-        for tensor in tensors_at(kind, args, kwargs) if kind is not None and kind.writes else ():
+        for tensor in written_by(func, args, kwargs):
             self._before.written(tensor)
         return func(*args, **kwargs)
 

@@ -7,14 +7,13 @@ manual step goes on after `on_after_backward`.
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_ebm.program.aliasing import memory_of
 from lightning_ebm.program.contents import Contents
 from lightning_ebm.program.dispatch import DispatchMode
-from lightning_ebm.program.operations import tensors_at, traits
+from lightning_ebm.program.operations import written_by
 from lightning_ebm.program.record import Record, Value
 from lightning_ebm.program.unseen_writes import UnseenWrites
 
@@ -43,8 +42,7 @@ class Meanwhile(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        kind = None if isinstance(func, torch._ops.HigherOrderOperator) else traits(func)
-        written = tensors_at(kind, args, kwargs) if kind is not None and kind.writes else []
+        written = written_by(func, args, kwargs)
         for tensor in written:
             self.about_to_write(tensor)
         result = func(*args, **kwargs)

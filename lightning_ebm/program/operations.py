@@ -141,6 +141,12 @@ def overwritten(before: Tensor, source: Tensor, non_blocking: bool = False) -> T
     return source.to(device=before.device, dtype=before.dtype).expand(before.shape).clone()
 
 
+def written_by(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a call writes to; of one that takes functions, those are seen as it calls them."""
+    kind = traits(func) if is_operator(func) else None
+    return tensors_at(kind, args, kwargs) if kind is not None and kind.writes else []
+
+
 def tensors_at(kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors that an operation writes to."""
     if kind.name in BATCH_NORMS and not args[5]:
