@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 _MOST = 100
 """Pieces of code kept for one program."""
 
-Evaluate = Callable[[Twin, list[Tensor], list[Tensor]], list[Tensor]]
-"""From the network that is traced, a point, and the tensors that autograd would give a gradient."""
+Evaluate = Callable[[Network, list[Tensor], list[Tensor]], list[Tensor]]
+"""From a plain network, a point, and the tensors that autograd would give a gradient."""
 
 
 class TracedNetwork(Network):
@@ -119,7 +119,7 @@ class TracedNetwork(Network):
 
     # What code is traced from
 
-    def _twin(self, given: Sequence[Tensor]) -> Twin:
+    def _twin(self, given: Sequence[Tensor]) -> Network:
         """The plain network, as a function of what the batch fixed."""
         values = dict(zip(self._traced.values, given, strict=True))
         run = Run(self._traced.program, self._arithmetic, values)
@@ -208,7 +208,7 @@ class TracedNetwork(Network):
             self.departs()
         at_rest = what.coordinates == "errors" and point[0] is self.no_errors[0]
 
-        def evaluate(twin: Twin, here: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
+        def evaluate(twin: Network, here: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
             return what.flat(what.at(twin, twin.no_errors if at_rest else here, strength))
 
         takes = what.takes_point and isinstance(point, list)
@@ -245,7 +245,7 @@ class TracedNetwork(Network):
         settings = settings_of(rule)
         key = ("update", settings, *shapes)
 
-        def evaluate(twin: Twin, inputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
+        def evaluate(twin: Network, inputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
             *rest, factor = inputs
             held = [
                 end._replace(found=rebuilt(twin, end.found, end.strength, shape[-1], rest))

@@ -21,9 +21,6 @@ class Twin(Network):
     is_relaxed = False
     """Whether a free phase has been relaxed: code that asked for its end would keep that one."""
 
-    loss_scale: Any
-    """As in `Network`, or times a number that code is given."""
-
     @property
     def free(self) -> Sequence[Tensor]:
         """x_l at the forward pass."""
