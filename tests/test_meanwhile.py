@@ -39,6 +39,17 @@ class Writing(Net):
             self.shift.mul_(0.9)
 
 
+class WritingUnseen(Writing):
+    """The same by calls that no operation stands for, and by the memory itself."""
+
+    def write(self, *args):
+        if self.current_epoch >= self.late:
+            shrunk = 0.9 * self.shift
+            self.shift.untyped_storage().copy_(shrunk.untyped_storage())
+            self.net[2].bias.detach().apply_(lambda number: 0.5 * number)
+            self.net[0].bias.detach().map_(self.net[0].bias.detach().clone(), lambda mine, other: 0.9 * other)
+
+
 class Averaged(Net):
     """The loss reads averaged weights, which move in the hook, by their data."""
 
@@ -66,6 +77,17 @@ def test_the_gradient_is_that_of_what_the_step_has_read(make, hook, late, captur
     assert farthest(stock, ours) < 1e-12
     weak = ebm.EBMStrategy(ebm.algorithm("pc-nudge", nudge=ebm.OneSided(1e-6)), capture=capture)
     assert farthest(stock, fit(lambda: make(hook, late), weak, epochs=3)) < 1e-4
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("late", [0, 1])
+def test_so_it_is_where_nobody_could_see_the_write(late, capture):
+    stock = fit(lambda: WritingUnseen("on_before_zero_grad", late), epochs=3)
+    for algorithm, bound in ((EXACT, 1e-12), (ebm.algorithm("pc-nudge", nudge=ebm.OneSided(1e-6)), 1e-4)):
+        ours = ebm.EBMStrategy(algorithm, capture=capture)
+        assert farthest(stock, fit(lambda: WritingUnseen("on_before_zero_grad", late), ours, epochs=3)) < bound
+    with pytest.raises(ebm.UnsupportedModuleError, match="where autograd does not look"):  # autograd's graph is gone
+        fit(lambda: WritingUnseen("on_before_backward", late), ebm.EBMStrategy(EXACT, capture=capture))
 
 
 class Manually(Averaged):
@@ -114,6 +136,14 @@ class Decaying(Net):
                 parameter.data.mul_(0.9)
 
 
+class DecayingOne(Decaying):
+    """A weight alone, of which operations read a view."""
+
+    def decay(self, *args):
+        if self.current_epoch:
+            self.net[2].weight.data.mul_(0.9)
+
+
 class Moving(Decaying):
     """Autograd has kept a gain, and reads what stands in its place."""
 
@@ -131,7 +161,7 @@ class Moving(Decaying):
 
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("algorithm", [EXACT, "pc-nudge"])
-@pytest.mark.parametrize("make", [Decaying, Moving])
+@pytest.mark.parametrize("make", [Decaying, DecayingOne, Moving])
 def test_writes_that_autograd_does_not_see_are_refused(make, hook, algorithm):
     with pytest.raises(ebm.UnsupportedModuleError, match="where autograd does not look"):
         fit(lambda: make(hook), ebm.EBMStrategy(algorithm))

@@ -229,11 +229,16 @@ class Program:
 
     def overwritten(self) -> bool:
         """Whether memory that its gradient may hang on has been written to where autograd does not look."""
-        if not (late := self.record.overwritten):
+        if not (late := set(self.record.overwritten)):
             return False
         learned = depending(set(self.record.leaves), self.order)
-        keep = (node for node in self.order if not learned.isdisjoint(node.results) and not only_views(node.func))
-        return any(value in late for node in keep for value in node.values())
+        for node in self.order:
+            if not late.isdisjoint(node.values()):
+                if only_views(node.func):  # they lie in the same memory
+                    late.update(filter(None, node.results))
+                elif not learned.isdisjoint(node.results):
+                    return True
+        return False
 
     def outline(self) -> "Program":
         """The same program without any tensor of the batch: it runs on what is given."""

@@ -15,6 +15,7 @@ from lightning_ebm.program.contents import Contents
 from lightning_ebm.program.dispatch import DispatchMode
 from lightning_ebm.program.operations import written_by
 from lightning_ebm.program.record import Record, Value
+from lightning_ebm.program.torch_calls import MAY_WRITE, SET_DATA
 from lightning_ebm.program.unseen_writes import UnseenWrites
 
 
@@ -104,13 +105,8 @@ class _Calls(TorchFunctionMode):
         self._told = told
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == _SET_DATA:
+        if func == SET_DATA:
             self._told.about_to_move(args[0])
-        elif func in _HANDS_OUT:
+        elif func in MAY_WRITE:
             self._told.about_to_share(args[0])
         return func(*args, **(kwargs or {}))
-
-
-_DATA: Any = Tensor.data
-_SET_DATA = _DATA.__set__
-_HANDS_OUT: frozenset[Any] = frozenset({Tensor.numpy, Tensor.__array__, Tensor.__dlpack__})

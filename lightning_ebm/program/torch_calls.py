@@ -34,7 +34,7 @@ class TorchCalls(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _DETACHES:
             return self._detached(func, args, kwargs)
-        if func == _SET_DATA:  # another object at every look
+        if func == SET_DATA:  # another object at every look
             recorder.contents.about_to_move(args[0])
             with recorder.pausing():
                 func(*args, **kwargs)
@@ -47,7 +47,7 @@ class TorchCalls(TorchFunctionMode):
                 return func(*args, **kwargs)
         if func is F.gumbel_softmax:
             return self._gumbel_softmax(*args, **kwargs)
-        if func in _UNSEEN_WRITES:
+        if func in MAY_WRITE:
             recorder.contents.about_to_share(args[0])
             return func(*args, **kwargs)
         if func == _GRAPH:
@@ -109,14 +109,14 @@ class TorchCalls(TorchFunctionMode):
 
 
 _TENSOR: Any = Tensor  # of which `data` and `grad_fn` are descriptors, where types say what they give
-_SET_DATA, _BACKWARD_OF, _HOOK = _TENSOR.data.__set__, Tensor.backward, Tensor.register_hook
+SET_DATA, _BACKWARD_OF, _HOOK = _TENSOR.data.__set__, Tensor.backward, Tensor.register_hook
 _IN_PLACE = frozenset({Tensor.detach_, torch.detach_})
 _DETACHES = frozenset({Tensor.detach, torch.detach, _TENSOR.data.__get__, torch.tensor, _TENSOR.new_tensor, *_IN_PLACE})
-_UNSEEN_WRITES: frozenset[Any] = frozenset(
+MAY_WRITE: frozenset[Any] = frozenset(
     {Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.untyped_storage, Tensor.storage}
     | {_TENSOR.apply_, _TENSOR.map_, _TENSOR.map2_}
 )
 """They write without an operation, or hand the memory to others who may."""
 _GRAPH = _TENSOR.grad_fn.__get__
 _RETAIN = Tensor.retain_grad
-_SEEN = _DETACHES | _UNSEEN_WRITES | {F.gumbel_softmax, _SET_DATA, _HOOK, _RETAIN, _BACKWARD_OF, _GRAPH}
+_SEEN = _DETACHES | MAY_WRITE | {F.gumbel_softmax, SET_DATA, _HOOK, _RETAIN, _BACKWARD_OF, _GRAPH}
