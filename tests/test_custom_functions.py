@@ -4,6 +4,7 @@ The oracle is a plain loop of backprop on a copy: weights, buffers and generator
 """
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -435,3 +436,57 @@ def test_a_function_may_assert_that_its_input_is_finite() -> None:
     true = torch.autograd.grad(loss, [*net.first.parameters(), *net.last.parameters()])
     pairs = {name: g for name, g in found.items() if not name.startswith("second")}
     assert ebm.metrics.alignment(pairs, dict(zip(pairs, true, strict=True)))["relative_error"] < 1e-2
+
+
+class Clipped(torch.autograd.Function):
+    """Clips what it is handed on the way back, as no relaxation can."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return slope.clamp(-1e-2, 1e-2)
+
+
+class Beginning(nn.Module):
+    """In which nothing, or nothing finite, comes back through the function in the first step."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(4, 6).double(), nn.Linear(6, 2).double()
+        self.gate = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        self.act, self.kind = nn.Tanh(), kind
+        if kind == "weights of zero":
+            nn.init.zeros_(self.head.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.first(x))
+        if self.kind == "a gate of zero":
+            return self.head(h + self.gate * Clipped.apply(2 * h))
+        if self.kind == "an infinite slope":
+            h = h + self.gate.square().sqrt()
+        return self.head(Clipped.apply(h))
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("kind", ["weights of zero", "a gate of zero", "an infinite slope"])
+def test_code_that_was_handed_nothing_in_the_first_step_is_looked_at_again(kind: str, capture: bool) -> None:
+    net = Beginning(kind)
+    learner = ebm.Learner(net, "pc-nudge", capture=capture)
+    optimizer = torch.optim.SGD(net.parameters(), 1.0)
+
+    def train() -> None:
+        for x, y in zip(X, Y, strict=True):
+            optimizer.zero_grad()
+            with suppress(ebm.RelaxationDivergedError):
+                learner.backward(lambda x=x, y=y: F.cross_entropy(net(x), y))
+            if kind == "an infinite slope":
+                optimizer.zero_grad()
+                nn.init.ones_(net.gate)
+            optimizer.step()
+
+    with pytest.raises(ebm.UnsupportedModuleError, match="not proportional"):
+        train()

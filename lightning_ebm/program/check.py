@@ -22,7 +22,7 @@ from lightning_ebm.program.wiring import Plan
 from lightning_ebm.purity import untouched, untouched_tensors
 
 
-def check_against_autograd(module: nn.Module, program: Program, plan: Plan, loss: Tensor) -> None:
+def check_against_autograd(module: nn.Module, program: Program, plan: Plan, loss: Tensor) -> frozenset[str]:
     """Compares the two gradients, and the tensors that they reach.
 
     The exact rule sends each layer's error down one layer's own Jacobian at a time, so it only is the gradient if
@@ -34,18 +34,22 @@ def check_against_autograd(module: nn.Module, program: Program, plan: Plan, loss
         plan: the wiring.
         loss: what the user's pass returned, in its own graph.
 
+    Returns:
+        what this says too little of: parameters whose gradient is zero everywhere, as below a layer that begins with
+        weights of zero, or not finite; and code of the user's own, which may yet be handed another gradient.
+
     Raises:
         UnsupportedModuleError: they differ, or the record reaches other parameters.
     """
     names = {id(p): clean(name) for name, p in module.named_parameters()}
     leaves = graph_of([loss])[0]
     with without_hooks(leaves):
-        _compare(names, module, program, plan, loss, leaves)
+        return _compare(names, module, program, plan, loss, leaves)
 
 
 def _compare(
     names: dict[int, str], module: nn.Module, program: Program, plan: Plan, loss: Tensor, leaves: Sequence[Tensor]
-) -> None:
+) -> frozenset[str]:
     with _writing_nothing(module, program), _handing_out_nothing(module, program):
         found = _autograds_own(module, program.record, loss, leaves)
     program.record.told()
@@ -57,16 +61,16 @@ def _compare(
     ours = [None if g is None else g.to_dense() for g in ours]
     true = [None if t is None else t.to_dense() for t in found]
     rounding = max(seen.rounding, torch.finfo(loss.dtype).eps)
+    called = [names.get(id(leaf), f"a tensor of shape {tuple(leaf.shape)}") for leaf in leaves]
     if not all(p is None or torch.isfinite(p).all() for p in true):
-        return
+        return frozenset(called)
     largest = max((float(t.abs().max()) for t in true if t is not None and t.numel()), default=0.0)
     # What cancels, as the slope of a bias in front of a batch norm does, is as large as the rounding of its parts.
     faint = min(max(1e-3, 128 * rounding), 1.0) * largest
     parting: dict[str, str] = {}
-    for leaf, g, t in zip(leaves, ours, true, strict=True):
+    for name, g, t in zip(called, ours, true, strict=True):
         if t is None:
             continue
-        name = names.get(id(leaf), f"a tensor of shape {tuple(leaf.shape)}")
         if g is None:
             if bool(t.any()):
                 parting[name] = f"autograd reaches {name}, and what was recorded of the step does not"
@@ -77,8 +81,11 @@ def _compare(
             parting[name] = f"the gradient of {name} is {off / max(size, 1e-300):.2g} off autograd's own"
     if parting:
         _refuse(parting, program, plan, module, loss)
-    if program.user_code():
+    silent = {name for name, t in zip(called, true, strict=True) if t is not None and not t.any()}
+    if own := program.user_code():
         _check_proportional(program, plan, leaves, ours, rounding)
+        silent.add(own)
+    return frozenset(silent)
 
 
 @contextmanager

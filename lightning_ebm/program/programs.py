@@ -41,6 +41,7 @@ class Known:
         reduced: first dimensions of what its loss reduces to one number.
         elements: how many elements its loss is a mean over; None where that cannot be told.
         traced: its code.
+        unchecked: what the comparison with autograd has said too little of so far, see `check_against_autograd`.
         uses: how often it has been seen.
         covered: whether every parameter is known to be reached by the energy.
         interacting: whether its samples see each other, see `Network.samples_interact`; None until that is asked.
@@ -53,6 +54,7 @@ class Known:
     reduced: frozenset[int]
     elements: int | None
     traced: TracedProgram
+    unchecked: frozenset[str] = frozenset()
     uses: int = 1
     covered: bool = False
     interacting: bool | None = None
@@ -172,8 +174,9 @@ class Programs:
                 break
             if not isinstance(found, str):
                 program = Program(record, found[0], value)
-                if record.reads_graph or record.has_hooks or record.packs or program.overwritten():
-                    self._check(recorder, program, known.plan, loss)
+                due = known.unchecked and not known.uses & (known.uses - 1)  # ever more rarely
+                if due or record.reads_graph or record.has_hooks or record.packs or program.overwritten():
+                    known.unchecked &= self._check(recorder, program, known.plan, loss)
                 self._known.remove(known)
                 self._known.insert(0, known)
                 known.uses += 1
@@ -181,14 +184,15 @@ class Programs:
         self._say_what_is_read(record)
         plan, marks = self._finder.find(record, value, partial)
         program = Program(record, marks, value)
-        self._check(recorder, program, plan, loss)
+        unchecked = self._check(recorder, program, plan, loss)
         added = self._added(program, plan, value)
+        added.unchecked = unchecked
         added.uses += before
         return Found(program, added, None)
 
-    def _check(self, recorder: Recorder, program: Program, plan: Plan, loss: Tensor) -> None:
+    def _check(self, recorder: Recorder, program: Program, plan: Plan, loss: Tensor) -> frozenset[str]:
         with recorder.pausing(), torch.enable_grad():
-            check_against_autograd(self._module, program, plan, loss)
+            return check_against_autograd(self._module, program, plan, loss)
 
     def _say_what_is_read(self, record: Record) -> None:
         """Once: a branch, or the shape of a mask, may hang on a number that Python read off a layer."""
