@@ -391,3 +391,16 @@ def test_states_that_have_not_moved_at_all_are_not_said_to_be_still_moving(caplo
     assert found["0.weight"].norm() < 1e-9 * found["2.weight"].norm()  # the read-out alone learns
     assert "have not moved: none of 2 steps" in caplog.text
     assert "still moving" not in caplog.text
+
+
+@pytest.mark.parametrize("preset", ["zero-divergence", "predictive-coding", "equilibrium-propagation", "infinitesimal"])
+def test_looking_for_nan_in_backward_passes_is_another_matter(preset):
+    """Autograd's detection of anomalies is about the user's code: samples do not see each other because of it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Sigmoid(), nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(16, 6).double(), torch.randint(3, (16,))
+    before = ebm.Learner(net, preset).gradients(lambda: F.cross_entropy(net(x), y))
+    with torch.autograd.detect_anomaly(), torch.autograd.set_detect_anomaly(True):
+        found = ebm.Learner(net, preset).gradients(lambda: F.cross_entropy(net(x), y))
+        assert torch.is_anomaly_enabled()
+    assert all(torch.equal(found[name], gradient) for name, gradient in before.items())

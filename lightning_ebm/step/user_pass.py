@@ -113,9 +113,13 @@ class UserPass:
 
     @contextmanager
     def blaming(self, loss: Tensor | None) -> Iterator[None]:
-        """Within it, a divergence is traced to what caused it."""
+        """Within it, a divergence is traced to what caused it, by us and not by autograd's own detection of anomalies.
+
+        Relaxers try points at which nothing is finite and take other ones, and nan tells which samples see each other.
+        """
         try:
-            yield
+            with torch.autograd.set_detect_anomaly(False):
+                yield
         except RelaxationDivergedError as error:
             backprop = None if self.recorded is None else self._backprop
             raise blamed(error, self._module, self._buffers(), self.given, loss, backprop) from error
