@@ -7,8 +7,11 @@ moved there. As under stock, the gradient is that of what the step has read.
 import copy
 import pickle
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback, LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
 from test_other_gradients import EXACT, Net, farthest, fit
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
@@ -88,6 +91,31 @@ def test_so_it_is_where_nobody_could_see_the_write(late, capture):
         assert farthest(stock, fit(lambda: WritingUnseen("on_before_zero_grad", late), ours, epochs=3)) < bound
     with pytest.raises(ebm.UnsupportedModuleError, match="where autograd does not look"):  # autograd's graph is gone
         fit(lambda: WritingUnseen("on_before_backward", late), ebm.EBMStrategy(EXACT, capture=capture))
+
+
+def by_lambda(hook):
+    return LambdaCallback(**{hook: lambda trainer, module, *of: module.write()})
+
+
+def by_callback(hook):
+    return type("Own", (L.Callback,), {hook: lambda self, trainer, module, *of: module.write()})()
+
+
+def by_a_library_s(hook):
+    return type("Own", (LearningRateMonitor,), {hook: lambda self, trainer, module, *of: module.write()})()
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("callback", [by_lambda, by_callback, by_a_library_s])
+def test_so_it_is_where_a_callback_writes(callback, hook, tmp_path):
+    def trained(strategy):
+        options = {"callbacks": [callback(hook)], "logger": CSVLogger(tmp_path)}
+        return fit(lambda: Writing("on_nothing"), strategy, epochs=2, **options)
+
+    stock = trained("auto")
+    assert farthest(stock, trained(ebm.EBMStrategy(EXACT))) < 1e-12
+    weak = ebm.EBMStrategy(ebm.algorithm("pc-nudge", nudge=ebm.OneSided(1e-6)))
+    assert farthest(stock, trained(weak)) < 1e-4
 
 
 class Manually(Averaged):

@@ -45,11 +45,10 @@ def fit(make, strategy="auto", epochs=2, **options):
         max_epochs=epochs,
         accelerator="cpu",
         devices=1,
-        logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **options,
+        **{"logger": False, **options},
     )
     trainer.fit(module, DataLoader(TensorDataset(X, Y), 8))
     return module

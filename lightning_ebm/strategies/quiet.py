@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelSummary, RichModelSummary
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_ebm.harmless import harmless
+from lightning_ebm.program.named import named
 from lightning_ebm.program.wiring import Plan
 from lightning_ebm.purity import shadowed
 from lightning_ebm.summary import of_plan
@@ -50,14 +51,16 @@ def callbacks_of(trainer: Any) -> list[Callback]:
 
 def has_hooks(module: LightningModule, *names: str) -> bool:
     """Whether code of the user's own is called by any of these names, of the module or of callbacks."""
-    libraries = ("lightning", "lightning_ebm")
-    callbacks = [c for c in callbacks_of(module.trainer) if type(c).__module__.partition(".")[0] not in libraries]
-    pairs = [(module, LightningModule), *((callback, Callback) for callback in callbacks)]
-    return any(
-        name in vars(one) or getattr(type(one), name, None) is not getattr(kind, name, None)
-        for one, kind in pairs
-        for name in names
-    )
+    return any(_is_own(one, name) for one in (module, *callbacks_of(module.trainer)) for name in names)
+
+
+def _is_own(one: object, name: str) -> bool:
+    """Whether a hook was written by the user: set on the object, as `LambdaCallback` does, or by a class of theirs."""
+    hook = getattr(type(one), name, None)
+    return name in vars(one) or (hook is not None and named(hook).module.partition(".")[0] not in _LIBRARIES)
+
+
+_LIBRARIES = ("lightning", "lightning_ebm")
 
 
 def print_layers(module: LightningModule, plan: Plan) -> None:
