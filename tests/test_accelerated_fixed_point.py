@@ -359,6 +359,7 @@ def convolutional() -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Skipping, convolutional])
 @pytest.mark.parametrize("nudge", [ebm.Centered(0.25), ebm.OneSided(0.25), ebm.Coupled(0.1)])
 def test_the_gradients_are_those_of_plain_sweeps_in_fewer(make, nudge):

@@ -93,6 +93,7 @@ def test_products_of_a_step_are_two_operations_a_multiplication_and_an_exact_rul
     }
 
 
+@pytest.mark.slow
 def test_the_table_that_the_page_opens_with_has_trained_beside_fresh_and_what_is_refused(monkeypatch):
     monkeypatch.setattr(steps, "NETS", {"small": networks.chain(8, 784, 8, 8, 10, steps=2)})
     monkeypatch.setattr(steps, "COLUMNS", [(activation, n) for activation in (nn.Tanh, nn.ReLU) for n in (0, 2)])
@@ -121,6 +122,7 @@ def test_momentum_finds_the_equilibrium_it_is_compared_at():
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", networks.NETS.values(), ids=networks.NETS)
 def test_every_row_takes_a_step_on_every_network(net):
     """Of the smallest batch; each from the same weights, and none leaves them where they were."""

@@ -421,6 +421,7 @@ def test_auto_finds_what_its_choice_finds_by_itself(preset, parts, net, capture)
         torch.testing.assert_close(first[name], value, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capture", [True, False])
 def test_both_signs_take_one_way_where_each_alone_would_take_its_own(capture):
     """A strong nudge on large weights: ahead Anderson's is cheapest, behind the accelerated sweep, and in all that."""

@@ -167,6 +167,7 @@ class Skips(nn.Module):
         return self.out(self.act(self.b(h) + self.c(x)) + h)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("relaxer", ["errors", "states"])
 def test_calls_of_one_module_have_a_name_each_and_skips_are_followed(relaxer):
     net = Skips()

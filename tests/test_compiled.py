@@ -72,6 +72,7 @@ def test_a_smaller_batch_is_code_of_its_own() -> None:
     assert apart(fast, plain) < 1e-10
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_single_precision_is_as_near_as_rounding_goes() -> None:
     plain, _ = updates(pc(), torch.float32, capture=False)
@@ -79,6 +80,7 @@ def test_single_precision_is_as_near_as_rounding_goes() -> None:
     assert apart(fast, plain) < 1e-4
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_tensors_that_lie_otherwise_in_memory() -> None:
     results = []

@@ -32,6 +32,7 @@ def test_one_reduction_an_optimizer_step_and_none_while_gradients_accumulate(cas
                 assert asked == wanted, (k, asked)
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_while_gradients_accumulate_goes_along_until_they_are_reduced(left):
     """So that collectives of the user's own steps still meet."""
     healthy, failed = left["broken_while_accumulating"]

@@ -53,6 +53,7 @@ def test_accuracy_is_within_seven_tenths_of_stock(stock, algorithm):
     assert min(found) > 94
 
 
+@pytest.mark.slow
 def test_the_small_nudge_keeps_the_true_direction_in_every_layer_over_the_whole_run():
     cosines = Cosines()
     accuracy(ebm.EBMStrategy("pc-nudge"), 0, [ebm.GradientAlignment(every_n_steps=5), cosines])

@@ -79,6 +79,7 @@ def test_states_and_errors_come_to_the_same_where_both_are_minimized():
         torch.testing.assert_close(one[name], other[name], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_with_enough_steps_of_either_kind_the_update_is_backprops_at_any_nudge():
     net = network()
     true = ebm.reference.backprop(net, closure(net, *batch()))

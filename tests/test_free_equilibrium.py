@@ -282,6 +282,7 @@ def test_the_cross_derivative_reads_the_same_slope_as_the_contrast_to_first_orde
     assert error(1e-2) / error(1e-3) == pytest.approx(10, rel=0.05)
 
 
+@pytest.mark.slow
 def test_anderson_reaches_the_equilibrium_of_plain_sweeps_in_fewer_passes():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3)).double()

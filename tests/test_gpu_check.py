@@ -25,7 +25,9 @@ def script():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-@pytest.mark.parametrize("network", ["MLP", "VGG7", "ResNet18", "ViT-S", "GPT"])
+@pytest.mark.parametrize(
+    "network", ["MLP", *(pytest.param(n, marks=pytest.mark.slow) for n in ("VGG7", "ResNet18")), "ViT-S", "GPT"]
+)
 def test_every_network_is_measured_in_every_precision(network, precision, script, monkeypatch):
     """The exact rule is backprop, which tells that the update that is timed is the right one."""
     monkeypatch.setattr(script, "LONGEST", 1e-9)

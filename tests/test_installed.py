@@ -58,6 +58,7 @@ def test_recipes_report_and_compare_without_a_clone(command, tmp_path):
     assert "pc-nudge" in (tmp_path / "comparison.html").read_text()
 
 
+@pytest.mark.slow
 def test_everything_else_is_in_the_wheel_too(command, tmp_path):
     for words in (["recipes", "list"], ["doctor", "--no-test"], ["recipes", "show", "mnist-ep"]):
         done = command(*words, where=tmp_path)

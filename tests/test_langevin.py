@@ -40,6 +40,7 @@ def test_towards_temperature_zero_states_close_in_on_the_equilibrium_as_the_root
     assert spreads[0] / spreads[1] == pytest.approx(10, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lr", [0.1, 0.6])
 def test_states_of_a_linear_net_have_the_covariance_t_over_h_at_any_step_size(lr):
     """And the mean of its equilibrium; held units do not move at all."""
@@ -98,6 +99,7 @@ def test_the_average_update_is_the_gradient_of_the_marginal_likelihood_and_its_e
     assert float(missed.norm()) > 1.5 * many
 
 
+@pytest.mark.slow
 def test_thermal_equilibrium_propagation_is_the_slope_of_a_difference_of_free_energies():
     """Hopfield, linear: F(b) = T/2 log det H_b - 1/2 c'H_b^-1 c, [F(b) - F(0)] / b, by autograd of the closed form."""
     torch.manual_seed(3)

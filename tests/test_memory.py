@@ -54,6 +54,7 @@ def peak(algorithm: ebm.Algorithm, before: int = 2, layers: int = LAYERS, **opti
     return most / STATE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capture", [True, False])
 def test_more_steps_take_no_more(capture: bool) -> None:
     # Which of two tensors goes first is left to the allocator: peaks of equal steps are up to 5 % apart.
@@ -87,6 +88,7 @@ def test_a_step_holds_few_things_of_each_layer(name: str, layers: int) -> None:
     assert peak(preset(name), layers=layers) < A_LAYER[name] * layers + beside
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [4, 8])
 @pytest.mark.parametrize("relaxer", [ebm.GradientDescent(0.1, 20), ebm.ErrorCoordinates(20, 0.5, 0.0)], ids=str)
 def test_steps_hold_one_point(relaxer: ebm.Relaxer, layers: int) -> None:
@@ -123,6 +125,7 @@ def test_the_first_steps_hold_no_graph_of_the_pass(name: str) -> None:
     assert peak(preset(name), before=1) < room * LAYERS
 
 
+@pytest.mark.slow
 def test_nothing_that_a_pass_computed_outlives_the_step() -> None:
     """Without the garbage collector's help: what is held in circles is held for long."""
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))

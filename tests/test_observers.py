@@ -52,6 +52,7 @@ class Broken(Logger):
             raise ConnectionError("no server")
 
 
+@pytest.mark.slow
 def test_loggers_that_raise(tmp_path, caplog):
     """Training ends where it ends with nobody looking on, and the logger beside the broken one has every figure."""
     plain = fit(tmp_path / "plain")
@@ -94,6 +95,7 @@ def test_pictures_and_tables_that_cannot_be_made(tmp_path, monkeypatch, caplog, 
     assert len(lines) == len(set(lines))
 
 
+@pytest.mark.slow
 def test_a_run_file_that_cannot_be_written(tmp_path, caplog):
     logger = CSVLogger(tmp_path, version=0)
     (tmp_path / "lightning_logs" / "version_0" / "ebm.jsonl").mkdir(parents=True)  # a directory where the file goes
@@ -123,6 +125,7 @@ class Looking(L.LightningModule):
         return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(tokens, torch.arange(16) % 3), 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["predictive-coding", "equilibrium-propagation"])
 def test_sparse_gradients_are_looked_at(algorithm, tmp_path):
     def learned(callbacks):
@@ -262,6 +265,7 @@ class Parametrized(L.Callback):
             trainer.strategy.setup_optimizers(trainer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [Pruned, Parametrized])
 def test_parameters_that_are_made_or_renamed_in_mid_run_are_compared_as_well(change, tmp_path):
     plain = fit(tmp_path / "plain", callbacks=[change()], algorithm="zero-divergence")

@@ -191,6 +191,7 @@ def gradients(net, algorithm, **options):
     return ebm.Learner(net, algorithm, **options).gradients(closure)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capture", [True, False])
 def test_an_overridden_energy_is_relaxed_and_read_as_it_is_written(capture):
     descent, net = ebm.GradientDescent(0.0005, 3000), tanh_net()

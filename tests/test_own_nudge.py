@@ -94,6 +94,7 @@ def test_complex_rows_do_what_a_holomorphic_nudge_does(points):
     assert off(own, shipped) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", ["auto", "cross-derivative"])
 def test_complex_rows_tend_to_backprop_with_the_order_of_their_table(read):
     """Theory: O(l^4) for four points, from plain autograd's gradient."""

@@ -40,6 +40,7 @@ TO_A_TOLERANCE = {
     "pairs": "dual-propagation",
     "sweeps": ebm.algorithm("equilibrium-propagation", relaxer=SWEEPS),
 }
+SLOW = dict.fromkeys(("accelerated", "sweeps"), pytest.mark.slow)
 
 
 def trained(algorithm, activation, steps=4):
@@ -73,7 +74,7 @@ def test_a_number_of_steps_is_asked_about_once(case, monkeypatch):
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
-@pytest.mark.parametrize("case", TO_A_TOLERANCE)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=SLOW.get(c, ())) for c in TO_A_TOLERANCE])
 def test_a_relaxation_by_tolerance_is_asked_at_most_every_eighth_step(case, activation, monkeypatch):
     """2 + steps/8 of each relaxation; a free phase besides, and one look of advice at what did not settle."""
     if case in ("sweeps", "accelerated") and activation is nn.ReLU:
@@ -86,7 +87,7 @@ def test_a_relaxation_by_tolerance_is_asked_at_most_every_eighth_step(case, acti
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU, nn.Hardtanh])
-@pytest.mark.parametrize("case", [*FIXED, *TO_A_TOLERANCE])
+@pytest.mark.parametrize("case", [pytest.param(c, marks=SLOW.get(c, ())) for c in (*FIXED, *TO_A_TOLERANCE)])
 def test_asked_rarely_or_always_it_ends_the_same(case, activation, monkeypatch):
     if ("sweeps" in case or case == "accelerated") and activation is nn.ReLU:
         pytest.skip("runs away")

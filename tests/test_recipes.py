@@ -276,6 +276,7 @@ def through_time(net, x, y, steps):
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
+@pytest.mark.slow
 def test_the_convolutional_hopfield_recipe_relaxes_and_its_update_is_the_gradient_through_time():
     """The recipe's own phases; the nudge alone is made small, as at 1 the winners of the pooling change."""
     written = yaml.safe_load(HOPFIELD.read_text())
@@ -305,6 +306,7 @@ def test_the_convolutional_hopfield_recipe_relaxes_and_its_update_is_the_gradien
     assert ebm.metrics.alignment(found, implicit)["relative_error"] < 1e-6
 
 
+@pytest.mark.slow
 def test_the_convolutional_hopfield_recipe_learns_at_reduced_size(tmp_path):
     """Four colours, and so few channels that which of them are told apart depends on rounding: above one in four."""
     random = np.random.RandomState(0)

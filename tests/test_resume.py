@@ -247,6 +247,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint_that_fitted(tmp_path):
     """A real one, of 200 kB, mounted in a namespace of its own; stock leaves a file that is cut off."""
     disk = tmp_path / "disk"

@@ -46,6 +46,7 @@ def logged(records):
     return {key for record in records if record.get("type") == "history" for key in record["history"]["item"]}
 
 
+@pytest.mark.slow
 def test_every_key_that_the_view_names_is_logged(logged):
     pictures = {f"{key}._type" for key in (*view.PICTURES, *view.TABLES)}
     assert {*KEYS, *view.TASK, view.STEP, *pictures} <= logged, sorted(logged)
