@@ -161,5 +161,17 @@ class Recorded(NamedTuple):
         return self.known.elements / (size if setup.loss_reduction == "mean" else 1)
 
     def is_fast(self, setup: Setup) -> bool:
-        """Whether evaluations run as code."""
-        return setup.code is not None and setup.programs.repeats(self.known)
+        """Whether evaluations run as code: where it pays, in steps to come or, as in long relaxations, in this one.
+
+        Inductor takes seconds to make it, which only pays if the program comes again.
+        """
+        if setup.code is None or setup.programs.repeats(self.known):
+            return setup.code is not None
+        algorithm, steps = setup.algorithm, setup.algorithm.relaxer.max_steps
+        if not algorithm.rests_at_forward:
+            steps += (algorithm.free_relaxer or algorithm.relaxer).max_steps
+        return steps >= _LONG and setup.code == "traced"
+
+
+_LONG = 30
+"""Steps of the phases of a batch, at most, for which code is made when its program is seen for the first time."""
