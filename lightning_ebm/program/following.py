@@ -275,15 +275,13 @@ class Following:
         if drawn is not None:
             self._drawn.discard(drawn)
             self._record.inputs[known] = self._record.inputs.pop(drawn)
-            if leaf is not None:
-                self._record.leaves[known] = tensor
-        elif (
-            leaf is not None and leaf() is tensor
-        ):  # the same tensor of the same kind, which was looked at when it was read first
-            self._record.inputs[known] = self._record.leaves[known] = tensor
+        elif leaf is not None and leaf() is tensor:  # it was looked at when it was read first
+            self._record.inputs[known] = tensor
         else:
             self._contents.from_outside(tensor, known)
             return True
+        if leaf is not None:
+            self._record.leaves[known] = tensor
         self._contents.bind(tensor, known)
         return True
 
