@@ -735,6 +735,13 @@ MUTATIONS = [
         "following",
     ),
     Mutation(
+        "a drawn tensor keeps its other names",
+        "program/contents.py",
+        "for alias in [tensor, *self.others(tensor)]:\n            if self.known(alias) is value:",
+        "for alias in [tensor]:\n            if self.known(alias) is value:",
+        "following",
+    ),
+    Mutation(
         "leaves that both runs of a step make are not compared",
         "step/second_run.py",
         "return one is not None and one is another",

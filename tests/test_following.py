@@ -109,6 +109,24 @@ def dropout(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
     return net.drop(h)
 
 
+def drawn_and_written_over(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    """torch detaches what is drawn like a tensor that requires a gradient: it goes by two names."""
+    noise = torch.randn_like(h)
+    noise.mul_(h if index < LATE else h.sin())
+    return noise.add_(x)
+
+
+def drawn_and_written_through_a_view(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    noise = torch.rand_like(h)
+    noise[:, : 3 if index < LATE else 2].mul_(h[:, : 3 if index < LATE else 2])
+    return noise + h
+
+
+def drawn_and_blotted_out(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    noise = torch.randn_like(h).masked_fill_(x > 0, 0.0)
+    return noise.addcmul_(h, h if index < LATE else x)
+
+
 def written_in_place(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
     h = h * 1.0
     h += x
@@ -269,6 +287,7 @@ LEAVES: list[Change] = [
     a_leaf_that_is_called_a_parameter,
 ]  # fmt: skip
 COMES_AGAIN = [
+    drawn_and_written_over, drawn_and_written_through_a_view, drawn_and_blotted_out,
     *LEAVES,
     attention, attention_under_a_mask, written_where_it_is_a_view, gates_written_in_place, copied_into_a_slice,
     collected, picked_at_positions, put_at_positions, blotted_out, blotted_out_itself,

@@ -275,6 +275,7 @@ class Following:
         if drawn is not None:
             self._drawn.discard(drawn)
             self._record.inputs[known] = self._record.inputs.pop(drawn)
+            self._contents.rename(tensor, drawn, known)
         elif leaf is not None and leaf() is tensor:  # it was looked at when it was read first
             self._record.inputs[known] = tensor
         else:
