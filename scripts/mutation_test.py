@@ -265,7 +265,7 @@ MUTATIONS = [
     Mutation(
         "leaves that the pass makes are none",
         "program/contents.py",
-        "tensor.is_leaf and value not in self._record.leaves:",
+        "value not in self._record.leaves and _is_leaf(tensor):",
         "False:",
         "programs",
     ),
@@ -739,6 +739,13 @@ MUTATIONS = [
         "program/contents.py",
         "for alias in [tensor, *self.others(tensor)]:\n            if self.known(alias) is value:",
         "for alias in [tensor]:\n            if self.known(alias) is value:",
+        "following",
+    ),
+    Mutation(
+        "detached names follow writes",
+        "program/contents.py",
+        "if not alias.requires_grad and base_of(alias) is not base_of(tensor):",
+        "if False:",
         "following",
     ),
     Mutation(

@@ -127,6 +127,32 @@ def drawn_and_blotted_out(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
     return noise.addcmul_(h, h if index < LATE else x)
 
 
+def written_beside_a_detached_name(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    """Which is a constant, of what is there when it is read."""
+    out = h * 1.0
+    cut = out.detach() if index % 2 else out.data
+    before = cut * 2.0
+    out.mul_(x if index < LATE else h)
+    return out + cut * 0.3 + before
+
+
+def written_beside_a_detached_view(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    out = x.clone()
+    cut = out.detach()[:, :3]
+    before = cut * 2.0
+    out[:, 1:].mul_(h[:, 1:] if index < LATE else h[:, :5])
+    return out + (cut + before).repeat(1, 2)
+
+
+def written_beside_a_view_without_gradients(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    """torch refuses whoever uses it afterwards."""
+    out = net.b(h)
+    with torch.no_grad():
+        view = out[:, :3]
+    shown = (view * 1.0).detach()
+    return out.tanh_() + shown.mean() * (index >= LATE)
+
+
 def written_in_place(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
     h = h * 1.0
     h += x
@@ -298,7 +324,8 @@ CHANGES = [
     a_parameter_that_is_frozen, a_parameter_of_another_shape, a_leaf_that_the_step_makes, other_strides,
     a_call_that_is_missing, a_detour, dropout, written_in_place, written_through_a_view_late, batch_norm, noise,
      in_place_late, a_hook_that_begins, gradients_off,
-    another_batch, a_lookup, *COMES_AGAIN, a_view_that_is_gone, another_parameter_in_turn,
+    another_batch, a_lookup, *COMES_AGAIN, written_beside_a_detached_name, written_beside_a_detached_view,
+    written_beside_a_view_without_gradients, a_view_that_is_gone, another_parameter_in_turn,
     a_leaf_in_turn_with_a_parameter,
 ]  # fmt: skip
 
@@ -349,6 +376,17 @@ def test_the_layers_are_those_of_the_parameters_that_are_used_in_turn() -> None:
         assert learner.plan is not None
         named.append({name for row in learner.plan.rows for name in row.parameters} & {"scale", "other"})
     assert named == [{"other"}, set()] * (LATE // 2) + [{"scale"}, set()] * (LATE // 2)
+
+
+def test_what_is_put_back_may_be_expanded() -> None:
+    """Many elements in one place, which torch lets be filled and does not copy to."""
+    net, buffer = Net(), torch.zeros(1, 6, dtype=torch.float64).expand(5, 6)
+
+    def change(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+        return h + buffer.masked_fill_(torch.ones(6, dtype=torch.bool), 0.3)
+
+    ebm.Learner(net, "zero-divergence").gradients(lambda: step(net, change, 0))
+    assert not buffer.any()
 
 
 class OwnTanh(nn.Tanh):
