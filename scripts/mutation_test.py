@@ -749,6 +749,14 @@ MUTATIONS = [
         "following",
     ),
     Mutation(
+        "leaves without a slope are taught nothing",
+        "network/traced.py",
+        "[slope is not None for slope in slopes]\n            return [slope for slope in slopes if slope is not None]",
+        "[True for slope in slopes]\n"
+        "            return [torch.zeros_like(x) if s is None else s for s, x in zip(slopes, leaves, strict=True)]",
+        "code",
+    ),
+    Mutation(
         "leaves that both runs of a step make are not compared",
         "step/second_run.py",
         "return one is not None and one is another",
