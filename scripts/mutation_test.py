@@ -754,7 +754,7 @@ MUTATIONS = [
         "[slope is not None for slope in slopes]\n            return [slope for slope in slopes if slope is not None]",
         "[True for slope in slopes]\n"
         "            return [torch.zeros_like(x) if s is None else s for s, x in zip(slopes, leaves, strict=True)]",
-        "code",
+        "following",
     ),
     Mutation(
         "leaves that both runs of a step make are not compared",

@@ -581,24 +581,3 @@ def test_code_that_is_gone_leaves_no_text_behind():
         texts = [name for name in linecache.cache if "eval_with_key" in name]
         assert before is None or len(texts) == before
         before = len(texts)
-
-
-@pytest.mark.parametrize("capture", [True, False])
-@pytest.mark.parametrize("preset", ["zero-divergence", "pc-nudge", "predictive-coding", "equilibrium-propagation"])
-def test_what_is_read_for_its_shape_alone_is_given_no_gradient(preset: str, capture: bool) -> None:
-    """An optimizer would let it decay: under backprop it has none, and stays as it is."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-    net.first, net.idle = nn.Parameter(torch.randn(1, 6).double()), nn.Linear(4, 6).double()
-    x, y = torch.randn(5, 4).double(), torch.arange(5) % 3
-    learner = ebm.Learner(net, preset, capture=capture)
-
-    def loss() -> Tensor:
-        hidden = net[1](net[0](x))
-        return F.cross_entropy(net[2](hidden + torch.ones_like(net.first) + torch.zeros_like(net.idle(x))), y)
-
-    for _ in range(4):
-        learner.backward(loss)
-        assert net.first.grad is None
-        assert net.idle.weight.grad is None
-        assert net[0].weight.grad is not None

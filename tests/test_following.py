@@ -592,3 +592,24 @@ def test_what_is_counted_of_states_moves_with_them() -> None:
             learner.backward(lambda net=net, x=x: (net(x) - 3).square().sum(1).mean())
         found.append([p.grad for p in net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("preset", ["zero-divergence", "pc-nudge", "predictive-coding", "equilibrium-propagation"])
+def test_what_is_read_for_its_shape_alone_is_given_no_gradient(preset: str, capture: bool) -> None:
+    """An optimizer would let it decay: under backprop it has none, and stays as it is."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    net.first, net.idle = nn.Parameter(torch.randn(1, 6).double()), nn.Linear(4, 6).double()
+    x, y = torch.randn(5, 4).double(), torch.arange(5) % 3
+    learner = ebm.Learner(net, preset, capture=capture)
+
+    def loss() -> Tensor:
+        hidden = net[1](net[0](x))
+        return F.cross_entropy(net[2](hidden + torch.ones_like(net.first) + torch.zeros_like(net.idle(x))), y)
+
+    for _ in range(4):
+        learner.backward(loss)
+        assert net.first.grad is None
+        assert net.idle.weight.grad is None
+        assert net[0].weight.grad is not None
