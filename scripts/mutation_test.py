@@ -265,7 +265,7 @@ MUTATIONS = [
     Mutation(
         "leaves that the pass makes are none",
         "program/contents.py",
-        "tensor.is_leaf and value not in self._record.leaves:",
+        "value not in self._record.leaves and _is_leaf(tensor):",
         "False:",
         "programs",
     ),
@@ -482,9 +482,9 @@ MUTATIONS = [
     Mutation(
         "another parameter is not seen",
         "program/comparison.py",
-        "return before() is new or",
-        "return True or",
-        "programs",
+        "return self._trail.takes(old, new)",
+        "return True",
+        "programs following",
     ),
     Mutation(
         "another wiring is not seen",
@@ -695,7 +695,7 @@ MUTATIONS = [
     Mutation(
         "followed parameters are not compared",
         "program/following.py",
-        "(leaf is not None and leaf() is not tensor)",
+        "(leaf is not None and not self._trail.takes(known, tensor))",
         "False",
         "following",
     ),
@@ -730,8 +730,37 @@ MUTATIONS = [
     Mutation(
         "a call of another module is followed",
         "program/following.py",
-        "(mark.module, mark.drive, mark.rounding, mark.weighted) == was",
+        "(mark.module, mark.drive, mark.weighted) == was",
         "True",
+        "following",
+    ),
+    Mutation(
+        "a drawn tensor keeps its other names",
+        "program/contents.py",
+        "for alias in [tensor, *self.others(tensor)]:\n            if self.known(alias) is value:",
+        "for alias in [tensor]:\n            if self.known(alias) is value:",
+        "following",
+    ),
+    Mutation(
+        "detached names follow writes",
+        "program/contents.py",
+        "if not alias.requires_grad and base_of(alias) is not base_of(tensor):",
+        "if False:",
+        "following",
+    ),
+    Mutation(
+        "leaves without a slope are taught nothing",
+        "network/traced.py",
+        "[slope is not None for slope in slopes]\n            return [slope for slope in slopes if slope is not None]",
+        "[True for slope in slopes]\n"
+        "            return [torch.zeros_like(x) if s is None else s for s, x in zip(slopes, leaves, strict=True)]",
+        "following",
+    ),
+    Mutation(
+        "leaves that both runs of a step make are not compared",
+        "step/second_run.py",
+        "return one is not None and one is another",
+        "return one is not None",
         "following",
     ),
     Mutation(

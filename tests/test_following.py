@@ -109,6 +109,50 @@ def dropout(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
     return net.drop(h)
 
 
+def drawn_and_written_over(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    """torch detaches what is drawn like a tensor that requires a gradient: it goes by two names."""
+    noise = torch.randn_like(h)
+    noise.mul_(h if index < LATE else h.sin())
+    return noise.add_(x)
+
+
+def drawn_and_written_through_a_view(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    noise = torch.rand_like(h)
+    noise[:, : 3 if index < LATE else 2].mul_(h[:, : 3 if index < LATE else 2])
+    return noise + h
+
+
+def drawn_and_blotted_out(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    noise = torch.randn_like(h).masked_fill_(x > 0, 0.0)
+    return noise.addcmul_(h, h if index < LATE else x)
+
+
+def written_beside_a_detached_name(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    """Which is a constant, of what is there when it is read."""
+    out = h * 1.0
+    cut = out.detach() if index % 2 else out.data
+    before = cut * 2.0
+    out.mul_(x if index < LATE else h)
+    return out + cut * 0.3 + before
+
+
+def written_beside_a_detached_view(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    out = x.clone()
+    cut = out.detach()[:, :3]
+    before = cut * 2.0
+    out[:, 1:].mul_(h[:, 1:] if index < LATE else h[:, :5])
+    return out + (cut + before).repeat(1, 2)
+
+
+def written_beside_a_view_without_gradients(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    """torch refuses whoever uses it afterwards."""
+    out = net.b(h)
+    with torch.no_grad():
+        view = out[:, :3]
+    shown = (view * 1.0).detach()
+    return out.tanh_() + shown.mean() * (index >= LATE)
+
+
 def written_in_place(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
     h = h * 1.0
     h += x
@@ -236,7 +280,41 @@ def blotted_out_itself(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
     return h.sin()
 
 
+def sloped(net: Net, h: Tensor, leaf: Tensor, index: int) -> Tensor:
+    """The gradient at a leaf, of which the loss is made."""
+    (slope,) = torch.autograd.grad(net.act(net.b(leaf)).square().sum(), leaf, create_graph=True)
+    return h + slope * (1 if index < LATE else leaf)
+
+
+def a_leaf_that_is_cut_off(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return sloped(net, h, x.detach().requires_grad_(), index)
+
+
+def a_leaf_that_is_drawn(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return sloped(net, h, torch.rand_like(x).requires_grad_(), index)
+
+
+def a_leaf_that_is_computed_without_gradients(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    with torch.no_grad():
+        leaf = x.sin() + x
+    return sloped(net, h, leaf.requires_grad_(), index)
+
+
+def a_leaf_that_is_called_a_parameter(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return sloped(net, h, nn.Parameter(x.clone()), index)
+
+
+def a_leaf_in_turn_with_a_parameter(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return h.sin() * (net.scale if index % 2 else x[0].detach().requires_grad_())
+
+
+LEAVES: list[Change] = [
+    a_leaf_that_is_cut_off, a_leaf_that_is_drawn, a_leaf_that_is_computed_without_gradients,
+    a_leaf_that_is_called_a_parameter,
+]  # fmt: skip
 COMES_AGAIN = [
+    drawn_and_written_over, drawn_and_written_through_a_view, drawn_and_blotted_out,
+    *LEAVES,
     attention, attention_under_a_mask, written_where_it_is_a_view, gates_written_in_place, copied_into_a_slice,
     collected, picked_at_positions, put_at_positions, blotted_out, blotted_out_itself,
 ]  # fmt: skip
@@ -246,7 +324,9 @@ CHANGES = [
     a_parameter_that_is_frozen, a_parameter_of_another_shape, a_leaf_that_the_step_makes, other_strides,
     a_call_that_is_missing, a_detour, dropout, written_in_place, written_through_a_view_late, batch_norm, noise,
      in_place_late, a_hook_that_begins, gradients_off,
-    another_batch, a_lookup, *COMES_AGAIN, a_view_that_is_gone, another_parameter_in_turn,
+    another_batch, a_lookup, *COMES_AGAIN, written_beside_a_detached_name, written_beside_a_detached_view,
+    written_beside_a_view_without_gradients, a_view_that_is_gone, another_parameter_in_turn,
+    a_leaf_in_turn_with_a_parameter,
 ]  # fmt: skip
 
 
@@ -296,6 +376,17 @@ def test_the_layers_are_those_of_the_parameters_that_are_used_in_turn() -> None:
         assert learner.plan is not None
         named.append({name for row in learner.plan.rows for name in row.parameters} & {"scale", "other"})
     assert named == [{"other"}, set()] * (LATE // 2) + [{"scale"}, set()] * (LATE // 2)
+
+
+def test_what_is_put_back_may_be_expanded() -> None:
+    """Many elements in one place, which torch lets be filled and does not copy to."""
+    net, buffer = Net(), torch.zeros(1, 6, dtype=torch.float64).expand(5, 6)
+
+    def change(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+        return h + buffer.masked_fill_(torch.ones(6, dtype=torch.bool), 0.3)
+
+    ebm.Learner(net, "zero-divergence").gradients(lambda: step(net, change, 0))
+    assert not buffer.any()
 
 
 class OwnTanh(nn.Tanh):
@@ -365,6 +456,28 @@ def test_what_networks_do_besides_computing_comes_again_as_well(
     assert counts[0] > 0
     assert counts[1:LATE] == [0] * (LATE - 1)
     assert counts[LATE + 1 :] == [0] * (LATE - 1)
+
+
+@pytest.mark.parametrize("change", LEAVES, ids=lambda change: change.__name__)
+def test_a_step_that_makes_leaves_may_run_twice(change: Change) -> None:
+    """They are others in both runs, and hold the same."""
+    net = Net()
+    found = [ebm.Learner(net, "equilibrium-propagation-one-sided", capture=capture) for capture in (True, False)]
+    for index in range(LATE):
+        ways = [learner.gradients(lambda index=index: step(net, change, index)) for learner in found]
+        for name, wanted in ways[0].items():
+            assert torch.allclose(ways[1][name], wanted, rtol=0, atol=1e-10), (name, index)
+
+
+def a_leaf_that_follows_a_layer(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return sloped(net, h, h.detach().requires_grad_(), index)
+
+
+def test_a_leaf_that_follows_a_layer_is_another_where_states_are_in_place() -> None:
+    net = Net()
+    learner = ebm.Learner(net, "equilibrium-propagation")
+    with pytest.raises(ebm.UnsupportedModuleError, match="differ in what they were given"):
+        learner.gradients(lambda: step(net, a_leaf_that_follows_a_layer, 0))
 
 
 def lengths_in_turn(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
@@ -479,3 +592,24 @@ def test_what_is_counted_of_states_moves_with_them() -> None:
             learner.backward(lambda net=net, x=x: (net(x) - 3).square().sum(1).mean())
         found.append([p.grad for p in net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("preset", ["zero-divergence", "pc-nudge", "predictive-coding", "equilibrium-propagation"])
+def test_what_is_read_for_its_shape_alone_is_given_no_gradient(preset: str, capture: bool) -> None:
+    """An optimizer would let it decay: under backprop it has none, and stays as it is."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    net.first, net.idle = nn.Parameter(torch.randn(1, 6).double()), nn.Linear(4, 6).double()
+    x, y = torch.randn(5, 4).double(), torch.arange(5) % 3
+    learner = ebm.Learner(net, preset, capture=capture)
+
+    def loss() -> Tensor:
+        hidden = net[1](net[0](x))
+        return F.cross_entropy(net[2](hidden + torch.ones_like(net.first) + torch.zeros_like(net.idle(x))), y)
+
+    for _ in range(4):
+        learner.backward(loss)
+        assert net.first.grad is None
+        assert net.idle.weight.grad is None
+        assert net[0].weight.grad is not None

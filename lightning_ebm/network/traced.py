@@ -253,7 +253,8 @@ class TracedNetwork(Network):
             ]
             total = twin.update(rule, held, factor)
             slopes = torch.autograd.grad(total, leaves, allow_unused=True)
-            return [torch.zeros_like(leaf) if s is None else s for s, leaf in zip(slopes, leaves, strict=True)]
+            self._traced.taught[key] = [slope is not None for slope in slopes]
+            return [slope for slope in slopes if slope is not None]
 
         def update(factor: Tensor) -> tuple[Tensor, ...]:
             slopes = self._run_code(key, evaluate, [*point, factor * scale])
@@ -263,7 +264,8 @@ class TracedNetwork(Network):
         one = self.first_loss.new_ones(()).real
         if settings is None or self._code(self._key(key, [*point, one]), key, evaluate, [*point, one]) is None:
             return super().update(rule, ends, scale)
-        targets = [leaf for leaf in self._leaves if leaf is not None]
+        leaves = [leaf for leaf in self._leaves if leaf is not None]
+        targets = [leaf for leaf, is_taught in zip(leaves, self._traced.taught[key], strict=True) if is_taught]
         return with_precomputed_gradient(one.new_zeros(()), update, targets)
 
     def _kind_of(self, found: Relaxation) -> tuple[str, list[Tensor]]:

@@ -106,6 +106,11 @@ def memory_of(tensor: Tensor) -> int:
         return 0
 
 
+def base_of(tensor: Tensor) -> Tensor:
+    """What autograd takes a tensor for a view of, or itself: names of the same memory that it knows to be that."""
+    return tensor._base if tensor._is_view() and tensor._base is not None else tensor
+
+
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether it is what a transform of torch.func hands to modules: what they compute is part of what follows."""
     if tensor.layout is not torch.strided:

@@ -31,7 +31,8 @@ class Before:
         """The tensor is about to be written to."""
         if self._is_noted(tensor):
             with torch.no_grad():  # to a recorder around this it is a constant, and shares no memory with the tensor
-                self._contents.append((tensor, tensor.clone()))
+                once = _once(tensor)
+                self._contents.append((once, once.clone()))
 
     def content_of(self, tensor: Tensor) -> Tensor:
         """What it held before the pass, if it is noted."""
@@ -58,6 +59,14 @@ class Before:
                     tensor.copy_(content)
         self._contents.clear()
         self._memory.clear()
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """Every element of its memory once, of one that is expanded: to more of them torch does not copy."""
+    for dim, stride in enumerate(tensor.stride() if tensor.layout is torch.strided else ()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 class Undoing(DispatchMode):

@@ -151,6 +151,8 @@ class TracedProgram:
     Attributes:
         values: what the batch fixes, in order.
         moving: values that depend on states.
+        taught: by update, which leaves it has a slope in: others are read for their shape alone, and no optimizer may
+            take a gradient of zero for one.
         refused: why there is no code, if there is none.
     """
 
@@ -158,6 +160,7 @@ class TracedProgram:
         self.program = program.outline()
         self.values = program.given()
         self.codes: Codes = {}
+        self.taught: dict[Key, list[bool]] = {}
         self.moving = depending({mark.state for mark in program.marks}, self.program.order)
         self._made = {key_of(node.func, self._canonical(node)): node for node in self.program.order}
         self.refused = program.not_traceable()

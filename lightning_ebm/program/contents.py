@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.errors import UnsupportedModuleError
-from lightning_ebm.program.aliasing import Aliasing, Make
+from lightning_ebm.program.aliasing import Aliasing, Make, base_of
 from lightning_ebm.program.before import Before
 from lightning_ebm.program.left import Left
 from lightning_ebm.program.not_recorded import not_dense, unrecorded
@@ -108,6 +108,12 @@ class Contents:
             self.bindings[id(tensor)] = weakref.ref(tensor), value
         return self.known(tensor)
 
+    def rename(self, tensor: Tensor, value: Value, now: Value) -> None:
+        """What the tensor holds is another value from now on, and what its other names hold (detached ones, say)."""
+        for alias in [tensor, *self.others(tensor)]:
+            if self.known(alias) is value:
+                self.bind(alias, now)
+
     def poison(self, tensor: Tensor, why: str) -> None:
         """Whoever reads the tensor is refused."""
         value = Value(None, meta_of(tensor))
@@ -131,6 +137,9 @@ class Contents:
     def written(self, tensor: Tensor, now: Value, make: Make) -> None:
         """A write is over: notes, by `make`, the operations that give what shares its memory what that holds now."""
         self.held.pop(now, None)
+        for alias in self.others(tensor):
+            if not alias.requires_grad and base_of(alias) is not base_of(tensor):
+                self.forget(alias)  # detached: autograd does not see the write there, and a constant is read anew
         self._aliasing.written(tensor, now, self.rebind, self.poison, make)
         self.bind(tensor, now, keeps=not tensor._is_view())
 
@@ -263,7 +272,7 @@ class Contents:
         # What a factory returned is handed on as a copy if it is held here: torch.zeros(3) is another than this one.
         made = [(value, ref()) for ref, value in self.bindings.values() if value.node is not None]
         for value, tensor in (*self.held.items(), *made):
-            if tensor is not None and tensor.requires_grad and tensor.is_leaf and value not in self._record.leaves:
+            if tensor is not None and tensor.requires_grad and value not in self._record.leaves and _is_leaf(tensor):
                 self._record.leaves[value] = tensor
 
     def left(self) -> Left:
@@ -277,3 +286,10 @@ class Contents:
         self._written_over.clear()
         self.bindings.clear()
         self._aliasing, self._unseen = Aliasing(), UnseenWrites()
+
+
+def _is_leaf(tensor: Tensor) -> bool:
+    try:
+        return tensor.is_leaf
+    except RuntimeError:  # a view that nobody may use any more: made under no_grad, and written to outside of it
+        return False
