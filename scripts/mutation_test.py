@@ -482,9 +482,9 @@ MUTATIONS = [
     Mutation(
         "another parameter is not seen",
         "program/comparison.py",
-        "return before() is new or",
-        "return True or",
-        "programs",
+        "return self._trail.takes(old, new)",
+        "return True",
+        "programs following",
     ),
     Mutation(
         "another wiring is not seen",
@@ -695,7 +695,7 @@ MUTATIONS = [
     Mutation(
         "followed parameters are not compared",
         "program/following.py",
-        "(leaf is not None and leaf() is not tensor)",
+        "(leaf is not None and not self._trail.takes(known, tensor))",
         "False",
         "following",
     ),
@@ -730,8 +730,22 @@ MUTATIONS = [
     Mutation(
         "a call of another module is followed",
         "program/following.py",
-        "(mark.module, mark.drive, mark.rounding, mark.weighted) == was",
+        "(mark.module, mark.drive, mark.weighted) == was",
         "True",
+        "following",
+    ),
+    Mutation(
+        "a drawn tensor keeps its other names",
+        "program/contents.py",
+        "for alias in [tensor, *self.others(tensor)]:\n            if self.known(alias) is value:",
+        "for alias in [tensor]:\n            if self.known(alias) is value:",
+        "following",
+    ),
+    Mutation(
+        "leaves that both runs of a step make are not compared",
+        "step/second_run.py",
+        "return one is not None and one is another",
+        "return one is not None",
         "following",
     ),
     Mutation(

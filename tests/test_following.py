@@ -109,6 +109,24 @@ def dropout(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
     return net.drop(h)
 
 
+def drawn_and_written_over(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    """torch detaches what is drawn like a tensor that requires a gradient: it goes by two names."""
+    noise = torch.randn_like(h)
+    noise.mul_(h if index < LATE else h.sin())
+    return noise.add_(x)
+
+
+def drawn_and_written_through_a_view(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    noise = torch.rand_like(h)
+    noise[:, : 3 if index < LATE else 2].mul_(h[:, : 3 if index < LATE else 2])
+    return noise + h
+
+
+def drawn_and_blotted_out(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    noise = torch.randn_like(h).masked_fill_(x > 0, 0.0)
+    return noise.addcmul_(h, h if index < LATE else x)
+
+
 def written_in_place(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
     h = h * 1.0
     h += x
@@ -236,7 +254,41 @@ def blotted_out_itself(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
     return h.sin()
 
 
+def sloped(net: Net, h: Tensor, leaf: Tensor, index: int) -> Tensor:
+    """The gradient at a leaf, of which the loss is made."""
+    (slope,) = torch.autograd.grad(net.act(net.b(leaf)).square().sum(), leaf, create_graph=True)
+    return h + slope * (1 if index < LATE else leaf)
+
+
+def a_leaf_that_is_cut_off(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return sloped(net, h, x.detach().requires_grad_(), index)
+
+
+def a_leaf_that_is_drawn(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return sloped(net, h, torch.rand_like(x).requires_grad_(), index)
+
+
+def a_leaf_that_is_computed_without_gradients(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    with torch.no_grad():
+        leaf = x.sin() + x
+    return sloped(net, h, leaf.requires_grad_(), index)
+
+
+def a_leaf_that_is_called_a_parameter(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return sloped(net, h, nn.Parameter(x.clone()), index)
+
+
+def a_leaf_in_turn_with_a_parameter(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return h.sin() * (net.scale if index % 2 else x[0].detach().requires_grad_())
+
+
+LEAVES: list[Change] = [
+    a_leaf_that_is_cut_off, a_leaf_that_is_drawn, a_leaf_that_is_computed_without_gradients,
+    a_leaf_that_is_called_a_parameter,
+]  # fmt: skip
 COMES_AGAIN = [
+    drawn_and_written_over, drawn_and_written_through_a_view, drawn_and_blotted_out,
+    *LEAVES,
     attention, attention_under_a_mask, written_where_it_is_a_view, gates_written_in_place, copied_into_a_slice,
     collected, picked_at_positions, put_at_positions, blotted_out, blotted_out_itself,
 ]  # fmt: skip
@@ -247,6 +299,7 @@ CHANGES = [
     a_call_that_is_missing, a_detour, dropout, written_in_place, written_through_a_view_late, batch_norm, noise,
      in_place_late, a_hook_that_begins, gradients_off,
     another_batch, a_lookup, *COMES_AGAIN, a_view_that_is_gone, another_parameter_in_turn,
+    a_leaf_in_turn_with_a_parameter,
 ]  # fmt: skip
 
 
@@ -365,6 +418,28 @@ def test_what_networks_do_besides_computing_comes_again_as_well(
     assert counts[0] > 0
     assert counts[1:LATE] == [0] * (LATE - 1)
     assert counts[LATE + 1 :] == [0] * (LATE - 1)
+
+
+@pytest.mark.parametrize("change", LEAVES, ids=lambda change: change.__name__)
+def test_a_step_that_makes_leaves_may_run_twice(change: Change) -> None:
+    """They are others in both runs, and hold the same."""
+    net = Net()
+    found = [ebm.Learner(net, "equilibrium-propagation-one-sided", capture=capture) for capture in (True, False)]
+    for index in range(LATE):
+        ways = [learner.gradients(lambda index=index: step(net, change, index)) for learner in found]
+        for name, wanted in ways[0].items():
+            assert torch.allclose(ways[1][name], wanted, rtol=0, atol=1e-10), (name, index)
+
+
+def a_leaf_that_follows_a_layer(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    return sloped(net, h, h.detach().requires_grad_(), index)
+
+
+def test_a_leaf_that_follows_a_layer_is_another_where_states_are_in_place() -> None:
+    net = Net()
+    learner = ebm.Learner(net, "equilibrium-propagation")
+    with pytest.raises(ebm.UnsupportedModuleError, match="differ in what they were given"):
+        learner.gradients(lambda: step(net, a_leaf_that_follows_a_layer, 0))
 
 
 def lengths_in_turn(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:

@@ -397,6 +397,23 @@ def test_states_keep_their_digits_where_layers_compute_in_less(capture, batch):
     assert ebm.metrics.alignment(gradients(True), gradients(False))["relative_error"] < 0.05
 
 
+def test_what_autocast_leaves_alone_is_not_rounded(batch):
+    """It casts no doubles: the step is the one outside of it, and settles as far, however it runs."""
+    x, y = batch
+    net = Net(lambda net, h: h)
+
+    def gradients(capture):
+        learner, found = ebm.Learner(net, "predictive-coding", capture=capture), []
+        for index in range(4):
+            with torch.autocast("cpu", torch.bfloat16, enabled=index % 2 == 1):
+                found.append(learner.gradients(lambda: F.mse_loss(net(x), y)))
+        return found
+
+    for way in (True, False):
+        first, *others = gradients(way)
+        assert all(torch.equal(other[name], first[name]) for other in others for name in first)
+
+
 def dirty(net, h):
     class Dirty(torch.autograd.Function):
         @staticmethod

@@ -1,9 +1,9 @@
 """Whether two records are of the same program."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ebm.program.following import same_constant
 from lightning_ebm.program.numbers import OtherNumbers, Site, as_input, may_differ
@@ -18,19 +18,19 @@ class Outline:
         record: of a pass.
         marks: the calls that carry states.
         loss: what the pass returned.
+        module: the user's.
     """
 
-    def __init__(self, record: Record, marks: Sequence[Mark], loss: Value) -> None:
+    def __init__(self, record: Record, marks: Sequence[Mark], loss: Value, module: nn.Module) -> None:
         self.keys = [mark.key for mark in marks]
         self.kinds = [type(mark.module) for mark in marks]
         self.roots = _roots(marks, loss)
         self.states = [mark.state for mark in marks]
         self.notes = list(record.notes)
         self.hooked = set(record.hooks)
-        self.trail = Trail(record)
+        self.trail = Trail(record, module)
         self._marks = list(marks)
         self._loss = loss
-        self._leaves = self.trail.leaves
         self._values = _reached(self.roots)
         self._made = {value for value in record.leaves if value.node is not None} & self._values
 
@@ -50,7 +50,7 @@ class Outline:
         if [type(mark.module) for mark in cut] != self.kinds:  # which energies may look at
             return "which kinds of modules are called"
         known = dict(zip(self.states, (mark.state for mark in cut), strict=True))
-        found = _Comparison(self._leaves, record, known).of(self.roots, _roots(cut, loss))
+        found = _Comparison(self.trail, record, known).of(self.roots, _roots(cut, loss))
         if isinstance(found, str):
             return found
         hooked = {found[value] for value in self.hooked if value in found}
@@ -77,15 +77,13 @@ class _Comparison:
     Whatever else was done (by metrics and logging, say) may differ.
 
     Args:
-        leaves: the parameters that the first one reads.
+        trail: of the first one.
         record: the second.
         known: values of the first, and those of the second in their place.
     """
 
-    def __init__(
-        self, leaves: Mapping[Value, Callable[[], Tensor | None]], record: Record, known: dict[Value, Value]
-    ) -> None:
-        self._leaves, self._record = leaves, record
+    def __init__(self, trail: Trail, record: Record, known: dict[Value, Value]) -> None:
+        self._trail, self._record = trail, record
         self._here, self._taken = dict(known), set(known.values())
         self._queue: list[tuple[Value, Value]] = []
         self._numbers: list[tuple[Any, Site]] = []
@@ -154,10 +152,9 @@ class _Comparison:
         return old is new if isinstance(old, Tensor) else same_constant(old, new)
 
     def _same_leaf(self, old: Value, new: Tensor | None) -> bool:
-        before = self._leaves.get(old)
-        if before is None or new is None:
-            return before is None and new is None
-        return before() is new or (old.node is not None and new.requires_grad)
+        if old not in self._trail.leaves or new is None:
+            return old not in self._trail.leaves and new is None
+        return self._trail.takes(old, new)
 
 
 def _roots(marks: Sequence[Mark], loss: Value) -> list[Value]:

@@ -108,6 +108,12 @@ class Contents:
             self.bindings[id(tensor)] = weakref.ref(tensor), value
         return self.known(tensor)
 
+    def rename(self, tensor: Tensor, value: Value, now: Value) -> None:
+        """What the tensor holds is another value from now on, and what its other names hold (detached ones, say)."""
+        for alias in [tensor, *self.others(tensor)]:
+            if self.known(alias) is value:
+                self.bind(alias, now)
+
     def poison(self, tensor: Tensor, why: str) -> None:
         """Whoever reads the tensor is refused."""
         value = Value(None, meta_of(tensor))

@@ -114,11 +114,9 @@ class Following:
             return node
         return self._branch(lambda other: other.func is func and self._same_arguments(other, args, kwargs))
 
-    def mark(
-        self, key: StateKey, module: Any, drive: Value | None, prediction: Value, rounding: float, weighted: bool
-    ) -> Mark | None:
+    def mark(self, key: StateKey, module: Any, drive: Value | None, prediction: Value, weighted: bool) -> Mark | None:
         """The mark of a call that has returned; None if the known pass did something else here."""
-        was = module, drive or prediction, rounding, weighted
+        was = module, drive or prediction, weighted
 
         def fits(node: Node) -> bool:
             if (
@@ -129,7 +127,7 @@ class Following:
             ):
                 return False
             mark = self._trail.marks[node]
-            return (mark.module, mark.drive, mark.rounding, mark.weighted) == was
+            return (mark.module, mark.drive, mark.weighted) == was
 
         node = self._next(fits)
         return None if node is None or self._trail is None else self._trail.marks[node]
@@ -271,17 +269,20 @@ class Following:
         """Whether a tensor that nothing has read yet may be what the known pass read from outside."""
         assert self._trail is not None
         leaf = self._trail.leaves.get(known)
-        if known.meta != outside_meta_of(tensor) or (leaf is not None and leaf() is not tensor):
+        if known.meta != outside_meta_of(tensor) or (leaf is not None and not self._trail.takes(known, tensor)):
             return False
         self._taken.add(known)
         if drawn is not None:
             self._drawn.discard(drawn)
             self._record.inputs[known] = self._record.inputs.pop(drawn)
-        elif leaf is not None:  # the same tensor of the same kind, which was looked at when it was read first
-            self._record.inputs[known] = self._record.leaves[known] = tensor
+            self._contents.rename(tensor, drawn, known)
+        elif leaf is not None and leaf() is tensor:  # it was looked at when it was read first
+            self._record.inputs[known] = tensor
         else:
             self._contents.from_outside(tensor, known)
             return True
+        if leaf is not None:
+            self._record.leaves[known] = tensor
         self._contents.bind(tensor, known)
         return True
 

@@ -103,12 +103,11 @@ class Program:
     def rounding(self) -> float:
         """Relative, of the coarsest arithmetic that states, or what is differentiated, pass through.
 
-        That of the layers, autocast or not, and of what lies between: a softmax or a norm taken in float32 within a
-        network of doubles rounds the forces of all layers below it to single precision.
+        A softmax or a norm taken in float32 within a network of doubles rounds the forces of all layers below it to
+        single precision. What autocast casts is in the record; what it leaves alone, as doubles, is not rounded.
         """
         moving = depending({*self.record.leaves, *(mark.state for mark in self.marks)}, self.order)
-        passed = (value for value in moving if value not in self.record.leaves)
-        return max([mark.rounding for mark in self.marks] + [eps_of(value.meta[2]) for value in passed], default=0.0)
+        return max((eps_of(value.meta[2]) for value in moving if value not in self.record.leaves), default=0.0)
 
     def between_states(self) -> list[Node]:
         """The operations that lead from states to predictions and drives; not those of the loss."""

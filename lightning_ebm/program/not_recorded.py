@@ -31,5 +31,6 @@ def unrecorded(tensor: Tensor) -> UnsupportedModuleError:
         "The step uses a tensor that was computed before it began, or by another thread (ThreadPoolExecutor,"
         f" nn.DataParallel) where nothing is recorded, together with its graph ({name}): what lies behind it cannot be"
         " repeated at other states, and parameters there would learn by other rules. Compute it inside the step and in"
-        " its own thread, or detach it."
+        " its own thread, or detach it. Within torch.func.hessian and jacfwd torch makes such tensors itself: take"
+        " slopes by torch.autograd.grad(..., create_graph=True)."
     )

@@ -216,7 +216,7 @@ class Programs:
         return Found(program, self._added(program, plan, value), None)
 
     def _added(self, program: Program, plan: Plan, loss: Value) -> Known:
-        outline = Outline(program.record, program.marks, loss)
+        outline = Outline(program.record, program.marks, loss, self._module)
         known = Known(outline, plan, reduced_sizes(program), averaged_elements(program), TracedProgram(program))
         self._known = [known, *self._known[: _KEPT - 1]]
         return known

@@ -110,11 +110,10 @@ class Mark:
         drive: what an activation was called with; the prediction where the layer is a block.
         prediction: what the call returned.
         state: what everything downstream reads in its place; the result of a node whose function is `stands_for`.
-        rounding: relative, of the arithmetic that the layer computed in, autocast or not.
         weighted: whether the module has parameters of its own.
     """
 
-    __slots__ = ("drive", "key", "module", "prediction", "rounding", "state", "weighted")
+    __slots__ = ("drive", "key", "module", "prediction", "state", "weighted")
 
     def __init__(
         self,
@@ -123,7 +122,6 @@ class Mark:
         drive: Value,
         prediction: Value,
         state: Value,
-        rounding: float,
         weighted: bool,
     ) -> None:
         self.key = key
@@ -131,7 +129,6 @@ class Mark:
         self.drive = drive
         self.prediction = prediction
         self.state = state
-        self.rounding = rounding
         self.weighted = weighted
 
 

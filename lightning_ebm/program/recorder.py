@@ -43,7 +43,6 @@ from lightning_ebm.program.record import (
     Record,
     StateKey,
     Value,
-    eps_of,
     meta_of,
     stands_for,
 )
@@ -201,13 +200,12 @@ class Recorder(DispatchMode):
     def mark(self, key: StateKey, module: nn.Module, drive: Value | None, output: Tensor, weighted: bool) -> Mark:
         """Notes that a call of a watched module returned a tensor: downstream of here it is read as a state."""
         prediction = self.contents.value(output)
-        rounding = _rounding(*prediction.meta[2:4])
-        mark = self.following.mark(key, module, drive, prediction, rounding, weighted)
+        mark = self.following.mark(key, module, drive, prediction, weighted)
         if mark is None:
             node = Node(stands_for, (prediction, key), {})
             state = Value(node, prediction.meta)
             node.results.append(state)
-            mark = Mark(key, module, prediction if drive is None else drive, prediction, state, rounding, weighted)
+            mark = Mark(key, module, prediction if drive is None else drive, prediction, state, weighted)
         state = mark.state
         assert state.node is not None
         self.record.nodes.append(state.node)
@@ -392,8 +390,3 @@ class Recorder(DispatchMode):
         if not self._entered:
             self.following.stop()  # the pass is over
             torch.clear_autocast_cache()
-
-
-def _rounding(dtype: torch.dtype, device: torch.device) -> float:
-    own, kind = eps_of(dtype), device.type
-    return max(own, eps_of(torch.get_autocast_dtype(kind))) if torch.is_autocast_enabled(kind) else own

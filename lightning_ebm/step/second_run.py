@@ -62,17 +62,21 @@ def repeated(module: nn.Module, first: Recorded, recorder: Recorder, loss: Tenso
 
 
 def _fix_the_same(first: Recorded, second: Recorded) -> bool:
-    """Whether two passes of one known program were given the same numbers, which parameters are not compared for."""
+    """Whether two passes of one known program were given the same numbers: parameters are the same tensors."""
     before, now = first.program, second.program
     for known in first.known.traced.values:
         value = known if first.binding is None else first.binding[known]
         other: Value | None = known if second.binding is None else second.binding.get(known)
-        if value in before.record.leaves or other is None:
+        if other is None or _same_leaf(before.record.leaves.get(value), now.record.leaves.get(other)):
             continue
         one, another = before.content(value), now.content(other)
         if not _is_same(one, another):
             return bool(one.is_floating_point() and one.isnan().any())
     return True
+
+
+def _same_leaf(one: Tensor | None, another: Tensor | None) -> bool:
+    return one is not None and one is another
 
 
 def _is_same(one: Tensor, another: Tensor) -> bool:
