@@ -19,16 +19,18 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from fuzz_blocks import KINDS, WIDTH, Block
+from fuzz_uses import MORE
+from fuzz_ways import FIRST, Ways
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import lightning_ebm as ebm
 
@@ -42,316 +44,36 @@ ALGORITHMS: dict[str, Any] = {
     "pc-nudge": "pc-nudge",
     "descent": DESCENT,
 }
-WIDTH = 4
-
-
-# ------------------------------------------------------------------------------------------------- parts of programs
-
-
-class Scaled(torch.autograd.Function):
-    """x times a number, with a backward of its own: half the slope."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, by: float) -> Tensor:
-        ctx.by = by
-        ctx.save_for_backward(x)
-        return x * by
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return gradients[0] * ctx.by * (0.5 + 0.1 * torch.tanh(x)), None
-
-
-class Block(nn.Module):
-    """One layer of a program: how it computes hangs on its kind and on flags that may change between steps."""
-
-    exact = True
-    """Whether its code may be run again at other states to get what the record gives."""
-
-    def __init__(self, rng: random.Random) -> None:
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
-        self.act: nn.Module = rng.choice([nn.Tanh, nn.GELU, nn.Softplus, nn.SiLU, nn.Sigmoid])()
-
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        return self.act(self.linear(h))  # type: ignore[no-any-return]
-
-
-class Inplace(Block):
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        h = self.linear(h)
-        if net.flag("leaky"):
-            return F.leaky_relu_(h, 0.1)
-        return h.tanh_() if net.flag("other") else h.sigmoid_()
-
-
-class Sliced(Block):
-    """Writes into views, and reads what shares their memory."""
-
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        h = self.linear(h).clone()
-        part = h[..., : WIDTH // 2]
-        if net.flag("order"):
-            part.mul_(2.0)
-            h[..., 1:].add_(part[..., :1])
-        else:
-            h[..., 0] = h[..., 1] * 0.5
-            part.add_(0.1)
-        if net.flag("transposed"):
-            h.transpose(0, -1).mul_(1.5)
-        return self.act(h) + part.sum(-1, keepdim=True)  # type: ignore[no-any-return]
-
-
-class Residual(Block):
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        out = h + self.act(self.linear(h)) * net.number
-        if net.flag("again"):
-            out = out + self.act(self.linear(out))
-        return out  # type: ignore[no-any-return]
-
-
-class Normed(Block):
-    def __init__(self, rng: random.Random) -> None:
-        super().__init__(rng)
-        self.norm = nn.LayerNorm(WIDTH)
-
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        return self.act(self.norm(self.linear(h)) if net.flag("norm") else self.linear(h))  # type: ignore[no-any-return]
-
-
-class BatchNormed(Block):
-    exact = False  # a second run would move the statistics
-
-    def __init__(self, rng: random.Random) -> None:
-        super().__init__(rng)
-        self.norm = nn.BatchNorm1d(WIDTH, momentum=rng.choice([0.1, None]))
-
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        return self.act(self.norm(self.linear(h).flatten(0, -2)).view_as(h))  # type: ignore[no-any-return]
-
-
-class Dropped(Block):
-    def __init__(self, rng: random.Random) -> None:
-        super().__init__(rng)
-        self.drop = rng.choice([nn.Dropout(0.3), nn.Dropout(0.3, inplace=True), nn.AlphaDropout(0.2)])
-
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        return self.act(self.drop(self.linear(h)))  # type: ignore[no-any-return]
-
-
-class Noisy(Block):
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        noise = torch.randn_like(h) if net.flag("noise") else torch.rand(h.shape, dtype=h.dtype)
-        return self.act(self.linear(h) + 0.1 * noise)  # type: ignore[no-any-return]
-
-
-class Masked(Block):
-    """Picks by a mask of the batch, of another count at every step."""
-
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        mask = net.mask
-        a = self.act(self.linear(h))
-        if net.flag("put"):
-            out = torch.zeros_like(a)
-            out[mask] = a[mask] * 2
-            return out + 0.5 * h
-        if net.flag("fill"):
-            return a.masked_fill(mask.view(-1, *[1] * (a.ndim - 1)), 0.3)  # type: ignore[no-any-return]
-        return a + a[mask].mean()  # type: ignore[no-any-return]
-
-
-class MaskedByValue(Block):
-    """Picks by a mask of what it computes: how many, and which, belongs to the recorded pass."""
-
-    exact = False
-
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        a = self.act(self.linear(h))
-        if net.flag("cut"):
-            return a + a[a > 0.1].sum() * 0.1  # type: ignore[no-any-return]
-        if net.flag("branch"):
-            return a * 2 if float(a.detach().sum()) > 0.5 else a - 0.1 * h
-        return torch.where(a > 0.1, a, 0.5 * h)
-
-
-class Detached(Block):
-    exact = False
-
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        a = self.act(self.linear(h))
-        if net.flag("through"):
-            return h + (a.round() - h).detach() + 0.5 * a  # type: ignore[no-any-return]
-        with torch.no_grad():
-            gate = torch.sigmoid(a) if net.flag("quiet") else a.mean()
-        return a * gate + a.detach() * 0.1  # type: ignore[no-any-return]
-
-
-class Hooked(Block):
-    exact = False  # what a hook makes of a gradient is no slope of any energy
-
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        a = self.act(self.linear(h))
-        if net.flag("hook"):
-            by = net.number
-            a.register_hook(lambda g: g * by)
-        return a * 1.5  # type: ignore[no-any-return]
-
-
-class Custom(Block):
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        a = self.act(self.linear(h))
-        return Scaled.apply(a, net.number) if net.flag("custom") else a * 0.7  # type: ignore[no-any-return, no-untyped-call]
-
-
-class Checkpointed(Block):
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        run = lambda h: self.act(self.linear(h))  # noqa: E731
-        return checkpoint(run, h, use_reentrant=False) if net.flag("checkpoint") else run(h)  # type: ignore[no-any-return]
-
-
-class Recurrent(Block):
-    def __init__(self, rng: random.Random) -> None:
-        super().__init__(rng)
-        self.cell = rng.choice([nn.GRUCell, nn.RNNCell])(WIDTH, WIDTH)
-
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        flat = h.reshape(-1, WIDTH)
-        s = torch.zeros_like(flat)
-        for _ in range(3 if net.flag("longer") else 2):
-            s = self.cell(flat, s)
-        return s.view_as(h)
-
-
-class Lstm(Block):
-    def __init__(self, rng: random.Random) -> None:
-        super().__init__(rng)
-        self.lstm = rng.choice([nn.LSTM, nn.GRU])(WIDTH, WIDTH, batch_first=True)
-
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        out: Tensor = self.lstm(h if h.ndim == 3 else h[:, None])[0]
-        return out.view_as(h)
-
-
-class Attention(Block):
-    def __init__(self, rng: random.Random) -> None:
-        super().__init__(rng)
-        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
-
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        q = h if h.ndim == 3 else h[:, None]
-        out: Tensor = self.attention(q, q, q, need_weights=net.flag("weights"))[0]
-        return out.view_as(h) + h
-
-
-class Convolved(Block):
-    def __init__(self, rng: random.Random) -> None:
-        super().__init__(rng)
-        self.conv = nn.Conv1d(1, 1, 3, padding=1)
-
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        x = h.reshape(-1, 1, WIDTH)
-        x = self.conv(x)
-        if net.flag("pool"):
-            x = F.avg_pool1d(x, 3, 1, 1)
-        return self.act(self.linear(x.reshape(h.shape)))  # type: ignore[no-any-return]
-
-
-class Embedded(Block):
-    def __init__(self, rng: random.Random) -> None:
-        super().__init__(rng)
-        self.embedding = nn.Embedding(5, WIDTH, padding_idx=rng.choice([None, 0]))
-
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        e = self.embedding(net.index)
-        e = e if h.ndim == 2 else e[:, None]
-        return self.act(self.linear(h) + e) if net.flag("add") else self.act(self.linear(h) * e)  # type: ignore[no-any-return]
-
-
-class Graph(Block):
-    """Sends messages along edges of the batch."""
-
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        source, target = net.edges
-        message = self.linear(h)[source]
-        if net.flag("scatter"):
-            index = target.view(-1, *[1] * (h.ndim - 1)).expand_as(message)
-            out = torch.zeros_like(h).scatter_add(0, index, message)
-        else:
-            out = torch.zeros_like(h).index_add_(0, target, message)
-        return self.act(out) + 0.3 * h  # type: ignore[no-any-return]
-
-
-class Split(Block):
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        a = self.linear(h)
-        left, right = a.chunk(2, -1) if net.flag("chunk") else a.split([WIDTH // 2, WIDTH // 2], -1)
-        if net.flag("write"):
-            left = left.clone()
-            left += right
-        out = torch.cat([left * torch.sigmoid(right), self.act(right)], -1)
-        return out.flip(-1) if net.flag("flip") else torch.einsum("...i,...i->...i", out, h)
-
-
-class Functional(Block):
-    """Weights computed from weights."""
-
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        w = self.linear.weight
-        if net.flag("normal"):
-            w = w / w.norm(dim=1, keepdim=True)
-        if net.flag("call"):
-            given = {"weight": w * net.number, "bias": self.linear.bias}
-            return self.act(torch.func.functional_call(self.linear, given, (h,)))  # type: ignore[no-any-return]
-        return self.act(F.linear(h, w, self.linear.bias))  # type: ignore[no-any-return]
-
-
-class Tied(Block):
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        first = net.blocks[0].linear
-        return self.act(F.linear(self.act(self.linear(h)), first.weight.t() if net.flag("transpose") else first.weight))  # type: ignore[no-any-return, operator, arg-type, union-attr]
-
-
-class Remembering(Block):
-    """A buffer, and a plain tensor, that every step writes to."""
-
-    exact = False
-
-    def __init__(self, rng: random.Random) -> None:
-        super().__init__(rng)
-        self.register_buffer("mean", torch.zeros(WIDTH))
-        self.bank = torch.zeros(WIDTH)
-
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        a = self.act(self.linear(h))
-        if net.flag("mean"):
-            self.mean.mul_(0.9).add_(0.1 * a.detach().reshape(-1, WIDTH).mean(0))
-        self.bank = self.bank.to(a) * 0.5 + a.detach().reshape(-1, WIDTH).amax(0)
-        return a - self.mean + 0.1 * self.bank  # type: ignore[no-any-return]
-
-
-class Views(Block):
-    """Reads one memory through many shapes, before and after it is written to."""
-
-    def forward(self, h: Tensor, net: "Net") -> Tensor:
-        a = self.linear(h)
-        flat = a.view(-1)
-        before = flat[:WIDTH].clone()
-        if net.flag("flat"):
-            flat.mul_(net.number)
-        elif net.flag("diagonal"):
-            a.reshape(-1, WIDTH)[0].unsqueeze(0).add_(0.5)
-        a.unsqueeze(0).squeeze(0).add_(0.05)
-        return self.act(flat.view_as(h)) + before + a.select(-1, 0).unsqueeze(-1)  # type: ignore[no-any-return]
-
-
-KINDS: list[type[Block]] = [
-    Block, Inplace, Sliced, Residual, Normed, BatchNormed, Dropped, Noisy, Masked, MaskedByValue, Detached, Hooked,
-    Custom, Checkpointed, Recurrent, Lstm, Attention, Convolved, Embedded, Graph, Split, Functional, Tied, Remembering,
-    Views,
-]  # fmt: skip
+WAYS: list[type[Ways]] = [*FIRST, *MORE]
 LOSSES = ["mse", "cross entropy", "huber", "focal", "sum of two", "logsumexp"]
-TERMS = ["weights", "activity", "auxiliary", "penalty", "attack", "smooth", "metric", "skip", "frozen copy", "nonzero"]
+TERMS = [
+    "weights", "activity", "auxiliary", "penalty", "attack", "smooth", "metric", "skip", "frozen copy", "nonzero",
+    "annealed", "later", "ignored", "own target", "queue", "counted", "uncertain", "sampled", "running",
+    "mixed", "cut", "standardized", "noised", "float32", "leaf", "inside", "none at first",
+]  # fmt: skip
+
+
+class Replay:
+    """What a step computes once: at other states the same again, and the same draws after it."""
+
+    def __init__(self) -> None:
+        self._results: list[tuple[Any, Tensor]] = []
+        self._at = 0
+
+    def again(self) -> None:
+        self._at = 0
+
+    def of(self, compute: Callable[[], Any]) -> Any:
+        if self._at == len(self._results):
+            self._results.append((cloned(compute()), torch.get_rng_state()))
+        result, state = self._results[self._at]
+        self._at += 1
+        torch.set_rng_state(state)
+        return cloned(result)
+
+
+def cloned(result: Any) -> Any:
+    return result.detach().clone() if isinstance(result, Tensor) else result
 
 
 class Net(nn.Module):
@@ -359,15 +81,23 @@ class Net(nn.Module):
 
     Attributes:
         at: is given every block's output; the oracle that is written without the library puts states in their places.
+        replay: what it has computed once, see `once`.
+        turn: which ways blocks take, see `Ways`.
+        k: how many steps there were before.
     """
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, kinds: Sequence[type[Block]] = ()) -> None:
         super().__init__()
-        kinds = [rng.choice(KINDS) for _ in range(rng.randint(2, 4))]
+        kinds = kinds or [rng.choice(KINDS if rng.random() < 0.4 else WAYS) for _ in range(rng.randint(2, 4))]
         self.blocks = nn.ModuleList([kind(rng) for kind in kinds])
         self.head = nn.Linear(WIDTH, 3)
         self.side = nn.Linear(WIDTH, 2)
+        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.register_buffer("running", torch.ones(()))
+        self.kept: dict[str, Any] = {}
         self.number = 1.0
+        self.turn = self.k = 0
+        self.replay: Replay | None = None
         self.flags: frozenset[str] = frozenset()
         self.at: Callable[[Tensor], Tensor] | None = None
         self.mask = self.index = torch.zeros(())
@@ -375,6 +105,10 @@ class Net(nn.Module):
 
     def flag(self, name: str) -> bool:
         return name in self.flags
+
+    def once(self, compute: Callable[[], Any]) -> Any:
+        """What a step computes once, and is constant at all states."""
+        return compute() if self.replay is None else self.replay.of(compute)
 
     def hidden(self, x: Tensor) -> list[Tensor]:
         hs = [x]
@@ -403,14 +137,19 @@ class Settings:
     training: bool = True
     frozen: frozenset[str] = frozenset()
     seed: int = 0
+    turn: int = 0
+    k: int = 0
+    hook: str = ""
 
     def says(self) -> str:
         return (
             f"{self.loss} {sorted(self.terms)} flags {sorted(self.flags)} number {self.number} batch {self.batch} time"
             f" {self.time} training {self.training} frozen {sorted(self.frozen)} seed {self.seed}"
+            f" turn {self.turn} hook {self.hook}"
         )
 
 
+CHANGES = ["loss", "term", "term", "flag", "flag", "number", "batch", "time", "training", "freeze", "turn", "hook"]
 FLAGS = [
     "add", "again", "branch", "call", "checkpoint", "chunk", "custom", "cut", "diagonal", "fill", "flat", "flip",
     "hook", "leaky", "longer", "mean", "noise", "norm", "normal", "order", "other", "pool", "put", "quiet",
@@ -418,24 +157,67 @@ FLAGS = [
 ]  # fmt: skip
 
 
-def loss_of(net: Net, s: Settings) -> Tensor:
-    """The user's step."""
-    torch.manual_seed(s.seed)
-    dtype = net.head.weight.dtype
+@dataclass
+class Batch:
+    """What a step is given."""
+
+    x: Tensor
+    y: Tensor
+    mask: Tensor
+    index: Tensor
+    edges: tuple[Tensor, Tensor]
+
+
+def batch_of(net: Net, s: Settings) -> Batch:
+    dtype = torch.float32 if "float32" in s.terms else net.head.weight.dtype
     x = torch.randn(s.batch, *[s.time] * bool(s.time), WIDTH, dtype=dtype)
     y = torch.randint(3, (s.batch,))
-    net.mask = torch.rand(s.batch) > 0.4
-    net.mask[0] = True
-    net.index = torch.randint(5, (s.batch,))
+    mask = torch.rand(s.batch) > 0.4
+    mask[0] = True
+    index = torch.randint(5, (s.batch,))
     count = int(torch.randint(3, 7, ()))
-    net.edges = torch.randint(s.batch, (count,)), torch.randint(s.batch, (count,))
-    net.flags, net.number = s.flags, s.number
+    return Batch(x, y, mask, index, (torch.randint(s.batch, (count,)), torch.randint(s.batch, (count,))))
+
+
+def step_of(net: Net, s: Settings) -> Callable[[], Tensor]:
+    """The user's step, on a batch of its own; what it draws is the same whenever it is made anew."""
+    torch.manual_seed(s.seed)
+    batch = None if "inside" in s.terms else batch_of(net, s)
+    return lambda: loss_of(net, s, batch or batch_of(net, s))
+
+
+def input_of(net: Net, s: Settings, batch: Batch) -> Tensor:
+    """What the network is given: the batch as the step has changed it, mostly in place."""
+    x = batch.x
+    if "standardized" in s.terms:
+        x.sub_(x.mean()).div_(x.std() + 1e-3)
+    if "noised" in s.terms:
+        noise = torch.randn_like(x)
+        noise.mul_(0.1)
+        x += noise
+    if "cut" in s.terms:
+        order = torch.randperm(s.batch)
+        x[..., :2] = x[order][..., :2]
+    if "mixed" in s.terms:
+        by = float(torch.distributions.Beta(1.0, 1.0).sample())
+        x = by * x + (1 - by) * x[torch.randperm(s.batch)]
+    x = x.to(net.head.weight.dtype)
+    if "leaf" in s.terms:
+        x = x.detach().requires_grad_()
     if "attack" in s.terms:
         z = x.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(F.cross_entropy(rows(net(z)), y), z)
+        (slope,) = torch.autograd.grad(F.cross_entropy(rows(net(z)), batch.y), z)
         x = x + 0.05 * slope.sign()
     if "penalty" in s.terms:
         x = x.clone().requires_grad_()
+    return x
+
+
+def loss_of(net: Net, s: Settings, batch: Batch) -> Tensor:
+    """The user's step."""
+    net.flags, net.number, net.turn, net.k = s.flags, s.number, s.turn, s.k
+    net.mask, net.index, net.edges = batch.mask, batch.index, batch.edges
+    x, y, dtype = input_of(net, s, batch), batch.y, net.head.weight.dtype
     hs = net.hidden(x)
     out = rows(net.head(hs[-1]))
     loss = first_loss(out, y, s.loss)
@@ -460,7 +242,39 @@ def loss_of(net: Net, s: Settings) -> Tensor:
     if "nonzero" in s.terms:
         wrong = (y > 0).nonzero()[:, 0]
         loss = loss + (out[wrong].square().sum() * 0.01)
-    return loss
+    return with_more_terms(net, s, loss, hs, out, y)
+
+
+def with_more_terms(net: Net, s: Settings, loss: Tensor, hs: list[Tensor], out: Tensor, y: Tensor) -> Tensor:
+    """Terms that change from step to step, or remember what there was before."""
+    if "annealed" in s.terms:
+        mean, log_var = hs[-1].chunk(2, -1)
+        loss = loss + min(1.0, s.k / 4) * 0.1 * (mean.square() + log_var.exp() - log_var - 1).mean()
+    if "later" in s.terms:
+        loss = loss + (0 if s.k < 2 else 0.3) * rows(net.side(hs[-1])).square().mean()
+    if "ignored" in s.terms:
+        loss = loss + 0.3 * F.cross_entropy(out, y.masked_fill(~net.mask, -100), ignore_index=-100)
+    if "own target" in s.terms:
+        aim = net.once(lambda: F.normalize(net.side(hs[-2].detach()).detach(), dim=-1))
+        loss = loss + 0.2 * (2 - 2 * (F.normalize(net.side(hs[-1]), dim=-1) * aim).sum(-1)).mean()
+    if "queue" in s.terms:
+
+        def push() -> Tensor:
+            net.kept["queue"] = torch.cat([net.kept.get("queue", out.new_zeros(0, 3)), out.detach()])[-4:]
+            return net.kept["queue"]
+
+        loss = loss + 0.1 * (out @ net.once(push).t()).logsumexp(1).mean()
+    if "counted" in s.terms:
+        loss = loss + 0.1 * out[net.mask].square().sum() / net.mask.sum()
+    if "uncertain" in s.terms:
+        loss = torch.exp(-net.log_scale) * loss + net.log_scale
+    if "sampled" in s.terms:
+        q = torch.distributions.Normal(out, F.softplus(out) + 0.1)
+        z = q.rsample()
+        loss = loss + 0.05 * (q.log_prob(z) + z.square()).mean()
+    if "running" in s.terms:
+        loss = loss / net.once(lambda: net.running.mul_(0.9).add_(0.1 * loss.detach().abs()) + 0.0)
+    return loss * min(s.k, 2) if "none at first" in s.terms else loss
 
 
 def rows(out: Tensor) -> Tensor:
@@ -482,13 +296,22 @@ def first_loss(out: Tensor, y: Tensor, kind: str) -> Tensor:
     return (out.logsumexp(-1) - out[:, 0]).mean()
 
 
-RERUN = {"weights", "activity", "auxiliary", "smooth", "skip", "nonzero"}
+HOOKS: dict[str, Callable[[nn.Module], Any]] = {
+    "halves": lambda module: module.register_forward_hook(lambda m, args, out: out * 0.5),
+    "writes": lambda module: module.register_forward_hook(lambda m, args, out: out.mul_(0.5)),
+    "before": lambda module: module.register_forward_pre_hook(lambda m, args: (args[0] * 1.5,)),
+    "looks": lambda module: module.register_forward_hook(lambda m, args, out: None),
+}
+"""Of the user's, on the first layer of a program, added and removed between steps."""
+
+RERUN = {*TERMS} - {"penalty", "attack", "metric", "frozen copy"}
 """Terms that may be computed again at other states."""
 
 
 def may_rerun(net: Net, s: Settings) -> bool:
     """Whether the user's code, run at other states, computes what the record does."""
-    return all(block.exact for block in net.blocks) and s.terms <= RERUN  # type: ignore[union-attr]
+    exact = [b.exact_in(s.turn) if isinstance(b, Ways) else b.exact for b in net.blocks]
+    return all(exact) and s.terms <= RERUN
 
 
 # -------------------------------------------------------------------------------------------------------- the oracles
@@ -496,7 +319,7 @@ def may_rerun(net: Net, s: Settings) -> bool:
 
 def autograd(net: Net, s: Settings) -> Gradients:
     net.zero_grad()
-    loss_of(net, s).backward()  # type: ignore[no-untyped-call]
+    step_of(net, s)().backward()
     return collected(net)
 
 
@@ -523,9 +346,11 @@ def descended(net: Net, s: Settings, strength: float = 0.3, lr: float = 0.1, ste
         nonlocal number
         number = 0
         errors.clear()
-        loss = loss_of(net, s)
+        replay.again()
+        loss = step_of(net, s)()
         return torch.stack(errors).sum() + strength * s.batch * loss
 
+    replay = net.replay = Replay()
     net.at = at
     try:
         for _ in range(steps):
@@ -540,7 +365,17 @@ def descended(net: Net, s: Settings, strength: float = 0.3, lr: float = 0.1, ste
         found = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
         return {name: g / (strength * s.batch) for name, g in zip(wanted, found, strict=True) if g is not None}
     finally:
-        net.at = None
+        net.at = net.replay = None
+
+
+def held(net: nn.Module) -> Gradients:
+    """All that a net keeps: parameters, buffers, and tensors besides."""
+    found = {name: t.detach().double() for name, t in net.state_dict().items()}
+    for owner, module in net.named_modules():
+        for name, t in getattr(module, "kept", {}).items():
+            for k, one in enumerate(t if isinstance(t, list) else [t]):
+                found[f"{owner}.{name}.{k}"] = torch.as_tensor(one).double()
+    return found | {"the generator": torch.get_rng_state().double()}
 
 
 # ---------------------------------------------------------------------------------------------------------- the fuzz
@@ -555,7 +390,8 @@ class Counts:
     wrong: list[str] = field(default_factory=list)
     examples: dict[str, str] = field(default_factory=dict)
     """Of what was refused."""
-    skipped: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Steps that autograd itself does not take."""
 
 
 @contextmanager
@@ -578,24 +414,31 @@ class Fuzz:
     Args:
         seed: of everything.
         counts: what is found out.
+        one: a kind of layers and its way, between two plain ones, where that alone is looked at.
     """
 
-    def __init__(self, seed: int, counts: Counts) -> None:
+    def __init__(self, seed: int, counts: Counts, one: tuple[type[Ways], str] | None = None) -> None:
         self.rng = random.Random(seed)
-        self.name, self.counts = f"program {seed}", counts
+        self.name, self.counts, self.one = f"program {seed}", counts, one
         torch.manual_seed(seed)
-        self.stock = Net(self.rng).double()
+        self.stock = Net(self.rng, () if one is None else (Block, one[0], Block)).double()
+        if one is not None:
+            self.name = f"{one[0].__name__}.{one[1]} {seed}"
+            self.stock.blocks[1].first = self.stock.blocks[1].ways.index(one[1])
+        self.held: dict[int, Gradients] = {}
         others = self.rng.sample([name for name in ALGORITHMS if name != "descent"], 1)
         self.twins: dict[str, tuple[tuple[Net, ebm.Learner], tuple[Net, ebm.Learner]]] = {}
         eager = self.rng.random() < 0.5
         for name in ["zero-divergence", "descent", *others]:
-            self.twins[name] = self._learner(name, True, eager), self._learner(name, False, False)
-        self.settings = [self._settings(seed)]
+            layers = Block if name == "descent" or self.rng.random() < 0.75 else None
+            self.twins[name] = self._learner(name, True, eager, layers), self._learner(name, False, False, layers)
+        self.hooks: list[Any] = []
+        self.settings = [self._settings(seed) if one is None else Settings(loss="cross entropy", seed=seed * 1000)]
 
-    def _learner(self, name: str, capture: bool, eager: bool) -> tuple[Net, ebm.Learner]:
+    def _learner(self, name: str, capture: bool, eager: bool, layers: Any) -> tuple[Net, ebm.Learner]:
         net = copy.deepcopy(self.stock)
         algorithm = ALGORITHMS.get(name, name)
-        learner = ebm.Learner(net, algorithm, layers=Block, output="readout", capture=capture)
+        learner = ebm.Learner(net, algorithm, layers=layers, output="readout", capture=capture)
         if eager:  # code from the first step on
             learner._programs.repeats = lambda known: True  # type: ignore[method-assign]
         return net, learner
@@ -606,11 +449,12 @@ class Fuzz:
             loss=r.choice(LOSSES),
             terms=frozenset(t for t in TERMS if r.random() < 0.12),
             flags=frozenset(f for f in FLAGS if r.random() < 0.5),
-            number=r.choice([0.5, 1.0, 1.5]),
+            number=r.choice([0.5, 1.0, 1.5, 0, 0.0, -1, 2]),
             batch=r.randint(2, 5),
             time=r.choice([0, 0, 3]),
             training=r.random() < 0.8,
             seed=seed * 1000,
+            hook=r.choice(["", "", "", *HOOKS]),
         )
 
     def _next(self) -> Settings:
@@ -618,8 +462,27 @@ class Fuzz:
         r = self.rng
         s = copy.copy(r.choice(self.settings) if r.random() < 0.5 else self.settings[-1])
         s.seed += 1 + len(self.settings)
+        s.k = len(self.settings)
+        if self.one is not None:
+            s.batch, s.training = 4 if s.k < 3 else 3, s.k != 5
+            return s
         for _ in range(r.choice([0, 0, 1, 1, 2])):
-            what = r.choice(["loss", "term", "flag", "flag", "number", "batch", "time", "training", "freeze"])
+            what = r.choice(
+                [
+                    "loss",
+                    "term",
+                    "term",
+                    "flag",
+                    "flag",
+                    "number",
+                    "batch",
+                    "time",
+                    "training",
+                    "freeze",
+                    "turn",
+                    "hook",
+                ]
+            )
             if what == "loss":
                 s.loss = r.choice(LOSSES)
             elif what == "term":
@@ -627,11 +490,15 @@ class Fuzz:
             elif what == "flag":
                 s.flags = s.flags ^ set(r.sample(FLAGS, 4))
             elif what == "number":
-                s.number = r.choice([0.5, 1.0, 1.5, 2.0, 1])
+                s.number = r.choice([0.5, 1.0, 1.5, 2.0, 1, 0, -1, 0.0, -0.0])
             elif what == "batch":
                 s.batch = r.randint(2, 5)
             elif what == "time":
                 s.time = r.choice([0, 2, 3])
+            elif what == "turn":
+                s.turn += 1
+            elif what == "hook":
+                s.hook = r.choice(["", *HOOKS])
             elif what == "training":
                 s.training = not s.training
             else:
@@ -642,16 +509,26 @@ class Fuzz:
         return [self.stock, *(net for twins in self.twins.values() for net, _ in twins)]
 
     def _set(self, s: Settings) -> None:
-        replaced = self.rng.choice([n for n, _ in self.stock.named_parameters()]) if self.rng.random() < 0.1 else None
+        """What people do between steps, to all copies alike."""
+        names = [name for name, _ in self.stock.named_parameters()]
+        replaced = self.rng.choice(names) if self.one is None and self.rng.random() < 0.1 else None
+        zeroed = self.rng.choice(names) if self.one is None and self.rng.random() < 0.1 else None
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
         for net in self._nets():
             net.train(s.training)
             for name, p in net.named_parameters():
-                p.requires_grad_(name not in s.frozen)
-            if replaced is not None:
+                p.requires_grad_(name not in s.frozen and ".slow." not in name)
+                if name == zeroed:
+                    nn.init.zeros_(p)
+            if replaced is not None and ".parametrizations." not in replaced:
                 owner, _, last = replaced.rpartition(".")
                 module = net.get_submodule(owner)
                 old = getattr(module, last)
                 setattr(module, last, nn.Parameter(old.detach().clone() * 0.9, requires_grad=old.requires_grad))
+            if s.hook:
+                self.hooks.append(HOOKS[s.hook](net.blocks[0].linear))
 
     def run(self, steps: int) -> None:
         for k in range(steps):
@@ -665,15 +542,17 @@ class Fuzz:
         before = copy.deepcopy(self.stock)
         try:
             truth = autograd(self.stock, s)
-        except Exception:  # the user's own fault: BatchNorm on one sample, say
-            self.counts.skipped += 1
-            self.stock.load_state_dict(before.state_dict())
+        except Exception as error:  # the user's own fault: BatchNorm on one sample, say
+            why = f"{type(error).__name__}: {reason(str(error))}"
+            self.counts.skipped[why] += 1
+            self.counts.examples.setdefault(why, f"{self.name} {[said(b, s) for b in self.stock.blocks]} {s.says()}")
             self._follow(before, {})
             return
+        kept = held(self.stock)
         plain: Gradients | str
         for name, (fast, slow) in self.twins.items():
             found = [self._one(*twin, s) for twin in (fast, slow)]
-            label = f"{self.name} step {k} {name}: {[type(b).__name__ for b in self.stock.blocks]} {s.says()}"
+            label = f"{self.name} step {k} {name}: {[said(b, s) for b in self.stock.blocks]} {s.says()}"
             quick, plain = found
             if isinstance(quick, str) or isinstance(plain, str):
                 if quick == plain and quick.startswith("refused"):  # type: ignore[union-attr]
@@ -686,10 +565,8 @@ class Fuzz:
             self._compare(label, "fast against plain", quick, plain, room)
             if name == "zero-divergence":
                 self._compare(label, "against autograd", plain, truth, 1e-9)
-                self._compare(label, "buffers", dict(slow[0].named_buffers()), dict(self.stock.named_buffers()), 1e-9)
-                self._compare(
-                    label, "fast buffers", dict(fast[0].named_buffers()), dict(self.stock.named_buffers()), 1e-9
-                )
+                self._compare(label, "what it keeps", self.held[id(slow[0])], kept, 1e-9)
+                self._compare(label, "what traced code keeps", self.held[id(fast[0])], kept, 1e-9)
             if name == "descent" and may_rerun(before, s):
                 self._compare(label, "against explicit states", plain, descended(copy.deepcopy(before), s), 1e-9)
         self._follow(self.stock, truth)
@@ -697,7 +574,8 @@ class Fuzz:
     def _one(self, net: Net, learner: ebm.Learner, s: Settings) -> Gradients | str:
         net.zero_grad()
         try:
-            learner.backward(lambda: loss_of(net, s))
+            learner.backward(step_of(net, s))
+            self.held[id(net)] = held(net)
             return collected(net)
         except ebm.EBMError as error:
             return f"refused: {type(error).__name__}: {reason(str(error))}"
@@ -705,16 +583,17 @@ class Fuzz:
             return f"raised: {type(error).__name__}: {error} ({where_in_library(error)})"
 
     def _follow(self, stock: Net, gradients: Gradients) -> None:
-        """All copies go on from where the untouched one is."""
+        """All copies go on from where one is."""
+        state = copy.deepcopy((stock.state_dict(), kept_by(stock)))
         with torch.no_grad():
-            for name, p in self.stock.named_parameters():
-                if name in gradients:
-                    p -= 0.05 * gradients[name].clamp(-1, 1)
-        for net in self._nets()[1:]:
-            net.load_state_dict(self.stock.state_dict())
-            for mine, other in zip(net.blocks, self.stock.blocks, strict=True):
-                if isinstance(mine, Remembering):
-                    mine.bank = other.bank.clone()  # type: ignore[operator, union-attr]
+            for net in self._nets():
+                net.load_state_dict(state[0])
+                for module, kept in zip(net.modules(), copy.deepcopy(state[1]), strict=True):
+                    if kept is not None:
+                        module.kept = kept
+                for name, p in net.named_parameters():
+                    if name in gradients:
+                        p -= 0.05 * gradients[name].clamp(-1, 1)
 
     def _compare(self, label: str, what: str, one: Gradients, other: Gradients, room: float) -> None:
         off, where = difference(one, other)
@@ -725,6 +604,14 @@ class Fuzz:
 
     def _wrong(self, label: str, what: str) -> None:
         self.counts.wrong.append(f"{label}\n    {what}")
+
+
+def kept_by(net: nn.Module) -> list[dict[str, Any] | None]:
+    return [getattr(module, "kept", None) for module in net.modules()]
+
+
+def said(block: nn.Module, s: Settings) -> str:
+    return block.says(s.turn) if isinstance(block, Ways) else type(block).__name__
 
 
 def where_in_library(error: Exception) -> str:
@@ -771,6 +658,18 @@ def fuzzed(programs: int, steps: int, seed: int, seconds: float = float("inf")) 
     return counts, done
 
 
+def each(steps: int, seed: int, seconds: float = float("inf"), only: str = "") -> tuple[Counts, int]:
+    """Runs every way of every kind once, between two plain layers."""
+    counts, began, done = Counts(), time.monotonic(), 0
+    with silent():
+        for kind in WAYS:
+            for way in kind.names():
+                if only in f"{kind.__name__}.{way}" and time.monotonic() - began < seconds:
+                    Fuzz(seed, counts, (kind, way)).run(steps)
+                    done += 1
+    return counts, done
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--programs", type=int, default=100)
@@ -779,13 +678,19 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--show", type=int, default=20)
     parser.add_argument("--json", type=Path, help="writes the figures there")
+    parser.add_argument("--each", action="store_true", help="every way of every kind once, in place of random programs")
+    parser.add_argument("--only", default="", help="with --each, those whose names hold this")
     options = parser.parse_args()
     torch.set_num_threads(1)
     began = time.monotonic()
-    counts, done = fuzzed(options.programs, options.steps, options.seed, options.seconds)
-    print(
-        f"{done} programs of {options.steps} steps in {time.monotonic() - began:.0f} s; {counts.skipped} steps skipped"
-    )
+    if options.each:
+        counts, done = each(options.steps, options.seed, options.seconds, options.only)
+    else:
+        counts, done = fuzzed(options.programs, options.steps, options.seed, options.seconds)
+    print(f"{done} programs of {options.steps} steps in {time.monotonic() - began:.0f} s")
+    print("steps that autograd does not take:")
+    for why, count in counts.skipped.most_common():
+        print(f"  {count:5d} {why}\n        such as {counts.examples[why]}")
     print("equal:", dict(counts.equal))
     print("refused:")
     for why, count in counts.refused.most_common():
@@ -797,7 +702,8 @@ def main() -> int:
         print("  " + text)
     if options.json is not None:
         figures = {
-            "programs": done, "steps": done * options.steps, "seed": options.seed, "skipped": counts.skipped,
+            "programs": done, "steps": done * options.steps, "seed": options.seed,
+            "skipped": sum(counts.skipped.values()),
             "equal": dict(counts.equal), "refused": sum(counts.refused.values()), "wrong": len(counts.wrong),
         }  # fmt: skip
         options.json.write_text(json.dumps(figures, indent=1))

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import lightning_ebm as ebm
 
 _PATH = Path(__file__).parents[1] / "scripts" / "fuzz_programs.py"
+sys.path.append(str(_PATH.parent))
 _SPEC = importlib.util.spec_from_file_location("fuzz_programs", _PATH)
 assert _SPEC is not None
 assert _SPEC.loader is not None

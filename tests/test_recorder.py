@@ -461,6 +461,8 @@ DRAWS: dict[str, Callable[[], Callable[[Tensor], Tensor] | nn.Module]] = {
     "everything dropped": lambda: lambda h: h + F.dropout(h, 1.0),
     "rrelu": lambda: nn.RReLU(),
     "rrelu in place": lambda: lambda h: F.rrelu_(h * 1.0, training=True),
+    "rrelu of evaluation": lambda: lambda h: F.rrelu(F.rrelu(h, 0.1, 0.2) + F.rrelu(h - 0.5), 0.2),
+    "rrelu of evaluation in place": lambda: lambda h: F.rrelu_(h * 1.0),
     "bernoulli": lambda: lambda h: h * torch.bernoulli(h.detach().sigmoid()),
     "bernoulli of a graph": lambda: lambda h: h * torch.bernoulli(h.sigmoid()),
     "noise": lambda: lambda h: h + 0.1 * torch.randn_like(h) * torch.rand(8, dtype=h.dtype),

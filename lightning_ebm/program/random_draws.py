@@ -87,9 +87,13 @@ def masked_dropout(x: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tenso
     return x * mask * scale, mask
 
 
+_RRELU = 0.125, 1 / 3, False
+
+
 def _leaky(args: Any, kwargs: Any, result: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    x, noise, lower, upper = args[:4]
-    training = args[4] if len(args) > 4 else kwargs.get("training", False)
+    x, noise, *given = args
+    lower, upper, training = (*given, *_RRELU[len(given) :])[:3]  # torch leaves out what is at its default
+    training = kwargs.get("training", training)
     slope = noise.detach().clone() if training else torch.full_like(x, (lower + upper) / 2)
     return leaky_by, (x, slope)
 
