@@ -792,6 +792,13 @@ MUTATIONS = [
         "following",
     ),
     Mutation(
+        "what is copied over has no slope",
+        "program/operations.py",
+        "return target.requires_grad and not target._is_view()",
+        "return False",
+        "following",
+    ),
+    Mutation(
         "leaves that both runs of a step make are not compared",
         "step/second_run.py",
         "return one is not None and one is another",

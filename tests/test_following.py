@@ -245,6 +245,12 @@ def another_parameter_in_turn(net: Net, h: Tensor, x: Tensor, index: int) -> Ten
     return h.sin() * (x if index % 2 else net.other if index < LATE else net.scale)
 
 
+def copied_over(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
+    """What was there had a slope, which is zero from there on."""
+    out = net.scale * x
+    return out.copy_(x.sin() if index < LATE else h) + h
+
+
 def copied_into_a_slice(net: Net, h: Tensor, x: Tensor, index: int) -> Tensor:
     out = h.sin()
     out[:, : 2 if index < LATE else 3] = h[:, :1] * x[:, :1]
@@ -313,7 +319,7 @@ LEAVES: list[Change] = [
     a_leaf_that_is_called_a_parameter,
 ]  # fmt: skip
 COMES_AGAIN = [
-    drawn_and_written_over, drawn_and_written_through_a_view, drawn_and_blotted_out,
+    copied_over, drawn_and_written_over, drawn_and_written_through_a_view, drawn_and_blotted_out,
     *LEAVES,
     attention, attention_under_a_mask, written_where_it_is_a_view, gates_written_in_place, copied_into_a_slice,
     collected, picked_at_positions, put_at_positions, blotted_out, blotted_out_itself,
@@ -376,6 +382,17 @@ def test_the_layers_are_those_of_the_parameters_that_are_used_in_turn() -> None:
         assert learner.plan is not None
         named.append({name for row in learner.plan.rows for name in row.parameters} & {"scale", "other"})
     assert named == [{"other"}, set()] * (LATE // 2) + [{"scale"}, set()] * (LATE // 2)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_what_is_copied_over_has_a_gradient_of_zero(capture: bool) -> None:
+    """As under backprop, where weight decay acts on it."""
+    net = Net()
+    learner = ebm.Learner(net, "zero-divergence", capture=capture)
+    for index in range(2 * LATE):
+        learner.backward(lambda index=index: step(net, copied_over, index))
+        assert net.scale.grad is not None
+        assert not net.scale.grad.any()
 
 
 def test_what_is_put_back_may_be_expanded() -> None:

@@ -17,6 +17,7 @@ from lightning_ebm.program.operations import (
     Traits,
     copied,
     functional_form,
+    replaced_by_copy,
     traits,
     without_statistics,
 )
@@ -119,12 +120,7 @@ class Following:
         was = module, drive or prediction, weighted
 
         def fits(node: Node) -> bool:
-            if (
-                self._trail is None
-                or node.func is not stands_for
-                or node.args[0] is not prediction
-                or node.args[1] != key
-            ):
+            if self._trail is None or node.func is not stands_for or node.args != (prediction, key):
                 return False
             mark = self._trail.marks[node]
             return (mark.module, mark.drive, mark.weighted) == was
@@ -139,7 +135,8 @@ class Following:
         if not written and (kind.random or kind.name in BY_MASK or kind.name in PUT_BY_MASK):
             return func, args  # it could draw, and does not; it picks: masks that the pass computes are constants there
         if kind.name == "copy_":
-            return copied, (args[1], self._contents.value(args[0]).meta)
+            before = args[:1] if replaced_by_copy(args[0]) else ()
+            return copied, (args[1], self._contents.value(args[0]).meta, *before)
         functional = None if kind.random or not written else functional_form(func, kind)
         return None if functional is None else (functional, args)
 

@@ -51,9 +51,10 @@ def refuse_all(module: nn.Module, tried: list[str], called: bool, record: Record
         raise LayerDiscoveryError(
             f"The loss is computed from parameters of {type(module).__name__} that no call of a layer has used"
             f" ({', '.join(direct[:3])}{', ...' if len(direct) > 3 else ''}): tensors are used directly (x @ self.W,"
-            " F.linear(x, layer.weight), layer.forward(x), torch.tanh), so that nothing says where a layer ends. Call"
-            " modules there (nn.Linear, nn.Tanh), or hand the output of each layer through an nn.Identity() of its own"
-            " and name these: layers=[...]."
+            " F.linear(x, layer.weight), layer.forward(x), torch.tanh), or by modules that it does not hold (functional"
+            " calls of a template), so that nothing says where a layer ends. Call modules of its own there (nn.Linear,"
+            " nn.Tanh), or hand the output of each layer through an nn.Identity() of its own and name these:"
+            " layers=[...]."
         )
     if not called and not inside and any(True for _ in module.children()):
         raise LayerDiscoveryError(

@@ -125,15 +125,37 @@ def functional_form(func: Any, kind: Traits) -> Any:
     return None
 
 
-def copied(source: Tensor, like: tuple[Any, ...]) -> Tensor:
-    """What a tensor of a given shape, strides, dtype and device holds once another one has been copied into it."""
+def copied(source: Tensor, like: tuple[Any, ...], *before: Tensor) -> Tensor:
+    """What a tensor of a given shape, strides, dtype and device holds once another one has been copied into it.
+
+    Args:
+        source: the other one.
+        like: the shape and so on.
+        before: what it held, where that has a slope, see `replaced_by_copy`.
+    """
     shape, stride, dtype, device = like[:4]
     if source.is_complex():  # a state that was real when this was recorded
         dtype = source.dtype
     order = sorted(range(len(shape)), key=lambda d: (-stride[d], -shape[d]))
     back = [order.index(d) for d in range(len(shape))]
     turned = source.to(device, dtype).expand(shape).permute(order)
-    return turned.clone(memory_format=torch.contiguous_format).permute(back)
+    return without_slope(turned.clone(memory_format=torch.contiguous_format).permute(back), *before)
+
+
+def replaced_by_copy(target: Tensor) -> bool:
+    """Whether a copy replaces all that has been computed: autograd reaches what that was of, with a slope of zero.
+
+    What a view is of has its slope from the elements that are left.
+    """
+    return target.requires_grad and not target._is_view()
+
+
+def without_slope(result: Tensor, *given: Tensor) -> Tensor:
+    """What has been drawn, or written, with a slope of zero in what it was drawn by, or has replaced."""
+    for tensor in given:  # by `where`, as 0 * tensor is nan where that is infinite
+        other = tensor if tensor.is_complex() else tensor.to(result.dtype)
+        result = torch.where(torch.ones_like(result, dtype=torch.bool), result, other)
+    return result
 
 
 def overwritten(before: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.errors import UnsupportedModuleError
-from lightning_ebm.program.operations import Traits
+from lightning_ebm.program.operations import Traits, without_slope
 
 Repeated = Callable[[Any, Any, Any], tuple[Callable[..., Any], tuple[Any, ...]]]
 """From arguments and results of the recorded operation, a function that draws nothing, and its arguments."""
@@ -64,15 +64,7 @@ def draws_and_computes(name: str) -> UnsupportedModuleError:
 
 
 def _drawn(args: Any, kwargs: Any, result: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    return drawn, (result.detach().clone(), *_learning(args))
-
-
-def drawn(result: Tensor, *given: Tensor) -> Tensor:
-    """What has been drawn, with a slope of zero in what it was drawn by, or was written over."""
-    for tensor in given:  # by `where`, as 0 * tensor is nan where that is infinite
-        other = tensor if tensor.is_complex() else tensor.to(result.dtype)
-        result = torch.where(torch.ones_like(result, dtype=torch.bool), result, other)
-    return result
+    return without_slope, (result.detach().clone(), *_learning(args))
 
 
 def _dropout(args: Any, kwargs: Any, result: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:

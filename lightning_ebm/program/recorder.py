@@ -30,6 +30,7 @@ from lightning_ebm.program.operations import (
     Traits,
     copied,
     functional_form,
+    replaced_by_copy,
     tensors_at,
     traits,
     without_statistics,
@@ -178,7 +179,7 @@ class Recorder(DispatchMode):
         if repeated is None:
             node = Node(func, self.seen(args), self.seen_by_name(kwargs) if kwargs else kwargs)
             if written:
-                self._functional(node, kind)
+                self._functional(node, kind, written)
             if kind.name in BY_MASK or kind.name in PUT_BY_MASK:
                 freeze_masks(self.contents, node, kind)
         self.contents.about_to_write(written)
@@ -296,14 +297,15 @@ class Recorder(DispatchMode):
             self.record.nodes.append(node)
         return value
 
-    def _functional(self, node: Node, kind: Traits) -> None:
+    def _functional(self, node: Node, kind: Traits, written: Sequence[Tensor]) -> None:
         """The same operation without writing to anything."""
         if kind.name in BATCH_NORMS:  # statistics of the batch; those that run are no part of what is differentiated
             node.args = without_statistics(node.args)
         elif kind.name == "copy_" and node.args[0].meta[2].is_complex >= node.args[1].meta[2].is_complex:
-            # Of what was there before only the kind of tensor matters.
+            # Of what was there before only the kind of tensor matters, and whether it has a slope.
             target, source = node.args[:2]
-            node.func, node.args, node.kwargs = copied, (source, target.meta), {}
+            before = (target,) if replaced_by_copy(written[0]) else ()
+            node.func, node.args, node.kwargs = copied, (source, target.meta, *before), {}
         elif (functional := functional_form(node.func, kind)) is not None:
             node.func = functional
         else:
