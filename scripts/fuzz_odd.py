@@ -125,9 +125,7 @@ class Stopped(Exception):
 
 
 class Caught(Ways):
-    """Errors that the step catches, features that hooks take along, modules made late or in other shapes."""
-
-    inexact = frozenset({"by_late_module"})
+    """Errors that the step catches, features that hooks take along, other shapes and kinds of memory."""
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__(rng)
@@ -171,11 +169,6 @@ class Caught(Ways):
             for handle in handles:
                 handle.remove()
         return out + found[0] * 0.3 + found[1]
-
-    def by_late_module(self, a: Tensor, net: Any) -> Tensor:
-        if not hasattr(self, "late"):
-            self.late = nn.Linear(WIDTH, WIDTH, dtype=a.dtype)
-        return self.late(a) + a
 
     def by_recursion(self, a: Tensor, net: Any, depth: int = 0) -> Tensor:
         return a if depth == 2 else self.by_recursion(self.talk(a), net, depth + 1)
