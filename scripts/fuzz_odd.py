@@ -291,4 +291,134 @@ class Caught(Ways):
         return b + wide
 
 
-ODD: list[type[Ways]] = [Switched, Caught]
+class Owned(torch.autograd.Function):
+    """Reads what its backward code does off its owner."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, owner: Any) -> Tensor:
+        ctx.owner = owner
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor, None]:
+        return gs[0] * ctx.owner["by"], None
+
+
+class Late(Ways):
+    """Does in later steps what no operation shows."""
+
+    inexact = frozenset(
+        {"by_owner", "by_hook", "by_nodes", "by_packing", "by_data_after", "by_array", "by_storage"}
+    ) | {"by_autocast_of_integers"}
+
+    def by_owner(self, a: Tensor, net: Any) -> Tensor:
+        return Owned.apply(a, {"by": 1.0 if net.k < 2 else -0.5})
+
+    def by_owner_kept(self, a: Tensor, net: Any) -> Tensor:
+        owner = net.kept.setdefault("scales", torch.ones(()))
+        owner.fill_(1.0)
+        return Owned.apply(a, {"by": owner})
+
+    def by_hook(self, a: Tensor, net: Any) -> Tensor:
+        b = a * 1.5
+        if net.k >= 2:
+            b.register_hook(lambda g: g * 0.5)
+        return b + a
+
+    def by_hook_that_looks(self, a: Tensor, net: Any) -> Tensor:
+        b = a * 1.5
+        if net.k >= 2:
+            b.register_hook(lambda g: None)
+        return b + a
+
+    def by_nodes(self, a: Tensor, net: Any) -> Tensor:
+        b = a * 1.5
+        if net.k >= 2 and b.grad_fn is not None:
+            b.grad_fn.register_hook(lambda gi, go: tuple(None if g is None else g * 0.5 for g in gi))
+        return b
+
+    def by_packing(self, a: Tensor, net: Any) -> Tensor:
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t * (1.0 if net.k < 2 else 0.5))
+        with hooks:
+            return self.inner(a).tanh() + a
+
+    def by_packing_later(self, a: Tensor, net: Any) -> Tensor:
+        if net.k < 2:
+            return self.inner(a).tanh() + a
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy(), lambda t: torch.from_numpy(t)):
+            return self.inner(a).tanh() + a
+
+    def by_retained(self, a: Tensor, net: Any) -> Tensor:
+        b = self.inner(a)
+        if net.k >= 2:
+            b.retain_grad()
+        return b + a
+
+    def by_data_after(self, a: Tensor, net: Any) -> Tensor:
+        c = torch.ones_like(a)
+        b = a * c
+        if net.k >= 2:
+            c.data.mul_(0.5)
+        return b
+
+    def by_array(self, a: Tensor, net: Any) -> Tensor:
+        array = numpy.ones(WIDTH)
+        b = a * torch.from_numpy(array)
+        if net.k >= 2:
+            array *= 0.5
+        return b
+
+    def by_storage(self, a: Tensor, net: Any) -> Tensor:
+        c = torch.ones_like(a)
+        b = a * c
+        if net.k >= 2:
+            c.untyped_storage().fill_(0)
+        return b
+
+    def by_same_memory(self, a: Tensor, net: Any) -> Tensor:
+        one = torch.ones(WIDTH, dtype=a.dtype)
+        other = one if net.k >= 2 else torch.ones(WIDTH, dtype=a.dtype)
+        b = a + other
+        one.add_(1.0)
+        return b * other + one
+
+    def by_views_of_one_memory(self, a: Tensor, net: Any) -> Tensor:
+        memory = torch.ones(2 * WIDTH, dtype=a.dtype)
+        with torch.no_grad():
+            one, other = memory[:WIDTH], memory[:WIDTH] if net.k >= 2 else memory[WIDTH:]
+        b = a + other
+        one.data.add_(1.0)
+        return b + other + one
+
+    def by_buffers_of_one_memory(self, a: Tensor, net: Any) -> Tensor:
+        def move() -> Tensor:
+            self.mean.data = self.bank.data[0] if net.k >= 2 else self.mean.data.clone()
+            self.bank[0].add_(0.5)
+            return self.mean
+
+        return a - net.once(move)
+
+    def by_gradients_of_leaves(self, a: Tensor, net: Any) -> Tensor:
+        c = torch.ones_like(a)
+        if net.k >= 2:
+            c.requires_grad_()
+        return a * c
+
+    def by_autocast_of_integers(self, a: Tensor, net: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=net.k >= 2):
+            return a + (self.inner.weight.float() @ torch.ones(WIDTH)).to(a)
+
+    def by_anomaly(self, a: Tensor, net: Any) -> Tensor:
+        with torch.autograd.set_detect_anomaly(net.k >= 2):
+            return self.inner(a) + a
+
+    def by_default_dtype(self, a: Tensor, net: Any) -> Tensor:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64 if net.k >= 2 else torch.float32)
+        try:
+            return a * torch.linspace(0, 1, WIDTH) + torch.tensor(0.1)
+        finally:
+            torch.set_default_dtype(before)
+
+
+ODD: list[type[Ways]] = [Switched, Caught, Late]

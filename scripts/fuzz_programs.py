@@ -375,6 +375,7 @@ HOOKS: dict[str, Callable[[nn.Module], Any]] = {
 CAUSES = (
     "Diverged", "for which no convex function", "the step runs twice", "Clipped", "mark_dirty",
     "while gradients are off", "calls backward() itself", "where autograd does not look",
+    "Hooks on saved tensors", "reads grad_fn",
 )  # fmt: skip
 """Refusals that say what the step does, which it does."""
 
