@@ -25,14 +25,23 @@ X = torch.randn(8, 4, generator=torch.Generator().manual_seed(1), dtype=torch.fl
 Y = torch.arange(8) % 3
 
 
-@pytest.mark.parametrize("seed", range(0, 100, 20))
+@pytest.mark.parametrize("seed", range(1, 201, 10))
 def test_random_programs(seed):
-    counts, done = fuzz.fuzzed(20, 3, seed)
-    assert done == 20
+    counts, done = fuzz.fuzzed(5, 3, seed)
+    assert done == 5
     assert not counts.wrong, "\n".join(counts.wrong)
     compared = sum(counts.equal.values())
-    assert compared > 250
-    assert sum(counts.refused.values()) < compared / 20
+    assert compared > 40
+    assert counts.baseless() < compared / 10  # one way of five programs, at most
+
+
+@pytest.mark.parametrize("way", ["Drawn.by_viewed", "Made.by_slope_of_weights", "Written.by_expo", "Caught.by_views"])
+def test_one_way_alone(way):
+    counts, done = fuzz.each(3, 1, only=way)
+    assert done == 1
+    assert not counts.wrong, "\n".join(counts.wrong)
+    assert counts.equal["against autograd"] == 3
+    assert not counts.baseless()
 
 
 def both_ways(module, closure_of, algorithm, steps=4, **options):

@@ -315,3 +315,45 @@ def test_memory_that_is_looked_at_or_that_autograd_has_not_kept_is_no_matter(wri
         expected = torch.autograd.grad(other(), list(other.net.parameters()))
         assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(found.values(), expected, strict=True))
         step.net.load_state_dict(other.net.state_dict())
+
+
+TAKEN = {
+    "from_numpy": torch.from_numpy, "as_tensor": torch.as_tensor, "dlpack": torch.from_dlpack,
+    "buffer": lambda array: torch.frombuffer(array, dtype=torch.float64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("way", TAKEN)
+def test_memory_that_was_others_from_the_first_is_not_written_to_in_silence(way, capture) -> None:
+    """As an environment does that hands out the same array for every observation."""
+    net, (x, y) = mlp().double(), batch(0)
+    array, late = np.ones(8), False
+
+    def closure() -> Tensor:
+        array[:] = 0.5
+        loss = F.cross_entropy(net[2:](net[:2](x) * TAKEN[way](array)), y)
+        array[:] = 1.0 if late else array
+        return loss
+
+    learner = ebm.Learner(net, "zero-divergence", capture=capture)
+    for _ in range(3):
+        assert off(learner.gradients(closure), by_autograd(net, closure)) < 1e-12
+    late = True
+    with pytest.raises(ebm.UnsupportedModuleError, match="where autograd does not look"):
+        learner.backward(closure)
+
+
+def test_memory_of_others_that_autograd_has_not_kept_is_no_matter() -> None:
+    net, (x, y) = mlp().double(), batch(0)
+    array = np.ones(8)
+
+    def closure() -> Tensor:
+        array[:] = [np.nan, *[0.5] * 7]
+        loss = F.cross_entropy(net[2:](net[:2](x) + torch.from_numpy(array).nan_to_num()), y)
+        array[1:] = 1.0
+        return loss
+
+    learner = ebm.Learner(net, "zero-divergence")
+    for _ in range(4):
+        assert off(learner.gradients(closure), by_autograd(net, closure)) < 1e-12

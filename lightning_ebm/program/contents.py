@@ -82,7 +82,9 @@ class Contents:
             self._record.leaves[value] = tensor
         elif not sparse and self._is_shared(tensor):  # others may write to it before it is read again
             with self._pausing():
-                self._record.inputs[value] = tensor.detach().clone(memory_format=torch.preserve_format)
+                content = tensor.detach().clone(memory_format=torch.preserve_format)
+            self._record.inputs[value] = content
+            self._unseen.shared(tensor, content, value)
             return value
         self.bind(tensor, value)
         return value

@@ -42,8 +42,19 @@ class UnseenWrites:
         self._lent += [(tensor, tensor.detach().clone(), value) for tensor, _, value in self._announced]
         self._announced.clear()
 
+    def shared(self, tensor: Tensor, content: Tensor, value: Value) -> None:
+        """A tensor that has been read lies in memory of others, which they may write to at any time."""
+        self._lent.append((tensor, content, value))
+
     def found(self) -> set[Value]:
         """The values, up to now."""
         self.over()
-        self._found.update(v for tensor, content, v in self._lent if not torch.equal(tensor.detach(), content))
+        self._found.update(value for tensor, content, value in self._lent if not _same(tensor.detach(), content))
         return self._found
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same, which nan is here."""
+    if torch.equal(one, other) or one.shape != other.shape:
+        return one.shape == other.shape
+    return bool(((one == other) | ((one != one) & (other != other))).all())
