@@ -71,8 +71,8 @@ class Learner:
             loss), "auto" (a state if the network ends in an activation, else a read-out).
         loss_reduction: how the closure's loss reduces over the batch, "mean" or "sum".
         quiet: a context manager for passes without side effects, to silence what closures do besides computing.
-        capture: run programs that come again as code traced from them, see `lightning_ebm.program`; False interprets
-            them at every point, slower and the same.
+        capture: run programs that come again, or are relaxed for long, as code traced from them, see
+            `lightning_ebm.program`; False interprets them at every point, slower and the same.
         compile: send that code through Inductor, which takes seconds once for every shape of batch and, on a CPU, a C++
             compiler.
         batch_size: number of samples of a batch: a number, or a function of what the module is called with; None finds
