@@ -55,6 +55,6 @@ class UnseenWrites:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors hold the same, which nan is here."""
-    if torch.equal(one, other) or one.shape != other.shape:
-        return one.shape == other.shape
-    return bool(((one == other) | ((one != one) & (other != other))).all())
+    if one.shape != other.shape:
+        return False
+    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())

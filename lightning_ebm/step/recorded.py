@@ -165,12 +165,12 @@ class Recorded(NamedTuple):
 
         Inductor takes seconds to make it, which only pays if the program comes again.
         """
-        if setup.code is None or setup.programs.repeats(self.known):
-            return setup.code is not None
+        if setup.code is not None and setup.programs.repeats(self.known):
+            return True
         algorithm, steps = setup.algorithm, setup.algorithm.relaxer.max_steps
         if not algorithm.rests_at_forward:
             steps += (algorithm.free_relaxer or algorithm.relaxer).max_steps
-        return steps >= _LONG and setup.code == "traced"
+        return setup.code == "traced" and steps >= _LONG
 
 
 _LONG = 30
