@@ -12,10 +12,12 @@ from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.network.tensor_version import versions
 from lightning_ebm.program.autograd_graph import graph_of
 from lightning_ebm.program.custom_calls import is_of_the_users
-from lightning_ebm.program.interpreter import Pass, Program, at_prediction
+from lightning_ebm.program.exact_rule import exact_rule
+from lightning_ebm.program.interpreter import Program, at_prediction
 from lightning_ebm.program.module_walk import clean
 from lightning_ebm.program.named import named
 from lightning_ebm.program.record import Record
+from lightning_ebm.program.rounding import Rounding, largest
 from lightning_ebm.program.seams import hooked_input, hooked_output
 from lightning_ebm.program.user_hooks import without_hooks
 from lightning_ebm.program.wiring import Plan
@@ -64,20 +66,17 @@ def _compare(
     called = [names.get(id(leaf), f"a tensor of shape {tuple(leaf.shape)}") for leaf in leaves]
     if not all(p is None or torch.isfinite(p).all() for p in true):
         return frozenset(called)
-    largest = max((float(t.abs().max()) for t in true if t is not None and t.numel()), default=0.0)
-    # What cancels, as the slope of a bias in front of a batch norm does, is as large as the rounding of its parts.
-    faint = min(max(1e-3, 128 * rounding), 1.0) * largest
+    bounds = Rounding(program, plan, leaves, ours, rounding)
     parting: dict[str, str] = {}
-    for name, g, t in zip(called, ours, true, strict=True):
+    for k, (name, g, t) in enumerate(zip(called, ours, true, strict=True)):
         if t is None:
             continue
         if g is None:
             if bool(t.any()):
                 parting[name] = f"autograd reaches {name}, and what was recorded of the step does not"
             continue
-        off = float((g - t).abs().max()) if t.numel() else 0.0
-        size = max(float(t.abs().max()) if t.numel() else 0.0, faint)
-        if not off <= min(1e4 * rounding, 0.1) * size:
+        off, size = largest(g - t), largest(t)
+        if not bounds.explains(k, off, size):
             parting[name] = f"the gradient of {name} is {off / max(size, 1e-300):.2g} off autograd's own"
     if parting:
         _refuse(parting, program, plan, module, loss)
@@ -195,37 +194,6 @@ def _check_proportional(
                 " (Trainer(gradient_clip_val=...), or a hook on the parameter); differentiate through a solver in place"
                 " of its adjoint method, or let that take fixed steps."
             )
-
-
-def exact_rule(seen: Pass, plan: Plan, leaves: Sequence[Tensor], scale: float = 1.0) -> list[Tensor | None]:
-    """dL/dtheta from errors that are sent down, layer by layer: delta_l = sum over its children of J^T delta.
-
-    Given a scale, the same of that multiple of the loss.
-    """
-    top = torch.full_like(seen.loss, scale)
-    states = seen.states
-    errors: list[Tensor | None] = [None] * len(states)
-
-    def send(output: Tensor, weight: Tensor, parents: Sequence[int]) -> None:
-        if not parents or not output.requires_grad:
-            return
-        below = [states[p] for p in parents]
-        found = torch.autograd.grad(output, below, weight, retain_graph=True, allow_unused=True)
-        for p, part in zip(parents, found, strict=True):
-            before = errors[p]
-            errors[p] = part if before is None else before if part is None else before + part
-
-    send(seen.loss, top, plan.loss_parents)
-    for k in range(len(states) - 1, -1, -1):
-        if (error := errors[k]) is not None:
-            send(seen.layers[k].prediction, error, plan.rows[k].parents)
-    tops = [(seen.loss, top)]
-    tops += [(call.prediction, e) for call, e in zip(seen.layers, errors, strict=True) if e is not None]
-    live = [(top, weight) for top, weight in tops if top.requires_grad]
-    if not live or not leaves:
-        return [None] * len(leaves)
-    outputs, weights = zip(*live, strict=True)
-    return list(torch.autograd.grad(outputs, leaves, weights, allow_unused=True))
 
 
 def _foreign(func: Any) -> str:
