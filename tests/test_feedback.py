@@ -380,6 +380,7 @@ def test_the_asymmetry_is_that_of_the_jacobian_of_the_forces_and_its_slope_too()
     torch.testing.assert_close(slope.T, slopes, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", [nn.Identity, nn.Tanh])
 def test_homeostasis_makes_feedback_the_transpose_without_a_decay(act):
     net, (x, y) = network(act), batch(count=64)
