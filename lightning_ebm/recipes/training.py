@@ -201,6 +201,12 @@ class ConfigToLoggers(SaveConfigCallback):
 class CLI(LightningCLI):
     """LightningCLI with the parts of an algorithm beside model, data and trainer."""
 
+    def init_parser(self, **settings: Any) -> LightningArgumentParser:
+        """A parser that speaks to people; lightning 2.5 cannot be told of another class than its own."""
+        made = Parser(**{"dump_header": [f"lightning.pytorch=={L.__version__}"], **settings})
+        made.add_argument("-c", "--config", action="config", help="a YAML file; may be given again")
+        return made
+
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Ours first, so that they stand at the head of a help of several hundred lines."""
         parser.add_function_arguments(algorithm_of, None, as_group=True)
@@ -281,7 +287,6 @@ def main(arguments: list[str] | None = None) -> CLI:
         save_config_callback=ConfigToLoggers,
         save_config_kwargs={"save_to_log_dir": False},
         auto_configure_optimizers=False,
-        parser_class=Parser,
         parser_kwargs={"description": __doc__, "prog": "lightning-ebm"},
         args=arguments,
     )
