@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.errors import UnsupportedModuleError
+from lightning_ebm.program.named import named
 from lightning_ebm.program.operations import BATCH_NORMS, is_operator, traits
 from lightning_ebm.program.record import Node, Value, depending
 
@@ -103,13 +104,14 @@ def _product(name: str, node: Node, moving: set[Value], trained: set[Value]) -> 
             return None  # a fixed wiring, such as an average over neighbors
         raise _refused(name, "multiplies states by states, as attention does")
     weighted = any(value in trained and value not in moving for value in node.values())
-    if weighted and torch.Tag.pointwise not in getattr(node.func, "tags", ()) and _name(node.func) not in _GAINS:
+    pointwise = is_operator(node.func) and torch.Tag.pointwise in node.func.tags
+    if weighted and not pointwise and _name(node.func) not in _GAINS:
         raise _refused(name, f"has weights in {_name(node.func)}, which is no product with a matrix or kernel")
     return None
 
 
 def _name(func: Any) -> str:
-    return traits(func).name if is_operator(func) else getattr(func, "__name__", repr(func))
+    return traits(func).name if is_operator(func) else named(func).name
 
 
 def _check_single(name: str, products: list[Product], states: set[Value], moving: set[Value]) -> None:
