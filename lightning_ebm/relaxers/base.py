@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_ebm.updates.base import Update
 
 Status = Literal["converged", "kink", "stalled", "max_steps", "fixed"]
+Coordinates = Literal["states", "errors"]
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Relaxation:
     """
 
     point: list[Tensor]
-    coordinates: Literal["states", "errors"]
+    coordinates: Coordinates
     status: Status
     steps: int
     residual: Tensor
