@@ -4,8 +4,9 @@ Longer than 300 lines, as nearly half of it is what its public methods say of th
 """
 
 import inspect
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -51,6 +52,8 @@ from lightning_ebm.step.setup import Code, Observer, Setup, check_options, outpu
 from lightning_ebm.step.state_memory import StateMemory
 from lightning_ebm.step.step import Step
 from lightning_ebm.step.unsettled import Unsettled
+
+log = logging.getLogger(__name__)
 
 
 class Learner:
@@ -422,18 +425,25 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """What parts of the algorithm carry from one step to the next, such as the stand of `RandomSign`."""
-        parts = {name: part.state_dict() for name, part in self.algorithm.parts().items()}
-        return {**parts, "states": self._memory.state_dict(), "diverged": self.policy.counts}
+        parts = self.algorithm.parts()
+        kinds = {name: part.kind for name, part in parts.items()}
+        states = {name: part.state_dict() for name, part in parts.items()}
+        return {**states, "kinds": kinds, "states": self._memory.state_dict(), "diverged": self.policy.counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what `state_dict` gave."""
-        state = dict(state)
+        """Puts back what `state_dict` gave; what parts of other kinds carried is left, and said."""
+        state = dict(checked.instance("", "state", state, Mapping, "what `state_dict` gave"))
         self._memory.load_state_dict(state.pop("states", {}))
         self.policy.load_state_dict(state.pop("diverged", {}))
-        parts = self.algorithm.parts()
+        parts, kinds = self.algorithm.parts(), state.pop("kinds", {})
         for name, held in state.items():
             if name in parts and held:
-                parts[name].load_state_dict(held)
+                if (kind := kinds.get(name, parts[name].kind)) == parts[name].kind:
+                    parts[name].load_state_dict(held)
+                else:
+                    log.warning(
+                        "The checkpoint's %s is %s, and here it is %s: it begins anew.", name, kind, parts[name].kind
+                    )
 
     def recording(self, recorder: Recorder) -> AbstractContextManager[None]:
         """Records what the module computes within, for steps that begin while a pass is running."""

@@ -1,6 +1,6 @@
 """Clamps: which units are held at which values, by the names of layers."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,7 +43,8 @@ def checked_clamp(clamp: Any) -> Clamp:
 
 def checked_names(argument: str, names: Any) -> tuple[str, ...]:
     """Names of layers, if that is what they are; a string alone would be taken for its letters."""
-    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names) or isinstance(names, str):
+    some = isinstance(names, list | tuple | set | frozenset | Mapping)
+    if not some or not all(isinstance(name, str) for name in names):
         write = f"; write [{names!r}]" if isinstance(names, str) else ""
         checked.refuse("", argument, names, f'names of layers, as in ebm.summary, such as ["0"]{write}')
     return tuple(names)

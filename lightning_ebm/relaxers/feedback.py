@@ -173,6 +173,10 @@ class Feedback(Wrapper):
         own = {"operators": dict(self.operators), "weights": dict(self._weights), "steps": self._steps}
         return {"relaxer": super().state_dict(), **own}
 
+    @property
+    def kind(self) -> str:
+        return f"{super().kind} by {type(self.rule).__name__}"
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from there."""
         super().load_state_dict(state["relaxer"])

@@ -91,6 +91,10 @@ class Wrapper(Relaxer):
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: Any) -> Relaxation:
         return self.relaxer.relax(self.in_front(landscape), start, strength)
 
+    @property
+    def kind(self) -> str:
+        return f"{type(self).__name__} of {self.relaxer.kind}"
+
     def state_dict(self) -> dict[str, Any]:
         """What it carries from one step to the next, for a checkpoint."""
         return self.relaxer.state_dict()

@@ -89,7 +89,8 @@ def check_options(layers: Any, output: Any, loss_reduction: Any, capture: Any, c
     )
     checked.choice("", "loss_reduction", loss_reduction, ("mean", "sum"), why)
     checked.flag("", "capture", capture)
-    checked.flag("", "compile", compile)
+    if checked.flag("", "compile", compile) and not capture:
+        checked.refuse("", "compile", compile, "False beside capture=False: what is compiled is the code of capture")
 
 
 def output_for(algorithm: Algorithm, output: Output) -> Output:
