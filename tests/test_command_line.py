@@ -74,6 +74,13 @@ def test_a_misspelt_word_is_answered_with_the_one_that_exists(words, meant, caps
     assert f"Did you mean {meant}?" in said
 
 
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert not ended.value.code
+    assert capsys.readouterr().out.startswith("lightning-ebm ")
+
+
 def test_settings_of_a_fit_are_told_apart_from_our_own_words():
     assert parser._split(["recipes", "run", "digits", "--name", "x"]) == (["recipes", "run", "digits"], ["--name", "x"])
     assert parser._split(["fit", "--config", "a.yaml"]) == (["fit"], ["--config", "a.yaml"])

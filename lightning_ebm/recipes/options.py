@@ -104,7 +104,10 @@ class Parser(LightningArgumentParser):
     def _in_words(self, message: str) -> str:
         own = [option.lstrip("-") for action in self._actions for option in action.option_strings]
         if message.startswith("unrecognized arguments: "):
-            word = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0].lstrip("-")
+            given = message.removeprefix("unrecognized arguments: ").split()[0]
+            if not given.startswith("-"):
+                return f"{given!r} stands alone: settings are written --name value, or name=value."
+            word = given.partition("=")[0].lstrip("-")
             for parser in getattr(self._subcommands_action, "_name_parser_map", {}).values():
                 own += [option.lstrip("-") for action in parser._actions for option in action.option_strings]
             own += [option.lstrip("-") for option in kinds()]
@@ -127,6 +130,11 @@ class Parser(LightningArgumentParser):
                 f"{option}.{name} {value}: no class is named that has this setting. Name it first: {option} CLASS"
                 f" {option}.{name} {value}. {_listing(list(kinds().get(option, ())))}"
             )
+        if found := re.search(r"NestedArg\(key='([\w.]+)', val=(.*?)\)\W", f"{message} "):
+            key = re.search(r'Parser key "([\w.]+)"', message)
+            option, name, value = f"--{key[1]}" if key else "It", found[1], found[2].strip("'\"")
+            own_option = f" Write --{name} {value}." if f"--{name.partition('.')[0]}" in kinds() else ""
+            return f"{option} is one value, and has no setting {name!r}.{own_option}"
         return self._of_a_value(message)
 
     def _of_a_value(self, message: str) -> str:
@@ -137,6 +145,8 @@ class Parser(LightningArgumentParser):
         if key and value and plain and len(plain) == len(expected):
             write = f' Write {key[1]}="[{value[1]}]".' if _PLAIN["<class 'list'>"] in plain else ""
             return f"{key[1]}={value[1]}: expected {' or '.join(plain)}.{write}"
+        if key and value and "Expected a dot import path string" in message:
+            return f"{key[1]}={value[1]}: expected a number, or a class by its path, my_package.MyClass."
         useful = [line for line in message.splitlines() if not _NOISE.search(line)]
         return " ".join(" ".join(useful).split())
 
