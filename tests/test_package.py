@@ -81,7 +81,7 @@ ORDER = [
     {"analytic", "precomputed_gradient", "geometry", "second_derivatives", "top_down"},
     {"passes"},
     {"network"},
-    {"clamped_states", "recording", "twin"},
+    {"clamped_states", "recording", "settings", "twin"},
     {"traced"},
     {"clamp"},
     {"presets"},

@@ -113,6 +113,8 @@ class Feedback(Wrapper):
         self._due = self._follow(names, weights) or self._due
         return _FedBack(landscape, WithFeedback, [self.operators[name] for name in names])
 
+    stepper = Wrapper.stepper  # single steps are taken on the network that `around` gives
+
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: Any) -> Relaxation:
         front = self.in_front(landscape)
         if self._due and self.rule.homeostasis:

@@ -12,7 +12,7 @@ from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.evaluations import Landscape
 from lightning_ebm.evaluations.of_slope import SlopeEvaluation
 from lightning_ebm.nudges import Nudge
-from lightning_ebm.relaxers.base import Relaxation, Relaxer, Stepper
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, Stepper, check_single_steps
 
 
 class Wrapper(Relaxer):
@@ -104,4 +104,5 @@ class Wrapper(Relaxer):
         self.relaxer.load_state_dict(state)
 
     def stepper(self, start: Sequence[Tensor]) -> Stepper:
+        check_single_steps(self.relaxer)
         return self.relaxer.stepper(start)

@@ -7,6 +7,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lightning_ebm import checked
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
@@ -96,8 +97,9 @@ class Relaxing:
         if _shapes([found.residual]) != [torch.Size([self._network.batch_size])]:
             wanted = f"a tensor: the force left over that at the start, of each of {self._network.batch_size} samples"
             _refuse(relaxer, "relax", f"residual={checked.shown(found.residual)}", wanted)
-        total = found.residual.detach().sum().reshape(1)
-        self._network.questions.later(total, lambda sums: _refuse_runaway(owner, found.steps, sums[0]))
+        if get_proxy_mode() is None:  # a graph that is being made of it has no numbers yet
+            total = found.residual.detach().sum().reshape(1)
+            self._network.questions.later(total, lambda sums: _refuse_runaway(owner, found.steps, sums[0]))
         return found
 
 

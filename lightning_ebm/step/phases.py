@@ -13,6 +13,7 @@ from lightning_ebm.network.clamp import refuse_unknown, resolved
 from lightning_ebm.network.clamped_states import ClampedStates, Hold
 from lightning_ebm.network.network import Network
 from lightning_ebm.nudges import Phase
+from lightning_ebm.promises import is_kept
 from lightning_ebm.relaxers import Relaxation, Relaxer
 from lightning_ebm.relaxers.base import Status
 from lightning_ebm.step.handed_over import Relaxing, unwritten
@@ -202,11 +203,12 @@ class Phases:
     def _together(self, table: Sequence[Phase]) -> dict[Phase, Relaxation]:
         """The phases, in real numbers, that one choice of a relaxer is made for."""
         phases = [p for p in table if p.strength and not p.held and not p.is_complex]
-        if len(phases) < 2 or not self._algorithm.relaxer.decides_together:
+        relaxer = self._algorithm.relaxer
+        if len(phases) < 2 or not relaxer.decides_together or not is_kept(relaxer, "relax_all", "relax"):
             return {}
         strengths = [phase.strength for phase in phases]
         self.landscape.begin(strengths)
-        found = self._relaxing.all(self._algorithm.relaxer, self.landscape, strengths)
+        found = self._relaxing.all(relaxer, self.landscape, strengths)
         if self.clamped is not None:
             found = [self.clamped.in_states(one) for one in found]
         return dict(zip(phases, found, strict=True))
