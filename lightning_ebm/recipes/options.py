@@ -4,15 +4,17 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
 import torch
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 import lightning_ebm as ebm
+from lightning_ebm import checked
 from lightning_ebm.recipes import data, modules, nets
 
 __all__ = ["Parser", "check_names"]
@@ -91,6 +93,33 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def _listing(names: Sequence[str]) -> str:
     return f"There are: {', '.join(names)}." if len(names) < 30 else ""
+
+
+def read_mapping(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """A YAML file of keys and values.
+
+    Raises:
+        ConfigurationError: it is something else.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ebm.ConfigurationError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise ebm.ConfigurationError(f"{path}: expected a mapping with {', '.join(keys)}.")
+    return found
+
+
+def check_kinds(where: str, found: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    """Values must be of the kinds that their keys have, where they are given.
+
+    Raises:
+        ConfigurationError: one is not.
+    """
+    for key, kind in kinds.items():
+        if key in found and (not isinstance(found[key], kind) or isinstance(found[key], bool)):
+            word = "a mapping" if kind is dict else _plain(f"{kind}")
+            raise ebm.ConfigurationError(f"{where}{key}={checked.shown(found[key])}: expected {word}.")
 
 
 class Parser(LightningArgumentParser):
