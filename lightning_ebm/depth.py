@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from lightning_ebm import checked
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.program.module_walk import clean
 
@@ -48,6 +49,7 @@ def table(module: nn.Module, *, residual: bool = True) -> list[WeightedLayer]:
     Raises:
         ConfigurationError: fewer than three weighted layers, which leave nothing to scale with depth.
     """
+    checked.instance("depth", "module", module, nn.Module, "a torch.nn.Module")
     found = [(clean(name), m) for name, m in module.named_modules() if isinstance(m, _WEIGHTED)]
     if len(found) < 3:
         raise ConfigurationError(
@@ -136,11 +138,10 @@ def parameter_groups(
         >>> groups[2].get("lr")
         0.05
     """
-    if not (lr > 0 and base_width > 0 and base_depth > 0) or optimizer not in ("adam", "sgd"):
-        raise ConfigurationError(
-            f"parameter_groups(lr={lr!r}, optimizer={optimizer!r}, base_width={base_width!r},"
-            f' base_depth={base_depth!r}): expected positive numbers, and "adam" or "sgd".'
-        )
+    lr = checked.number("parameter_groups", "lr", lr, "a positive learning rate, such as 1.0e-3", above=0)
+    base_width = checked.count("parameter_groups", "base_width", base_width)
+    base_depth = checked.count("parameter_groups", "base_depth", base_depth)
+    checked.choice("parameter_groups", "optimizer", optimizer, ("adam", "sgd"))
     layers = table(module, residual=residual)
     width = next(layer.fan_in for layer in layers if layer.role == "hidden") / base_width
     depth = len(layers) / base_depth if residual else 1.0

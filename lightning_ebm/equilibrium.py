@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
-from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.learner import Learner
-from lightning_ebm.network.clamp import Clamp, checked_clamp
+from lightning_ebm.network.clamp import Clamp, checked_clamp, checked_names
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
 
@@ -59,8 +58,7 @@ class Equilibrium(nn.Module):
         super().__init__()
         self.module = module
         self._clamp = clamp if clamp is None or callable(clamp) else checked_clamp(clamp)
-        names = checked.instance(self, "free", free, (list, tuple), "a list of names of inputs")
-        self._free = tuple(checked.instance(self, "free", name, str, "a list of names of inputs") for name in names)
+        self._free = checked_names("free", free)
         self._settings: dict[str, Any] = {"algorithm": algorithm, "layers": layers, "output": output}
         self._learner: Learner | None = None
         algorithm = self._learned().algorithm  # refuses settings that cannot work where they are written
@@ -76,7 +74,7 @@ class Equilibrium(nn.Module):
             raise ConfigurationError(_EXPORT)
         with torch.inference_mode(False), torch.no_grad():
             args, kwargs = ordinary((args, kwargs))
-            clamp = self._clamp(*args, **kwargs) if callable(self._clamp) else self._clamp
+            clamp = checked_clamp(self._clamp(*args, **kwargs)) if callable(self._clamp) else self._clamp
             learner = self._learned()
             with learner.free_phase(lambda: self.module(*args, **kwargs), clamp=clamp, free=self._free):
                 return self.module(*args, **kwargs)

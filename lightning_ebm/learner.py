@@ -4,8 +4,9 @@ Longer than 300 lines, as nearly half of it is what its public methods say of th
 """
 
 import inspect
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -27,7 +28,7 @@ from lightning_ebm.instruments.relaxed import (
     strength_of,
 )
 from lightning_ebm.instruments.spectrum import Spectrum, spectrum_of
-from lightning_ebm.network.clamp import Clamp, checked_clamp, refuse_unknown
+from lightning_ebm.network.clamp import Clamp, checked_clamp, checked_names
 from lightning_ebm.network.samples import FOUND, BatchSize, Samples, Scale
 from lightning_ebm.nudges import Nudge
 from lightning_ebm.presets import chosen
@@ -42,7 +43,7 @@ from lightning_ebm.program.wiring import Plan
 from lightning_ebm.purity import build, untouched
 from lightning_ebm.relaxers import Relaxation, Relaxer
 from lightning_ebm.step.at_rest import at_equilibrium, at_free_equilibrium
-from lightning_ebm.step.closure import Closure, is_number, refuse_backward
+from lightning_ebm.step.closure import Closure, check_closure, is_number, refuse_backward
 from lightning_ebm.step.divergence import OnDivergence, Policy
 from lightning_ebm.step.outcome import Outcome
 from lightning_ebm.step.phases import Phases
@@ -51,6 +52,8 @@ from lightning_ebm.step.setup import Code, Observer, Setup, check_options, outpu
 from lightning_ebm.step.state_memory import StateMemory
 from lightning_ebm.step.step import Step
 from lightning_ebm.step.unsettled import Unsettled
+
+log = logging.getLogger(__name__)
 
 
 class Learner:
@@ -264,6 +267,7 @@ class Learner:
             torch.Size([5, 2])
         """
         strength = strength_of(nudge)
+        checked.flag("relax", "gradients", gradients)
         with self._at_rest(closure, clamp, free, strength, relaxer) as (phases, found, has_loss):
             slopes = {}
             if gradients:
@@ -301,6 +305,7 @@ class Learner:
             ConfigurationError: as `relax`.
         """
         strength = strength_of(nudge)
+        steps, seed = checked.count("spectrum", "steps", steps), checked.count("spectrum", "seed", seed, least=0)
         with self._at_rest(closure, clamp, free, strength, relaxer) as (phases, found, _):
             nothing = [torch.zeros_like(x, dtype=torch.bool) for x in found.point]
             held = nothing if phases.clamped is None else phases.clamped.is_held(found.point)
@@ -316,25 +321,26 @@ class Learner:
         relaxer: Relaxer | Literal["auto"] | None,
     ) -> Iterator[tuple[Phases, Relaxation, bool]]:
         """Within it a network is at its equilibrium; afterwards the module is as it was."""
+        check_closure(closure)
+        setup = self._equilibrium_setup(clamp, free, strength != 0, relaxer)
         with self._quiet():
             build(self.module, closure)
-        setup = self._equilibrium_setup(clamp, free, strength != 0, relaxer)
         with torch.inference_mode(False), untouched(self.module), self._quiet(), torch.enable_grad():
             for parameter in self.module.parameters():
                 if parameter.is_floating_point() or parameter.is_complex():
                     parameter.requires_grad_(True)  # until `untouched` ends: what is frozen still predicts
-            with at_equilibrium(setup, closure, strength) as (phases, found, has_loss):
-                refuse_unknown("free", free, phases.network)
-                yield phases, found, has_loss
+            with at_equilibrium(setup, closure, strength) as result:
+                yield result
 
     def _equilibrium_setup(
         self, clamp: Clamp | None, free: Sequence[str], nudged: bool, relaxer: Relaxer | Literal["auto"] | None
     ) -> Setup:
+        free = checked_names("free", free)
         algorithm = for_equilibrium(self.algorithm, free, nudged, relaxer)
         clamp = checked_clamp({} if clamp is None else clamp)
         return replace(
             self._setup(), algorithm=algorithm, programs=self._programs_with(clamp, free), remember=unheard,
-            memory=None, observer=None, clamp=clamp if clamp or free else None,
+            memory=None, observer=None, clamp=clamp if clamp or free else None, free=free,
         )  # fmt: skip
 
     def _programs_with(self, clamp: Clamp, free: Sequence[str] = ()) -> Programs:
@@ -400,6 +406,8 @@ class Learner:
             clamp: as for `relax`: the equilibrium with these units held, of any energy.
             free: as for `relax`.
         """
+        check_closure(run)
+        clamp, free = checked_clamp({} if clamp is None else clamp), checked_names("free", free)
         if clamp or free:
             return at_free_equilibrium(self._equilibrium_setup(clamp, free, False, None), run)
         if self.algorithm.rests_at_forward:
@@ -417,18 +425,25 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """What parts of the algorithm carry from one step to the next, such as the stand of `RandomSign`."""
-        parts = {name: part.state_dict() for name, part in self.algorithm.parts().items()}
-        return {**parts, "states": self._memory.state_dict(), "diverged": self.policy.counts}
+        parts = self.algorithm.parts()
+        kinds = {name: part.kind for name, part in parts.items()}
+        states = {name: part.state_dict() for name, part in parts.items()}
+        return {**states, "kinds": kinds, "states": self._memory.state_dict(), "diverged": self.policy.counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what `state_dict` gave."""
-        state = dict(state)
+        """Puts back what `state_dict` gave; what parts of other kinds carried is left, and said."""
+        state = dict(checked.instance("", "state", state, Mapping, "what `state_dict` gave"))
         self._memory.load_state_dict(state.pop("states", {}))
         self.policy.load_state_dict(state.pop("diverged", {}))
-        parts = self.algorithm.parts()
+        parts, kinds = self.algorithm.parts(), state.pop("kinds", {})
         for name, held in state.items():
             if name in parts and held:
-                parts[name].load_state_dict(held)
+                if (kind := kinds.get(name, parts[name].kind)) == parts[name].kind:
+                    parts[name].load_state_dict(held)
+                else:
+                    log.warning(
+                        "The checkpoint's %s is %s, and here it is %s: it begins anew.", name, kind, parts[name].kind
+                    )
 
     def recording(self, recorder: Recorder) -> AbstractContextManager[None]:
         """Records what the module computes within, for steps that begin while a pass is running."""

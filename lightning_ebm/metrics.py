@@ -21,9 +21,11 @@ def moments(estimate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> 
     zero on the other: an update that a rule leaves out is an error of that rule, not a gap in the figure.
 
     Raises:
-        ConfigurationError: both have a gradient of a name, in other shapes.
+        ConfigurationError: both have a gradient of a name, in other shapes; or one is no mapping.
     """
     found = {}
+    for argument, given in (("estimate", estimate), ("reference", reference)):
+        checked.instance("", argument, given, Mapping, "gradients by the names of parameters, {name: tensor}")
     for name in [*reference, *(name for name in estimate if name not in reference)]:
         r, g = reference.get(name), estimate.get(name)
         some = r if r is not None else g
@@ -59,12 +61,11 @@ def alignment(estimate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -
         reference: the same names and shapes; a name missing on one side counts as zeros.
 
     Raises:
-        ConfigurationError: both have a gradient of a name, in other shapes.
-        ValueError: both are empty.
+        ConfigurationError: both have a gradient of a name, in other shapes; or both are empty.
     """
     found = moments(estimate, reference)
     if not found:
-        raise ValueError("There is nothing to align: both sets of gradients are empty.")
+        raise ConfigurationError("There is nothing to align: both sets of gradients are empty.")
     return {name: float(value) for name, value in read(torch.stack(list(found.values())).sum(0)).items()}
 
 
@@ -149,15 +150,14 @@ class Alignment(Metric):
         """Adds one pair of gradients; names as in `alignment`.
 
         Raises:
-            ConfigurationError: both have a gradient of a name, in other shapes.
-            ValueError: a gradient of a parameter that was not announced.
+            ConfigurationError: both have a gradient of a name, in other shapes; or one was not announced.
         """
         found = moments(estimate, reference)
         if "total" not in self._defaults:
             self.expect(found)
         unknown = [name for name in found if name not in self._index]
         if unknown:
-            raise ValueError(f"Alignment was made for {self.names} and got a gradient of {unknown[0]!r}.")
+            raise ConfigurationError(f"Alignment was made for {self.names} and got a gradient of {unknown[0]!r}.")
         for name, values in found.items():
             self.total[self._index[name]] += values.to(self.total.device)
 
@@ -165,11 +165,11 @@ class Alignment(Metric):
         """Overall values, and those of each parameter that had a gradient.
 
         Raises:
-            ValueError: there was no update yet, and no names either.
+            ConfigurationError: there was no update yet, and no names either.
         """
         if "total" not in self._defaults:
             self.unsync(should_unsync=self._is_synced)  # the base class does not when compute raises
-            raise ValueError("There is nothing to align yet: update the metric with two sets of gradients first.")
+            raise ConfigurationError("There is nothing to align yet: update the metric with gradients first.")
         found = read(self.total.sum(0))
         for name, row in zip(self.names, self.total, strict=True):
             if row[5] > 0:

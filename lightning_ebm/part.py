@@ -23,6 +23,11 @@ class Part:
             told: `tried` of every rank, in the same order everywhere.
         """
 
+    @property
+    def kind(self) -> str:
+        """Whose `state_dict` it can go on from: that of its class, unless it says more."""
+        return type(self).__name__
+
     def state_dict(self) -> dict[str, Any]:
         """What it carries from one step to the next, for a checkpoint; plain values and tensors."""
         return {}

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.energies.base import Energy, has_best_response
 from lightning_ebm.errors import RelaxationDivergedError
@@ -42,6 +43,7 @@ def backprop(module: nn.Module, closure: Closure) -> dict[str, Tensor]:
     Raises:
         ConfigurationError: the closure returns no usable loss.
     """
+    checked.instance("backprop", "module", module, nn.Module, "a torch.nn.Module")
     check_closure(closure)
     build(module, closure)
     undoing = Undoing()

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
@@ -66,6 +67,7 @@ def parser() -> Parser:
         allow_abbrev=False,
         formatter_class=Wide,
     )
+    made.add_argument("--version", action="version", version=f"lightning-ebm {_version()}", help="which one this is")
     tree = made.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     _add_recipes(tree)
     fit = _add(tree, "fit", "train any LightningModule on any data, from a YAML file", epilog=OVERRIDES)
@@ -101,6 +103,14 @@ def parser() -> Parser:
     doctor = _add(tree, "doctor", "versions, devices, which kernels run, and a ten-second self-test")
     doctor.add_argument("--no-test", action="store_true", help="leave out the self-test")
     return made
+
+
+def _version() -> str:
+    """Of the installed package; of a clone that is not installed the one that it is a clone of is not known."""
+    try:
+        return metadata.version("lightning-ebm")
+    except metadata.PackageNotFoundError:
+        return "(a clone, not installed)"
 
 
 def _add_recipes(tree: "argparse._SubParsersAction[Parser]") -> None:

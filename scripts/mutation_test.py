@@ -555,8 +555,8 @@ MUTATIONS = [
     Mutation(
         "strengths share their code",
         "network/traced.py",
-        "self._run_code((what, strength, at_rest), evaluate",
-        "self._run_code((what, at_rest), evaluate",
+        "else (*own, strength, at_rest)",
+        "else (*own, at_rest)",
         "code",
     ),
     Mutation(

@@ -508,3 +508,81 @@ def test_what_is_held_feels_no_force_so_that_the_rest_can_settle(masked):
     count = 2 if masked else 4
     assert torch.equal(found.states["3"][:, :count], value[:, :count])
     assert float(found.errors["3"][:, :count].abs().min()) > 1e-3  # where it is held it is pulled
+
+
+QUESTIONS = {
+    "a name that is none": lambda asked: asked(clamp={1: torch.ones(4)}),
+    "no mapping": lambda asked: asked(clamp=3),
+    "an imaginary part": lambda asked: asked(clamp={"2": torch.ones(4, dtype=torch.complex64)}),
+    "no numbers": lambda asked: asked(clamp={"2": torch.ones(4, device="meta")}),
+    "free letters": lambda asked: asked(free="0"),
+    "free numbers": lambda asked: asked(free=[0]),
+    "free of nothing": lambda asked: asked(free=None),
+    "a free name that carries no state": lambda asked: asked(free=["nope"]),
+}
+
+
+@pytest.mark.parametrize("kind", QUESTIONS)
+@pytest.mark.parametrize("way", ["relax", "spectrum", "free_phase", "Equilibrium"])
+def test_questions_check_what_they_are_given(way, kind):
+    net = nn.Sequential(nn.Identity(), nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    learner, x = ebm.Learner(net), torch.randn(6, 3)
+
+    def asked(**given):
+        if way == "Equilibrium":
+            ebm.Equilibrium(net, "predictive-coding", **given)(x)
+        elif way == "free_phase":
+            with learner.free_phase(lambda: net(x), **given):
+                pass
+        else:
+            getattr(learner, way)(lambda: net(x), **given)
+
+    with pytest.raises(ebm.ConfigurationError, match="clamp" if kind in list(QUESTIONS)[:4] else "free"):
+        QUESTIONS[kind](asked)
+
+
+@pytest.mark.parametrize("nudge", [float("nan"), float("inf"), True, "0.1", 1j, [0.1], 1e39, ebm.OneSided])
+def test_a_nudge_that_is_no_number_is_refused(nudge):
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(6, 3)
+    for ask in (ebm.Learner(net).relax, ebm.Learner(net).spectrum):
+        with pytest.raises(ebm.ConfigurationError, match="nudge="):
+            ask(lambda: net(x).square().mean(), nudge=nudge)
+
+
+@pytest.mark.parametrize("given", [{"relaxer": "fast"}, {"relaxer": 3}, {"gradients": "yes"}])
+def test_other_arguments_of_relax(given):
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(6, 3)
+    with pytest.raises(ebm.ConfigurationError, match=next(iter(given))):
+        ebm.Learner(net).relax(lambda: net(x), **given)
+
+
+def test_a_clamp_that_is_no_function_of_the_inputs():
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(6, 3)
+    for found in (None, 3, {"1": "ones"}):
+        with pytest.raises(ebm.ConfigurationError, match="clamp"):
+            ebm.Equilibrium(net, "predictive-coding", clamp=lambda x, found=found: found)(x)
+
+
+def test_calls_of_an_input_are_freed_one_by_one():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.input, self.a, self.b = nn.Identity(), nn.Linear(2, 4).double(), nn.Linear(4, 3).double()
+
+        def forward(self, left, right):
+            return self.b(torch.tanh(self.a(self.input(left)) + self.a(self.input(right))))
+
+    net = Twice()
+    left, right, target = (torch.randn(5, n).double() for n in (2, 2, 3))
+    nowhere = torch.zeros(2, dtype=torch.bool)
+
+    def paid(*free):
+        clamp = {"b": target, "input": (left, nowhere), "input#1": (right, nowhere)}
+        relaxed = ebm.Learner(net, layers=["a", "b"]).relax(lambda: net(left, right), clamp=clamp, free=list(free))
+        return [float(relaxed.errors[name].norm()) for name in ("input", "input#1")]
+
+    # The net sees the sum of both alone: where one moves for free, the other, which would pay, stays where it is.
+    assert min(paid()) > 1e-3
+    assert paid("input") == pytest.approx([paid("input")[0], 0.0], abs=1e-5)
+    assert paid("input#1") == pytest.approx([0.0, paid("input#1")[1]], abs=1e-5)
+    assert min(max(paid("input")), max(paid("input#1"))) > 1e-3

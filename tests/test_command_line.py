@@ -74,6 +74,13 @@ def test_a_misspelt_word_is_answered_with_the_one_that_exists(words, meant, caps
     assert f"Did you mean {meant}?" in said
 
 
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert not ended.value.code
+    assert capsys.readouterr().out.startswith("lightning-ebm ")
+
+
 def test_settings_of_a_fit_are_told_apart_from_our_own_words():
     assert parser._split(["recipes", "run", "digits", "--name", "x"]) == (["recipes", "run", "digits"], ["--name", "x"])
     assert parser._split(["fit", "--config", "a.yaml"]) == (["fit"], ["--config", "a.yaml"])
@@ -257,3 +264,38 @@ def test_a_board_that_cannot_be_meant_is_refused(tmp_path, change, said, capsys)
 
 def test_the_script_of_the_package_is_this_one():
     assert project()["scripts"] == {"lightning-ebm": "lightning_ebm_cli:main"}
+
+
+FILES = {
+    "sweep": {"metric": {"name": "val/accuracy"}, "parameters": {"trainer.max_epochs": {"value": 1}}},
+    "leaderboard": {"algorithms": ["backprop"], "networks": {"mlp": {"net": "MLP"}}, "data": {"digits": {}}},
+}
+WRONG = [
+    ("sweep", "metric"), ("sweep", "parameters"), ("leaderboard", "algorithms"), ("leaderboard", "networks"),
+    ("leaderboard", "data"), ("leaderboard", "fit"), ("leaderboard", "seeds"), ("leaderboard", "compare_every"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "key"), WRONG)
+@pytest.mark.parametrize("value", [None, "x", 1.5, {"a": 3}])
+def test_a_file_with_a_value_that_nobody_means_is_one_line(command, key, value, tmp_path, capsys):
+    file = tmp_path / "file.yaml"
+    file.write_text(yaml.safe_dump(FILES[command] | {key: value}))
+    if key == "fit" and isinstance(value, dict):
+        return  # settings, which the fit itself reads
+    assert main([command, str(file), "--root", str(tmp_path), *(["--no-train"] if command == "leaderboard" else [])])
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert key in said or "a=3" in said
+
+
+@pytest.mark.parametrize("command", FILES)
+@pytest.mark.parametrize("text", ["", "- 1", "3", "hello", "a: [1", "\x00"])
+def test_a_file_that_is_no_mapping_is_one_line(command, text, tmp_path, capsys):
+    file = tmp_path / "file.yaml"
+    file.write_text(text)
+    assert main([command, str(file), "--root", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {file}")
+    assert said.count("\n") == 1

@@ -290,3 +290,25 @@ def test_a_mistaken_command_is_answered_in_one_line(words, capsys, tmp_path, mon
 
 def test_there_are_at_least_twenty():
     assert len(MISTAKES) + len(COMMANDS) >= 20
+
+
+@pytest.mark.parametrize("layers", [nn.Tanh(), [nn.Tanh()]])
+def test_a_module_is_not_a_layer_by_name_or_type(layers):
+    with pytest.raises(ebm.ConfigurationError, match=r"not a module itself: .*layers=nn\.Tanh"):
+        ebm.Learner(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1)), layers=layers)
+
+
+def test_nothing_is_compiled_without_code():
+    with pytest.raises(ebm.ConfigurationError, match="capture"):
+        ebm.Learner(nn.Linear(2, 2), compile=True, capture=False)
+
+
+def test_alignment_of_what_is_no_gradient():
+    found = {"w": torch.ones(3)}
+    for wrong in (None, [torch.ones(3)], 3):
+        with pytest.raises(ebm.ConfigurationError, match="estimate"):
+            ebm.metrics.alignment(wrong, found)
+        with pytest.raises(ebm.ConfigurationError, match="reference"):
+            ebm.metrics.alignment(found, wrong)
+    with pytest.raises(ebm.ConfigurationError, match="module=3"):
+        ebm.reference.backprop(3, lambda: torch.ones(()))

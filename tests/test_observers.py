@@ -52,6 +52,38 @@ class Broken(Logger):
             raise ConnectionError("no server")
 
 
+class Mine(Exception):
+    """Of the user's own."""
+
+
+HOOKS = [
+    "configure_callbacks", "prepare_data", "setup", "configure_model", "configure_optimizers", "train_dataloader",
+    "on_fit_start", "on_train_start", "on_train_batch_start", "training_step", "on_after_backward", "on_fit_end",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_what_ended_the_run_is_what_is_said(hook, tmp_path):
+    """Wherever it ends, also before there is anything to look at: observers put an error of their own in its place."""
+
+    def fails(self, *args, **kwargs):
+        raise Mine(hook)
+
+    module = type("Failing", (Template,), {hook: fails})()
+    trainer = L.Trainer(
+        strategy=ebm.EBMStrategy(), max_epochs=1, accelerator="cpu", devices=1, callbacks=observers(),
+        logger=CSVLogger(tmp_path), enable_model_summary=False, enable_progress_bar=False, enable_checkpointing=False,
+    )  # fmt: skip
+    with pytest.raises(Mine, match=hook):
+        trainer.fit(module)
+
+
+def test_two_devices_are_refused_also_where_observers_look_on():
+    trainer = L.Trainer(strategy="ebm", accelerator="cpu", devices=2, callbacks=observers(), logger=False)
+    with pytest.raises(ebm.ConfigurationError, match="trains on one device"):
+        trainer.fit(Template())
+
+
 @pytest.mark.slow
 def test_loggers_that_raise(tmp_path, caplog):
     """Training ends where it ends with nobody looking on, and the logger beside the broken one has every figure."""

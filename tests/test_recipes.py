@@ -151,6 +151,22 @@ MISSPELT = {
     "--trainer.maxepochs 3": "Did you mean --trainer.max_epochs?",
     "--optimizer SGD": "Did you mean --model.optimizer?",
     "--model.net.activation rellu": "expected one of relu",
+    "--model.optimizer.lr nan": "lr=nan: expected a number",
+    "--algorithm.nudge OneSided": "--algorithm is one value, and has no setting 'nudge'. Write --nudge OneSided.",
+    "stray": "'stray' stands alone",
+    "--threads 0": "--threads=0: expected a whole number of at least 1",
+    "--seed_everything -1": "--seed_everything=-1: expected a whole number of at least 0",
+    "--data.batch_size 0": "Digits(batch_size=0): expected a whole number of at least 1",
+    "--data.eval_batch_size -1": "Digits(eval_batch_size=-1)",
+    "--data.num_workers -1": "Digits(num_workers=-1)",
+    "--data.validation -5": "Digits(validation=-5)",
+    "--data.limit 0": "Digits(limit=0)",
+    "--data.std [0]": "Digits(std=0.0): expected a positive number",
+    "--data.mean [0.1,0.2]": "Digits(mean=[0.1, 0.2]): expected one number, or one for each of the 1 channels",
+    "--data.validation 99999": "expected fewer than the 1437 training samples",
+    "--model.net.widths [64]": "widths=(64,): expected the inputs",
+    "--model.net.widths [64,-1,10]": "expected whole numbers of at least 1",
+    "--model.optimizer.lr -1": "The optimizer could not be built: Invalid learning rate: -1.0",
 }
 
 
@@ -640,3 +656,17 @@ def test_every_trial_of_a_sweep_file_is_a_command_line_that_parses(path):
         if name.startswith(("nudge.", "relaxer.")):
             part = getattr(made.trainer.strategy.algorithm, name.split(".")[0])
             assert getattr(part, name.split(".")[1]) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("net", "sizes"),
+    [
+        (nets.MLP, {"widths": (4, 0, 2)}), (nets.MLP, {"widths": (4,)}), (nets.MNIST1DConv, {"channels": 0}),
+        (nets.ConvNet, {"channels": (1, -1)}), (nets.ConvNet, {"side": 4}), (nets.HopfieldConv, {"channels": (3, 0)}),
+        (nets.ResNet, {"blocks": (1, 0)}), (nets.CharTransformer, {"width": 10, "heads": 4}),
+        (nets.CharTransformer, {"depth": 0}), (nets.ViT, {"patch": 0}), (nets.HopfieldMNIST, {"channels": (0, 1)}),
+    ],
+)  # fmt: skip
+def test_a_network_of_sizes_that_nobody_means_is_refused(net, sizes):
+    with pytest.raises(ValueError, match=r"=.*: "):
+        net(**sizes)

@@ -1,5 +1,6 @@
 """Four runs, and a reader sees at a glance which is which: in words, in the page, and in a real browser."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -138,3 +139,30 @@ def test_a_run_without_our_callbacks_still_has_its_scalars(tmp_path):
 def test_a_file_cut_off_in_mid_line_is_read_up_to_there(tmp_path):
     (tmp_path / runs.FILE_NAME).write_text('{"settings": {"energy": "E"}}\n{"step": 3, "rel')
     assert runs.read(tmp_path).settings == {"energy": "E"}
+
+
+WHOLE = {"step": 3, "relaxation": {"status": "fixed", "steps": 1, "layers": [], "residual": 0.0, "phases": []}}
+LINES = [
+    b"{cut", b"3", b"null", b"[1]", b"\xff\xfe\x00", b'{"run": 3}', b'{"settings": "x"}', b'{"stopped": "x"}',
+    b'{"step": 1, "relaxation": {}}', b'{"step": 1, "regime": 3}', b'{"step": "x", "regime": {}}',
+    b'{"step": 1, "alignment": {}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_lines_that_cannot_be_read_are_left_out_and_counted(line, tmp_path, caplog):
+    """Of a run that was killed, a disk that was full, another version: the page is made of the rest."""
+    (tmp_path / runs.FILE_NAME).write_bytes(line + b"\n" + json.dumps(WHOLE).encode() + b"\n")
+    assert runs.read(tmp_path).records == [WHOLE]
+    assert "1 of 2 lines" in caplog.text
+    assert main(["report", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("table", [b"\xff\xfe\x00", b"step,loss\nx,1\n"])
+def test_a_table_that_is_none_is_one_line(table, tmp_path, capsys):
+    (tmp_path / "metrics.csv").write_bytes(table)
+    for command in (["report", str(tmp_path)], ["compare", str(tmp_path), "-o", str(tmp_path / "page.html")]):
+        assert main(command) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {tmp_path / 'metrics.csv'} is no table of CSVLogger, or damaged")
+        assert said.count("\n") == 1

@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning_modules import Template, data
+from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_ebm as ebm
@@ -265,3 +266,46 @@ def test_a_full_disk_leaves_the_last_checkpoint_that_fitted(tmp_path):
     assert words is not None, done.stderr[-3000:]
     assert int(words[1]) == int(words[2]) - 4 > 0
     assert words[3] == "['last.ckpt']"
+
+
+STATEFUL = {
+    "random sign": lambda: ebm.algorithm("pc-nudge", nudge=ebm.RandomSign(0.1)),
+    "the strongest nudge": lambda: None,
+    "the cheapest relaxer": lambda: ebm.algorithm("predictive-coding", relaxer="auto"),
+    "feedback": lambda: ebm.Algorithm(relaxer=ebm.Feedback(ebm.GradientDescent(0.1, 3), ebm.KolenPollack())),
+    "other feedback": lambda: ebm.Algorithm(relaxer=ebm.Feedback(ebm.GradientDescent(0.1, 3), ebm.RandomFeedback())),
+    "noise": lambda: ebm.Algorithm(relaxer=ebm.Noisy(ebm.GradientDescent(0.1, 3), states=0.1, seed=0)),
+    "noisy feedback": lambda: ebm.Algorithm(
+        relaxer=ebm.Noisy(ebm.Feedback(ebm.GradientDescent(0.1, 3), ebm.KolenPollack()), states=0.1, seed=0)
+    ),
+}
+
+
+def _trained(algorithm):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    x = torch.randn(5, 3)
+    learner = ebm.Learner(net, algorithm)
+    for _ in range(2):
+        learner.backward(lambda: net(x).square().mean())
+    return learner, lambda: net(x).square().mean()
+
+
+@pytest.mark.parametrize("resumed", STATEFUL)
+def test_a_run_goes_on_by_another_algorithm(resumed, caplog):
+    """What the parts of one kind carried means nothing to those of another: they begin anew, and it is said."""
+    for name, begun in STATEFUL.items():
+        state = _trained(begun())[0].state_dict()
+        learner, closure = _trained(STATEFUL[resumed]())
+        caplog.clear()
+        learner.load_state_dict(state)
+        learner.backward(closure)
+        kinds = learner.state_dict()["kinds"]
+        other = any(kind != kinds[part] and state[part] for part, kind in state["kinds"].items())
+        assert ("begins anew" in caplog.text) == other, name
+        assert name != resumed or not other
+
+
+def test_what_is_no_state_is_refused():
+    with pytest.raises(ebm.ConfigurationError, match="state=3"):
+        _trained(None)[0].load_state_dict(3)

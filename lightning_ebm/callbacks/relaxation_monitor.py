@@ -15,6 +15,7 @@ from lightning_ebm.callbacks.run_file import RunFile
 from lightning_ebm.errors import ConfigurationError, EBMError, RelaxationDivergedError
 from lightning_ebm.evaluations import Landscape
 from lightning_ebm.instruments.curvature import Curvature
+from lightning_ebm.learner import Learner
 from lightning_ebm.network.recording import Recording
 from lightning_ebm.regime import Regime
 from lightning_ebm.relaxers import Relaxer
@@ -88,6 +89,7 @@ class RelaxationMonitor(Callback):
         self.regime: Regime | None = None
         self.statuses: Counter[str] = Counter()
         self._recording: Recording | None = None
+        self._watched: Learner | None = None
         self._warned = self._told_of_silence = False
         self._file = RunFile()
         self._kept = 0
@@ -117,7 +119,7 @@ class RelaxationMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Puts a recording in front of the network where one is due."""
-        learner = strategy_of(trainer).learner
+        self._watched = learner = strategy_of(trainer).learner
         self._recording = None  # of a batch that was skipped
         learner.observer = self._observe if _due(trainer, self.every_n_steps) else None
 
@@ -262,8 +264,7 @@ class RelaxationMonitor(Callback):
         monitored = sum(self.statuses.values())
         if not self._warned and monitored >= 10 and self.statuses["max_steps"] > monitored / 2:
             self._warned = True
-            strategy = strategy_of(trainer)
-            remedy = further(strategy.algorithm)
+            strategy, remedy = strategy_of(trainer), further(strategy_of(trainer).algorithm)
             told = strategy.learner.unsettled.told
             self._say(trainer, told or advice.unsettled(self.statuses["max_steps"], monitored, residual, remedy))
 
@@ -275,8 +276,8 @@ class RelaxationMonitor(Callback):
     def _finish(self, trainer: Trainer) -> None:
         self._recording = None
         self._file.end(trainer)
-        if isinstance(trainer.strategy, EnergyStrategy):
-            trainer.strategy.learner.observer = None
+        if self._watched is not None:  # else the run has ended before its first batch, perhaps without a learner
+            self._watched.observer, self._watched = None, None
         loggers.log_figure(trainer, "ebm/energy_curves", self._energy_curves)
         made = partial(loggers.table, ["global step", "phase", "relaxation step", "energy"], self._curves)
         loggers.log_wandb(trainer, {"ebm/curves": made})
@@ -292,8 +293,7 @@ _IN_PROGRESS_BAR = ("ebm/energy_nudged", "ebm/steps")
 _TOWARD = "ebm/toward_equilibrium"
 _CHARTED = ("ebm/energy_free", "ebm/energy_nudged", "ebm/residual", "ebm/steps", "ebm/relaxed", _TOWARD)
 _WITHOUT_CHART = ("ebm/residual_max", "ebm/step_size", "ebm/curvature")
-_MOST_CURVES = 200
-_MOST_ROWS = 20_000
+_MOST_CURVES, _MOST_ROWS = 200, 20_000
 
 
 def _due(trainer: Trainer, every: int) -> bool:

@@ -3,10 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from lightning_ebm import checked
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.part import Part
 from lightning_ebm.promises import is_kept
@@ -31,6 +32,11 @@ class LayerView:
     prediction: Tensor
     activation: nn.Module | None
     above: int = 0
+
+    @property
+    def state_name(self) -> str:
+        """The name of this call's state in `ebm.summary`: "act" for the first call, then "act#1"."""
+        return f"{self.name}#{self.call}" if self.call else self.name
 
 
 class Energy(Part, ABC):
@@ -98,6 +104,21 @@ class Energy(Part, ABC):
 
 _READERS = ("layer_energy", "layer_precision", "best_response", "feasible", "tangent")
 """Methods that are given a `LayerView`."""
+
+
+def refuse_shapeless(energy: Energy, found: Any, layer: LayerView, batch_size: int) -> None:
+    """Refuses what a layer is said to cost if samples cannot be told apart in it.
+
+    Raises:
+        ConfigurationError: it is no tensor, or its first dimension is not that of the samples.
+    """
+    if not isinstance(found, Tensor) or not found.ndim or not len(found) or len(found) % batch_size:
+        got = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else checked.shown(found)
+        raise ConfigurationError(
+            f"{type(energy).__name__}.layer_energy returned {got} for layer {layer.name!r}; expected one number a unit,"
+            f" in the shape of the state, or any shape that starts with the {batch_size} samples: what each of them"
+            " costs is told apart, so leave sums and means over samples out."
+        )
 
 
 def is_divergence(energy: Energy) -> bool:

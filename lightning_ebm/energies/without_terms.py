@@ -15,7 +15,7 @@ class WithoutTerms(Energy):
 
     Args:
         energy: a divergence, whose other terms alone still have a lower bound.
-        names: of the layers.
+        names: of the states, as in `ebm.summary`.
 
     Raises:
         ConfigurationError: the energy is no divergence, and unbounded without the terms.
@@ -36,7 +36,7 @@ class WithoutTerms(Energy):
         return f"{self.energy!r} without {', '.join(self.names)}"
 
     def layer_energy(self, state: Tensor, layer: LayerView) -> Tensor:
-        return torch.zeros_like(state) if layer.name in self.names else self.energy.layer_energy(state, layer)
+        return torch.zeros_like(state) if layer.state_name in self.names else self.energy.layer_energy(state, layer)
 
     def feasible(self, state: Tensor, layer: LayerView) -> Tensor:
         return self.energy.feasible(state, layer)
@@ -52,7 +52,7 @@ class QuadraticWithoutTerms(WithoutTerms, QuadraticEnergy):
     best_response = Energy.best_response  # where nothing pulls back there is none
 
     def layer_precision(self, layer: LayerView) -> float | Tensor:
-        return 0.0 if layer.name in self.names else precision_of(self.energy, layer)
+        return 0.0 if layer.state_name in self.names else precision_of(self.energy, layer)
 
 
 def without_terms(energy: Energy, names: Collection[str]) -> Energy:

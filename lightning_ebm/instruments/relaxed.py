@@ -2,11 +2,12 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import is_quadratic
@@ -39,7 +40,7 @@ class Relaxed:
         errors: x_l - mu_l, ``(B, ...)``; of held units as well.
         energies: the layer's own term e(x_l, a_l), summed over its units, ``(B,)``.
         loss: the closure's loss at these states, in its own reduction; None if it returned none.
-        status: "converged", "stalled", "max_steps" or "fixed", see `Relaxation`.
+        status: "converged", "kink", "stalled", "max_steps" or "fixed", see `Relaxation`.
         residual: force left on what is not held, over that at the start, ``(B,)``.
         steps: taken by the slowest sample.
         trace: I + lambda L of the batch along the way, ``(T,)``, as far as the relaxer looked at it.
@@ -118,15 +119,11 @@ def strength_of(nudge: float | Nudge | None) -> float:
                 f"relax(nudge={nudge!r}): it pulls with no number to relax at. Give one, nudge=0.1, or hold the output"
                 " yourself, clamp={name: value}."
             )
-        strength: Any = table[0].strength
+        given: object = table[0].strength
     else:
-        strength = nudge
-    if not isinstance(strength, int | float):
-        raise ConfigurationError(
-            f"relax(nudge={nudge!r}): expected a real number, the weight of the loss in the energy, or a nudge with"
-            " real strengths; None leaves the loss out."
-        )
-    return float(strength)
+        given = nudge
+    wanted = "a real number, the weight of the loss in the energy, or a nudge with real strengths; None leaves it out"
+    return checked.number("relax", "nudge", given, wanted)
 
 
 def for_equilibrium(
@@ -140,13 +137,15 @@ def for_equilibrium(
         nudged: whether the loss counts.
         relaxer: which; None is the algorithm's own where it takes a number of steps, else one that goes to equilibrium.
     """
+    if not isinstance(relaxer, Relaxer | None) and not checked.is_word(relaxer, "auto"):
+        checked.refuse("relax", "relaxer", relaxer, 'an instance of ebm.Relaxer, "auto", or None')
     energy = without_terms(algorithm.energy, free)
     own = algorithm.relaxer if nudged or algorithm.free_relaxer is None else algorithm.free_relaxer
     equilibria = algorithm.rule.relaxes and own.ends_in_states
     if relaxer is None and equilibria:
         as_it_is = not own.tol or own.ends_elsewhere
         relaxer = own if not free and as_it_is else _to_equilibrium(own, energy, by_own=not free)
-    elif relaxer is None or relaxer == "auto":
+    elif not isinstance(relaxer, Relaxer):
         relaxer = _to_equilibrium(None, energy)
     elif not relaxer.ends_in_states:
         raise ConfigurationError(

@@ -25,6 +25,7 @@ def checked_clamp(clamp: Any) -> Clamp:
         raise ConfigurationError(
             f'clamp={clamp!r}: expected {{layer name: tensor}} or {{layer name: (tensor, mask)}}, as {{"0": inputs}}.'
         )
+    checked_names("clamp", clamp)
     for name, given in clamp.items():
         value, mask = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
         if not isinstance(value, Tensor) or not (mask is None or isinstance(mask, Tensor)):
@@ -40,6 +41,15 @@ def checked_clamp(clamp: Any) -> Clamp:
     return clamp
 
 
+def checked_names(argument: str, names: Any) -> tuple[str, ...]:
+    """Names of layers, if that is what they are; a string alone would be taken for its letters."""
+    some = isinstance(names, list | tuple | set | frozenset | Mapping)
+    if not some or not all(isinstance(name, str) for name in names):
+        write = f"; write [{names!r}]" if isinstance(names, str) else ""
+        checked.refuse("", argument, names, f'names of layers, as in ebm.summary, such as ["0"]{write}')
+    return tuple(names)
+
+
 def resolved(clamp: Clamp, network: Network) -> dict[int, Hold]:
     """What is held, by the index of the layer.
 
@@ -52,6 +62,11 @@ def resolved(clamp: Clamp, network: Network) -> dict[int, Hold]:
     for name, given in clamp.items():
         value, mask = given if isinstance(given, tuple) else (given, None)
         k = index[name]
+        if value.is_meta or (value.is_complex() and not network.free[k].is_complex()):
+            got = "no numbers, on the device meta" if value.is_meta else f"dtype {value.dtype}"
+            raise ConfigurationError(
+                f"clamp[{name!r}]: the value has {got}, and the state {network.free[k].dtype}: give real numbers."
+            )
         value = _fitted(name, "value", value.detach().to(network.free[k]), network, k)
         hold = Hold(value, None if mask is None else _fitted(name, "mask", mask.to(value.device), network, k))
         if not bool(torch.isfinite(hold.put(torch.zeros_like(value))).all()):

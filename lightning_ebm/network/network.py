@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.energies import Energy
-from lightning_ebm.energies.base import LayerView, is_bounded, is_quadratic, precision_of, reads_drive
+from lightning_ebm.energies.base import (
+    LayerView,
+    is_bounded,
+    is_quadratic,
+    precision_of,
+    reads_drive,
+    refuse_shapeless,
+)
 from lightning_ebm.evaluations import Evaluation, Forces, Landscape
 from lightning_ebm.evaluations.base import Result
 from lightning_ebm.evaluations.of_slope import holomorphic, is_one, ones_for
@@ -30,7 +37,7 @@ from lightning_ebm.program.wiring import Plan
 from lightning_ebm.questions import Questions, runs_behind
 from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.relaxers.sweep import arriving
-from lightning_ebm.updates.base import End, Term, Update, is_linear
+from lightning_ebm.updates.base import End, Term, Update, is_linear, terms_read
 
 _ROUNDING_OF_SINGLE = float(torch.finfo(torch.float32).eps)
 
@@ -200,7 +207,7 @@ class Network(Passes):
                 errors.note(multiples, scale)
             scale = 1.0
         with torch.enable_grad(), here.showing() as shown:
-            terms = rule.read(here, ends)
+            terms = terms_read(rule, here, ends)
         return slopes_of(terms, [state for seen in shown for state in seen.states]) * scale
 
     def terms_of(self, ends: Sequence[End]) -> list[Term]:
@@ -290,7 +297,9 @@ class Network(Passes):
         terms = []
         for view, state, layout in zip(self.views(seen), states, self.layouts, strict=True):
             energy = self.energy.layer_energy(state, view)
-            same_shape = energy.shape == state.shape
+            same_shape = isinstance(energy, Tensor) and energy.shape == state.shape
+            if not same_shape:
+                refuse_shapeless(self.energy, energy, view, self.batch_size)
             terms.append(by_sample(energy, layout if same_shape else 0, self.batch_size))
         return terms
 

@@ -14,7 +14,8 @@ from lightning_ebm.evaluations.base import Result
 from lightning_ebm.network.network import Network
 from lightning_ebm.network.passes import Run, Start
 from lightning_ebm.network.precomputed_gradient import with_precomputed_gradient
-from lightning_ebm.network.twin import ARRIVING, Twin, rebuilt, settings_of
+from lightning_ebm.network.settings import is_own, settings_of
+from lightning_ebm.network.twin import ARRIVING, Twin, rebuilt
 from lightning_ebm.program.code import Code, Key, TracedProgram
 from lightning_ebm.program.elsewhere import elsewhere
 from lightning_ebm.program.interpreter import Program
@@ -212,7 +213,9 @@ class TracedNetwork(Network):
             return what.flat(what.at(twin, twin.no_errors if at_rest else here, strength))
 
         takes = what.takes_point and isinstance(point, list)
-        found = self._run_code((what, strength, at_rest), evaluate, [] if at_rest else point, takes)
+        own = settings_of(what) if is_own(what) else (what,)
+        kind = None if own is None else (*own, strength, at_rest)
+        found = None if kind is None else self._run_code(kind, evaluate, [] if at_rest else point, takes)
         return super().evaluate(what, point, strength) if found is None else what.built(found, len(self.no_errors))
 
     def feasible(self, states: list[Tensor]) -> list[Tensor]:

@@ -1,18 +1,14 @@
 """The plain network that stands in for one while its evaluations are traced, and what code is told apart by."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_ebm.energies import Energy
 from lightning_ebm.network.network import Network
-from lightning_ebm.program.code import Key
 from lightning_ebm.relaxers import Relaxation
 from lightning_ebm.relaxers.sweep import ArrivingErrors
-from lightning_ebm.updates.base import Update
 
 
 class Twin(Network):
@@ -65,23 +61,3 @@ def rebuilt(twin: Network, found: Relaxation, strength: complex, kind: str, tens
     made = Relaxation(point, found.coordinates, "fixed", 0, found.residual, local_error=errors, dyadic_states=pair)
     del made.status, made.steps, made.residual  # which are no part of what code is given: asked for, nothing is traced
     return made
-
-
-def settings_of(energy: Energy | Update) -> Key | None:
-    """What an energy or an update computes with, to tell code of other settings apart; None if that cannot be told."""
-
-    def of(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return id(value), value._version
-        if isinstance(value, Mapping):
-            return tuple((name, of(held)) for name, held in value.items())
-        if isinstance(value, list | tuple):
-            return tuple(map(of, value))
-        if value is None or isinstance(value, int | float | complex | str):
-            return value
-        raise TypeError
-
-    try:
-        return (type(energy), *((name, of(value)) for name, value in vars(energy).items()))
-    except TypeError:
-        return None

@@ -2,7 +2,7 @@
 
 import cmath
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
@@ -112,7 +112,13 @@ def table_of(nudge: Nudge) -> tuple[Phase, ...]:
     Raises:
         ConfigurationError: rows that are no phases, that are not finite, or that hold the output at a complex strength.
     """
-    return tuple(_checked(nudge, row) for row in nudge.phases())
+    rows: Any = nudge.phases()
+    if not isinstance(rows, Iterable):
+        raise ConfigurationError(
+            f"{type(nudge).__name__}.phases() gave {checked.shown(rows)}; expected the rows of a table,"
+            " (ebm.Phase(strength, weight), ...)."
+        )
+    return tuple(_checked(nudge, row) for row in rows)
 
 
 def _checked(nudge: Nudge, row: Any) -> Phase:

@@ -43,13 +43,15 @@ def asked_for(layers: Any) -> Asked:
     """
     if isinstance(layers, str):
         raise ConfigurationError(f"layers={layers!r}: expected a list of names; write layers=[{layers!r}].")
-    if callable(layers) and not isinstance(layers, type):
+    if callable(layers) and not isinstance(layers, type | nn.Module):
         return Asked(matches=layers)
     parts = layers if isinstance(layers, list | tuple | set | frozenset) else (layers,)
     names = tuple(str(part) for part in parts if isinstance(part, str))
     kinds = tuple(part for part in parts if isinstance(part, type))
     if len(names) + len(kinds) < len(parts):
         wanted = "a list of names of modules, a type of modules or a tuple of them, a function of a module, or None"
+        if given := [type(part).__name__ for part in parts if isinstance(part, nn.Module)]:
+            wanted += f"; not a module itself: give its name, or its type, layers=nn.{given[0]}"
         checked.refuse("", "layers", layers, wanted)
     return Asked(names, kinds)
 

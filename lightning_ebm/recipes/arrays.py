@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_ebm import checked
 from lightning_ebm.recipes.sources import Split
 
 Batch = tuple[Tensor, Tensor]
@@ -56,6 +57,12 @@ def _augmented(x: Tensor, padding: int = 4) -> Tensor:
     return padded[torch.arange(size).reshape(-1, 1, 1, 1), torch.arange(x.shape[1]).reshape(1, -1, 1, 1), rows, columns]
 
 
+def check_loading(owner: object, batch_size: Any, eval_batch_size: Any, num_workers: Any) -> tuple[int, int]:
+    """The two sizes of batches, if they and the number of workers can be meant."""
+    checked.count(owner, "num_workers", num_workers, least=0)
+    return checked.count(owner, "batch_size", batch_size), checked.count(owner, "eval_batch_size", eval_batch_size)
+
+
 def whole(batch: Any) -> Any:
     return batch
 
@@ -89,9 +96,12 @@ class ArrayData(L.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        self.batch_size, self.eval_batch_size, self.validation = batch_size, eval_batch_size, validation
-        self.mean, self.std = torch.tensor(mean), torch.tensor(std)
-        self.drop_last, self.limit, self.num_workers = drop_last, limit, num_workers
+        self.batch_size, self.eval_batch_size = check_loading(self, batch_size, eval_batch_size, num_workers)
+        self.validation = checked.count(self, "validation", validation, least=0)
+        self.mean = torch.tensor([checked.number(self, "mean", m, "a number a channel") for m in mean])
+        self.std = torch.tensor([checked.number(self, "std", s, "a positive number a channel", above=0) for s in std])
+        self.limit = None if limit is None else checked.count(self, "limit", limit)
+        self.drop_last, self.num_workers = drop_last, num_workers
         self.parts: dict[str, Arrays] = {}
 
     @abstractmethod
@@ -105,6 +115,13 @@ class ArrayData(L.LightningDataModule):
         arrays = (torch.from_numpy(np.array(part)) for part in self.load())
         train_x, train_y, test_x, test_y = (t.float() if t.is_floating_point() else t for t in arrays)
         train_y, test_y = train_y.long(), test_y.long()
+        if self.validation >= len(train_y):
+            wanted = f"fewer than the {len(train_y)} training samples, so that some are left to train on"
+            checked.refuse(self, "validation", self.validation, wanted)
+        for name, given in (("mean", self.mean), ("std", self.std)):
+            if len(given) not in (1, train_x.shape[1]):
+                wanted = f"one number, or one for each of the {train_x.shape[1]} channels"
+                checked.refuse(self, name, [round(v, 6) for v in given.tolist()], wanted)
         order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(0))
         held, kept = order[: self.validation], order[self.validation :].sort().values[: self.limit]
         scale = (self.mean, self.std)

@@ -11,8 +11,9 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_ebm import checked
 from lightning_ebm.recipes import mnist_1d
-from lightning_ebm.recipes.arrays import ArrayData, Batch
+from lightning_ebm.recipes.arrays import ArrayData, Batch, check_loading
 from lightning_ebm.recipes.sources import (
     IDX_NAMES,
     DataNotFoundError,
@@ -222,8 +223,8 @@ class TinyShakespeare(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.dir = Path(dir).expanduser()
-        self.batch_size, self.context, self.eval_batch_size = batch_size, context, eval_batch_size
-        self.num_workers = num_workers
+        self.batch_size, self.eval_batch_size = check_loading(self, batch_size, eval_batch_size, num_workers)
+        self.context, self.num_workers = checked.count(self, "context", context), num_workers
         self.vocabulary = ""
 
     def _found(self) -> Path | None:

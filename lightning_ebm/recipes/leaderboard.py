@@ -19,18 +19,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 import lightning_ebm as ebm
 from lightning_ebm.recipes import leaderboard_page, training
 from lightning_ebm.recipes.leaderboard_page import Row
-from lightning_ebm.recipes.options import check_names, nearest
+from lightning_ebm.recipes.options import check_kinds, check_names, nearest, read_mapping
 from lightning_ebm.recipes.sources import DataNotFoundError
 
 KEYS = (
     "algorithms", "networks", "data", "seeds", "fit", "reference", "monitor", "compare_every", "title", "text",
 )  # fmt: skip
+KINDS = {
+    "algorithms": list, "networks": dict, "data": dict, "seeds": list, "fit": dict, "reference": str, "monitor": str,
+    "compare_every": int, "title": str, "text": str,
+}  # fmt: skip
 OF_NETWORK = ("net", "on", "without", "fit")
 
 
@@ -59,13 +62,14 @@ def read(path: Path, folders: Mapping[str, Path] | None = None) -> dict[str, Any
     Raises:
         ConfigurationError: it lacks a part, has one that nobody reads, or names what is not there.
     """
-    board = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(board, dict):
-        raise ebm.ConfigurationError(f"{path}: expected a mapping with {', '.join(KEYS)}.")
+    board = read_mapping(path, KEYS)
     _check(path, board, KEYS)
     lacking = [key for key in ("algorithms", "networks", "data") if not board.get(key)]
     if lacking:
         raise ebm.ConfigurationError(f"{path}: {' and '.join(lacking)} must name at least one each.")
+    check_kinds(f"{path}: ", board, KINDS)
+    for group in ("networks", "data"):
+        check_kinds(f"{path}: {group}.", board[group], dict.fromkeys(board[group], dict))
     for name, entry in board["networks"].items():
         if "class_path" not in entry:
             _check(path, entry, OF_NETWORK, f"networks.{name}.")

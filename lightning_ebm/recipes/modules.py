@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,7 +44,11 @@ class _Trained(L.LightningModule):
         self.optimizer, self.schedule, self.layer_rates = optimizer, schedule, layer_rates
 
     def configure_optimizers(self) -> Any:
-        optimizer: Optimizer = self.optimizer(self.parameters() if self.layer_rates is None else self._groups())
+        parameters = self.parameters() if self.layer_rates is None else self._groups()
+        try:
+            optimizer: Optimizer = self.optimizer(parameters)
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(f"The optimizer could not be built: {error}") from error
         if self.schedule == "constant":
             return optimizer
         total, factor = int(self.trainer.estimated_stepping_batches), SCHEDULES[self.schedule]
@@ -56,7 +61,9 @@ class _Trained(L.LightningModule):
         own = [list(module.parameters(recurse=False)) for module in self.modules()]
         layers = [parameters for parameters in own if parameters]
         if len(layers) != len(rates):
-            raise ValueError(f"layer_rates has {len(rates)} entries, and {len(layers)} modules have parameters.")
+            raise MisconfigurationException(
+                f"layer_rates has {len(rates)} entries, and {len(layers)} modules have parameters."
+            )
         return [{"params": parameters, "lr": rate} for parameters, rate in zip(layers, rates, strict=True)]
 
 

@@ -1,5 +1,6 @@
 """Networks of published experiments, as plain modules. Nothing here knows how they will be trained."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -25,6 +26,13 @@ def activation(name: str) -> nn.Module:
     return nn.Hardtanh(0, 1) if made is None else made()
 
 
+def check_sizes(**sizes: int | Sequence[int]) -> None:
+    """Refuses what torch makes an empty layer of, or has no words for."""
+    for name, given in sizes.items():
+        if not all(size >= 1 for size in (given if isinstance(given, Sequence) else [given])):
+            raise ValueError(f"{name}={given}: expected whole numbers of at least 1.")
+
+
 class MLP(nn.Sequential):
     """A multilayer perceptron; inputs are flattened.
 
@@ -40,6 +48,9 @@ class MLP(nn.Sequential):
         activation: str = "relu",
         output_activation: str | None = None,
     ) -> None:
+        check_sizes(widths=widths)
+        if len(widths) < 2:
+            raise ValueError(f"widths={widths}: expected the inputs, units of each hidden layer, and the outputs.")
         layers: list[nn.Module] = [nn.Flatten()]
         for fan_in, fan_out in pairwise(widths):
             layers += [nn.Linear(fan_in, fan_out), _activation(activation)]
@@ -60,6 +71,7 @@ class MNIST1DConv(nn.Sequential):
     """
 
     def __init__(self, channels: int = 25) -> None:
+        check_sizes(channels=channels)
         super().__init__(
             nn.Conv1d(1, channels, 5, stride=2, padding=1),
             nn.ReLU(),
@@ -89,12 +101,15 @@ class ConvNet(nn.Sequential):
         activation: str = "relu",
         pool: Literal["max", "mean"] = "max",
     ) -> None:
+        check_sizes(channels=channels, side=side)
         pooled = nn.MaxPool2d if pool == "max" else nn.AvgPool2d
         blocks = [
             nn.Sequential(nn.Conv2d(c, d, 3, padding=1), _activation(activation), pooled(2))
             for c, d in pairwise(channels)
         ]
         left = side // 2 ** len(blocks)
+        if not left:
+            raise ValueError(f"side={side}: {len(blocks)} poolings by two leave no pixel. Take fewer channels=...")
         super().__init__(*blocks, nn.Flatten(), nn.Linear(channels[-1] * left * left, 10))
 
 
@@ -125,6 +140,7 @@ class HopfieldConv(nn.Sequential):
     """
 
     def __init__(self, channels: tuple[int, ...] = (128, 256, 512, 512)) -> None:
+        check_sizes(channels=channels)
         layers: list[nn.Module] = []
         for index, (c, d) in enumerate(pairwise((3, *channels))):
             padding = 1 if index < len(channels) - 1 else 0
@@ -162,6 +178,7 @@ class ResNet(nn.Sequential):
     """
 
     def __init__(self, inputs: int = 1, width: int = 16, blocks: tuple[int, ...] = (1, 1, 1)) -> None:
+        check_sizes(inputs=inputs, width=width, blocks=blocks)
         stem = nn.Sequential(nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         stages, before = [], width
         for stage, count in enumerate(blocks):
@@ -187,6 +204,9 @@ class Attention(nn.Module):
     """A pre-norm block of attention, causal or not, and a perceptron."""
 
     def __init__(self, width: int, heads: int, causal: bool = True) -> None:
+        check_sizes(width=width, heads=heads)
+        if width % heads:
+            raise ValueError(f"width={width}: expected a multiple of heads={heads}, which share it.")
         super().__init__()
         self.heads, self.causal = heads, causal
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -214,6 +234,7 @@ class CharTransformer(nn.Module):
     def __init__(
         self, vocabulary: int = 65, context: int = 64, width: int = 64, depth: int = 2, heads: int = 4
     ) -> None:
+        check_sizes(vocabulary=vocabulary, context=context, width=width, depth=depth)
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(nn.init.normal_(self.embedding.weight.new_empty(context, width), std=0.02))
@@ -243,6 +264,7 @@ class ViT(nn.Module):
     def __init__(
         self, inputs: int = 1, side: int = 28, patch: int = 7, width: int = 32, depth: int = 4, heads: int = 4
     ) -> None:
+        check_sizes(inputs=inputs, side=side, patch=patch, width=width, depth=depth)
         super().__init__()
         self.patches = nn.Conv2d(inputs, width, patch, patch)
         self.position = nn.Parameter(
@@ -268,6 +290,7 @@ class HopfieldMNIST(nn.Sequential):
     """
 
     def __init__(self, channels: tuple[int, int] = (32, 64), output_activation: str | None = "clip") -> None:
+        check_sizes(channels=channels)
         layers: list[nn.Module] = []
         for c, d in pairwise((1, *channels)):
             layers += [nn.Conv2d(c, d, 5), nn.MaxPool2d(2), _activation("clip")]

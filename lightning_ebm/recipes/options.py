@@ -4,15 +4,17 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
 import torch
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 import lightning_ebm as ebm
+from lightning_ebm import checked
 from lightning_ebm.recipes import data, modules, nets
 
 __all__ = ["Parser", "check_names"]
@@ -93,6 +95,33 @@ def _listing(names: Sequence[str]) -> str:
     return f"There are: {', '.join(names)}." if len(names) < 30 else ""
 
 
+def read_mapping(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """A YAML file of keys and values.
+
+    Raises:
+        ConfigurationError: it is something else.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ebm.ConfigurationError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise ebm.ConfigurationError(f"{path}: expected a mapping with {', '.join(keys)}.")
+    return found
+
+
+def check_kinds(where: str, found: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    """Values must be of the kinds that their keys have, where they are given.
+
+    Raises:
+        ConfigurationError: one is not.
+    """
+    for key, kind in kinds.items():
+        if key in found and (not isinstance(found[key], kind) or isinstance(found[key], bool)):
+            word = "a mapping" if kind is dict else _plain(f"{kind}")
+            raise ebm.ConfigurationError(f"{where}{key}={checked.shown(found[key])}: expected {word}.")
+
+
 class Parser(LightningArgumentParser):
     """Lightning's, whose errors are one line instead of its usage and a tree of types."""
 
@@ -104,7 +133,10 @@ class Parser(LightningArgumentParser):
     def _in_words(self, message: str) -> str:
         own = [option.lstrip("-") for action in self._actions for option in action.option_strings]
         if message.startswith("unrecognized arguments: "):
-            word = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0].lstrip("-")
+            given = message.removeprefix("unrecognized arguments: ").split()[0]
+            if not given.startswith("-"):
+                return f"{given!r} stands alone: settings are written --name value, or name=value."
+            word = given.partition("=")[0].lstrip("-")
             for parser in getattr(self._subcommands_action, "_name_parser_map", {}).values():
                 own += [option.lstrip("-") for action in parser._actions for option in action.option_strings]
             own += [option.lstrip("-") for option in kinds()]
@@ -127,6 +159,11 @@ class Parser(LightningArgumentParser):
                 f"{option}.{name} {value}: no class is named that has this setting. Name it first: {option} CLASS"
                 f" {option}.{name} {value}. {_listing(list(kinds().get(option, ())))}"
             )
+        if found := re.search(r"NestedArg\(key='([\w.]+)', val=(.*?)\)\W", f"{message} "):
+            key = re.search(r'Parser key "([\w.]+)"', message)
+            option, name, value = f"--{key[1]}" if key else "It", found[1], found[2].strip("'\"")
+            own_option = f" Write --{name} {value}." if f"--{name.partition('.')[0]}" in kinds() else ""
+            return f"{option} is one value, and has no setting {name!r}.{own_option}"
         return self._of_a_value(message)
 
     def _of_a_value(self, message: str) -> str:
@@ -137,6 +174,8 @@ class Parser(LightningArgumentParser):
         if key and value and plain and len(plain) == len(expected):
             write = f' Write {key[1]}="[{value[1]}]".' if _PLAIN["<class 'list'>"] in plain else ""
             return f"{key[1]}={value[1]}: expected {' or '.join(plain)}.{write}"
+        if key and value and "Expected a dot import path string" in message:
+            return f"{key[1]}={value[1]}: expected a number, or a class by its path, my_package.MyClass."
         useful = [line for line in message.splitlines() if not _NOISE.search(line)]
         return " ".join(" ".join(useful).split())
 

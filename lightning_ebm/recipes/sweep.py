@@ -22,11 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.recipes.options import check_kinds, read_mapping
 
 DISTRIBUTIONS = ("uniform", "int_uniform", "log_uniform_values", "q_uniform", "q_log_uniform_values")
 
@@ -39,6 +39,7 @@ def flat(parameters: dict[str, Any], prefix: str = "") -> dict[str, dict[str, An
     """Nested parameters by their dotted names."""
     found: dict[str, dict[str, Any]] = {}
     for name, spec in parameters.items():
+        check_kinds("parameters: ", {name: spec}, {name: dict})
         if "parameters" in spec:
             found |= flat(spec["parameters"], f"{prefix}{name}.")
         else:
@@ -128,7 +129,12 @@ def main(
         wandb: offline, online or off, for every trial.
         root: folder of results; a trial whose result is there already is not run again.
     """
-    sweep = yaml.safe_load(file.read_text())
+    sweep = read_mapping(file, ("method", "metric", "parameters", "command"))
+    check_kinds(f"{file}: ", sweep, {"metric": dict, "parameters": dict, "command": list})
+    if "name" not in sweep.get("metric", {}):
+        raise SweepError(f"{file}: expected metric: {{name: ...}}, the figure that trials are ranked by.")
+    if not sweep.get("parameters"):
+        raise SweepError(f"{file}: expected parameters, of which trials are made.")
     metric, goal = sweep["metric"]["name"], sweep["metric"].get("goal", "minimize")
     folder = (root / file.stem).resolve()
     console = Console()

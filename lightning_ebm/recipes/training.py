@@ -26,6 +26,7 @@ from lightning.pytorch.strategies import Strategy, StrategyRegistry
 from rich.console import Console
 
 import lightning_ebm as ebm
+from lightning_ebm import checked
 from lightning_ebm.callbacks.run_file import RunFile
 from lightning_ebm.recipes import data, modules, nets  # noqa: F401  # so that their classes have short names
 from lightning_ebm.recipes.options import Parser, check_names
@@ -40,7 +41,7 @@ def algorithm_of(
     relaxer: ebm.Relaxer | Literal["auto"] | None = None,
     free_relaxer: ebm.Relaxer | None = None,
     update: str | ebm.Update | None = None,
-    initial_state: Literal["forward", "zeros"] | None = None,
+    initial_state: Literal["forward", "zeros", "last-visit"] | None = None,
 ) -> ebm.Algorithm | None:
     """What replaces backprop.
 
@@ -55,13 +56,9 @@ def algorithm_of(
         initial_state: replaces the preset's.
     """
     parts = {
-        "energy": energy,
-        "nudge": nudge,
-        "relaxer": relaxer,
-        "free_relaxer": free_relaxer,
-        "update": update,
+        "energy": energy, "nudge": nudge, "relaxer": relaxer, "free_relaxer": free_relaxer, "update": update,
         "initial_state": initial_state,
-    }
+    }  # fmt: skip
     given = {name: part for name, part in parts.items() if part is not None}
     if algorithm is None:
         if given:
@@ -227,6 +224,12 @@ class CLI(LightningCLI):
         super().add_core_arguments_to_parser(parser)
         parser.set_defaults({"trainer.enable_checkpointing": False, "trainer.num_sanity_val_steps": 0})
 
+    def _set_seed(self) -> None:
+        """Lightning's, of a seed that NumPy takes, whose are the smallest."""
+        if not isinstance(seed := self._get(self.config, "seed_everything"), bool | None):
+            checked.count("", "--seed_everything", seed, least=0, most=2**32 - 1)
+        super()._set_seed()
+
     def instantiate_classes(self) -> None:
         """As Lightning's; what a class says of its arguments is the message, not where in the parser it was said."""
         try:
@@ -242,7 +245,7 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The Trainer with the strategy, the logger and the record that the flags ask for."""
         chosen = self.config_init[self.subcommand] if self.subcommand else self.config_init
-        torch.set_num_threads(chosen.threads)
+        torch.set_num_threads(checked.count("", "--threads", chosen.threads))
         name = chosen.name or chosen.algorithm or "backprop"
         trainer = chosen.trainer
         root = Path(trainer.default_root_dir or Path("runs") / name)

@@ -18,11 +18,13 @@ from lightning_ebm.evaluations import Evaluation, Forces, Landscape
 from lightning_ebm.evaluations.of_slope import SlopeEvaluation
 from lightning_ebm.nudges import Nudge
 from lightning_ebm.part import Part
+from lightning_ebm.promises import is_kept
 
 if TYPE_CHECKING:
     from lightning_ebm.updates.base import Update
 
 Status = Literal["converged", "kink", "stalled", "max_steps", "fixed"]
+Coordinates = Literal["states", "errors"]
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Relaxation:
     """
 
     point: list[Tensor]
-    coordinates: Literal["states", "errors"]
+    coordinates: Coordinates
     status: Status
     steps: int
     residual: Tensor
@@ -199,6 +201,21 @@ class Relaxer(Part, ABC):
         raise ConfigurationError(
             f"{type(self).__name__} does not move one step at a time, as an incremental update needs. Take"
             " ebm.GradientDescent(lr, max_steps) or ebm.StateOptimizer(torch.optim.SGD, max_steps=..., lr=...)."
+        )
+
+
+def check_single_steps(relaxer: Relaxer) -> None:
+    """Refuses single steps that are those of another relaxer.
+
+    Raises:
+        ConfigurationError: a subclass overrides `relax` and inherits the `stepper` that belonged to its parent's.
+    """
+    if not is_kept(relaxer, "stepper", "relax"):
+        name = type(relaxer).__name__
+        raise ConfigurationError(
+            f"{name} overrides relax and inherits stepper, whose single moves are its parent's: an incremental update"
+            f" takes those alone, and would never see {name}'s. Write {name}.stepper too, or say that they are the"
+            f" same, stepper = {type(relaxer).__base__.__name__}.stepper."  # type: ignore[union-attr]
         )
 
 

@@ -113,6 +113,8 @@ class Feedback(Wrapper):
         self._due = self._follow(names, weights) or self._due
         return _FedBack(landscape, WithFeedback, [self.operators[name] for name in names])
 
+    stepper = Wrapper.stepper  # single steps are taken on the network that `around` gives
+
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: Any) -> Relaxation:
         front = self.in_front(landscape)
         if self._due and self.rule.homeostasis:
@@ -172,6 +174,10 @@ class Feedback(Wrapper):
         """The operators, and the weights that they have followed so far."""
         own = {"operators": dict(self.operators), "weights": dict(self._weights), "steps": self._steps}
         return {"relaxer": super().state_dict(), **own}
+
+    @property
+    def kind(self) -> str:
+        return f"{super().kind} by {type(self.rule).__name__}"
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from there."""

@@ -55,6 +55,8 @@ class Noisy(Wrapper):
         forces: Change | None = (lambda g: g + self.forces * _size(g) * self._drawn(g)) if self.forces else None
         return landscape if states is None and forces is None else Device(landscape, states, forces)
 
+    stepper = Wrapper.stepper  # single steps are taken on the network that `around` gives
+
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: Any) -> Relaxation:
         if self.nudge and strength:
             strength = strength * (1 + self.nudge * float(self._drawn(start[0].new_zeros(()))))

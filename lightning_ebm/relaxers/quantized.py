@@ -65,6 +65,8 @@ class Quantized(Wrapper):
         forces = self._grid(self.forces, self.forces_range)
         return landscape if states is None and forces is None else Device(landscape, states, forces)
 
+    stepper = Wrapper.stepper  # single steps are taken on the network that `around` gives
+
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: Any) -> Relaxation:
         states = self._grid(self.states, self.states_range)
         if states is None:

@@ -12,7 +12,7 @@ from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.evaluations import Landscape
 from lightning_ebm.evaluations.of_slope import SlopeEvaluation
 from lightning_ebm.nudges import Nudge
-from lightning_ebm.relaxers.base import Relaxation, Relaxer, Stepper
+from lightning_ebm.relaxers.base import Relaxation, Relaxer, Stepper, check_single_steps
 
 
 class Wrapper(Relaxer):
@@ -91,6 +91,10 @@ class Wrapper(Relaxer):
     def relax(self, landscape: Landscape, start: Sequence[Tensor], strength: Any) -> Relaxation:
         return self.relaxer.relax(self.in_front(landscape), start, strength)
 
+    @property
+    def kind(self) -> str:
+        return f"{type(self).__name__} of {self.relaxer.kind}"
+
     def state_dict(self) -> dict[str, Any]:
         """What it carries from one step to the next, for a checkpoint."""
         return self.relaxer.state_dict()
@@ -100,4 +104,5 @@ class Wrapper(Relaxer):
         self.relaxer.load_state_dict(state)
 
     def stepper(self, start: Sequence[Tensor]) -> Stepper:
+        check_single_steps(self.relaxer)
         return self.relaxer.stepper(start)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from lightning_ebm import notebook
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.reports.advice import verdict
+from lightning_ebm.reports.records import read_records
 
 FILE_NAME = "ebm.jsonl"
 """Written by this library's callbacks, beside the logger's own files."""
@@ -133,7 +134,7 @@ def read(path: str | Path) -> Run:
     directory = _newest(Path(path))
     inside = directory / "files"
     home = inside if (inside / FILE_NAME).exists() else directory
-    records = _records(home / FILE_NAME)
+    records = read_records(home / FILE_NAME)
     written = sorted([*directory.glob("run-*.wandb"), *directory.parent.glob("run-*.wandb")])
     if (table := home / "metrics.csv").exists():
         return Run(directory, _by_step(_rows_of_csv(table)), records)
@@ -176,23 +177,17 @@ def _angle(cosine: float | None) -> float | None:
     return None if cosine is None else math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text().splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # the last line of a run that was killed while writing it
-    return found
-
-
 def _rows_of_csv(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
-    with path.open() as file:
-        for row in csv.DictReader(file):
-            if row.get("step"):
-                yield int(float(row["step"])), {key: value for key, value in row.items() if value and key != "step"}
+    """Its rows; what was cut off in writing is not told from a whole row, and one without a step is left out."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if row.get("step"):
+                    yield int(float(row["step"])), {key: value for key, value in row.items() if value and key != "step"}
+    except (ValueError, csv.Error) as error:  # also what is no text
+        raise ConfigurationError(
+            f"{path} is no table of CSVLogger, or damaged: {error}. Without it the page is made of {FILE_NAME}."
+        ) from error
 
 
 def _rows_of_wandb(directory: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:

@@ -6,16 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.evaluations import Energy, Landscape
-from lightning_ebm.network.clamp import resolved
+from lightning_ebm.network.clamp import refuse_unknown, resolved
 from lightning_ebm.network.clamped_states import ClampedStates, Hold
 from lightning_ebm.network.network import Network
 from lightning_ebm.nudges import Phase
+from lightning_ebm.promises import is_kept
 from lightning_ebm.relaxers import Relaxation, Relaxer
 from lightning_ebm.relaxers.base import Status
+from lightning_ebm.step.handed_over import Relaxing, unwritten
 from lightning_ebm.step.report import PhaseReport
 from lightning_ebm.step.setup import Setup
 from lightning_ebm.updates import End
@@ -46,8 +47,10 @@ class Phases:
         self._unsettled = setup.unsettled
         self._batch = batch
         self.network = network
+        self._relaxing = Relaxing(network)
         self.landscape: Landscape = network
         self.clamped: ClampedStates | None = None
+        refuse_unknown("free", setup.free, network)
         if setup.clamp is not None:
             self.landscape = self.clamped = ClampedStates(network, resolved(setup.clamp, network))
         if setup.observer is not None:
@@ -66,8 +69,13 @@ class Phases:
         if self._memory is not None:
             names = self._memory.names(self._batch, self.network.batch_size)
             start = self._memory.recall(names, start)
-        self.free = self._in_states(free_equilibrium(self.landscape, self._algorithm, start))
-        self._look_at(self.free, self._algorithm.free_relaxer or self._algorithm.relaxer, 0.0)
+        relaxer = self._algorithm.free_relaxer or self._algorithm.relaxer
+        self.landscape.begin([0.0])
+        if self._algorithm.initial_state == "zeros":
+            start = [torch.zeros_like(x) for x in start]
+        start = self.landscape.feasible(list(start))
+        self.free = self._in_states(self._relaxing.one(relaxer, self.landscape, 0.0, start))
+        self._look_at(self.free, relaxer, 0.0)
         self.network.rest_at(self.free.point)
         if answered or self._memory is not None:
             self.network.questions.answered()
@@ -90,11 +98,9 @@ class Phases:
         """Lets the nudge look at this batch before its table is asked for."""
 
         def trial(phase: Phase) -> str:
-            relaxer: Any = self._algorithm.relaxer
             try:
-                with torch.no_grad():
-                    found = relaxer.relax(self.landscape.unwatched, self.network.equilibrium, phase.strength)
-                    self.network.questions.answered()
+                found = self._relaxing.one(self._algorithm.relaxer, self.landscape.unwatched, phase.strength)
+                self.network.questions.answered()
             except RelaxationDivergedError:
                 return "diverged"
             return self._ended([End(phase, found)])[0]
@@ -115,8 +121,8 @@ class Phases:
             return free
         start = self._held(self.network.free) if free is None else free.point
         self.landscape.begin([strength])
+        found = self._relaxing.one(self._algorithm.relaxer, self.landscape, strength, start)
         with torch.no_grad():
-            found = self._algorithm.relaxer.relax(self.landscape, start, strength)
             self.network.questions.answered()
             return self._in_states(found)
 
@@ -197,20 +203,20 @@ class Phases:
     def _together(self, table: Sequence[Phase]) -> dict[Phase, Relaxation]:
         """The phases, in real numbers, that one choice of a relaxer is made for."""
         phases = [p for p in table if p.strength and not p.held and not p.is_complex]
-        if len(phases) < 2 or not self._algorithm.relaxer.decides_together:
+        relaxer = self._algorithm.relaxer
+        if len(phases) < 2 or not relaxer.decides_together or not is_kept(relaxer, "relax_all", "relax"):
             return {}
         strengths = [phase.strength for phase in phases]
         self.landscape.begin(strengths)
-        with torch.no_grad():
-            found = self._algorithm.relaxer.relax_all(self.landscape, self.network.equilibrium, strengths)
+        found = self._relaxing.all(relaxer, self.landscape, strengths)
         if self.clamped is not None:
             found = [self.clamped.in_states(one) for one in found]
         return dict(zip(phases, found, strict=True))
 
     def _nudged(self, phase: Phase) -> Relaxation:
-        relaxer: Any = self._algorithm.relaxer  # whose strength may be complex where the parts fit
+        relaxer = self._algorithm.relaxer
         if not phase.held:  # the start is not held here: the network may let go of it on the way
-            found: Relaxation = relaxer.relax(self.landscape, self.network.equilibrium, phase.strength)
+            found = self._relaxing.one(relaxer, self.landscape, phase.strength)
             if self.landscape is not self.network and found.local_error is not None:
                 tuple(found.local_error)  # whoever watches is shown them at once
             if not phase.is_complex:
@@ -224,8 +230,7 @@ class Phases:
         for k in self.network.outputs:
             point[k] = self._held_output(start[k], slopes[k], phase.strength.real)
         holds = {k: Hold(point[k]) for k in self.network.outputs}
-        found = relaxer.relax(ClampedStates(self.landscape, holds), point, 0.0)
-        return found
+        return self._relaxing.one(relaxer, ClampedStates(self.landscape, holds), 0.0, point)
 
     def _look_at(self, found: Relaxation, relaxer: Relaxer, strength: float) -> None:
         """Whether sweeps that were cut off have an equilibrium to come to; a divergence energy always has one."""
@@ -238,7 +243,8 @@ class Phases:
 
     def _held_output(self, free: Tensor, slope: Tensor, strength: float) -> Tensor:
         nudge = self._algorithm.nudge
-        held = nudge.held_output(free, slope, strength, self._batch)
+        with unwritten(nudge, "held_output", [free, slope]):
+            held = nudge.held_output(free, slope, strength, self._batch)
         if not isinstance(held, Tensor) or held.shape != free.shape:
             got = tuple(held.shape) if isinstance(held, Tensor) else type(held).__name__
             raise ConfigurationError(
@@ -252,12 +258,3 @@ def _in_a_word(status: Status, left: float, to_gain: float) -> str:
     if left < _LEFT:
         return "absorbed"
     return "level" if status == "max_steps" and to_gain <= _LEVEL else status
-
-
-def free_equilibrium(landscape: Landscape, algorithm: Algorithm, start: Sequence[Tensor]) -> Relaxation:
-    """argmin_x I, as far as the algorithm's relaxer goes, from `start` or from zeros as the algorithm says."""
-    landscape.begin([0.0])
-    if algorithm.initial_state == "zeros":
-        start = [torch.zeros_like(x) for x in start]
-    with torch.no_grad():
-        return (algorithm.free_relaxer or algorithm.relaxer).relax(landscape, landscape.feasible(list(start)), 0.0)

@@ -45,6 +45,7 @@ class Setup:
         code: whether evaluations of programs that come again run as code, "traced" or "compiled".
         memory: of the states that samples were left in; None starts all from the forward pass.
         clamp: by the name of a layer, what its units are held at in every phase; None holds nothing.
+        free: names of layers without a term of their own.
         observer: put in the network's place before anything relaxes on it, to watch.
         unsettled: looks at sweeps that were cut off.
     """
@@ -60,6 +61,7 @@ class Setup:
     memory: StateMemory | None = None
     observer: Observer | None = None
     clamp: Clamp | None = None
+    free: Sequence[str] = ()
     unsettled: Unsettled = field(default_factory=Unsettled)
 
     def apart(self) -> "Setup":
@@ -87,7 +89,8 @@ def check_options(layers: Any, output: Any, loss_reduction: Any, capture: Any, c
     )
     checked.choice("", "loss_reduction", loss_reduction, ("mean", "sum"), why)
     checked.flag("", "capture", capture)
-    checked.flag("", "compile", compile)
+    if checked.flag("", "compile", compile) and not capture:
+        checked.refuse("", "compile", compile, "False beside capture=False: what is compiled is the code of capture")
 
 
 def output_for(algorithm: Algorithm, output: Output) -> Output:

@@ -33,6 +33,7 @@ from lightning_ebm.step.arithmetic import Arithmetic
 from lightning_ebm.step.blame import spoils
 from lightning_ebm.step.closure import Closure, check_closure, checked_loss, is_number
 from lightning_ebm.step.coverage import check_coverage
+from lightning_ebm.step.handed_over import held_by
 from lightning_ebm.step.increments import increments
 from lightning_ebm.step.phases import Phases
 from lightning_ebm.step.quiet_pass import run_quietly
@@ -399,7 +400,7 @@ class Step:
         setup.remember(list(network.names), phases.reports(), network.first_loss, network.runs_as)
 
         def read(ends: Sequence[End]) -> Tensor:
-            self.held = algorithm.rule.hold(network, ends)
+            self.held = held_by(algorithm.rule, network, ends)
             return network.update(algorithm.rule, self.held, scale)
 
         drawn = samples_of(phases.ends)

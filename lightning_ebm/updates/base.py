@@ -5,10 +5,11 @@ Letters: x_l state of layer l, mu_l its prediction, e_l = x_l - mu_l, Pi_l preci
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
+from lightning_ebm import checked
 from lightning_ebm.energies import Energy
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.nudges import Nudge, Phase
@@ -151,6 +152,27 @@ class Update(Part, ABC):
             ends: what `hold` returned: strengths, weights, states and errors. A number that depends on how a phase
                 went, such as its residual, is to be worked out in `hold`.
         """
+
+
+def terms_read(update: Update, network: "Network", ends: Sequence[End]) -> Sequence[Term]:
+    """`Update.read`.
+
+    Raises:
+        ConfigurationError: what it returns are no terms.
+    """
+    found: Any = update.read(network, ends)
+    terms = found if isinstance(found, list | tuple) else []
+    if not terms or not all(map(_is_term, terms)):
+        raise ConfigurationError(
+            f"{type(update).__name__}.read returned {checked.shown(found)}; expected a list of terms, an output that"
+            " autograd can differentiate and its seed in the same shape each, such as network.terms_of(ends)."
+        )
+    return terms
+
+
+def _is_term(one: Any) -> bool:
+    pair = isinstance(one, tuple) and len(one) == 2 and all(isinstance(x, Tensor) for x in one)
+    return pair and one[0].shape == one[1].shape
 
 
 def is_linear(update: Update) -> bool:

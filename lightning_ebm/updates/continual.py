@@ -7,6 +7,7 @@ from lightning_ebm.energies import Energy
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.nudges import Nudge
 from lightning_ebm.relaxers import Relaxer
+from lightning_ebm.relaxers.base import check_single_steps
 from lightning_ebm.updates.base import End
 from lightning_ebm.updates.contrast import Contrast
 from lightning_ebm.updates.incremental import pulls_once
@@ -39,6 +40,7 @@ class Continual(Contrast):
                 ' nudge and a relaxer that takes a number of steps, ebm.FixedPoint(max_steps, order="synchronous") or'
                 " ebm.GradientDescent(lr, max_steps)."
             )
+        check_single_steps(relaxer)
 
     def part(self, before: End, after: End) -> Sequence[End]:
         weight = after.weight

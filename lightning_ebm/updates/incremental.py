@@ -9,6 +9,7 @@ from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.nudges import Nudge
 from lightning_ebm.nudges.base import table_of, without_draw
 from lightning_ebm.relaxers import Relaxer
+from lightning_ebm.relaxers.base import check_single_steps
 from lightning_ebm.updates.base import End
 from lightning_ebm.updates.contrast import Contrast
 
@@ -36,6 +37,7 @@ class Incremental(Contrast):
                 " energy such as ebm.PredictiveCoding(), an ebm.OneSided(...) nudge and a relaxer with a number of"
                 " steps, ebm.GradientDescent(lr, max_steps) or ebm.StateOptimizer(..., max_steps=...)."
             )
+        check_single_steps(relaxer)
 
     def part(self, before: End, after: End) -> Sequence[End]:
         return [before]
