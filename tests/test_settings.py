@@ -1,6 +1,7 @@
 """Code of formulas of one's own is reused as long as all that they read is what it was, wherever it stands."""
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import pytest
 import torch
@@ -65,6 +66,38 @@ class OfProperty(Global):
         return 0.5 * self.factor * (state - layer.prediction).square()
 
 
+elsewhere = ModuleType("elsewhere")
+elsewhere.factor = 1.0
+
+
+class OfModule(Global):
+    divergence = True
+
+    def layer_energy(self, state, layer):
+        return 0.5 * elsewhere.factor * (state - layer.prediction).square()
+
+
+class Options:
+    factor = 1.0
+
+
+class OfAnotherClass(Global):
+    divergence = True
+
+    def layer_energy(self, state, layer):
+        return 0.5 * Options.factor * (state - layer.prediction).square()
+
+
+class OfFunctionThatItHolds(Global):
+    divergence = True
+
+    def __init__(self):
+        self.factor = lambda: FACTOR
+
+    def layer_energy(self, state, layer):
+        return 0.5 * self.factor() * (state - layer.prediction).square()
+
+
 def caught():
     factor = 1.0
 
@@ -88,7 +121,11 @@ def learner(**parts):
     return ebm.Learner(net, ebm.Algorithm(**parts)), lambda: (net(x) - y).square().mean()
 
 
-@pytest.mark.parametrize("kind", [Global, Called, Inside, OfClass, OfMapping, OfProperty, "caught"], ids=str)
+NOT_COMPARED = OfModule, OfAnotherClass, OfFunctionThatItHolds
+KINDS = [Global, Called, Inside, OfClass, OfMapping, OfProperty, "caught", *NOT_COMPARED]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_an_energy_goes_on_with_what_its_names_stand_for_now(kind, monkeypatch):
     change = None
     if kind == "caught":
@@ -97,8 +134,10 @@ def test_an_energy_goes_on_with_what_its_names_stand_for_now(kind, monkeypatch):
     made, closure = learner(energy=kind(), relaxer=relaxer)
     for _ in range(3):
         made.gradients(closure)
-    assert made.report["kernels"].startswith("traced")
+    assert made.report["kernels"].startswith("plain" if kind in NOT_COMPARED else "traced")
     monkeypatch.setitem(globals(), "FACTOR", 3.0)
+    monkeypatch.setattr(elsewhere, "factor", 3.0)
+    monkeypatch.setattr(Options, "factor", 3.0)
     monkeypatch.setitem(HELD, "factor", 3.0)
     monkeypatch.setattr(OfClass, "factor", 3.0)
     if change is not None:

@@ -5,6 +5,7 @@ has caught. Code keeps the numbers that it was traced with, so that these are se
 """
 
 import dis
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
@@ -25,7 +26,7 @@ def settings_of(part: object) -> Key | None:
     """Of an energy, an update or an evaluation; None if they cannot be told."""
     try:
         held = ((name, _told(value)) for name, value in vars(part).items())
-        return (type(part), *held, *(_told(read()) for read in _read_by(type(part))))
+        return (type(part), *held, *(_told(read(), looked_into=True) for read in _read_by(type(part))))
     except (TypeError, ValueError):  # also of a name in a closure that nothing has been given yet
         return None
 
@@ -35,20 +36,27 @@ def is_own(part: object) -> bool:
     return bool(_read_by(type(part)))
 
 
-def _told(value: Any) -> Any:
+def _told(value: Any, looked_into: bool = False) -> Any:
     if isinstance(value, Tensor):
         return id(value), value._version
     if isinstance(value, Mapping):
         return tuple((name, _told(held)) for name, held in value.items())
     if isinstance(value, list | tuple):
         return tuple(map(_told, value))
-    if value is None or isinstance(value, _PLAIN):
+    if value is None or isinstance(value, int | float | complex | str | torch.dtype | BuiltinFunctionType):
+        return value
+    if looked_into and isinstance(value, FunctionType):
+        return value
+    # Attributes of the user's own modules and classes may be set at any time.
+    if isinstance(value, FunctionType | ModuleType | type) and _is_of_a_library(value):
         return value
     raise TypeError
 
 
-_PLAIN = (int, float, complex, str, torch.dtype, FunctionType, BuiltinFunctionType, ModuleType, type)
-"""Numbers and text; and what names stand for that does not change: the user's own functions are looked into."""
+def _is_of_a_library(value: FunctionType | ModuleType | type) -> bool:
+    name: str = value.__name__ if isinstance(value, ModuleType) else value.__module__
+    root = name.partition(".")[0]
+    return root in ("torch", "lightning_ebm") or root in sys.stdlib_module_names
 
 
 def _read_by(kind: type) -> list[Read]:
