@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from lightning_ebm.program.at_value import written_unseen
 from lightning_ebm.program.before import Before
+from lightning_ebm.program.collectives import NAMESPACES, collective
 from lightning_ebm.program.contents import Contents
-from lightning_ebm.program.custom_calls import collective, higher_order
+from lightning_ebm.program.custom_calls import higher_order
 from lightning_ebm.program.dispatch import DispatchMode
 from lightning_ebm.program.effects import Effects
 from lightning_ebm.program.following import Following
@@ -54,7 +55,6 @@ from lightning_ebm.program.torch_calls import TorchCalls
 TakesCare = Callable[[Tensor, dict[str, Any]], bool]
 """Told of a `backward` call, by the tensor and its options; answers whether it has done what the call was to do."""
 
-_COLLECTIVE = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})
 _ALIAS, _DETACH = torch.ops.aten.alias.default, torch.ops.aten.detach.default
 
 
@@ -130,8 +130,10 @@ class Recorder(DispatchMode):
             return True
         if self.contents.unseen_by_autograd(written):
             return True
-        if func.namespace in _COLLECTIVE:
-            if any(tensor.requires_grad for tensor in tensors_in((args, kwargs))):
+        if func.namespace in NAMESPACES:
+            # What those of c10d read has no slope in what they write.
+            through = written if func.namespace == "c10d" else tensors_in((args, kwargs))
+            if any(tensor.requires_grad for tensor in through):
                 raise collective(str(func))
             return True
         return False
