@@ -24,7 +24,7 @@ from lightning_ebm.network.passes import Passes, Run, Start
 from lightning_ebm.network.precomputed_gradient import slopes_of
 from lightning_ebm.network.samples import by_sample, squares_by_sample
 from lightning_ebm.network.top_down import Sent, signals
-from lightning_ebm.program.interpreter import at_least_float32, Pass
+from lightning_ebm.program.interpreter import Pass, at_least_float32
 from lightning_ebm.program.programs import Known
 from lightning_ebm.program.wiring import Plan
 from lightning_ebm.questions import Questions, runs_behind

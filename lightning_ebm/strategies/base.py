@@ -225,12 +225,12 @@ class EnergyStrategy(ObservedStrategy):
                     self._step.release()
                 return closure_loss.detach()
             assert self._step is not None
+            if recorder is not None and self._relaxes:
+                self._manual.gives(self._module, surrogate)  # before: afterwards FSDP has other tensors for parameters
             own = {"backward": partial(self._module_backward, surrogate, self._module.backward)}
             with _or_undone(self._step), shadowed(self._module, own), self._meanwhile:
                 self._kept = self._look_after(self._step, "on_before_backward")
                 loss = super().backward(surrogate, optimizer, *args, **kwargs)
-            if recorder is not None and self._relaxes:
-                self._manual.gives(self._module, surrogate)
         if self._increments is None:
             self._step.release()
         return loss
@@ -304,13 +304,21 @@ class EnergyStrategy(ObservedStrategy):
         loss, options["grad_tensors"] = weighted(loss, options.pop("gradient"))
         with manual.recorder.handing_over():
             step = self._begun(manual.recorder)
-            surrogate = step.surrogate(loss)
+            surrogate = self._handed(step.surrogate(loss), loss)
             self._print_layers()
             manual.gives(self._module, surrogate)
             with self._other.handing_over(surrogate):
                 torch.autograd.backward(surrogate, **options)
+            self._given()
             step.release()
         return True
+
+    def _handed(self, surrogate: Tensor, loss: Tensor) -> Tensor:
+        """What is differentiated for the gradient of a surrogate, which stands for the loss."""
+        return surrogate
+
+    def _given(self) -> None:
+        """A backward pass is over."""
 
     def _other_backward(self, loss: Tensor, options: dict[str, Any]) -> bool:
         return other_backward.within_step(self._accumulated(), loss, options)

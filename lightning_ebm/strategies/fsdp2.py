@@ -86,12 +86,17 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
         super().setup_environment()
 
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Lightning's own, with whole weights from here to the final backward."""
-        if self._relaxes:
-            self._reshard_after_passes(False)
-            for part in self._sharded:
-                part.unshard()
-        return super().training_step(*args, **kwargs)
+        """Lightning's own, with whole weights from every pass to its backward."""
+        if not self._relaxes:
+            return super().training_step(*args, **kwargs)
+        self._reshard_after_passes(False)
+        for part in self._sharded:
+            part.unshard()
+        output = super().training_step(*args, **kwargs)
+        if not self._module.automatic_optimization:  # else there is a backward to come
+            self._reshard()
+            self._reshard_after_passes(True)
+        return output
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """See `EnergyStrategy.backward`; when it is over, weights are shards again."""
@@ -99,35 +104,55 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
 
         def and_reshard(loss: Tensor, *args: Any, **kwargs: Any) -> None:
             backward(loss, *args, **kwargs)
-            while self._handles:
-                self._handles.pop().remove()
-            for part in self._sharded:  # not sooner: hooks before it may look at weights, and so may other phases
-                part.reshard()
-            self._reshard_after_passes(True)
+            self._given()
 
         with shadowed(self._module, {"backward": and_reshard}):
             return super().backward(closure_loss, optimizer, *args, **kwargs)
 
+    def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """See `EnergyStrategy.optimizer_step`; whole weights that a pass has left would be old when it is over."""
+        if self._relaxes and not self._module.automatic_optimization:
+            self._reshard()
+        return super().optimizer_step(optimizer, *args, **kwargs)
+
     def _surrogate(self, closure_loss: Tensor) -> Tensor:
-        """The user's own loss, whose backward pass tells FSDP when to reduce; updates replace its gradients."""
         surrogate = super()._surrogate(closure_loss)
         assert surrogate is not None  # no batch is skipped here
-        if not self._relaxes or surrogate is closure_loss:
+        return self._handed(surrogate, closure_loss)
+
+    def _handed(self, surrogate: Tensor, loss: Tensor) -> Tensor:
+        """The user's own loss, whose backward pass tells FSDP when to reduce; updates replace its gradients."""
+        if not self._relaxes or surrogate is loss:
             return surrogate
         leaves = graph_of([surrogate])[0]
         updates = torch.autograd.grad(surrogate, leaves, allow_unused=True)
+        factor = surrogate.detach().new_ones(())
+
+        def multiplied(by: Tensor) -> None:  # the loss, before it is differentiated: by a scaler, or the user
+            factor.copy_(by.reshape(()))
+
+        def instead(update: Tensor, gradient: Tensor) -> Tensor:
+            return update * factor
+
+        self._handles.append(loss.register_hook(multiplied))
         for leaf, update in zip(leaves, updates, strict=True):
             if update is not None:
-                self._handles.append(leaf.register_hook(partial(self._instead, update)))
-        return closure_loss
+                self._handles.append(leaf.register_hook(partial(instead, update)))
+        return loss
 
-    def _instead(self, update: Tensor, gradient: Tensor) -> Tensor:
-        scaler = self._scaler()
-        return update if scaler is None else update * scaler.get_scale()
+    def _given(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._reshard()  # not sooner: hooks before it may look at weights, and so may other phases
+        self._reshard_after_passes(self._module.automatic_optimization)
 
     @property
     def _sharded(self) -> list[FSDPModule]:
         return [part for part in self._module.modules() if isinstance(part, FSDPModule)]
+
+    def _reshard(self) -> None:
+        for part in self._sharded:
+            part.reshard()
 
     def _reshard_after_passes(self, reshard: bool) -> None:
         for part in self._sharded:
