@@ -62,11 +62,31 @@ def read_before(z):
     return before + contrast(z, others)
 
 
+def loss_reduced_in_place(z):  # autograd does not see it, and goes on from what is there
+    loss = z.square().mean()
+    others = torch.full((1,), 0.7, dtype=z.dtype)
+    dist.all_gather_into_tensor(loss.detach().view(1), others)
+    twice = 2 * loss
+    dist.all_gather_into_tensor(loss.detach().view(1), others + 1)
+    loss.detach().div_(2)
+    return (loss + twice).sin()
+
+
+def logged(z):
+    loss = z.square().mean()
+    with torch.no_grad():
+        dist.all_reduce(loss)
+    mean = loss.detach()
+    mean.div_(2)
+    return loss * (1 + mean)
+
+
 def differentiable_of_constants(z):
     return contrast(z, torch.cat(dist_functional.all_gather(z.detach())))
 
 
 IDIOMS = [into_zeros, into_views, with_own_slot, while_gradients_are_off, waited_for, read_before]
+IDIOMS += [loss_reduced_in_place, logged]
 
 
 @pytest.mark.parametrize("loss", [*IDIOMS, differentiable_of_constants], ids=lambda f: f.__name__)

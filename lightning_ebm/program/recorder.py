@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ebm.program.at_value import written_unseen
+from lightning_ebm.program.aliasing import counted_together, same_place
+from lightning_ebm.program.at_value import content_of, written_unseen
 from lightning_ebm.program.before import Before
 from lightning_ebm.program.collectives import NAMESPACES, collective
 from lightning_ebm.program.contents import Contents
@@ -145,7 +146,9 @@ class Recorder(DispatchMode):
         self.contents.about_to_write(written)
         result = func(*args, **kwargs)
         for tensor in written:
-            self.contents.constant_from_now(tensor)
+            computed = self.contents.computed_in(tensor) if func.namespace in NAMESPACES else []
+            self.contents.constant_from_now(tensor, but=computed)
+            self._by_others(computed, kind)
         if kind.random and isinstance(result, Tensor) and not written:
             self.following.drew(result)
         return result
@@ -230,22 +233,39 @@ class Recorder(DispatchMode):
     def _unseen(
         self, func: Any, kind: Traits, args: Any, kwargs: dict[str, Any], written: Sequence[Tensor]
     ) -> Tensor | None:
-        """A write, while gradients are off, to what was computed from parameters or states; None for any other."""
-        if torch.is_grad_enabled() or len(written) != 1 or kind.random or not (target := written[0]).requires_grad:
+        """A write that autograd does not see to what was computed from parameters or states; None for any other."""
+        if len(written) != 1 or kind.random or (functional := functional_form(func, kind)) is None:
             return None
-        value, functional = self.contents.known(target), functional_form(func, kind)
-        if value is None or value.node is None or functional is None or self.contents.others(target):
+        computed = self.contents.computed_in(written[0])
+        if len(computed) != 1 or not same_place(target := computed[0], written[0]):
+            return None
+        if torch.is_grad_enabled() if target is written[0] else not counted_together(written[0], target):
             return None
         given = (target, functional, *args[1:])
         node = self.following.operation(written_unseen, given, kwargs)
         new = None if node is not None else Node(written_unseen, self.seen(given), self.seen_by_name(kwargs))
         self.contents.about_to_write(written)
         result: Tensor = func(*args, **kwargs)
+        self.contents.constant_from_now(written[0], but=[target])
         if node is not None:
-            self._ended_again(node, kind, result)
+            self._ended_again(node, kind, target)
         elif new is not None:
-            self._ended(new, kind, [], result)
+            self._ended(new, kind, [], target)
         return result
+
+    def _by_others(self, computed: Sequence[Tensor], kind: Traits) -> None:
+        """Other ranks have written to what the pass has computed, or are about to: it keeps its slope.
+
+        So does a loss that is reduced for a logger, detached and not cloned.
+        """
+        for tensor in computed:
+            with self.pausing():
+                given = tensor, content_of, tensor.detach()
+            node = self.following.operation(written_unseen, given, {})
+            if node is not None:
+                self._ended_again(node, kind, tensor)
+            else:
+                self._ended(Node(written_unseen, self.seen(given), {}), kind, [], tensor)
 
     def _ended_again(self, node: Node, kind: Traits, result: Any, written: Sequence[Tensor] = ()) -> None:
         """An operation that was followed is over."""
