@@ -38,6 +38,7 @@ from lightning_ebm.program.layers import Output
 from lightning_ebm.program.programs import Programs
 from lightning_ebm.program.recorder import Recorder, TakesCare
 from lightning_ebm.program.seams import seams
+from lightning_ebm.program.sharded import refuse_shards
 from lightning_ebm.program.wiring import Plan
 from lightning_ebm.purity import build, untouched
 from lightning_ebm.relaxers import Relaxation, Relaxer
@@ -177,6 +178,7 @@ class Learner:
             )
         if clamp and fallback is not None:
             refuse_for_update(fallback)
+        self._refuse_shards()
         step, loss = self.begin(closure, clamp=clamp), torch.full((), math.nan)
         try:
             with step.first_pass(on_backward):
@@ -207,6 +209,7 @@ class Learner:
             closure: as for `backward`.
             clamp: as for `backward`.
         """
+        self._refuse_shards()
         with self._quiet():
             build(self.module, closure)
         with untouched(self.module), self._quiet(), torch.enable_grad():
@@ -316,6 +319,7 @@ class Learner:
         relaxer: Relaxer | Literal["auto"] | None,
     ) -> Iterator[tuple[Phases, Relaxation, bool]]:
         """Within it a network is at its equilibrium; afterwards the module is as it was."""
+        self._refuse_shards()
         with self._quiet():
             build(self.module, closure)
         setup = self._equilibrium_setup(clamp, free, strength != 0, relaxer)
@@ -369,6 +373,7 @@ class Learner:
                 torch.autograd.backward(self._scaled(surrogate))
                 optimizer.step()
             return loss
+        self._refuse_shards()
         step = self.begin(closure)
         with step.first_pass():
             loss = closure()
@@ -378,6 +383,10 @@ class Learner:
             torch.autograd.backward(self._scaled(surrogate))
             optimizer.step()
         return loss.detach()
+
+    def _refuse_shards(self) -> None:
+        if self._programs.latest is None and self.algorithm.rule.relaxes:  # else it has been looked at
+            refuse_shards(self.module)
 
     def _next(self, increments: Iterator[Tensor], step: Step) -> Tensor | None:
         try:

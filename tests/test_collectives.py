@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_functional
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 import lightning_ebm as ebm
@@ -151,3 +152,32 @@ def test_code_that_waits_for_other_ranks_is_refused_by_name(passing, monkeypatch
     monkeypatch.setattr(dist, "get_world_size", lambda *_: 2)
     with pytest.raises(ebm.UnsupportedModuleError, match=r"through a collective \(c10d::all.* in "):
         ebm.Learner(net, "predictive-coding").backward(lambda: passing(net(x)).square().mean())
+
+
+def wrapped(net):
+    return nn.parallel.DistributedDataParallel(net, static_graph=True)
+
+
+def wrapped_part(net):  # the learner has the module within
+    outer = wrapped(net)
+    net.outer = [outer]
+    return net
+
+
+def sharded(net):
+    for layer in (net[0], net[2]):
+        fully_shard(layer)
+    return fully_shard(net)
+
+
+@pytest.mark.parametrize("wrap", [wrapped, wrapped_part, sharded], ids=lambda f: f.__name__)
+def test_what_acts_in_the_backward_pass_of_the_loss_itself_is_refused(wrap):
+    """Learned wrong, in silence, or read weights that had been given back."""
+    net = wrap(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)))
+    run = net.outer[0] if hasattr(net, "outer") else net
+    x = torch.randn(6, 4)
+    for ask in ("backward", "gradients"):
+        with pytest.raises(ebm.ConfigurationError, match=r"static_graph=True|sharded"):
+            getattr(ebm.Learner(net, "zero-divergence"), ask)(lambda: run(x).square().mean())
+    ebm.Learner(net, "backprop").backward(lambda: run(x).square().mean())
+    assert all(p.grad is not None for p in net.parameters())

@@ -59,6 +59,7 @@ ORDER = [
         "not_recorded",
         "own_hooks",
         "pause",
+        "sharded",
         "torch_faults",
     },
     {"collectives"},

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_ebm.errors import UnsupportedModuleError
@@ -14,6 +15,7 @@ from lightning_ebm.program.named import named
 from lightning_ebm.program.operations import is_operator
 from lightning_ebm.program.random_draws import draws_and_computes
 from lightning_ebm.program.record import Node, Value, meta_of
+from lightning_ebm.program.sharded import refuse_static_graph
 from lightning_ebm.program.tensors import listed, tensors_in
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ def record_function(
             raise draws_and_computes(function.__name__)
         with recorder.pausing():
             return run(*args, **kwargs)
+    if function.__module__ == DistributedDataParallel.__module__:
+        refuse_static_graph(args)
     if function is CheckpointFunction:
         raise UnsupportedModuleError(
             "torch.utils.checkpoint with use_reentrant=True runs the layers where nothing can be recorded, so that"
