@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -62,7 +62,7 @@ class Learner:
     would have put into ``.grad``, under either reduction, so that a learning rate tuned for backprop carries over.
 
     Args:
-        module: any module; nothing of it is changed but `.grad`.
+        module: any module; nothing of it is changed but `.grad`. Under Fabric what `setup` returned, or what holds it.
         algorithm: a preset's name, see `algorithms()`, or an `Algorithm`; None is predictive coding at the largest
             strength up to 1 that the network bears: ``nudge="auto"``, to 1e-2, by 6 evaluations at most.
         layers: which calls carry states: None (those of activation modules, of repeated blocks, or of modules with
@@ -420,9 +420,21 @@ class Learner:
 
     def _scaled(self, surrogate: Tensor) -> Tensor:
         """Under Fabric with 16-bit floats, which divides gradients by its scale before the optimizer steps."""
-        precision = getattr(getattr(self.module, "_strategy", None), "precision", None)
-        scaler = getattr(precision, "scaler", None)
-        return surrogate if scaler is None else scaler.scale(surrogate)
+        scalers = self._scalers
+        if len(scalers) > 1:
+            raise ConfigurationError(
+                "Parts of this module were set up by several Fabrics, of which each scales gradients for its optimizers"
+                " alone. Set up all of them by one, or make a Learner for each."
+            )
+        return surrogate if not scalers else scalers[0].scale(surrogate)
+
+    @cached_property
+    def _scalers(self) -> list[Any]:
+        """Those of the Fabrics that have set up the module, a part of it, or, of a LightningModule, what wraps it."""
+        parts = [vars(part) for part in self.module.modules()]
+        strategies = [p.get("_strategy") or getattr(p.get("_fabric"), "strategy", None) for p in parts]
+        found = [getattr(getattr(strategy, "precision", None), "scaler", None) for strategy in strategies]
+        return list({id(scaler): scaler for scaler in found if scaler is not None}.values())
 
     def state_dict(self) -> dict[str, Any]:
         """What parts of the algorithm carry from one step to the next, such as the stand of `RandomSign`."""
