@@ -19,7 +19,7 @@ from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.harmless import harmless
 from lightning_ebm.learner import Learner
-from lightning_ebm.network.samples import BatchSize, Samples
+from lightning_ebm.network.samples import BatchSize, Samples, Scale
 from lightning_ebm.presets import chosen
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
@@ -57,10 +57,11 @@ class EnergyStrategy(ObservedStrategy):
         compile: bool,
         batch_size: BatchSize = None,
         on_divergence: OnDivergence = "raise",
+        scale: Scale = None,
     ) -> None:
         """Keeps the settings; `connect` makes the engine of them."""
         check_options(layers, output, loss_reduction, capture, compile)
-        Samples(batch_size)
+        Samples(batch_size, scale)
         self.algorithm = chosen(algorithm)
         self.layers: Layers = layers
         self.output: Output = output
@@ -68,6 +69,7 @@ class EnergyStrategy(ObservedStrategy):
         self.capture = capture
         self.compile = compile
         self.batch_size = batch_size
+        self.scale = scale
         self.on_divergence = Policy(on_divergence, self.algorithm).on_divergence
         self._diverged: RelaxationDivergedError | None = None
         self._learner: Learner | None = None
@@ -118,6 +120,7 @@ class EnergyStrategy(ObservedStrategy):
             capture=self.capture,
             compile=self.compile,
             batch_size=self.batch_size,
+            scale=self.scale,
             on_divergence=self.on_divergence,
         )
 

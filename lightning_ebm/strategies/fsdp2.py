@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.network.samples import BatchSize
+from lightning_ebm.network.samples import BatchSize, Scale
 from lightning_ebm.program.autograd_graph import graph_of
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
@@ -42,6 +42,7 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
         capture: as in `EBMStrategy`.
         compile: as in `EBMStrategy`.
         batch_size: as in `EBMStrategy`.
+        scale: as in `EBMStrategy`.
         options: those of `lightning.pytorch.strategies.ModelParallelStrategy`, but `tensor_parallel_size`: all devices
             share the data.
 
@@ -61,6 +62,7 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
         capture: bool = True,
         compile: bool = False,
         batch_size: BatchSize = None,
+        scale: Scale = None,
         **options: Any,
     ) -> None:
         if options.get("tensor_parallel_size", "auto") not in ("auto", 1):
@@ -77,7 +79,7 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
             )
         super().__init__(**{**options, "tensor_parallel_size": 1})
         self._handles: list[RemovableHandle] = []
-        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile, batch_size)
+        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile, batch_size, scale=scale)
 
     def setup_environment(self) -> None:
         """Lightning's own; by default all devices share the data."""
