@@ -101,3 +101,15 @@ def test_sharded_weights_end_where_backprop_ends(kind):
         weights = strategy.lightning_module_state_dict()
         ends.append(torch.cat([weight.flatten() for weight in weights.values()]))
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [Net, Manual])
+def test_callbacks_measure_on_whole_weights(kind):
+    """Those that look after the backward pass found weights that had been given back."""
+    x, y = torch.randn(18, 4, dtype=torch.float64), torch.arange(18) % 2
+    strategy = ebm.EBMFSDP2Strategy("pc-nudge", data_parallel_size=1, save_distributed_checkpoint=False)
+    callbacks = [ebm.GradientAlignment(every_n_steps=1), ebm.RelaxationMonitor(1, curvature_every_n_steps=1)]
+    trainer = L.Trainer(strategy=strategy, accelerator="cpu", devices=1, max_epochs=1, callbacks=callbacks, **QUIET)
+    trainer.fit(kind().double(), DataLoader(TensorDataset(x, y), 6))
+    assert trainer.callback_metrics["alignment/cosine"] > 0.99
+    assert callbacks[1].regime is not None

@@ -1,5 +1,7 @@
 """Models whose gradients and optimizer states do not fit on one device, by torch's FSDP2."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NoReturn
 
@@ -18,7 +20,9 @@ from lightning_ebm.network.samples import BatchSize, Scale
 from lightning_ebm.program.autograd_graph import graph_of
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
+from lightning_ebm.program.meanwhile import Meanwhile
 from lightning_ebm.purity import shadowed
+from lightning_ebm.step.step import Step
 from lightning_ebm.strategies.joint import JointStrategy
 
 
@@ -79,6 +83,8 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
             )
         super().__init__(**{**options, "tensor_parallel_size": 1})
         self._handles: list[RemovableHandle] = []
+        self._whole = False
+        """Whether weights are, until they are given back."""
         self.learn_by(algorithm, layers, output, loss_reduction, capture, compile, batch_size, scale=scale)
 
     def setup_environment(self) -> None:
@@ -92,8 +98,7 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
         if not self._relaxes:
             return super().training_step(*args, **kwargs)
         self._reshard_after_passes(False)
-        for part in self._sharded:
-            part.unshard()
+        self._unshard()
         output = super().training_step(*args, **kwargs)
         if not self._module.automatic_optimization:  # else there is a backward to come
             self._reshard()
@@ -152,9 +157,32 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
     def _sharded(self) -> list[FSDPModule]:
         return [part for part in self._module.modules() if isinstance(part, FSDPModule)]
 
+    def _look_after(self, step: Step | None, *hooks: str) -> Meanwhile | None:
+        # Within a recorded step FSDP writes to weights itself, where hooks take gradients, and gives them back.
+        return super()._look_after(step, *hooks) if self._module.automatic_optimization else None
+
+    def _unshard(self) -> None:
+        self._whole = True
+        for part in self._sharded:
+            part.unshard()
+
     def _reshard(self) -> None:
+        self._whole = False
         for part in self._sharded:
             part.reshard()
+
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """See `ObservedStrategy._looking`; with whole weights, which hooks after the backward pass find given back."""
+        whole = self._whole
+        if not whole:
+            self._unshard()
+        try:
+            with super()._looking():
+                yield
+        finally:
+            if not whole:
+                self._reshard()
 
     def _reshard_after_passes(self, reshard: bool) -> None:
         for part in self._sharded:
