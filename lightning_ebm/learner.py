@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -39,6 +39,7 @@ from lightning_ebm.program.layers import Output
 from lightning_ebm.program.programs import Programs
 from lightning_ebm.program.recorder import Recorder, TakesCare
 from lightning_ebm.program.seams import seams
+from lightning_ebm.program.sharded import refuse_shards
 from lightning_ebm.program.wiring import Plan
 from lightning_ebm.purity import build, untouched
 from lightning_ebm.relaxers import Relaxation, Relaxer
@@ -64,7 +65,7 @@ class Learner:
     would have put into ``.grad``, under either reduction, so that a learning rate tuned for backprop carries over.
 
     Args:
-        module: any module; nothing of it is changed but `.grad`.
+        module: any module; nothing of it is changed but `.grad`. Under Fabric what `setup` returned, or what holds it.
         algorithm: a preset's name, see `algorithms()`, or an `Algorithm`; None is predictive coding at the largest
             strength up to 1 that the network bears: ``nudge="auto"``, to 1e-2, by 6 evaluations at most.
         layers: which calls carry states: None (those of activation modules, of repeated blocks, or of modules with
@@ -180,6 +181,7 @@ class Learner:
             )
         if clamp and fallback is not None:
             refuse_for_update(fallback)
+        self._refuse_shards()
         step, loss = self.begin(closure, clamp=clamp), torch.full((), math.nan)
         try:
             with step.first_pass(on_backward):
@@ -210,6 +212,7 @@ class Learner:
             closure: as for `backward`.
             clamp: as for `backward`.
         """
+        self._refuse_shards()
         with self._quiet():
             build(self.module, closure)
         with untouched(self.module), self._quiet(), torch.enable_grad():
@@ -321,6 +324,7 @@ class Learner:
         relaxer: Relaxer | Literal["auto"] | None,
     ) -> Iterator[tuple[Phases, Relaxation, bool]]:
         """Within it a network is at its equilibrium; afterwards the module is as it was."""
+        self._refuse_shards()
         check_closure(closure)
         setup = self._equilibrium_setup(clamp, free, strength != 0, relaxer)
         with self._quiet():
@@ -375,6 +379,7 @@ class Learner:
                 torch.autograd.backward(self._scaled(surrogate))
                 optimizer.step()
             return loss
+        self._refuse_shards()
         step = self.begin(closure)
         with step.first_pass():
             loss = closure()
@@ -384,6 +389,10 @@ class Learner:
             torch.autograd.backward(self._scaled(surrogate))
             optimizer.step()
         return loss.detach()
+
+    def _refuse_shards(self) -> None:
+        if self._programs.latest is None and self.algorithm.rule.relaxes:  # else it has been looked at
+            refuse_shards(self.module)
 
     def _next(self, increments: Iterator[Tensor], step: Step) -> Tensor | None:
         try:
@@ -419,9 +428,21 @@ class Learner:
 
     def _scaled(self, surrogate: Tensor) -> Tensor:
         """Under Fabric with 16-bit floats, which divides gradients by its scale before the optimizer steps."""
-        precision = getattr(getattr(self.module, "_strategy", None), "precision", None)
-        scaler = getattr(precision, "scaler", None)
-        return surrogate if scaler is None else scaler.scale(surrogate)
+        scalers = self._scalers
+        if len(scalers) > 1:
+            raise ConfigurationError(
+                "Parts of this module were set up by several Fabrics, of which each scales gradients for its optimizers"
+                " alone. Set up all of them by one, or make a Learner for each."
+            )
+        return surrogate if not scalers else scalers[0].scale(surrogate)
+
+    @cached_property
+    def _scalers(self) -> list[Any]:
+        """Those of the Fabrics that have set up the module, a part of it, or, of a LightningModule, what wraps it."""
+        parts = [vars(part) for part in self.module.modules()]
+        strategies = [p.get("_strategy") or getattr(p.get("_fabric"), "strategy", None) for p in parts]
+        found = [getattr(getattr(strategy, "precision", None), "scaler", None) for strategy in strategies]
+        return list({id(scaler): scaler for scaler in found if scaler is not None}.values())
 
     def state_dict(self) -> dict[str, Any]:
         """What parts of the algorithm carry from one step to the next, such as the stand of `RandomSign`."""

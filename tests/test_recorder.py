@@ -302,7 +302,7 @@ def test_writing_to_a_plain_attribute_happens_once() -> None:
 
 HIDDEN_WRITES = {
     "data": lambda h: h.data.clamp_(-0.1, 0.1),
-    "detach": lambda h: h.detach().mul_(0.5),
+    "a detached view": lambda h: h.detach()[:, 0].zero_(),
     "a view's data": lambda h: h[:, 0].data.zero_(),
 }
 
@@ -319,6 +319,25 @@ def test_writing_to_a_hidden_tensor_while_gradients_are_off_is_refused_by_name(w
     learner = ebm.Learner(net, "zero-divergence", capture=capture)
     with pytest.raises(ebm.UnsupportedModuleError, match="while gradients are off"):
         learner.gradients(lambda: between(change)(net, x, y, 0))
+
+
+DETACHED_WRITES = {
+    "clamp": lambda h: h.detach().clamp_(-0.1, 0.1),
+    "copy": lambda h: h.detach().copy_(h.detach().sign()),
+    "twice": lambda h: h.detach().mul_(0.5).add_(1.0),
+    "no_grad": lambda h: torch.no_grad()(h.detach().mul_)(0.5),
+}
+
+
+@pytest.mark.parametrize("way", DETACHED_WRITES)
+def test_writing_by_a_detached_name_keeps_the_slope(way: str) -> None:
+    def change(h: Tensor, index: int) -> Tensor:
+        h = h * 1.0
+        kept = h.detach()
+        DETACHED_WRITES[way](h)
+        return h * 2.0 + kept
+
+    agrees(mlp, between(change))
 
 
 def in_place_on_a_leaf(net: nn.Module, x: Tensor, y: Tensor, index: int) -> Tensor:

@@ -90,3 +90,16 @@ def test_a_stretch_in_single_precision_rounds_a_network_of_doubles(name, layers)
     off = ebm.metrics.alignment(found, dict(zip(found, true, strict=True)))["relative_error"]
     assert off < (1e-5 if name == "zero-divergence" else 1e-2)
     assert learner.report["result"] in ("converged", "max_steps")
+
+
+@pytest.mark.parametrize("name", ["error-pc", "incremental-pc"])
+def test_an_energy_may_be_larger_than_half_precision_holds(name):
+    """The loss is a mean, and the energy a sum over samples: 2048 times 48 is beyond float16."""
+    found = []
+    for dtype in (torch.float16, torch.float32):
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)).to(dtype)
+        x, y = torch.randn(2048, 6).to(dtype), torch.full((2048, 3), 7.0, dtype=dtype)
+        ebm.Learner(net, name).backward(lambda net=net, x=x, y=y: nn.functional.mse_loss(net(x), y))
+        found.append(net[2].weight.grad.float())
+    torch.testing.assert_close(*found, rtol=0.02, atol=0.02 * float(found[1].abs().max()))

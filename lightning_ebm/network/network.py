@@ -31,7 +31,7 @@ from lightning_ebm.network.passes import Passes, Run, Start
 from lightning_ebm.network.precomputed_gradient import slopes_of
 from lightning_ebm.network.samples import by_sample, squares_by_sample
 from lightning_ebm.network.top_down import Sent, signals
-from lightning_ebm.program.interpreter import Pass
+from lightning_ebm.program.interpreter import Pass, at_least_float32
 from lightning_ebm.program.programs import Known
 from lightning_ebm.program.wiring import Plan
 from lightning_ebm.questions import Questions, runs_behind
@@ -273,8 +273,8 @@ class Network(Passes):
         return [*(Term(call.prediction, -weight * e if is_one(p) else -weight * p * e) for p, e, call in parts), *terms]
 
     def loss(self, seen: Pass) -> Tensor:
-        """L summed over the batch."""
-        loss: Tensor = self.loss_scale * seen.loss
+        """L summed over the batch, which half precision may not hold where it holds the mean."""
+        loss: Tensor = self.loss_scale * at_least_float32(seen.loss)
         return loss
 
     def internal(self, seen: Pass, own: bool = True, at: Sequence[Tensor] | None = None) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from lightning_ebm.program.record import Value
 
@@ -137,3 +138,22 @@ def _is_whole(tensor: Tensor) -> bool:
             return False
         reach *= tensor.shape[d]
     return True
+
+
+def same_place(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are names of the same elements, in the same order."""
+    if one is other:
+        return True
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+
+
+def counted_together(written: Tensor, other: Tensor) -> bool:
+    """Whether autograd, which refuses writes to what it has kept, takes writes to one tensor for writes to the other.
+
+    Args:
+        written: which is about to be written to.
+        other: in the same place.
+    """
+    before = other._version
+    increment_version(written)
+    return other._version != before

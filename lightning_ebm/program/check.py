@@ -11,6 +11,7 @@ from lightning_ebm.counted import counted
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.network.tensor_version import versions
 from lightning_ebm.program.autograd_graph import graph_of
+from lightning_ebm.program.collectives import Refusing
 from lightning_ebm.program.custom_calls import is_of_the_users
 from lightning_ebm.program.exact_rule import exact_rule
 from lightning_ebm.program.interpreter import Program, at_prediction
@@ -52,7 +53,9 @@ def check_against_autograd(module: nn.Module, program: Program, plan: Plan, loss
 def _compare(
     names: dict[int, str], module: nn.Module, program: Program, plan: Plan, loss: Tensor, leaves: Sequence[Tensor]
 ) -> frozenset[str]:
-    with _writing_nothing(module, program), _handing_out_nothing(module, program):
+    own = program.user_code()
+    alone = nullcontext() if own is None else Refusing(own)
+    with _writing_nothing(module, program), _handing_out_nothing(module, program), alone:
         found = _autograds_own(module, program.record, loss, leaves)
     program.record.told()
     seen = program.run(at_prediction())
@@ -81,7 +84,7 @@ def _compare(
     if parting:
         _refuse(parting, program, plan, module, loss)
     silent = {name for name, t in zip(called, true, strict=True) if t is not None and not t.any()}
-    if own := program.user_code():
+    if own is not None:
         _check_proportional(program, plan, leaves, ours, rounding)
         silent.add(own)
     return frozenset(silent)

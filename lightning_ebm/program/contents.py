@@ -1,4 +1,7 @@
-"""What the tensors of a pass hold, as values of its record, while they are written to, moved and let go."""
+"""What the tensors of a pass hold, as values of its record, while they are written to, moved and let go.
+
+Longer than 300 lines, as all of it changes the same few tables.
+"""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -211,13 +214,18 @@ class Contents:
             return False
         return value.node is not None or value in self._frozen
 
-    def constant_from_now(self, tensor: Tensor) -> None:
-        """Written to while gradients are off: what it holds from now on is a constant, or a leaf's new value."""
+    def constant_from_now(self, tensor: Tensor, but: Sequence[Tensor] = ()) -> None:
+        """Written to while gradients are off: what it holds from now on is a constant, or a leaf's new value.
+
+        Args:
+            tensor: which; and all that shares its memory.
+            but: what is known to hold something else.
+        """
         for alias in [tensor, *self.others(tensor)]:
             value = self.known(alias)
-            if value is None or value.poison is not None:
+            if value is None or value.poison is not None or any(alias is one for one in but):
                 continue
-            if alias.requires_grad and not alias.is_leaf and value.node is not None and value.node.func is not None:
+            if self._is_computed(alias, value):
                 self.poison(
                     alias,
                     "The step writes, while gradients are off (under no_grad, or through .data or detach()), to a"
@@ -226,6 +234,17 @@ class Contents:
                 )
             else:
                 self.forget(alias)
+
+    def computed_in(self, tensor: Tensor) -> list[Tensor]:
+        """What lies in a tensor's memory and was computed from parameters or states, in autograd's eyes too."""
+        known = [(alias, self.known(alias)) for alias in [tensor, *self.others(tensor)]]
+        return [alias for alias, value in known if value is not None and self._is_computed(alias, value)]
+
+    @staticmethod
+    def _is_computed(tensor: Tensor, value: Value) -> bool:
+        if value.poison is not None or value.node is None or value.node.func is None:
+            return False
+        return tensor.requires_grad and not tensor.is_leaf
 
     def about_to_move(self, tensor: Tensor) -> None:
         """The tensor is about to be given other memory: the record goes on with that which it has."""

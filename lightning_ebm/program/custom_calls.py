@@ -5,14 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_ebm.errors import UnsupportedModuleError
+from lightning_ebm.program.collectives import collective
 from lightning_ebm.program.effects import Effects, SameDraws
 from lightning_ebm.program.named import named
 from lightning_ebm.program.operations import is_operator
 from lightning_ebm.program.random_draws import draws_and_computes
 from lightning_ebm.program.record import Node, Value, meta_of
+from lightning_ebm.program.sharded import refuse_static_graph
 from lightning_ebm.program.tensors import listed, tensors_in
 
 if TYPE_CHECKING:
@@ -29,7 +32,9 @@ def record_function(
 ) -> Any:
     """A custom function is one node: its forward runs while gradients are off, and its backward is in no record."""
     if function.__module__.startswith("torch.distributed") and ".fsdp" not in function.__module__:
-        raise collective(function.__name__)
+        if any(tensor.requires_grad for tensor in tensors_in((args, kwargs))):
+            raise collective(function.__name__)
+        return run(*args, **kwargs)  # of constants: gradients are off within, so that it gives constants
     if function.__module__.startswith("torch.distributed"):  # it tells FSDP when gradients are there
         with recorder.pausing():
             result = run(*args, **kwargs)
@@ -42,6 +47,8 @@ def record_function(
             raise draws_and_computes(function.__name__)
         with recorder.pausing():
             return run(*args, **kwargs)
+    if function.__module__ == DistributedDataParallel.__module__:
+        refuse_static_graph(args)
     if function is CheckpointFunction:
         raise UnsupportedModuleError(
             "torch.utils.checkpoint with use_reentrant=True runs the layers where nothing can be recorded, so that"
@@ -61,7 +68,7 @@ def _record_users_own(
     seen = [recorder.contents.value(arg) if isinstance(arg, Tensor) else arg for arg in args]
     node = Node(run, tuple(seen), recorder.seen_by_name(kwargs))
     before = {id(t) for t in tensors_in((args, kwargs))}
-    effects = Effects(recorder.contents)
+    effects = Effects(recorder.contents, function.__name__)
     with recorder.observing(effects):
         result = run(*args, **kwargs)
         node.written = effects.written_among(args, function.__name__)
@@ -102,15 +109,6 @@ def record_hooked(
             recorder.contents.bind(tensor, value)
         recorder.record.nodes.append(node)
     return result
-
-
-def collective(name: str) -> UnsupportedModuleError:
-    """For a step that differentiates through a collective."""
-    return UnsupportedModuleError(
-        f"The step differentiates through a collective ({name}): it would have to run at every state of a relaxation,"
-        " and every rank takes as many as its own batch needs, so that ranks would wait for each other for ever. Gather"
-        " what is a constant (torch.no_grad, or all_gather without sync_grads), or compute the loss locally."
-    )
 
 
 def higher_order(name: str) -> UnsupportedModuleError:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.plain_state import RandomState
+from lightning_ebm.program import collectives
 from lightning_ebm.program.aliasing import memory_of
 from lightning_ebm.program.named import named
 from lightning_ebm.program.operations import tensors_at, traits
@@ -28,13 +29,15 @@ class Effects:
 
     Args:
         contents: of the pass, which is told of writes before they happen.
+        name: of what is called.
 
     Attributes:
         written: tensors that were there before, and have been written to.
         random: the generators as they were before the first draw; None if nothing was drawn.
     """
 
-    def __init__(self, contents: "Contents") -> None:
+    def __init__(self, contents: "Contents", name: str) -> None:
+        self._name = name
         self.written: list[Tensor] = []
         self.random: Draws | None = None
         self._contents = contents
@@ -44,6 +47,7 @@ class Effects:
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """One operation."""
+        collectives.refuse(func, self._name)
         kind = traits(func)
         written = tensors_at(kind, args, kwargs) if kind.writes else []
         outside = [tensor for tensor in written if not self._is_own(tensor)]

@@ -6,6 +6,9 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
+from lightning_ebm.program.collectives import writes_first
+from lightning_ebm.program.tensors import tensors_in
+
 
 class Traits(NamedTuple):
     """What a kind of operation does to tensors.
@@ -85,6 +88,8 @@ def _traits(func: Any) -> Traits:
         for position, argument in enumerate(schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     )
+    if writes_first(func):
+        writes = (0,)
     views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
     random, dynamic = torch.Tag.nondeterministic_seeded in func.tags, torch.Tag.dynamic_output_shape in func.tags
     gives = schema.returns and all("Tensor" in str(r.type) for r in schema.returns)
@@ -176,7 +181,7 @@ def tensors_at(kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
     found: list[Tensor] = []
     for where in kind.writes:
         arg = kwargs.get(where) if isinstance(where, str) else args[where] if where < len(args) else None
-        found.extend(t for t in (arg if isinstance(arg, list | tuple) else (arg,)) if isinstance(t, Tensor))
+        found.extend((arg,) if isinstance(arg, Tensor) else tensors_in(arg))
     return found
 
 

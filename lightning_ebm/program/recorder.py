@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ebm.program.at_value import written_unseen
+from lightning_ebm.program.aliasing import counted_together, same_place
+from lightning_ebm.program.at_value import content_of, written_unseen
 from lightning_ebm.program.before import Before
+from lightning_ebm.program.collectives import NAMESPACES, collective
 from lightning_ebm.program.contents import Contents
-from lightning_ebm.program.custom_calls import collective, higher_order
+from lightning_ebm.program.custom_calls import higher_order
 from lightning_ebm.program.dispatch import DispatchMode
 from lightning_ebm.program.effects import Effects
 from lightning_ebm.program.following import Following
@@ -54,7 +56,6 @@ from lightning_ebm.program.torch_calls import TorchCalls
 TakesCare = Callable[[Tensor, dict[str, Any]], bool]
 """Told of a `backward` call, by the tensor and its options; answers whether it has done what the call was to do."""
 
-_COLLECTIVE = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})
 _ALIAS, _DETACH = torch.ops.aten.alias.default, torch.ops.aten.detach.default
 
 
@@ -130,8 +131,10 @@ class Recorder(DispatchMode):
             return True
         if self.contents.unseen_by_autograd(written):
             return True
-        if func.namespace in _COLLECTIVE:
-            if any(tensor.requires_grad for tensor in tensors_in((args, kwargs))):
+        if func.namespace in NAMESPACES:
+            # What those of c10d read has no slope in what they write.
+            through = written if func.namespace == "c10d" else tensors_in((args, kwargs))
+            if any(tensor.requires_grad for tensor in through):
                 raise collective(str(func))
             return True
         return False
@@ -143,7 +146,9 @@ class Recorder(DispatchMode):
         self.contents.about_to_write(written)
         result = func(*args, **kwargs)
         for tensor in written:
-            self.contents.constant_from_now(tensor)
+            computed = self.contents.computed_in(tensor) if func.namespace in NAMESPACES else []
+            self.contents.constant_from_now(tensor, but=computed)
+            self._by_others(computed, kind)
         if kind.random and isinstance(result, Tensor) and not written:
             self.following.drew(result)
         return result
@@ -228,22 +233,39 @@ class Recorder(DispatchMode):
     def _unseen(
         self, func: Any, kind: Traits, args: Any, kwargs: dict[str, Any], written: Sequence[Tensor]
     ) -> Tensor | None:
-        """A write, while gradients are off, to what was computed from parameters or states; None for any other."""
-        if torch.is_grad_enabled() or len(written) != 1 or kind.random or not (target := written[0]).requires_grad:
+        """A write that autograd does not see to what was computed from parameters or states; None for any other."""
+        if len(written) != 1 or kind.random or (functional := functional_form(func, kind)) is None:
             return None
-        value, functional = self.contents.known(target), functional_form(func, kind)
-        if value is None or value.node is None or functional is None or self.contents.others(target):
+        computed = self.contents.computed_in(written[0])
+        if len(computed) != 1 or not same_place(target := computed[0], written[0]):
+            return None
+        if torch.is_grad_enabled() if target is written[0] else not counted_together(written[0], target):
             return None
         given = (target, functional, *args[1:])
         node = self.following.operation(written_unseen, given, kwargs)
         new = None if node is not None else Node(written_unseen, self.seen(given), self.seen_by_name(kwargs))
         self.contents.about_to_write(written)
         result: Tensor = func(*args, **kwargs)
+        self.contents.constant_from_now(written[0], but=[target])
         if node is not None:
-            self._ended_again(node, kind, result)
+            self._ended_again(node, kind, target)
         elif new is not None:
-            self._ended(new, kind, [], result)
+            self._ended(new, kind, [], target)
         return result
+
+    def _by_others(self, computed: Sequence[Tensor], kind: Traits) -> None:
+        """Other ranks have written to what the pass has computed, or are about to: it keeps its slope.
+
+        So does a loss that is reduced for a logger, detached and not cloned.
+        """
+        for tensor in computed:
+            with self.pausing():
+                given = tensor, content_of, tensor.detach()
+            node = self.following.operation(written_unseen, given, {})
+            if node is not None:
+                self._ended_again(node, kind, tensor)
+            else:
+                self._ended(Node(written_unseen, self.seen(given), {}), kind, [], tensor)
 
     def _ended_again(self, node: Node, kind: Traits, result: Any, written: Sequence[Tensor] = ()) -> None:
         """An operation that was followed is over."""

@@ -19,7 +19,7 @@ from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.harmless import harmless
 from lightning_ebm.learner import Learner
-from lightning_ebm.network.samples import BatchSize, Samples
+from lightning_ebm.network.samples import BatchSize, Samples, Scale
 from lightning_ebm.presets import chosen
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
@@ -57,10 +57,11 @@ class EnergyStrategy(ObservedStrategy):
         compile: bool,
         batch_size: BatchSize = None,
         on_divergence: OnDivergence = "raise",
+        scale: Scale = None,
     ) -> None:
         """Keeps the settings; `connect` makes the engine of them."""
         check_options(layers, output, loss_reduction, capture, compile)
-        Samples(batch_size)
+        Samples(batch_size, scale)
         self.algorithm = chosen(algorithm)
         self.layers: Layers = layers
         self.output: Output = output
@@ -68,6 +69,7 @@ class EnergyStrategy(ObservedStrategy):
         self.capture = capture
         self.compile = compile
         self.batch_size = batch_size
+        self.scale = scale
         self.on_divergence = Policy(on_divergence, self.algorithm).on_divergence
         self._diverged: RelaxationDivergedError | None = None
         self._learner: Learner | None = None
@@ -118,6 +120,7 @@ class EnergyStrategy(ObservedStrategy):
             capture=self.capture,
             compile=self.compile,
             batch_size=self.batch_size,
+            scale=self.scale,
             on_divergence=self.on_divergence,
         )
 
@@ -225,12 +228,12 @@ class EnergyStrategy(ObservedStrategy):
                     self._step.release()
                 return closure_loss.detach()
             assert self._step is not None
+            if recorder is not None and self._relaxes:
+                self._manual.gives(self._module, surrogate)  # before: afterwards FSDP has other tensors for parameters
             own = {"backward": partial(self._module_backward, surrogate, self._module.backward)}
             with _or_undone(self._step), shadowed(self._module, own), self._meanwhile:
                 self._kept = self._look_after(self._step, "on_before_backward")
                 loss = super().backward(surrogate, optimizer, *args, **kwargs)
-            if recorder is not None and self._relaxes:
-                self._manual.gives(self._module, surrogate)
         if self._increments is None:
             self._step.release()
         return loss
@@ -304,13 +307,21 @@ class EnergyStrategy(ObservedStrategy):
         loss, options["grad_tensors"] = weighted(loss, options.pop("gradient"))
         with manual.recorder.handing_over():
             step = self._begun(manual.recorder)
-            surrogate = step.surrogate(loss)
+            surrogate = self._handed(step.surrogate(loss), loss)
             self._print_layers()
             manual.gives(self._module, surrogate)
             with self._other.handing_over(surrogate):
                 torch.autograd.backward(surrogate, **options)
+            self._given()
             step.release()
         return True
+
+    def _handed(self, surrogate: Tensor, loss: Tensor) -> Tensor:
+        """What is differentiated for the gradient of a surrogate, which stands for the loss."""
+        return surrogate
+
+    def _given(self) -> None:
+        """A backward pass is over."""
 
     def _other_backward(self, loss: Tensor, options: dict[str, Any]) -> bool:
         return other_backward.within_step(self._accumulated(), loss, options)

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.network.samples import BatchSize
+from lightning_ebm.network.samples import BatchSize, Scale
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
 from lightning_ebm.step.divergence import OnDivergence
@@ -41,6 +41,7 @@ class EBMDDPStrategy(JointStrategy, DDPStrategy):
         capture: as in `EBMStrategy`.
         compile: as in `EBMStrategy`.
         batch_size: as in `EBMStrategy`.
+        scale: as in `EBMStrategy`.
         on_divergence: as in `EBMStrategy`; if it comes to that on one rank, all do the same with the batch. Under
             gradient accumulation that holds of the micro-batch after which the optimizer steps; of one before it, the
             rank alone leaves out its own share, or takes it by the other algorithm, as ranks do not wait for each other
@@ -63,6 +64,7 @@ class EBMDDPStrategy(JointStrategy, DDPStrategy):
         capture: bool = True,
         compile: bool = False,
         batch_size: BatchSize = None,
+        scale: Scale = None,
         on_divergence: OnDivergence = "raise",
         **ddp_options: Any,
     ) -> None:
@@ -75,7 +77,7 @@ class EBMDDPStrategy(JointStrategy, DDPStrategy):
         super().__init__(**ddp_options)
         if ddp_options.get("checkpoint_io") is None:
             self.checkpoint_io = WholeFiles()
-        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile, batch_size, on_divergence)
+        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile, batch_size, on_divergence, scale)
 
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Lightning's own; the reducer is not told of this pass's graph, as another one will be differentiated."""

@@ -1,5 +1,7 @@
 """Models whose gradients and optimizer states do not fit on one device, by torch's FSDP2."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NoReturn
 
@@ -14,11 +16,13 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.network.samples import BatchSize
+from lightning_ebm.network.samples import BatchSize, Scale
 from lightning_ebm.program.autograd_graph import graph_of
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
+from lightning_ebm.program.meanwhile import Meanwhile
 from lightning_ebm.purity import shadowed
+from lightning_ebm.step.step import Step
 from lightning_ebm.strategies.joint import JointStrategy
 
 
@@ -42,6 +46,7 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
         capture: as in `EBMStrategy`.
         compile: as in `EBMStrategy`.
         batch_size: as in `EBMStrategy`.
+        scale: as in `EBMStrategy`.
         options: those of `lightning.pytorch.strategies.ModelParallelStrategy`, but `tensor_parallel_size`: all devices
             share the data.
 
@@ -61,6 +66,7 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
         capture: bool = True,
         compile: bool = False,
         batch_size: BatchSize = None,
+        scale: Scale = None,
         **options: Any,
     ) -> None:
         if options.get("tensor_parallel_size", "auto") not in ("auto", 1):
@@ -77,7 +83,9 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
             )
         super().__init__(**{**options, "tensor_parallel_size": 1})
         self._handles: list[RemovableHandle] = []
-        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile, batch_size)
+        self._whole = False
+        """Whether weights are, until they are given back."""
+        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile, batch_size, scale=scale)
 
     def setup_environment(self) -> None:
         """Lightning's own; by default all devices share the data."""
@@ -86,12 +94,16 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
         super().setup_environment()
 
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Lightning's own, with whole weights from here to the final backward."""
-        if self._relaxes:
-            self._reshard_after_passes(False)
-            for part in self._sharded:
-                part.unshard()
-        return super().training_step(*args, **kwargs)
+        """Lightning's own, with whole weights from every pass to its backward."""
+        if not self._relaxes:
+            return super().training_step(*args, **kwargs)
+        self._reshard_after_passes(False)
+        self._unshard()
+        output = super().training_step(*args, **kwargs)
+        if not self._module.automatic_optimization:  # else there is a backward to come
+            self._reshard()
+            self._reshard_after_passes(True)
+        return output
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """See `EnergyStrategy.backward`; when it is over, weights are shards again."""
@@ -99,35 +111,78 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
 
         def and_reshard(loss: Tensor, *args: Any, **kwargs: Any) -> None:
             backward(loss, *args, **kwargs)
-            while self._handles:
-                self._handles.pop().remove()
-            for part in self._sharded:  # not sooner: hooks before it may look at weights, and so may other phases
-                part.reshard()
-            self._reshard_after_passes(True)
+            self._given()
 
         with shadowed(self._module, {"backward": and_reshard}):
             return super().backward(closure_loss, optimizer, *args, **kwargs)
 
+    def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """See `EnergyStrategy.optimizer_step`; whole weights that a pass has left would be old when it is over."""
+        if self._relaxes and not self._module.automatic_optimization:
+            self._reshard()
+        return super().optimizer_step(optimizer, *args, **kwargs)
+
     def _surrogate(self, closure_loss: Tensor) -> Tensor:
-        """The user's own loss, whose backward pass tells FSDP when to reduce; updates replace its gradients."""
         surrogate = super()._surrogate(closure_loss)
         assert surrogate is not None  # no batch is skipped here
-        if not self._relaxes or surrogate is closure_loss:
+        return self._handed(surrogate, closure_loss)
+
+    def _handed(self, surrogate: Tensor, loss: Tensor) -> Tensor:
+        """The user's own loss, whose backward pass tells FSDP when to reduce; updates replace its gradients."""
+        if not self._relaxes or surrogate is loss:
             return surrogate
         leaves = graph_of([surrogate])[0]
         updates = torch.autograd.grad(surrogate, leaves, allow_unused=True)
+        factor = surrogate.detach().new_ones(())
+
+        def multiplied(by: Tensor) -> None:  # the loss, before it is differentiated: by a scaler, or the user
+            factor.copy_(by.reshape(()))
+
+        def instead(update: Tensor, gradient: Tensor) -> Tensor:
+            return update * factor
+
+        self._handles.append(loss.register_hook(multiplied))
         for leaf, update in zip(leaves, updates, strict=True):
             if update is not None:
-                self._handles.append(leaf.register_hook(partial(self._instead, update)))
-        return closure_loss
+                self._handles.append(leaf.register_hook(partial(instead, update)))
+        return loss
 
-    def _instead(self, update: Tensor, gradient: Tensor) -> Tensor:
-        scaler = self._scaler()
-        return update if scaler is None else update * scaler.get_scale()
+    def _given(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._reshard()  # not sooner: hooks before it may look at weights, and so may other phases
+        self._reshard_after_passes(self._module.automatic_optimization)
 
     @property
     def _sharded(self) -> list[FSDPModule]:
         return [part for part in self._module.modules() if isinstance(part, FSDPModule)]
+
+    def _look_after(self, step: Step | None, *hooks: str) -> Meanwhile | None:
+        # Within a recorded step FSDP writes to weights itself, where hooks take gradients, and gives them back.
+        return super()._look_after(step, *hooks) if self._module.automatic_optimization else None
+
+    def _unshard(self) -> None:
+        self._whole = True
+        for part in self._sharded:
+            part.unshard()
+
+    def _reshard(self) -> None:
+        self._whole = False
+        for part in self._sharded:
+            part.reshard()
+
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """See `ObservedStrategy._looking`; with whole weights, which hooks after the backward pass find given back."""
+        whole = self._whole
+        if not whole:
+            self._unshard()
+        try:
+            with super()._looking():
+                yield
+        finally:
+            if not whole:
+                self._reshard()
 
     def _reshard_after_passes(self, reshard: bool) -> None:
         for part in self._sharded:

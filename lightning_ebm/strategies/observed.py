@@ -66,7 +66,8 @@ class ObservedStrategy(EvaluatingStrategy):
         Call it as `true_gradients`. It relaxes once more. No side effects.
         """
         step = self._last("curvature could be measured")
-        return curvature_of_step(step, self.algorithm, steps)
+        with self._looking():
+            return curvature_of_step(step, self.algorithm, steps)
 
     def _last(self, wanted: str) -> Step:
         if self._step is None:

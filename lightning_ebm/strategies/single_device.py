@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.errors import ConfigurationError
-from lightning_ebm.network.samples import BatchSize
+from lightning_ebm.network.samples import BatchSize, Scale
 from lightning_ebm.presets import algorithms
 from lightning_ebm.program.candidates import Layers
 from lightning_ebm.program.layers import Output
@@ -37,6 +37,8 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
         capture: run programs that come again as code traced from them, see `Learner`.
         compile: and that through Inductor, see `Learner`.
         batch_size: number of samples of a batch, a number or a function of the batch; None finds it, see `Learner`.
+        scale: the factor that training_step's own loss carries under manual optimization (that of a GradScaler of the
+            user's own, 1/N of accumulation by hand), see `Learner`; those of the Trainer are known.
         on_divergence: what is done with a batch that cannot relax: "raise"; "skip", which leaves out its update, as
             stock does where training_step returns None, and puts back the buffers its pass wrote to (metrics that it
             updated and numbers that it drew stay so, as in stock); or a preset's name or an `Algorithm`, which takes
@@ -63,6 +65,7 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
         capture: bool = True,
         compile: bool = False,
         batch_size: BatchSize = None,
+        scale: Scale = None,
         on_divergence: OnDivergence = "raise",
         device: str | torch.device | None = None,
         accelerator: Accelerator | None = None,
@@ -90,7 +93,7 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
         # Lightning fills these on any strategy that has them, and otherwise leaves one for a single device on the CPU.
         self.num_nodes = 1
         self.parallel_devices: list[torch.device] | None = [self._root_device] if device is not None else None
-        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile, batch_size, on_divergence)
+        self.learn_by(algorithm, layers, output, loss_reduction, capture, compile, batch_size, on_divergence, scale)
 
     def teardown(self) -> None:
         """Lightning's own; another Trainer may choose another device, and refuses a strategy that has one."""
