@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -436,7 +436,7 @@ class Learner:
             )
         return surrogate if not scalers else scalers[0].scale(surrogate)
 
-    @cached_property
+    @property
     def _scalers(self) -> list[Any]:
         """Those of the Fabrics that have set up the module, a part of it, or, of a LightningModule, what wraps it."""
         parts = [vars(part) for part in self.module.modules()]

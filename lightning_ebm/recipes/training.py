@@ -32,6 +32,7 @@ from lightning_ebm.recipes import data, modules, nets  # noqa: F401  # so that t
 from lightning_ebm.recipes.options import Parser, check_names
 from lightning_ebm.recipes.sources import DataNotFoundError
 from lightning_ebm.reports.pages import duration
+from lightning_ebm.strategies.quiet import callbacks_of
 
 
 def algorithm_of(
@@ -148,7 +149,7 @@ class Record(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the file, and says where it is."""
-        watched = _callbacks(trainer)
+        watched = callbacks_of(trainer)
         watching = [callback for callback in watched if isinstance(callback, ebm.GradientAlignment)]
         cosines = [float(callback.run.compute()["cosine"]) for callback in watching if callback.history]
         ends = [dict(callback.statuses) for callback in watched if isinstance(callback, ebm.RelaxationMonitor)]
@@ -270,14 +271,8 @@ class CLI(LightningCLI):
                 )
             )
         made: L.Trainer = super().instantiate_trainer(**settings, **kwargs)
-        _callbacks(made).append(Record(chosen.monitor))
+        callbacks_of(made).append(Record(chosen.monitor))
         return made
-
-
-def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
-    made: Any = trainer  # whose attributes Lightning does not all declare
-    held: list[L.Callback] = made.callbacks
-    return held
 
 
 def main(arguments: list[str] | None = None) -> CLI:

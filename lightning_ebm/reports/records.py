@@ -18,7 +18,7 @@ _NEEDED = {
     "curvature": {"step"}, "stopped": {"step"}, "dead": {"step"},
 }  # fmt: skip
 """What else stands in a record with such a part."""
-_OF_RELAXATIONS = {"status", "steps", "layers", "residual", "phases"}
+_OF_RELAXATIONS = {"status", "steps", "layers", "phases"}
 
 
 def read_records(path: Path) -> list[Record]:
@@ -45,4 +45,9 @@ def _is_record(found: Any) -> bool:
         return False
     kinds = all(isinstance(found[name], kind) for name, kind in _KINDS.items() if name in found)
     whole = all(needed <= found.keys() for name, needed in _NEEDED.items() if name in found)
-    return kinds and whole and ("relaxation" not in found or found["relaxation"].keys() >= _OF_RELAXATIONS)
+    return kinds and whole and ("relaxation" not in found or _is_relaxation(found["relaxation"]))
+
+
+def _is_relaxation(found: Record) -> bool:
+    whole = found.keys() >= _OF_RELAXATIONS
+    return whole and ("residual" in found or found["status"] == "diverged")  # which was stopped before it had one

@@ -1,6 +1,6 @@
 """What parts of an algorithm are handed and hand over: one of the user's own may write to it, or give back anything."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, get_args
 from weakref import ref
@@ -13,6 +13,7 @@ from lightning_ebm import checked
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.evaluations import Landscape
 from lightning_ebm.network.network import Network
+from lightning_ebm.network.settings import is_own
 from lightning_ebm.relaxers import Relaxation, Relaxer
 from lightning_ebm.relaxers.base import Coordinates, Status
 from lightning_ebm.updates import End, Update
@@ -43,7 +44,7 @@ def unwritten(part: object, method: str, tensors: Iterable[Tensor]) -> Iterator[
 
 
 class Relaxing:
-    """Calls relaxers; refuses what would be broadcast, or read as nan, into an update.
+    """Calls relaxers; refuses what one of the user's own would write over, or would be read as nan into an update.
 
     Args:
         network: whose states move.
@@ -67,12 +68,19 @@ class Relaxing:
             ConfigurationError: what is returned is no relaxation of these states.
             RelaxationDivergedError: its residual is not finite, as the next question tells.
         """
+        if not _is_own(relaxer):
+            with torch.no_grad():
+                made: Relaxation = relaxer.relax(landscape, self._begin(start), strength)
+            return made
         with torch.no_grad(), unwritten(relaxer, "relax", self._begin(start)):
             found = relaxer.relax(landscape, self._begin(start), strength)
         return self._looked_at(relaxer, found)
 
     def all(self, relaxer: Relaxer, landscape: Landscape, strengths: Sequence[complex]) -> list[Relaxation]:
         """The same of `Relaxer.relax_all`, from the equilibrium."""
+        if not _is_own(relaxer):
+            with torch.no_grad():
+                return relaxer.relax_all(landscape, self._begin(None), strengths)
         with torch.no_grad(), unwritten(relaxer, "relax_all", self._begin(None)):
             found: Any = relaxer.relax_all(landscape, self._begin(None), strengths)
         if not isinstance(found, Sequence) or len(found) != len(strengths):
@@ -101,6 +109,13 @@ class Relaxing:
             total = found.residual.detach().sum().reshape(1)
             self._network.questions.later(total, lambda sums: _refuse_runaway(owner, found.steps, sums[0]))
         return found
+
+
+def _is_own(relaxer: Relaxer) -> bool:
+    """Whether it is of a class of the user's, or holds one that is."""
+    held = [tuple(v.values()) if isinstance(v, Mapping) else v for v in vars(relaxer).values()]
+    parts = [part for v in held for part in (v if isinstance(v, list | tuple) else (v,))]
+    return is_own(relaxer) or any(_is_own(part) for part in parts if isinstance(part, Relaxer))
 
 
 def held_by(rule: Update, network: Network, ends: Sequence[End]) -> Sequence[End]:
