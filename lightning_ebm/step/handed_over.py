@@ -124,6 +124,8 @@ def held_by(rule: Update, network: Network, ends: Sequence[End]) -> Sequence[End
     Raises:
         ConfigurationError: what it returns are no ends of phases, or it wrote to those that it was given.
     """
+    if not is_own(rule):
+        return rule.hold(network, ends)
     with unwritten(rule, "hold", [x for end in ends for x in end.found.point]):
         held: Any = rule.hold(network, ends)
     if not isinstance(held, Sequence) or not all(isinstance(end, End) for end in held):
