@@ -186,8 +186,9 @@ class Caught(Ways):
         return torch.sparse.mm(adjacency, a.reshape(n, -1)).view_as(a) + a
 
     def by_packed(self, a: Tensor, net: Any) -> Tensor:
-        rows = a.reshape(1, -1, WIDTH).expand(3, -1, -1)
-        packed = nn.utils.rnn.pack_padded_sequence(rows, torch.tensor([3, 1, 2]).clamp(max=rows.shape[1]), True, False)
+        rows = a.reshape(1, -1, WIDTH).expand(7, -1, -1)  # no size of a batch or of its steps: it would be taken for it
+        lengths = torch.tensor([3, 1, 2, 1, 3, 2, 1]).clamp(max=rows.shape[1])
+        packed = nn.utils.rnn.pack_padded_sequence(rows, lengths, True, False)
         out, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True)
         return a + out.sum((0, 1))
 

@@ -479,6 +479,8 @@ class Counts:
     equal: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
+    unsettled: int = 0
+    """Steps of the small nudge that say themselves that they did not settle: their updates are as far as they got."""
     examples: dict[str, str] = field(default_factory=dict)
     """Of what was refused."""
     skipped: Counter[str] = field(default_factory=Counter)
@@ -671,7 +673,9 @@ class Fuzz:
                 if name not in TWICE:
                     self._compare(label, what, self.held[id(net)], kept, 1e-9)
             self._compare(label, "what both keep", self.held[id(fast[0])], self.held[id(slow[0])], room)
-            if name == "small nudge":
+            if name == "small nudge" and slow[1].report["result"] == "max_steps":
+                self.counts.unsettled += 1
+            elif name == "small nudge":
                 self._compare(label, "small nudge against autograd", plain, truth, 1e-2)
             if name == "zero-divergence":
                 self._compare(label, "against autograd", plain, truth, 1e-9)
@@ -813,6 +817,7 @@ def main() -> int:
     print(f"refused, {counts.baseless()} for no known cause:")
     for why, count in counts.refused.most_common():
         print(f"  {count:5d} {why}\n        such as {counts.examples[why]}")
+    print("not settled, and said so:", counts.unsettled)
     print("wrong:", len(counts.wrong))
     for why, count in Counter(reason(text.splitlines()[-1].strip()) for text in counts.wrong).most_common():
         print(f"  {count:5d} {why}")
@@ -822,7 +827,8 @@ def main() -> int:
         figures = {
             "programs": done, "steps": done * options.steps, "seed": options.seed,
             "skipped": sum(counts.skipped.values()),
-            "equal": dict(counts.equal), "refused": sum(counts.refused.values()), "wrong": len(counts.wrong),
+            "equal": dict(counts.equal), "refused": sum(counts.refused.values()), "unsettled": counts.unsettled,
+            "wrong": len(counts.wrong),
         }  # fmt: skip
         options.json.write_text(json.dumps(figures, indent=1))
     return 1 if counts.wrong else 0

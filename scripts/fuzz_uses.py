@@ -494,7 +494,7 @@ class Functions(Ways):
         return OnlyOne.apply(a)[0] * torch.arange(1, WIDTH + 1).to(a)
 
     def by_order_alone(self, a: Tensor, net: Any) -> Tensor:
-        return a.gather(-1, net.once(lambda: OnlyOne.apply(a)[1]))
+        return a.gather(-1, OnlyOne.apply(a)[1])
 
     def by_dirty(self, a: Tensor, net: Any) -> Tensor:
         return Dirty.apply(self.inner(a))
