@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from inspect import signature
 from pathlib import Path
 
 import lightning as L
@@ -98,7 +99,8 @@ def trainer(algorithm, tmp_path, callbacks=(), **flags):
 def end_of(made, make, ckpt_path=None):
     L.seed_everything(3 if ckpt_path is None else 12345, verbose=False)  # a new process starts from anywhere
     module = make()
-    made.fit(module, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    safely = {"weights_only": True} if ckpt_path and "weights_only" in signature(made.fit).parameters else {}
+    made.fit(module, ckpt_path=ckpt_path, **safely)  # lightning 2.5 has no such argument
     left = [module.state_dict(), made.optimizers[0].state_dict()["state"], made.alignment.run.total]
     flat, _ = torch.utils._pytree.tree_flatten(left)
     generators = (

@@ -6,12 +6,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_ebm as ebm
 
+older = not hasattr(FSDPModule, "set_reshard_after_forward")
+newer_torch = pytest.mark.skipif(older, reason="torch 2.8 or newer")
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -86,6 +88,7 @@ class Plain(Manual):
         optimizer.step()
 
 
+@newer_torch
 @pytest.mark.parametrize("kind", [Net, Scales, Weighs, Manual, StepsTwice, Plain])
 def test_sharded_weights_end_where_backprop_ends(kind):
     generator = torch.Generator().manual_seed(1)
@@ -103,6 +106,7 @@ def test_sharded_weights_end_where_backprop_ends(kind):
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-10, atol=1e-12)
 
 
+@newer_torch
 @pytest.mark.parametrize("kind", [Net, Manual])
 def test_callbacks_measure_on_whole_weights(kind):
     """Those that look after the backward pass found weights that had been given back."""
@@ -113,3 +117,9 @@ def test_callbacks_measure_on_whole_weights(kind):
     trainer.fit(kind().double(), DataLoader(TensorDataset(x, y), 6))
     assert trainer.callback_metrics["alignment/cosine"] > 0.99
     assert callbacks[1].regime is not None
+
+
+def test_an_older_torch_is_refused_by_its_version(monkeypatch):
+    monkeypatch.delattr(FSDPModule, "set_reshard_after_forward", raising=False)
+    with pytest.raises(ebm.ConfigurationError, match=r"torch 2\.8 or newer"):
+        ebm.EBMFSDP2Strategy("pc-nudge")

@@ -69,6 +69,12 @@ class EBMFSDP2Strategy(JointStrategy, ModelParallelStrategy):
         scale: Scale = None,
         **options: Any,
     ) -> None:
+        if not hasattr(FSDPModule, "set_reshard_after_forward"):
+            raise ConfigurationError(
+                f"EBMFSDP2Strategy needs torch 2.8 or newer, and this is {torch.__version__}: weights have to stay"
+                " whole from a pass to its backward, which older ones cannot be told for one step. Install a newer"
+                " torch, or take EBMDDPStrategy."
+            )
         if options.get("tensor_parallel_size", "auto") not in ("auto", 1):
             raise ConfigurationError(
                 f"tensor_parallel_size={options['tensor_parallel_size']!r}: every pass through a tensor-parallel layer"
