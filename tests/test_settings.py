@@ -180,6 +180,24 @@ def test_an_update_and_a_question_do_too(monkeypatch):
     assert told[-1] == pytest.approx(2 * told[0])
 
 
+def test_functions_that_no_module_has_are_looked_into_too(monkeypatch):
+    made_of_text = {"factor": 1.0}
+    exec("def scaled(error): return 0.5 * factor * error.square()", made_of_text)
+    scaled = made_of_text["scaled"]
+    assert scaled.__module__ is None
+
+    class Calls(Global):
+        divergence = True
+
+        def layer_energy(self, state, layer):
+            return scaled(state - layer.prediction)
+
+    before = settings_of(Calls())
+    assert before == settings_of(Calls())
+    monkeypatch.setitem(made_of_text, "factor", 3.0)
+    assert before != settings_of(Calls())
+
+
 def test_what_cannot_be_compared_runs_the_plain_way():
     table = nn.Linear(1, 1)
 

@@ -261,12 +261,12 @@ class RelaxationMonitor(Callback):
                 self._curves += [(trainer.global_step, kind, step, energy) for step, energy in steps]
 
     def _advise(self, trainer: Trainer, residual: float) -> None:
-        monitored = sum(self.statuses.values())
-        if not self._warned and monitored >= 10 and self.statuses["max_steps"] > monitored / 2:
+        monitored, late = sum(self.statuses.values()), self.statuses["max_steps"]
+        if not self._warned and monitored >= 10 and late > monitored / 2:
             self._warned = True
-            strategy, remedy = strategy_of(trainer), further(strategy_of(trainer).algorithm)
+            strategy = strategy_of(trainer)
             told = strategy.learner.unsettled.told
-            self._say(trainer, told or advice.unsettled(self.statuses["max_steps"], monitored, residual, remedy))
+            self._say(trainer, told or advice.unsettled(late, monitored, residual, further(strategy.algorithm)))
 
     def _say(self, trainer: Trainer, text: str) -> None:
         if trainer.is_global_zero:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_ebm.program.code import Key
+from lightning_ebm.program.named import named
 
 Read = Callable[[], Any]
 
@@ -54,8 +55,7 @@ def _told(value: Any, looked_into: bool = False) -> Any:
 
 
 def _is_of_a_library(value: FunctionType | ModuleType | type) -> bool:
-    name: str = value.__name__ if isinstance(value, ModuleType) else value.__module__
-    root = name.partition(".")[0]
+    root = _root(value.__name__ if isinstance(value, ModuleType) else named(value).module)
     return root in ("torch", "lightning_ebm") or root in sys.stdlib_module_names
 
 
@@ -79,14 +79,18 @@ def _read_by(kind: type) -> list[Read]:
 
 
 def _is_ours(module: str) -> bool:
-    return module.partition(".")[0] in ("lightning_ebm", "builtins", "abc", "typing")
+    return _root(module) in ("lightning_ebm", "builtins", "abc", "typing")
+
+
+def _root(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _function(value: Any) -> FunctionType | None:
     """Of a method, a property, a static method or the like."""
     for name in ("fget", "func", "__func__"):
         value = getattr(value, name, None) or value
-    return value if isinstance(value, FunctionType) and not _is_ours(value.__module__) else None
+    return value if isinstance(value, FunctionType) and not _is_ours(named(value).module) else None
 
 
 def _read_in(function: FunctionType, seen: Mapping[Any, Read]) -> dict[Any, Read]:
@@ -102,7 +106,7 @@ def _read_in(function: FunctionType, seen: Mapping[Any, Read]) -> dict[Any, Read
         found[id(cell), name] = partial(getattr, cell, "cell_contents")
     for read in list(found.values()):
         called = read()
-        if isinstance(called, FunctionType) and called.__module__.partition(".")[0] not in ("torch", "lightning_ebm"):
+        if isinstance(called, FunctionType) and _root(named(called).module) not in ("torch", "lightning_ebm"):
             found |= _read_in(called, {**seen, **found})
     return found
 

@@ -18,8 +18,9 @@ from lightning_ebm.program.interpreter import Program, at_prediction
 from lightning_ebm.program.module_walk import clean
 from lightning_ebm.program.named import named
 from lightning_ebm.program.record import Record
-from lightning_ebm.program.rounding import Rounding, largest
+from lightning_ebm.program.rounding import Rounding
 from lightning_ebm.program.seams import hooked_input, hooked_output
+from lightning_ebm.program.tensors import largest
 from lightning_ebm.program.user_hooks import without_hooks
 from lightning_ebm.program.wiring import Plan
 from lightning_ebm.purity import untouched, untouched_tensors
@@ -181,12 +182,11 @@ def _check_proportional(
     program: Program, plan: Plan, leaves: Sequence[Tensor], ours: Sequence[Tensor | None], rounding: float
 ) -> None:
     """Errors come in the scale of the nudge: backward code of the user's own must be proportional to its input."""
-    largest = max((float(g.abs().max()) for g in ours if g is not None and g.numel()), default=0.0)
+    bound = min(1e5 * rounding, 0.1) * max((largest(g) for g in ours if g is not None), default=0.0)
     for scale in _SCALES:
         scaled = exact_rule(program.run(at_prediction()), plan, leaves, scale)
         pairs = [(g, s / scale) for g, s in zip(ours, scaled, strict=True) if g is not None and s is not None]
-        bound = min(1e5 * rounding, 0.1) * largest
-        if any(not float((g - s).abs().max()) <= bound for g, s in pairs if g.numel()):
+        if any(not largest(g - s) <= bound for g, s in pairs):
             own = _foreign_in(program)
             named_here = f" ({', '.join(own)})" if own else ""
             raise UnsupportedModuleError(

@@ -17,7 +17,8 @@ from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.record import Node, Value, depending, stands_for
 from lightning_ebm.program.schedule import sparing
 from lightning_ebm.program.stage import Stage
-from lightning_ebm.program.tracer import Evaluate, Traced, key_of, largest, traced_graph, without_dead_code
+from lightning_ebm.program.tensors import largest
+from lightning_ebm.program.tracer import Evaluate, Traced, key_of, traced_graph, without_dead_code
 
 log = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_ebm.program.exact_rule import exact_rule
 from lightning_ebm.program.interpreter import Program, at_prediction
+from lightning_ebm.program.tensors import largest
 from lightning_ebm.program.wiring import Plan
 
 
@@ -56,8 +57,3 @@ class Rounding:
         pairs = zip(self._ours, again, strict=True)
         moved = [0.0 if g is None or m is None else largest(m.to_dense() / multiple - g) for g, m in pairs]
         return [size if math.isfinite(size) else 0.0 for size in moved]
-
-
-def largest(tensor: Tensor) -> float:
-    """The largest absolute value."""
-    return float(tensor.abs().max()) if tensor.numel() else 0.0

@@ -107,3 +107,8 @@ def listed(given: Any) -> Sequence[Any]:
 def all_of(tensors: Any) -> list[Tensor]:
     """What autograd is called with: one tensor, or any number of them."""
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def largest(tensor: Tensor) -> float:
+    """The absolute value of its largest element; 0 if it has none."""
+    return float(tensor.abs().max()) if tensor.numel() else 0.0

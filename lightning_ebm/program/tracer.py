@@ -222,11 +222,6 @@ def _kind(tensor: Tensor) -> Any:
     return tensor.shape, tensor.stride(), tensor.dtype
 
 
-def largest(tensor: Tensor) -> float:
-    """The absolute value of its largest element."""
-    return float(tensor.abs().max()) if tensor.numel() else 0.0
-
-
 class Traced(NamedTuple):
     """Operations, and the tensors among them that nothing of the inputs was computed into."""
 
