@@ -38,10 +38,11 @@ def not_distributed():
 def loggers_as_they_were():
     """What a command of the library silences for its own process, the next test may wait to hear."""
     names = ["lightning_ebm", *(name for name in logging.root.manager.loggerDict if name.startswith("lightning"))]
-    before = {name: logging.getLogger(name).level for name in names}
+    before = [(logger := logging.getLogger(name), logger.level) for name in names]
     yield
-    for name, level in before.items():
-        logging.getLogger(name).setLevel(level)
+    for logger, level in before:
+        if logger.level != level:  # setting one makes all loggers of the process forget what they know
+            logger.setLevel(level)
 
 
 @pytest.fixture

@@ -48,10 +48,13 @@ ALGORITHMS = {
     "sweeps": lambda: hopfield(relaxer=ebm.FixedPoint(3), free_relaxer=ebm.FixedPoint(3)),
     "dual": lambda: ebm.algorithm("dual-propagation", relaxer=ebm.Dyadic(3, tol=0.0)),
 }
+QUICK = ("steps on errors", "sweeps")
 
 
 @needs_compiler
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    "algorithm", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS if name not in QUICK)]
+)
 def test_compiled_steps_end_where_the_plain_ones_do(algorithm: str) -> None:
     """With dropout masks."""
     make = small(layered) if algorithm in ("sweeps", "dual") else layered

@@ -38,6 +38,7 @@ def test_one_reduction_an_optimizer_step_and_none_while_gradients_accumulate(cas
                 assert calls == wanted, (k, calls)
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_while_gradients_accumulate_goes_along_until_they_are_reduced(left):
     """So that collectives of the user's own steps still meet."""
     healthy, failed = left["broken_while_accumulating"]
@@ -48,6 +49,7 @@ def test_a_rank_that_fails_while_gradients_accumulate_goes_along_until_they_are_
     assert healthy["taken"] == failed["taken"] == 4
 
 
+@pytest.mark.slow
 def test_an_error_of_the_users_own_step_while_gradients_accumulate_is_raised_on_all(left):
     healthy, failed = left["broken_step_while_accumulating"]
     assert failed == ("KeyError", '"in the user\'s step"')
@@ -70,6 +72,7 @@ def test_a_lost_micro_batch_adds_nothing_and_ranks_stay_equal(case, left):
     assert all(torch.equal(first["weights"][name], second["weights"][name]) for name in names)
 
 
+@pytest.mark.slow
 def test_where_the_other_algorithm_fails_as_well_all_ranks_say_so(left):
     healthy, failed = left["other_algorithm_fails_too"]
     assert healthy[0] == failed[0] == "RelaxationDivergedError"
@@ -84,6 +87,7 @@ def test_a_free_phase_that_runs_away_before_the_users_pass_is_left_out(count, le
     assert first["counts"] == second["counts"] == {"skipped": 1, "fallbacks": 0}
 
 
+@pytest.mark.slow
 def test_what_a_users_own_parts_find_out_is_agreed_upon_as_what_those_that_are_shipped_do(left):
     """A nudge and a relaxer that no class here knows; each rank alone would keep what it found by itself."""
     for sizes in left["own_parts"]:

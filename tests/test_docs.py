@@ -30,7 +30,15 @@ def blocks(page, language):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] * (page.stem == "deploy"))
+        for page in PAGES
+        if blocks(page, "python")
+    ],
+    ids=lambda page: page.stem,
+)
 def test_every_python_block_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     registered = dict(CONJUGATES)  # a page adds one, which other tests must not see

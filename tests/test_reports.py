@@ -59,6 +59,7 @@ def test_each_run_gets_its_word_and_its_warnings(directories, capsys, name, word
     assert ">dead<" in page if name == "dead_layer" else ">dead<" not in page
 
 
+@pytest.mark.slow
 def test_the_table_of_layers_holds_what_was_measured(directories):
     directory = directories["sound"]
     run = runs.read(directory)
@@ -75,6 +76,7 @@ def test_the_table_of_layers_holds_what_was_measured(directories):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium to see the page in a browser")
+@pytest.mark.slow
 def test_in_a_real_browser_every_figure_is_drawn_without_a_network(directories, tmp_path):
     """A probe is added to a copy of the page; it writes what the browser made of it into the document."""
     directory = directories["dead_layer"]

@@ -33,7 +33,7 @@ def drawn(seed: int, count: int = 40) -> tuple[list[fx.Node], list[fx.Node], fx.
 
 def naive(nodes: list[fx.Node], given: list[fx.Node], end: fx.Node) -> list[fx.Node]:
     """Of all groups that can run, the one after which least is held; then that with fresher inputs; then the first."""
-    held, members = schedule._Held(nodes, given, end), schedule._groups(nodes)
+    held, members = schedule.Held(schedule.Reads(nodes, given, end)), schedule._groups(nodes)
     done: dict[fx.Node, int] = {}
     while len(done) < len(nodes):
 
@@ -58,7 +58,7 @@ def test_the_greedy_order_is_that_of_its_rule(taken):
     for seed in range(60):
         nodes, inputs, end = drawn(seed)
         given = inputs if taken else []
-        assert schedule._greedy(nodes, given, end) == naive(nodes, given, end), seed
+        assert schedule._greedy(nodes, schedule.Reads(nodes, given, end)) == naive(nodes, given, end), seed
 
 
 def test_the_order_that_is_taken_can_run_and_holds_no_more_than_the_given_one():
@@ -71,6 +71,7 @@ def test_the_order_that_is_taken_can_run_and_holds_no_more_than_the_given_one():
         for node in order:
             assert before.issuperset(node.all_input_nodes)
             before.add(node)
-        assert schedule.peak(order, inputs, end) <= schedule.peak(nodes, inputs, end)
-        better += schedule.peak(order, inputs, end) < schedule.peak(nodes, inputs, end)
+        reads = schedule.Reads(nodes, inputs, end)
+        assert schedule.peak(order, reads) <= schedule.peak(nodes, reads)
+        better += schedule.peak(order, reads) < schedule.peak(nodes, reads)
     assert better > 30

@@ -54,6 +54,7 @@ def test_every_key_that_the_view_names_is_logged(logged):
         assert any(key.startswith(prefix) for key in logged), prefix
 
 
+@pytest.mark.slow
 def test_every_overall_figure_that_is_logged_has_a_place_in_the_view(logged):
     ours = {key for key in logged if key.startswith(("alignment/", "ebm/"))}
     assert {key for key in ours if len(key.split("/")) == 2 and "." not in key} == KEYS

@@ -33,52 +33,63 @@ def _memory(node: fx.Node) -> fx.Node:
     return node
 
 
-class _Held:
-    """What is held while operations run one after the other.
+class Reads:
+    """What operations read, whatever the order in which they run.
 
     Args:
         nodes: all that are to run.
         given: inputs that nobody else holds: they are let go of when they have been read for the last time.
         end: what the code returns is held.
+
+    Attributes:
+        memory: the node whose memory each one's result lies in.
+        of: the memory that each one reads.
+        times: how often each memory is read.
+        own: the memory that can be let go of.
     """
 
     def __init__(self, nodes: Iterable[fx.Node], given: Collection[fx.Node], end: fx.Node) -> None:
-        self._left: dict[fx.Node, int] = {}
-        self._given = set(given)
-        self._read: dict[fx.Node, set[fx.Node]] = {}
-        for node in nodes:
-            self._read[node] = {_memory(source) for source in node.all_input_nodes}
-            for memory in self._read[node]:
-                self._left[memory] = self._left.get(memory, 0) + 1
-        for source in end.all_input_nodes:
-            memory = _memory(source)
-            self._left[memory] = self._left.get(memory, 0) + 1
-        self._own = set(self._read) | self._given
+        self.given = given
+        self.memory = {node: _memory(node) for node in nodes}
+        self.of = {node: {_memory(source) for source in node.all_input_nodes} for node in self.memory}
+        self.times: dict[fx.Node, int] = {}
+        returned = [_memory(source) for source in end.all_input_nodes]
+        for memory in (*(m for read in self.of.values() for m in read), *returned):
+            self.times[memory] = self.times.get(memory, 0) + 1
+        self.own = self.of.keys() | set(given)
+
+
+class Held:
+    """What is held while operations run one after the other.
+
+    Args:
+        reads: what they read.
+    """
+
+    def __init__(self, reads: Reads) -> None:
+        self._reads = reads
+        self._left = dict(reads.times)
 
     def taken(self, node: fx.Node) -> int:
         """What running an operation adds."""
-        return size_of(node) if _memory(node) is node else 0
+        return size_of(node) if self._reads.memory[node] is node else 0
 
     def freed(self, node: fx.Node) -> int:
         """What nobody reads any more once it has run."""
-        last = (m for m in self._read[node] if self._left[m] == 1 and m in self._own)
-        unread = 0 if self._left.get(_memory(node), 0) else self.taken(node)
+        last = (m for m in self._reads.of[node] if self._left[m] == 1 and m in self._reads.own)
+        unread = 0 if self._left.get(self._reads.memory[node], 0) else self.taken(node)
         return sum(size_of(m) for m in last) + unread
-
-    def read(self, node: fx.Node) -> set[fx.Node]:
-        """The memory that an operation reads."""
-        return self._read[node]
 
     def run(self, node: fx.Node) -> None:
         """Notes that it has run."""
-        for memory in self._read[node]:
+        for memory in self._reads.of[node]:
             self._left[memory] -= 1
 
 
-def peak(order: Sequence[fx.Node], given: Collection[fx.Node], end: fx.Node) -> int:
+def peak(order: Sequence[fx.Node], reads: Reads) -> int:
     """Bytes at the peak of running the operations in this order, beside what others hold."""
-    held = _Held(order, given, end)
-    now = most = sum(size_of(node) for node in given)
+    held = Held(reads)
+    now = most = sum(size_of(node) for node in reads.given)
     for node in order:
         now += held.taken(node)
         most = max(most, now)
@@ -99,8 +110,9 @@ def sparing(nodes: Sequence[fx.Node], given: Collection[fx.Node], end: fx.Node) 
     large = sorted(outputs, key=lambda node: -size_of(node))
     orders = [list(nodes), *(_output_by_output(ends, set(nodes)) for ends in (outputs, large, outputs[::-1]))]
     orders += [_reduced_at_once(order) for order in orders]
-    orders += [_greedy(nodes, given, end)]
-    return min(orders, key=lambda order: peak(order, given, end))
+    reads = Reads(nodes, given, end)
+    orders += [_greedy(nodes, reads)]
+    return min(orders, key=lambda order: peak(order, reads))
 
 
 def _output_by_output(outputs: Sequence[fx.Node], wanted: set[fx.Node]) -> list[fx.Node]:
@@ -183,9 +195,9 @@ def _dependencies(
     return waiting, following
 
 
-def _greedy(nodes: Sequence[fx.Node], given: Collection[fx.Node], end: fx.Node) -> list[fx.Node]:
+def _greedy(nodes: Sequence[fx.Node], reads: Reads) -> list[fx.Node]:
     """Of the groups that can run, always the one after which least is held; among equals that with fresher inputs."""
-    held, position, members = _Held(nodes, given, end), {node: k for k, node in enumerate(nodes)}, _groups(nodes)
+    held, position, members = Held(reads), {node: k for k, node in enumerate(nodes)}, _groups(nodes)
     group = {node: last for last, together in members.items() for node in together}
     waiting, following = _dependencies(members, group)
     done, reading = dict[fx.Node, int](), dict[fx.Node, set[fx.Node]]()
@@ -200,7 +212,7 @@ def _greedy(nodes: Sequence[fx.Node], given: Collection[fx.Node], end: fx.Node) 
 
     def ready(last: fx.Node) -> None:
         for node in members[last]:
-            for memory in held.read(node):
+            for memory in reads.of[node]:
                 reading.setdefault(memory, set()).add(last)
         offer(last)
 
@@ -217,7 +229,7 @@ def _greedy(nodes: Sequence[fx.Node], given: Collection[fx.Node], end: fx.Node) 
             done[node] = len(done)
             held.run(node)
         # What others cost changes with who else is to read what they read.
-        for other in {g for node in members[last] for memory in held.read(node) for g in reading[memory]}:
+        for other in {g for node in members[last] for memory in reads.of[node] for g in reading[memory]}:
             if other in costs:
                 offer(other)
         for user in following.get(last, ()):
