@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.loops import _FitLoop as FitLoop
 from lightning_modules import Template, data
 from torch import nn
 from torch.utils.data import DataLoader
@@ -127,6 +128,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_ends_bit_identical(case, tmp_path):
+    if case in ("end of an epoch", "validation, end of an epoch") and not hasattr(FitLoop, "is_resuming"):
+        pytest.skip("this Lightning makes the first iterator of such a run twice, and draws twice for it")
     make, when, flags = CASES[case]
     algorithm = "predictive-coding" if case == "mid-epoch" else "pc-nudge"
     whole = end_of(trainer(algorithm, tmp_path, enable_checkpointing=False, **flags), make)
@@ -229,6 +232,7 @@ def test_an_interrupt_in_the_pass_itself_leaves_no_trace_of_it(tmp_path):
 FULL_DISK = """
 import lightning as L, torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.loops import _FitLoop as FitLoop
 from lightning_modules import Template
 import lightning_ebm as ebm
 import errno, sys
