@@ -80,10 +80,12 @@ class Held:
         unread = 0 if self._left.get(self._reads.memory[node], 0) else self.taken(node)
         return sum(size_of(m) for m in last) + unread
 
-    def run(self, node: fx.Node) -> None:
-        """Notes that it has run."""
-        for memory in self._reads.of[node]:
+    def run(self, node: fx.Node) -> list[fx.Node]:
+        """Notes that it has run; gives the memory that goes with the one operation that is yet to read it."""
+        read = self._reads.of[node]
+        for memory in read:
             self._left[memory] -= 1
+        return [memory for memory in read if self._left[memory] == 1 and memory in self._reads.own]
 
 
 def peak(order: Sequence[fx.Node], reads: Reads) -> int:
@@ -108,10 +110,9 @@ def sparing(nodes: Sequence[fx.Node], given: Collection[fx.Node], end: fx.Node) 
     """
     outputs = list(dict.fromkeys(end.all_input_nodes))
     large = sorted(outputs, key=lambda node: -size_of(node))
-    orders = [list(nodes), *(_output_by_output(ends, set(nodes)) for ends in (outputs, large, outputs[::-1]))]
-    orders += [_reduced_at_once(order) for order in orders]
-    reads = Reads(nodes, given, end)
-    orders += [_greedy(nodes, reads)]
+    own, reads, groups = set(nodes), Reads(nodes, given, end), _groups(nodes)
+    orders = [list(nodes), _greedy(nodes, reads, groups)]
+    orders += [_reduced_at_once(_output_by_output(ends, own), groups) for ends in (outputs, large, outputs[::-1])]
     return min(orders, key=lambda order: peak(order, reads))
 
 
@@ -132,7 +133,10 @@ def _output_by_output(outputs: Sequence[fx.Node], wanted: set[fx.Node]) -> list[
     return list(found)
 
 
-def _groups(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+Groups = dict[fx.Node, list[fx.Node]]
+
+
+def _groups(nodes: Sequence[fx.Node]) -> Groups:
     """The operations by the last one of their group: what only leads to something small goes together with that.
 
     A product that is summed at once, for example.
@@ -152,9 +156,8 @@ def _shrinks(node: fx.Node, sources: Iterable[fx.Node]) -> bool:
     return 4 * size_of(node) <= max((size_of(s) for s in sources), default=0)
 
 
-def _reduced_at_once(order: Sequence[fx.Node]) -> list[fx.Node]:
+def _reduced_at_once(order: Sequence[fx.Node], groups: Groups) -> list[fx.Node]:
     """The same order, but for groups that end in something small: they run as soon as they can."""
-    groups = _groups(order)
     waiting = {
         last: {s for node in together for s in node.all_input_nodes} - set(together)
         for last, together in groups.items()
@@ -181,7 +184,7 @@ def _reduced_at_once(order: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def _dependencies(
-    members: dict[fx.Node, list[fx.Node]], group: dict[fx.Node, fx.Node]
+    members: Groups, group: dict[fx.Node, fx.Node]
 ) -> tuple[dict[fx.Node, set[fx.Node]], dict[fx.Node, list[fx.Node]]]:
     """Which groups each one waits for, and which wait for it."""
     waiting = {
@@ -195,9 +198,9 @@ def _dependencies(
     return waiting, following
 
 
-def _greedy(nodes: Sequence[fx.Node], reads: Reads) -> list[fx.Node]:
+def _greedy(nodes: Sequence[fx.Node], reads: Reads, members: Groups) -> list[fx.Node]:
     """Of the groups that can run, always the one after which least is held; among equals that with fresher inputs."""
-    held, position, members = Held(reads), {node: k for k, node in enumerate(nodes)}, _groups(nodes)
+    held, position = Held(reads), {node: k for k, node in enumerate(nodes)}
     group = {node: last for last, together in members.items() for node in together}
     waiting, following = _dependencies(members, group)
     done, reading = dict[fx.Node, int](), dict[fx.Node, set[fx.Node]]()
@@ -225,11 +228,12 @@ def _greedy(nodes: Sequence[fx.Node], reads: Reads) -> list[fx.Node]:
         if costs.get(last) != cost:
             continue
         del costs[last]
+        goes: list[fx.Node] = []
         for node in members[last]:
             done[node] = len(done)
-            held.run(node)
-        # What others cost changes with who else is to read what they read.
-        for other in {g for node in members[last] for memory in reads.of[node] for g in reading[memory]}:
+            goes += held.run(node)
+        # What others cost changes where nobody but they is to read what they read.
+        for other in {g for memory in goes for g in reading[memory]}:
             if other in costs:
                 offer(other)
         for user in following.get(last, ()):
