@@ -7,7 +7,7 @@ every batch, less what the user's own pass has computed already.
 
 import logging
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.record import Node, Value, depending, stands_for
 from lightning_ebm.program.schedule import sparing
-from lightning_ebm.program.stage import Stage
+from lightning_ebm.program.stage import Stage, module_of
 from lightning_ebm.program.tensors import largest
 from lightning_ebm.program.tracer import Evaluate, Traced, key_of, traced_graph, without_dead_code
 
@@ -63,10 +63,10 @@ class Code:
         for node in recalled:
             if not node.users:
                 traced.graph.erase_node(node)
-        self._once, stage = _stages(traced, len(point), takes)
-        self._point: Run = stage
-        if compile:
-            self._point = _compiled(stage, [*point, *self.before(given, held)])
+        once, later = _stages(traced, len(point), takes)
+        self._once = Stage(once, traced.constants)
+        run = _compiled(later, traced.constants, [*point, *self.before(given, held)]) if compile else None
+        self._point: Run = Stage(later, traced.constants) if run is None else run
         room = (1e-2 if compile else 1e-5) * max(map(largest, expected), default=0.0)  # Inductor rounds in other places
         for got, wanted in zip(self.at([*point, *self.before(given, held)]), expected, strict=True):
             if not torch.allclose(got, wanted, rtol=0.0, atol=room, equal_nan=True):
@@ -93,7 +93,7 @@ class Code:
 Run = Callable[[list[Tensor]], Any]
 
 
-def _stages(traced: Traced, point: int, takes: bool) -> tuple[Stage, Stage]:
+def _stages(traced: Traced, point: int, takes: bool) -> tuple[fx.Graph, fx.Graph]:
     """What does not depend on the first inputs, as a function of the others; and the rest."""
     nodes = list(traced.graph.nodes)
     inputs = [node for node in nodes if node.op == "placeholder"]
@@ -116,7 +116,7 @@ def _stages(traced: Traced, point: int, takes: bool) -> tuple[Stage, Stage]:
     for node in sparing(own, inputs[:point] if takes else (), end):
         there[node] = later.node_copy(node, there.__getitem__)
     later.output(fx.map_arg(end.args[0], there.__getitem__))
-    return Stage(once, traced.constants), Stage(later, traced.constants)
+    return once, later
 
 
 def _without_alpha(graph: fx.Graph) -> None:
@@ -128,14 +128,14 @@ def _without_alpha(graph: fx.Graph) -> None:
             node.args, node.kwargs = (node.args[0], scaled), {}
 
 
-def _compiled(stage: Stage, inputs: Sequence[Tensor]) -> Run:
-    _without_alpha(stage.graph)
+def _compiled(graph: fx.Graph, constants: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Run | None:
+    _without_alpha(graph)
     try:
-        run = torch._inductor.compile(stage.module(), list(inputs))
+        run = torch._inductor.compile(module_of(graph, constants), list(inputs))
         return lambda inputs: run(*inputs)
     except Exception as error:  # no compiler, or an operation it does not have
         log.warning("Inductor could not compile a step, which runs as it was traced: %s", error)
-        return stage
+        return None
 
 
 Key = tuple[Any, ...]

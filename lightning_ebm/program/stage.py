@@ -20,7 +20,8 @@ class Emptied(CodeGen):
 class Stage:
     """A graph as a function of one list, see `Emptied`.
 
-    A `GraphModule` does the same, and torch keeps the text of every one that there has ever been.
+    A `GraphModule` does the same, and torch keeps the text of every one that there has ever been. The graph is let go
+    of: of a deep network it is many thousands of objects, for Python to look through now and then.
 
     Args:
         graph: its names are torch.fx's own.
@@ -28,14 +29,12 @@ class Stage:
     """
 
     def __init__(self, graph: fx.Graph, constants: Mapping[str, Tensor]) -> None:
-        self.graph = graph
-        self.constants = {node.target: constants[node.target] for node in graph.nodes if node.op == "get_attr"}
         graph.set_codegen(Emptied())
         code = graph.python_code("self")
         space = dict(code.globals)
         exec(compile(code.src, "<evaluation>", "exec"), space)
         self._run: Any = space["forward"]
-        vars(self).update(self.constants)
+        vars(self).update(_of(graph, constants))
 
     def __call__(self, inputs: list[Tensor]) -> Any:
         """The results.
@@ -45,9 +44,13 @@ class Stage:
         """
         return self._run(self, inputs)
 
-    def module(self) -> fx.GraphModule:
-        """The same with its inputs one by one, for Inductor."""
-        module = fx.GraphModule(self.constants, self.graph)
-        module.graph.set_codegen(CodeGen())
-        module.recompile()
-        return module
+
+def module_of(graph: fx.Graph, constants: Mapping[str, Tensor]) -> fx.GraphModule:
+    """The same with its inputs one by one, for Inductor."""
+    graph.set_codegen(CodeGen())
+    return fx.GraphModule(_of(graph, constants), graph)
+
+
+def _of(graph: fx.Graph, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that it gets."""
+    return {node.target: constants[node.target] for node in graph.nodes if node.op == "get_attr"}
