@@ -53,6 +53,7 @@ ORDER = [
         "at_value",
         "decompositions",
         "dispatch",
+        "draws_apart",
         "elsewhere",
         "fast_paths",
         "named",

@@ -12,6 +12,9 @@ from lightning_ebm.program.stage import Stage
 from lightning_ebm.program.tracer import key_of, traced_graph
 
 Evaluate = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
+LIBRARY = torch.library.Library("lightning_ebm_tests", "FRAGMENT")
+LIBRARY.define("nested(Tensor x, Tensor y) -> (Tensor, Tensor[])")
+LIBRARY.impl("nested", lambda x, y: (x * y, [x + y, x.sin()]), "CompositeExplicitAutograd")
 
 
 def both(evaluate: Evaluate, x: Tensor, given: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -36,7 +39,14 @@ def integers(point: list[Tensor], given: list[Tensor]) -> list[Tensor]:
     return [point[0] * (count + 1), point[0] * ((count + 1.0) / 2), (count + 0).to(point[0]), (count + 0.0) * point[0]]
 
 
-@pytest.mark.parametrize("evaluate", [own_writes, neutral, integers])
+def nested(point: list[Tensor], given: list[Tensor]) -> list[Tensor]:
+    """What cuDNN's recurrent layers give back: tensors, and a list of them."""
+    product, (total, sine) = torch.ops.lightning_ebm_tests.nested(point[0], given[0])
+    _, (_, again) = torch.ops.lightning_ebm_tests.nested(point[0], given[0])
+    return [product * 2, total.exp(), sine + again]
+
+
+@pytest.mark.parametrize("evaluate", [own_writes, neutral, integers, nested])
 def test_code_gives_what_the_evaluation_gives(evaluate):
     torch.manual_seed(0)
     found, expected = both(evaluate, torch.randn(4, 3), torch.randn(4, 3))

@@ -206,7 +206,7 @@ class TracedProgram:
             func, args, kwargs = fx_node.meta.get("in_place_of", (fx_node.target, fx_node.args, fx_node.kwargs))
             named = (of(tuple(kwargs.items())),) if kwargs else ()
             node = self._made.get(key_of(func, of(args) + named))
-            if node is None or node.written:
+            if node is None or node.written or "nested" in fx_node.meta:
                 continue
             if "several" in fx_node.meta:
                 several[fx_node] = node

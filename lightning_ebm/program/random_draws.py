@@ -24,12 +24,13 @@ _ZERO_SLOPE = frozenset(
 
 
 def draws(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a random operation draws anything this time: attention without dropout does not."""
+    """Whether a random operation draws anything this time: attention and cuDNN's layers without dropout do not."""
     names = [argument.name for argument in func._schema.arguments]
-    if "dropout_p" not in names:
+    rate = next((name for name in ("dropout_p", "dropout") if name in names), None)
+    if rate is None:
         return True
-    position = names.index("dropout_p")
-    return bool((args[position] if position < len(args) else kwargs.get("dropout_p", 0.0)) != 0)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return bool(given.get(rate, 0.0) != 0 and given.get("train", True))
 
 
 def repeated_without_drawing(kind: Traits, args: Any) -> Repeated | None:

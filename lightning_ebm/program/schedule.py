@@ -26,10 +26,12 @@ def size_of(node: fx.Node) -> int:
 def _memory(node: fx.Node) -> fx.Node:
     """The node whose result is the memory that this one's lies in."""
     while node.op == "call_function":
-        operation = node.all_input_nodes[0] if node.target is operator.getitem else node
+        operation = node
+        while operation.target is operator.getitem:
+            operation = operation.all_input_nodes[0]
         if not traits(operation.target).views:
             break
-        node = node.all_input_nodes[0]
+        node = operation.all_input_nodes[0]
     return node
 
 

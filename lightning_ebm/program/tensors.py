@@ -100,8 +100,11 @@ def _parts(held: Any) -> Iterator[tuple[str, Any]]:
 
 
 def listed(given: Any) -> Sequence[Any]:
-    """One thing, or a list or tuple of several, as several."""
-    return given if isinstance(given, list | tuple) else (given,)
+    """One thing, or a list or tuple of several, as several; of lists within, all that they hold."""
+    if not isinstance(given, list | tuple):
+        return (given,)
+    nested = any(isinstance(one, list | tuple) for one in given)
+    return [leaf for one in given for leaf in listed(one)] if nested else given
 
 
 def all_of(tensors: Any) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ebm.errors import UnsupportedModuleError
+from lightning_ebm.program.draws_apart import DRAW_INSIDE, drawing_apart
 from lightning_ebm.program.named import named
 from lightning_ebm.program.user_hooks import Heard
 
@@ -44,6 +45,9 @@ class TorchCalls(TorchFunctionMode):
             if recorder.takes_care(args[0], options.pop("gradient", None), options):
                 return None
             with recorder.asking_nobody():
+                return func(*args, **kwargs)
+        if func in DRAW_INSIDE:
+            with drawing_apart(func, args, kwargs):
                 return func(*args, **kwargs)
         if func is F.gumbel_softmax:
             return self._gumbel_softmax(*args, **kwargs)
@@ -119,4 +123,4 @@ MAY_WRITE: frozenset[Any] = frozenset(
 """They write without an operation, or hand the memory to others who may."""
 _GRAPH = _TENSOR.grad_fn.__get__
 _RETAIN = Tensor.retain_grad
-_SEEN = _DETACHES | MAY_WRITE | {F.gumbel_softmax, SET_DATA, _HOOK, _RETAIN, _BACKWARD_OF, _GRAPH}
+_SEEN = _DETACHES | MAY_WRITE | DRAW_INSIDE | {F.gumbel_softmax, SET_DATA, _HOOK, _RETAIN, _BACKWARD_OF, _GRAPH}

@@ -124,13 +124,13 @@ class Tracer(DispatchMode):
 
     def _bind_results(self, func: Any, node: fx.Node, result: Any) -> None:
         if isinstance(result, list | tuple):
-            node.meta["several"] = True
-            for index, tensor in enumerate(result):
-                if isinstance(tensor, Tensor):
+            node.meta["nested" if any(isinstance(part, list | tuple) for part in result) else "several"] = True
+            for index, part in enumerate(result):
+                if isinstance(part, Tensor | list | tuple):
                     key = key_of(operator.getitem, (node, index))
                     if key not in self._made:  # else another call gave the same results
                         self._made[key] = self.graph.call_function(operator.getitem, (node, index))
-                    self._bind(tensor, self._made[key])
+                    self._bind_results(func, self._made[key], part)
         elif isinstance(result, Tensor):
             self._bind(result, node)
         elif node.all_input_nodes:
