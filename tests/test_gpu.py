@@ -1,5 +1,6 @@
 """What only CUDA devices can show: skipped where there are none, as on machines that check every change."""
 
+import contextlib
 import copy
 
 import lightning as L
@@ -8,6 +9,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_modules import Template
 from test_distributed import difference, launch
+from test_draws_apart import ATTENTION, RECURRENT, Net
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lightning_ebm as ebm
 
@@ -79,6 +83,39 @@ def test_a_compiled_network_learns_as_one_that_is_not(tmp_path):
     compiled, _ = fitted(make, ebm.EBMStrategy("zero-divergence"), tmp_path)
     compiled = {name.replace("_orig_mod.", ""): tensor for name, tensor in compiled.items()}
     assert difference(plain, compiled) < 1e-4
+
+
+@one_gpu
+@pytest.mark.parametrize("capture", [True, False], ids=["code", "plain"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("kind", [*ATTENTION, *RECURRENT])
+def test_attention_and_recurrent_layers_give_autograds_gradient(kind, dropout, capture):
+    """By kernels of the device, over steps in which weights and batches move: code must not keep what it was made at.
+
+    Where units are dropped autograd is given the kernels that the step is recorded by, which draw by the same seed.
+    """
+    torch.manual_seed(0)
+    net = Net({**ATTENTION, **RECURRENT}[kind](dropout)).cuda()
+    net.seen = contextlib.nullcontext()  # nobody looks on
+    learner = ebm.Learner(net, "zero-divergence", layers=["activation"], capture=capture)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for step in range(4):
+        x, y = torch.randn(6, 5, 4, device="cuda"), torch.randint(0, 2, (6,), device="cuda")
+
+        def closure(x=x, y=y, step=step):
+            torch.manual_seed(step)
+            return F.cross_entropy(net(x), y)
+
+        net.zero_grad()
+        attention = sdpa_kernel(SDPBackend.MATH) if dropout else contextlib.nullcontext()
+        with attention, torch.backends.cudnn.flags(enabled=not dropout):
+            closure().backward()
+        expected = {name: p.grad.clone() for name, p in net.named_parameters()}
+        net.zero_grad()
+        learner.backward(closure)
+        found = {name: p.grad for name, p in net.named_parameters()}
+        assert ebm.metrics.alignment(found, expected)["relative_error"] < 1e-3  # tf32, in cuDNN
+        optimizer.step()
 
 
 @two_gpus
