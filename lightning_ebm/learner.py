@@ -326,7 +326,8 @@ class Learner:
         """Within it a network is at its equilibrium; afterwards the module is as it was."""
         self._refuse_shards()
         check_closure(closure)
-        setup = self._equilibrium_setup(clamp, free, strength != 0, relaxer)
+        held, free = checked_clamp({} if clamp is None else clamp), checked_names("free", free)
+        setup = self._equilibrium_setup(held, free, strength != 0, relaxer)
         with self._quiet():
             build(self.module, closure)
         with torch.inference_mode(False), untouched(self.module), self._quiet(), torch.enable_grad():
@@ -337,11 +338,9 @@ class Learner:
                 yield result
 
     def _equilibrium_setup(
-        self, clamp: Clamp | None, free: Sequence[str], nudged: bool, relaxer: Relaxer | Literal["auto"] | None
+        self, clamp: Clamp, free: Sequence[str], nudged: bool, relaxer: Relaxer | Literal["auto"] | None
     ) -> Setup:
-        free = checked_names("free", free)
         algorithm = for_equilibrium(self.algorithm, free, nudged, relaxer)
-        clamp = checked_clamp({} if clamp is None else clamp)
         return replace(
             self._setup(), algorithm=algorithm, programs=self._programs_with(clamp, free), remember=unheard,
             memory=None, observer=None, clamp=clamp if clamp or free else None, free=free,
@@ -416,9 +415,9 @@ class Learner:
             free: as for `relax`.
         """
         check_closure(run)
-        clamp, free = checked_clamp({} if clamp is None else clamp), checked_names("free", free)
-        if clamp or free:
-            return at_free_equilibrium(self._equilibrium_setup(clamp, free, False, None), run)
+        held, free = checked_clamp({} if clamp is None else clamp), checked_names("free", free)
+        if held or free:
+            return at_free_equilibrium(self._equilibrium_setup(held, free, False, None), run)
         if self.algorithm.rests_at_forward:
             return nullcontext()
         setup = replace(
