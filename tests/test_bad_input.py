@@ -197,3 +197,35 @@ def test_what_did_not_converge_is_said_once_and_reported(caplog):
     assert learner.report["result"] == "max_steps"
     assert min(learner.report["residual"]) > 0.9
     assert sum("max_steps" in record.message for record in caplog.records) == 1
+
+
+def spoils_the_loss(net):
+    return F.cross_entropy(net(X), Y) * math.nan
+
+
+def has_no_slope(net):
+    return (net(X) * 0).square().sum().sqrt()
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize(
+    ("loss", "operation", "line"), [(spoils_the_loss, "Mul", "math.nan"), (has_no_slope, "Pow", ".sqrt()")]
+)
+@pytest.mark.parametrize("name", ["predictive-coding", "zero-divergence", "pc-nudge"])
+def test_where_detection_of_anomalies_is_on_torch_names_the_operation_and_the_line(loss, operation, line, name):
+    """As under stock training, where one turns it on to learn just that; else the cause is told in our words."""
+    if name == "zero-divergence" and loss is has_no_slope:
+        pytest.skip("an exact rule hands over what backprop would, nan or not, and looks for none")
+    net = make_net()
+    learner = ebm.Learner(net, name)
+    with (
+        torch.autograd.set_detect_anomaly(True),
+        pytest.warns(UserWarning, match=f"Error detected in {operation}") as told,
+        pytest.raises(RuntimeError, match=f"{operation}Backward0' returned nan"),
+    ):
+        learner.backward(lambda: loss(net))
+    assert any(line in str(one.message) for one in told)
+    with pytest.raises(ebm.RelaxationDivergedError, match="nan"):
+        learner.backward(lambda: loss(net))
+    learner.backward(lambda: F.cross_entropy(net(X), Y))
+    assert all(bool(p.grad.isfinite().all()) for p in net.parameters())

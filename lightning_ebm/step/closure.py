@@ -31,7 +31,7 @@ def check_finite(loss: Tensor) -> None:
     if not cmath.isfinite(loss.item()):
         raise RelaxationDivergedError(
             f"The loss of the forward pass is {float(loss.detach())}: there is nothing finite to relax towards."
-            " Look for it with Trainer(detect_anomaly=True) under stock training, lower the learning rate of the"
+            " Look for it with Trainer(detect_anomaly=True), lower the learning rate of the"
             " parameters, or clip."
         )
 

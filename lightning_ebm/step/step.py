@@ -174,7 +174,7 @@ class Step:
         if not self._setup.algorithm.rule.relaxes:
             self._setup.remember([], [], loss.detach() / scale, "plain")
             return self.unrelaxed(loss, scale)
-        with self._pass.blaming(loss.detach()):
+        with self._pass.blaming(loss.detach(), loss if torch.is_anomaly_enabled() else None):
             retained = self._note(loss)
             if self._pass.known.is_empty:
                 surrogate = self._directly(scale)

@@ -112,15 +112,22 @@ class UserPass:
         questions.later(torch.stack(finite), refuse)
 
     @contextmanager
-    def blaming(self, loss: Tensor | None) -> Iterator[None]:
+    def blaming(self, loss: Tensor | None, graph: Tensor | None = None) -> Iterator[None]:
         """Within it, a divergence is traced to what caused it, by us and not by autograd's own detection of anomalies.
 
         Relaxers try points at which nothing is finite and take other ones, and nan tells which samples see each other.
+
+        Args:
+            loss: of the forward pass, if there is one yet, without its graph.
+            graph: the loss in its graph, where the user has turned detection on: if the gradient of the pass is nan,
+                torch names the operation, and the line of the user's that it stands in.
         """
         try:
             with torch.autograd.set_detect_anomaly(False):
                 yield
         except RelaxationDivergedError as error:
+            if graph is not None:
+                named_gradients(self._module, graph)
             backprop = None if self.recorded is None else self._backprop
             raise blamed(error, self._module, self._buffers(), self.given, loss, backprop) from error
 
