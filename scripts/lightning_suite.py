@@ -136,8 +136,10 @@ def run(tests: Path, chosen: list[str], algorithm: str, seconds: int) -> dict[st
         }  # fmt: skip
         command = [
             sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "lightning_suite", "-o", "addopts=",
-            "--strict-markers", "--disable-pytest-warnings", "--continue-on-collection-errors", "--timeout",
-            str(seconds), "--rootdir", str(tests.parents[1]), "-c", str(tests.parents[1] / "pyproject.toml"),
+            "--strict-markers", "--disable-pytest-warnings", "--continue-on-collection-errors",
+            "--tb=native",  # else pytest parses sources, and Python 3.11 may fail at that after a deep recursion
+            "--timeout", str(seconds),
+            "--rootdir", str(tests.parents[1]), "-c", str(tests.parents[1] / "pyproject.toml"),
             *(f"--ignore={tests / name}" for name in LEFT_OUT),
             *(str(tests / name) for name in chosen),
         ]  # fmt: skip
