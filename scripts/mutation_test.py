@@ -885,7 +885,7 @@ MUTATIONS = [
     Mutation(
         "what is copied over has no slope",
         "program/operations.py",
-        "return target.requires_grad and not target._is_view()",
+        "return target.requires_grad and (target._base is None or target._base.numel() == target.numel())",
         "return False",
         "following",
     ),

@@ -90,3 +90,52 @@ def test_slopes_through_cells_that_write_to_parts_are_differentiated(name: str, 
         true, found = ebm.reference.backprop(net, loss), learner.gradients(loss)
         for key, gradient in true.items():
             torch.testing.assert_close(found[key], gradient, rtol=1e-10, atol=1e-12)
+
+
+def _through(view: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    def replaced(q: Tensor, h: Tensor) -> Tensor:
+        q = 1.0 * q
+        view(q).copy_(view(h.clone()))
+        return q
+
+    return replaced
+
+
+def _read_where_it_was_written(q: Tensor, h: Tensor) -> Tensor:
+    column = (1.0 * q)[:, None][:, 0]
+    column.copy_(h)
+    return column
+
+
+REPLACED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "itself": _through(lambda q: q),
+    "flat": _through(lambda q: q.view(-1)),
+    "transposed": _through(lambda q: q.T),
+    "an only column": _through(lambda q: q[:, None][:, 0]),
+    "read where it was written": _read_where_it_was_written,
+}
+
+
+@pytest.mark.parametrize("capture", [True, False], ids=["captured", "plain"])
+@pytest.mark.parametrize("way", REPLACED)
+def test_what_a_copy_replaces_through_a_view_of_all_of_it_is_reached_with_a_slope_of_zero(
+    way: str, capture: bool
+) -> None:
+    """As by autograd: an optimizer decays weights whose gradient is zero, and leaves alone those that have none."""
+    torch.manual_seed(0)
+    layers = {"first": nn.Linear(4, 6), "act": nn.Tanh(), "lost": nn.Linear(6, 6), "last": nn.Linear(6, 2)}
+    net = nn.ModuleDict(layers).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+
+    def loss() -> Tensor:
+        h = net["act"](net["first"](x))
+        out: Tensor = net["last"](REPLACED[way](net["lost"](h), h))
+        return out.square().mean()
+
+    learner = ebm.Learner(net, "zero-divergence", capture=capture)
+    for _ in range(3):
+        true, found = ebm.reference.backprop(net, loss), learner.gradients(loss)
+        assert set(found) == set(true) == {name for name, _ in net.named_parameters()}
+        assert not found["lost.weight"].any()
+        for key, gradient in true.items():
+            torch.testing.assert_close(found[key], gradient, rtol=1e-10, atol=1e-12)
