@@ -660,7 +660,7 @@ MUTATIONS = [
     Mutation(
         "steps on gradients of backprop are taken",
         "strategies/manual.py",
-        "if not relaxed and any(_teaches(p) for p in self._weights(module, parameters)):",
+        "if not relaxed and any(_teaches(p) for p in self._weights(module, others)):",
         "if False:",
         "same_step",
     ),
