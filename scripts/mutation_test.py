@@ -660,7 +660,7 @@ MUTATIONS = [
     Mutation(
         "steps on gradients of backprop are taken",
         "strategies/manual.py",
-        "if not relaxed and any(_teaches(p) for p in self._weights(module, parameters)):",
+        "if not relaxed and any(_teaches(p) for p in self._weights(module, others)):",
         "if False:",
         "same_step",
     ),
@@ -885,7 +885,7 @@ MUTATIONS = [
     Mutation(
         "what is copied over has no slope",
         "program/operations.py",
-        "return target.requires_grad and not target._is_view()",
+        "return target.requires_grad and (target._base is None or target._base.numel() == target.numel())",
         "return False",
         "following",
     ),

@@ -425,3 +425,21 @@ def test_an_exported_equilibrium_takes_plain_sweeps():
     algorithm = ebm.algorithm("equilibrium-propagation", relaxer=ebm.AcceleratedFixedPoint(60, 1e-6))
     whole = ebm.Equilibrium(net, algorithm)
     assert torch.allclose(whole.exported(x).module()(x), whole(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("capture", [True, False], ids=["captured", "plain"])
+def test_states_that_belong_to_no_sample_move_under_complex_nudges(capture: bool) -> None:
+    """Three of five samples are picked within the network, as the hardest are: the states above lie in no rows."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y, picked = torch.randn(5, 4, dtype=torch.float64), torch.randint(3, (5,)), torch.tensor([0, 2, 3])
+
+    def loss() -> torch.Tensor:
+        return nn.functional.cross_entropy(net[2:](net[:2](x)[picked]), y[picked])
+
+    gradients = [
+        ebm.Learner(net, ebm.algorithm("holomorphic-ep", relaxer=relaxer), capture=capture).gradients(loss)
+        for relaxer in (ebm.AcceleratedFixedPoint(100, tol=1e-7), ebm.FixedPoint(100, tol=1e-7))
+    ]
+    for name, expected in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], expected, rtol=0, atol=1e-5)

@@ -4,6 +4,7 @@ The oracle of what is right is a stock Trainer; of what would be silent, that la
 """
 
 import copy
+import pickle
 
 import lightning as L
 import pytest
@@ -574,6 +575,61 @@ def test_weights_of_the_network_may_not(make):
     fit(make)
     with pytest.raises(ebm.ConfigurationError, match="that no relaxation has given"):
         fit(make, ebm.EBMStrategy(EXACT))
+
+
+class Twice(Manual):
+    """Steps twice on the gradient of a relaxation."""
+
+    between = staticmethod(lambda parameters: None)
+
+    def training_step(self, batch, index):
+        super().training_step(batch, index)
+        self.between(list(self.parameters()))
+        self.optimizers().step()
+
+
+class EverySecond(Manual):
+    """Steps at every batch, and looks for a new gradient at every second."""
+
+    def training_step(self, batch, index):
+        if index % 2 == 0:
+            super().training_step(batch, index)
+        else:
+            self.optimizers().step()
+
+
+@pytest.mark.parametrize("make", [Twice, EverySecond])
+def test_the_gradient_of_a_relaxation_may_be_stepped_on_again(make):
+    module = fit(make, ebm.EBMStrategy(EXACT))
+    assert farthest(fit(make), module) < 1e-12
+    pickle.dumps(module.trainer)
+
+
+def _given_another(parameters):
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+
+
+def _written_to(parameters):
+    for p in parameters:
+        p.grad.fill_(1.0)
+
+
+def _zeroed_and_filled(parameters):
+    for p in parameters:
+        p.grad = None
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+
+
+@pytest.mark.parametrize("between", [_given_another, _written_to, _zeroed_and_filled])
+def test_but_no_other_in_its_place(between):
+    class Other(Twice):
+        pass
+
+    Other.between = staticmethod(between)
+    with pytest.raises(ebm.ConfigurationError, match="that no relaxation has given"):
+        fit(Other, ebm.EBMStrategy(EXACT))
 
 
 class Multiplier(Manual):

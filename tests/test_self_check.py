@@ -81,3 +81,46 @@ def test_noise_in_what_comes_back_is_no_rounding(dtype, noise):
     noisy = Faint(1.0, lambda saved: saved * (1 + noise * torch.randn_like(saved))).to(dtype)
     with pytest.raises(ebm.UnsupportedModuleError, match="off autograd's own"):
         learned(noisy, torch.randn(16, 8).to(dtype))
+
+
+@pytest.mark.parametrize("algorithm", ["zero-divergence", "pc-nudge", "equilibrium-propagation"])
+@pytest.mark.parametrize("first", [True, False], ids=["from the first step on", "later"])
+def test_a_loss_whose_weights_have_all_been_frozen_since_teaches_nothing(first: bool, algorithm: str) -> None:
+    """As when another optimizer's parameters are toggled between a loss and its `backward`; not an error of torch."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    learner = ebm.Learner(net, algorithm)
+
+    def loss(frozen: bool) -> Tensor:
+        net.requires_grad_(True)
+        found = net(x).square().mean()
+        net.requires_grad_(not frozen)
+        return found
+
+    for step in range(4):
+        frozen = (step % 2 == 0) is first
+        net.zero_grad()
+        assert float(learner.backward(lambda frozen=frozen: loss(frozen))) > 0
+        assert [p.grad is None for p in net.parameters()] == [frozen] * 6
+    expected = ebm.reference.backprop(net, lambda: loss(False))
+    if algorithm == "zero-divergence":
+        net.zero_grad()
+        learner.backward(lambda: loss(False))
+        for name, p in net.named_parameters():
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-12, atol=1e-14)
+
+
+def test_code_that_was_first_seen_while_all_was_frozen_is_checked_when_it_is_thawed() -> None:
+    net = Faint(1.0, lambda saved: 2 * saved)
+
+    def loss(frozen: bool) -> Tensor:
+        net.requires_grad_(True)
+        found = F.cross_entropy(net(torch.ones(3, 8)), torch.arange(3))
+        net.requires_grad_(not frozen)
+        return found
+
+    learner = ebm.Learner(net, "zero-divergence")
+    learner.backward(lambda: loss(True))
+    with pytest.raises(ebm.UnsupportedModuleError):
+        learner.backward(lambda: loss(False))

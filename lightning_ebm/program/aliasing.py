@@ -1,7 +1,7 @@
 """Which tensors share memory, and what they hold when one of them is written to."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,10 @@ class Aliasing:
         self._groups: dict[int, list[weakref.ref[Tensor]]] = {}
 
     def others(self, tensor: Tensor) -> list[Tensor]:
-        """The other tensors, still there, that share memory with this one."""
+        """The other tensors, still there, that have elements in common with this one.
+
+        Other parts of the same memory are none of them: what is written to this one changes nothing there.
+        """
         for ref in self.seen:
             if (alias := ref()) is not None:
                 self._groups.setdefault(memory_of(alias), []).append(ref)
@@ -39,7 +42,9 @@ class Aliasing:
             return []
         for ref in self._groups.get(memory, ()):
             alias = ref()
-            if alias is not None and alias is not tensor and memory_of(alias) == memory:
+            if alias is None or alias is tensor or id(alias) in found:
+                continue
+            if memory_of(alias) == memory and meet(alias, tensor):
                 found[id(alias)] = alias
         return list(found.values())
 
@@ -138,6 +143,33 @@ def _is_whole(tensor: Tensor) -> bool:
             return False
         reach *= tensor.shape[d]
     return True
+
+
+def meet(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors that lie in the same memory have an element in common; two columns of a matrix have not."""
+    if not one.numel() or not other.numel():
+        return False
+    one_size, other_size = one.element_size(), other.element_size()
+    reach: dict[int, tuple[int, int]] = {1: (1 - other_size, one_size - 1)}
+    """How often each stride, in bytes, may be taken on the way from the other's first element to one of this."""
+    for tensor, size, sign in ((one, one_size, 1), (other, other_size, -1)):
+        for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            low, high = reach.get(stride * size, (0, 0))
+            steps = sign * (length - 1)
+            reach[stride * size] = low + min(steps, 0), high + max(steps, 0)
+    reach.pop(0, None)
+    distance = int(other.storage_offset()) * other_size - int(one.storage_offset()) * one_size
+    return _is_reached(distance, [(stride, *reach[stride]) for stride in sorted(reach, reverse=True)])
+
+
+def _is_reached(distance: int, ways: Sequence[tuple[int, int, int]]) -> bool:
+    """Whether strides, each taken so many times as its bounds allow, add up to a distance."""
+    if not ways:
+        return distance == 0
+    (stride, low, high), rest = ways[0], ways[1:]
+    below, above = sum(s * least for s, least, _ in rest), sum(s * most for s, _, most in rest)
+    first, last = -((above - distance) // stride), (distance - below) // stride
+    return any(_is_reached(distance - n * stride, rest) for n in range(max(low, first), min(high, last) + 1))
 
 
 def same_place(one: Tensor, other: Tensor) -> bool:

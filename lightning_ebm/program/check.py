@@ -55,6 +55,8 @@ def _compare(
     names: dict[int, str], module: nn.Module, program: Program, plan: Plan, loss: Tensor, leaves: Sequence[Tensor]
 ) -> frozenset[str]:
     own = program.user_code()
+    if not leaves:  # all have been frozen since: there is nothing to compare, and all of it when it is thawed
+        return frozenset(names.values()) | ({own} if own is not None else set())
     alone = nullcontext() if own is None else Refusing(own)
     with _writing_nothing(module, program), _handing_out_nothing(module, program), alone:
         found = _autograds_own(module, program.record, loss, leaves)

@@ -150,9 +150,9 @@ def copied(source: Tensor, like: tuple[Any, ...], *before: Tensor) -> Tensor:
 def replaced_by_copy(target: Tensor) -> bool:
     """Whether a copy replaces all that has been computed: autograd reaches what that was of, with a slope of zero.
 
-    What a view is of has its slope from the elements that are left.
+    What a view is of has its slope from the elements that are left, if any are.
     """
-    return target.requires_grad and not target._is_view()
+    return target.requires_grad and (target._base is None or target._base.numel() == target.numel())
 
 
 def without_slope(result: Tensor, *given: Tensor) -> Tensor:

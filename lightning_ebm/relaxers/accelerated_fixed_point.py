@@ -217,7 +217,10 @@ class _Search:
             return swept
         alpha, beta = self._steps(slope, norm, searching)
         dtype = swept[0].dtype
-        by_alpha, by_beta, by_both = (self._landscape.spread(c.to(dtype), swept) for c in (alpha, beta, alpha + beta))
+        by_alpha, by_beta, by_both = (
+            [c.to(dtype) for c in self._landscape.spread(coefficient, swept)]
+            for coefficient in (alpha, beta, alpha + beta)
+        )
         point, ends = list(swept), list(zip(self._swept, swept, strict=True))
         for k in set(range(len(point))).difference(self.layers):
             point[k] = torch.lerp(*ends[k], by_both[k])

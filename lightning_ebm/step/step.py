@@ -183,8 +183,9 @@ class Step:
                 del loss  # its graph is as large as a step of backprop
                 surrogate = self._surrogate(network, scale)
         surrogate = surrogate.reshape(shape)  # as the user's own, which may be (1,)
-        if surrogate.requires_grad:
-            surrogate.register_hook(partial(_handed_over, retained))
+        if not surrogate.requires_grad:  # all that it depends on has been frozen since: as by autograd, none learns
+            return surrogate.detach().requires_grad_()
+        surrogate.register_hook(partial(_handed_over, retained))
         return surrogate
 
     def _directly(self, scale: float) -> Tensor:
@@ -240,7 +241,9 @@ class Step:
             setup.remember(list(network.names), reports, network.first_loss, network.runs_as)
             check_coverage(setup, self._pass.known, update, network.batch_size)
             surrogate = loss.detach() + (update - update.detach())
-            if number == 0 and surrogate.requires_grad:
+            if not surrogate.requires_grad:
+                surrogate.requires_grad_()
+            elif number == 0:
                 surrogate.register_hook(partial(_handed_over, retained))
             yield surrogate
 

@@ -1,6 +1,7 @@
 """Manual optimization: every gradient that an optimizer steps on must have come from a relaxation."""
 
 import logging
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,12 @@ def _teaches(parameter: Tensor) -> bool:
     return gradient is not None and (gradient.is_sparse or bool(gradient.any()))
 
 
+def _is_again(parameter: Tensor, last: tuple[weakref.ref[Tensor], int] | None) -> bool:
+    """Whether its gradient is one that was there before, and has not been written to since."""
+    gradient = parameter.grad
+    return last is not None and gradient is not None and last[0]() is gradient and last[1] == gradient._version
+
+
 class ManualOptimization:
     """The record of a training step that calls `backward` itself, and whose gradients it has.
 
@@ -48,7 +55,13 @@ class ManualOptimization:
 
         By name, as those of FSDP are other tensors in a backward pass; by identity where the module does not hold them.
         """
+        self._stepped_on: dict[int, dict[int, tuple[weakref.ref[Tensor], int]]] = {}
+        """By optimizer and parameter, the gradient that it stepped on last, and how often that had been written to."""
         self._told = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is known of tensors that are there now."""
+        return {**self.__dict__, "_stepped_on": {}}
 
     @contextmanager
     def running(self, on_backward: TakesCare) -> Iterator[Recorder]:
@@ -111,13 +124,16 @@ class ManualOptimization:
     def check_step(self, module: LightningModule, optimizer: Optimizer) -> None:
         """Refuses a step on gradients that no relaxation has given since this optimizer's last one.
 
-        Those of parameters that only scale losses are the losses' own, and those of zero teach nothing.
+        Those of parameters that only scale losses are the losses' own, and those of zero teach nothing. Those that it
+        has stepped on, and nobody has touched since, may be stepped on again.
         """
         names = _names(module)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         stepped = [self._relaxed.get(names.get(id(p), id(p))) for p in parameters]
         relaxed = any(by is not None and id(optimizer) not in by for by in stepped)
-        if not relaxed and any(_teaches(p) for p in self._weights(module, parameters)):
+        last = self._stepped_on.get(id(optimizer), {})
+        others = [p for p in parameters if not _is_again(p, last.get(id(p)))]
+        if not relaxed and any(_teaches(p) for p in self._weights(module, others)):
             raise ConfigurationError(
                 f"{type(optimizer).__name__} took a step on gradients that no relaxation has given: they come from"
                 " torch.autograd.grad, torch.func or torch.autograd.backward in training_step, from a copy of the"
@@ -128,6 +144,10 @@ class ManualOptimization:
         for by in stepped:
             if by is not None:
                 by.add(id(optimizer))
+        gradients = {id(p): p.grad for p in parameters}
+        self._stepped_on[id(optimizer)] = {
+            k: (weakref.ref(g), g._version) for k, g in gradients.items() if g is not None
+        }
 
     def _weights(self, module: LightningModule, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Those that flow through the network, or may: matrices that the step has not read itself."""
@@ -142,3 +162,4 @@ class ManualOptimization:
         """Drops what it knows of parameters and of the last step."""
         self.recorder = None
         self._relaxed.clear()
+        self._stepped_on.clear()
