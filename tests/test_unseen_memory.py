@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils import rnn
 
 import lightning_ebm as ebm
+from lightning_ebm.program import programs
 
 ARRAY = np.ones(6)
 
@@ -357,3 +358,55 @@ def test_memory_of_others_that_autograd_has_not_kept_is_no_matter() -> None:
     learner = ebm.Learner(net, "zero-divergence")
     for _ in range(4):
         assert off(learner.gradients(closure), by_autograd(net, closure)) < 1e-12
+
+
+class Gated(nn.Module):
+    """torch writes the gates in place, each a part of one product whose parts autograd counts by themselves."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.first, self.activation = nn.Linear(6, 6), nn.Tanh()
+        self.cells, self.out = kind(3, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.cells(self.activation(self.first(x)).reshape(len(x), 2, 3))[0].sum(1))
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_recurrent_layers_are_checked_once(kind, monkeypatch) -> None:
+    """A step that writes where autograd does not look is checked every time, which takes as long as backprop."""
+    torch.manual_seed(0)
+    net, checks = Gated(kind).double(), []
+    learner = ebm.Learner(net, "zero-divergence")
+    check = programs.check_against_autograd
+    monkeypatch.setattr(programs, "check_against_autograd", lambda *given: checks.append(given) or check(*given))
+    for index in (0, 1, 3, 4, 5, 6):  # of one size
+        x, y = batch(index)
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            return F.cross_entropy(net(x), y)
+
+        assert off(learner.gradients(closure), by_autograd(net, closure)) < 1e-12
+    assert len(checks) == 1
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_part_that_autograd_has_kept_is_not_written_to_in_silence(part) -> None:
+    """`unsafe_chunk` gives parts that are no views: what is written to one through `.data` is counted nowhere."""
+    torch.manual_seed(0)
+    net, steps = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double(), []
+
+    def closure() -> Tensor:
+        x, y = batch(0)
+        parts = torch.unsafe_chunk(net(x), 2, 1)
+        loss = (parts[0] * parts[1]).square().sum(1).mean() + 0 * y.sum()
+        steps.append(loss)
+        if len(steps) > 3:
+            parts[part].data.mul_(0.5)
+        return loss
+
+    learner = ebm.Learner(net, "zero-divergence")
+    for _ in range(3):
+        learner.backward(closure)
+    with pytest.raises(ebm.UnsupportedModuleError, match="where autograd does not look"):
+        learner.backward(closure)

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from lightning_ebm.program.record import Value
 Rebind = Callable[[Tensor, Value | None], Value | None]
 Make = Callable[[Callable[..., Tensor], tuple[Any, ...], Tensor], Value]
 """Notes an operation: a function, its arguments, and a tensor of the kind of its result, whose value it gives."""
+_Layout = tuple[Sequence[int], Sequence[int]]
+"""Shape and strides."""
 
 
 class Aliasing:
@@ -147,18 +150,24 @@ def _is_whole(tensor: Tensor) -> bool:
 
 def meet(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors that lie in the same memory have an element in common; two columns of a matrix have not."""
-    if not one.numel() or not other.numel():
+    sizes = one.element_size(), other.element_size()
+    distance = int(other.storage_offset()) * sizes[1] - int(one.storage_offset()) * sizes[0]
+    return _meet((one.shape, one.stride()), (other.shape, other.stride()), sizes, distance)
+
+
+@lru_cache(maxsize=4096)  # recurrent layers ask this of the same few places at every time
+def _meet(one: _Layout, other: _Layout, sizes: tuple[int, int], distance: int) -> bool:
+    """Whether tensors whose first elements are some bytes apart meet; `sizes` are those of an element of each."""
+    if 0 in one[0] or 0 in other[0]:
         return False
-    one_size, other_size = one.element_size(), other.element_size()
-    reach: dict[int, tuple[int, int]] = {1: (1 - other_size, one_size - 1)}
+    reach: dict[int, tuple[int, int]] = {1: (1 - sizes[1], sizes[0] - 1)}
     """How often each stride, in bytes, may be taken on the way from the other's first element to one of this."""
-    for tensor, size, sign in ((one, one_size, 1), (other, other_size, -1)):
-        for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
+    for (shape, strides), size, sign in ((one, sizes[0], 1), (other, sizes[1], -1)):
+        for length, stride in zip(shape, strides, strict=True):
             low, high = reach.get(stride * size, (0, 0))
             steps = sign * (length - 1)
             reach[stride * size] = low + min(steps, 0), high + max(steps, 0)
     reach.pop(0, None)
-    distance = int(other.storage_offset()) * other_size - int(one.storage_offset()) * one_size
     return _is_reached(distance, [(stride, *reach[stride]) for stride in sorted(reach, reverse=True)])
 
 

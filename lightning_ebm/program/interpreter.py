@@ -17,7 +17,7 @@ from lightning_ebm.program.custom_calls import is_of_the_users
 from lightning_ebm.program.elsewhere import elsewhere
 from lightning_ebm.program.held import Held, ancestors, ordered
 from lightning_ebm.program.named import named
-from lightning_ebm.program.operations import only_views
+from lightning_ebm.program.operations import only_views, splits_unsafely
 from lightning_ebm.program.products import Product, products_of, sent_back_by
 from lightning_ebm.program.record import Mark, Node, Record, StateKey, Value, depending, eps_of
 from lightning_ebm.program.seams import hooked_input, hooked_output
@@ -233,6 +233,8 @@ class Program:
         learned = depending(set(self.record.leaves), self.order)
         for node in self.order:
             if not late.isdisjoint(node.values()):
+                if splits_unsafely(node.func):  # autograd keeps nothing of it, and asks the parts who wrote to them
+                    continue
                 if only_views(node.func):  # they lie in the same memory
                     late.update(filter(None, node.results))
                 elif not learned.isdisjoint(node.results):

@@ -80,6 +80,11 @@ def only_views(func: Any) -> bool:
     return is_operator(func) and (traits(func).views or traits(func).name == "_unsafe_view")
 
 
+def splits_unsafely(func: Any) -> bool:
+    """Whether it gives parts of the same memory, as views do, of which autograd counts writes each by itself."""
+    return is_operator(func) and traits(func).name in ("unsafe_split", "unsafe_split_with_sizes")
+
+
 def _traits(func: Any) -> Traits:
     schema = func._schema
     name = schema.name.split("::")[1]
