@@ -120,3 +120,37 @@ def test_the_point_handed_over_is_moved_and_whoever_holds_its_tensors_keeps_them
     assert len(seen) == 3
     for before, copies in seen:
         assert all(torch.equal(one, other) for one, other in zip(before, copies, strict=True))
+
+
+class Rounds(torch.autograd.Function):
+    """The same but for a rounding error, which appears after some calls, as where other kernels compute it."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        Rounds.calls += 1
+        return x * (1 + 2.0**-23) if Rounds.calls > 4 else x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_where_a_batch_pulls_at_nothing_rounding_is_no_runaway(scale):
+    """Under a loss of zero, as in a warm-up of its weight, forces begin at 0: any rounding is infinitely more."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+
+    def closure():
+        Rounds.calls = 0
+        return scale * F.cross_entropy(net[4](net[3](Rounds.apply(net[2](net[1](net[0](x)))))), y)
+
+    learner = ebm.Learner(net, ebm.algorithm("predictive-coding", relaxer=ebm.GradientDescent(0.1, 6)))
+    for _ in range(2):  # in the second nothing is checked, and calls are those of the relaxation
+        update = learner.gradients(closure)
+    assert learner.report["result"] == "fixed"
+    assert Rounds.calls > 6
+    assert max(float(g.abs().max()) for g in update.values()) < (1e-5 if not scale else 1.0)

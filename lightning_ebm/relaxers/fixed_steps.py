@@ -121,14 +121,20 @@ def _rose(
     room = max(1e-4, 16 * landscape.rounding) * abs(before) + 16 * landscape.rounding * landscape.batch_size
     rose = not isinstance(strength, complex) and strength >= 0 and after > before + room
     finite = all(map(math.isfinite, (before, after, force[-1])))
-    moving = growth > landscape.rounding**0.5  # below, forces are rounding
+    # Where a batch pulls at nothing, as under a loss of zero, what states are rounded by is all the force there is.
+    felt = growth <= 10 or coordinates == "errors" or force[-1] > 16 * landscape.rounding * _size(point)
+    moving = felt and growth > landscape.rounding**0.5  # below, forces are rounding
     proves = lr > 0 and landscape.conservative  # that a step was too large
     growing = proves and max_steps > 2 and all(x < y for x, y in itertools.pairwise(force[-4:]))
     unstable = growing and moving and _unstable([gradients for _, gradients in onwards(2)], lr)
-    if not finite or (rose and proves) or unstable or growth > 10:
+    if not finite or (rose and proves) or unstable or (felt and growth > 10):
         one, other = onwards(1) if finite else onwards(0) * 2
         raise diverged(landscape, owner, one, other, strength, (before, after), growth)
     return rose and landscape.conservative
+
+
+def _size(point: Sequence[Tensor]) -> float:
+    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x) for x in point])))
 
 
 def _unstable(gradients: list[list[Tensor]], lr: float) -> bool:
