@@ -981,6 +981,41 @@ MUTATIONS = [
         "memory",
     ),
     Mutation(
+        "layers of cuDNN draw whether they drop or not",
+        "program/random_draws.py",
+        'return bool(given.get(rate, 0.0) != 0 and given.get("train", True))',
+        "return True",
+        "draws_apart",
+    ),
+    Mutation(
+        "attention that drops keeps its fused kernel",
+        "program/draws_apart.py",
+        "return sdpa_kernel(SDPBackend.MATH) if dropped else nullcontext()",
+        "return nullcontext()",
+        "draws_apart",
+    ),
+    Mutation(
+        "lists within results are constants of code",
+        "program/tracer.py",
+        "if isinstance(part, Tensor | list | tuple):",
+        "if isinstance(part, Tensor):",
+        "tracer",
+    ),
+    Mutation(
+        "rounding is a runaway",
+        "relaxers/fixed_steps.py",
+        "felt = growth <= 10 or",
+        "felt = True or",
+        "fixed_steps",
+    ),
+    Mutation(
+        "parts of memory all meet",
+        "program/aliasing.py",
+        "if memory_of(alias) == memory and meet(alias, tensor):",
+        "if memory_of(alias) == memory:",
+        "parts_of_memory",
+    ),
+    Mutation(
         "means are sums", "program/batch_sums.py", "return reduction == SUM and", "return reduction and", "reduction"
     ),
     Mutation(
