@@ -120,7 +120,7 @@ MUTATIONS = [
     Mutation(
         "a runaway is returned",
         "relaxers/fixed_steps.py",
-        "(rose and proves) or unstable or growth > 10",
+        "(rose and proves) or unstable or (felt and growth > 10)",
         "rose is None",
         "relaxers",
     ),
