@@ -92,8 +92,8 @@ class Net(nn.Module):
         return self.last(mixed.mean(1))
 
 
-def stepped(make, dropout, training=True):
-    """A network that a step of the exact rule has run on; how far its gradient is from autograd's."""
+def problem(make, dropout, training=True):
+    """A network, a step that draws the same every time, and its gradient by autograd."""
     torch.manual_seed(0)
     net = Net(make(dropout)).double().train(training)
     x, y = torch.randn(6, 5, 4, dtype=torch.float64), torch.randint(0, 2, (6,))
@@ -106,6 +106,12 @@ def stepped(make, dropout, training=True):
     expected = {name: p.grad.clone() for name, p in net.named_parameters()}
     net.zero_grad()
     net.seen = Switches()
+    return net, closure, expected
+
+
+def stepped(make, dropout, training=True):
+    """A network that a step of the exact rule has run on; how far its gradient is from autograd's."""
+    net, closure, expected = problem(make, dropout, training)
     ebm.Learner(net, "zero-divergence", layers=["activation"]).backward(closure)
     return net, max(float((p.grad - expected[name]).abs().max()) for name, p in net.named_parameters())
 
@@ -163,16 +169,7 @@ def test_after_an_error_within_switches_are_as_they_were(make):
 @pytest.mark.parametrize("kind", ["encoder layer", "LSTM"])
 def test_weak_nudges_keep_the_draws(kind):
     """At other states the same units are dropped: the update tends to autograd's gradient, with slope 1 in lambda."""
-    torch.manual_seed(0)
-    net = Net({**ATTENTION, **RECURRENT}[kind](0.4)).double()
-    x, y = torch.randn(6, 5, 4, dtype=torch.float64), torch.randint(0, 2, (6,))
-
-    def closure():
-        torch.manual_seed(1)
-        return F.cross_entropy(net(x), y)
-
-    closure().backward()
-    expected = {name: p.grad.clone() for name, p in net.named_parameters()}
+    net, closure, expected = problem({**ATTENTION, **RECURRENT}[kind], 0.4)
     errors = []
     for strength in (1e-4, 1e-5):
         algorithm = ebm.algorithm("pc-nudge", nudge=ebm.OneSided(strength))
