@@ -232,7 +232,6 @@ def test_an_interrupt_in_the_pass_itself_leaves_no_trace_of_it(tmp_path):
 FULL_DISK = """
 import lightning as L, torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from lightning.pytorch.loops import _FitLoop as FitLoop
 from lightning_modules import Template
 import lightning_ebm as ebm
 import errno, sys

@@ -11,6 +11,7 @@ from lightning_ebm.errors import RelaxationDivergedError
 from lightning_ebm.evaluations import Coordinates, DescentStep, Landscape
 from lightning_ebm.evaluations.descent_step import Left, forces_in, moved
 from lightning_ebm.relaxers.base import Relaxation, Relaxer, as_complex, force_norm
+from lightning_ebm.relaxers.fixed_point import rounding_of
 
 Move = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 """The next point from a point and the gradient there."""
@@ -122,7 +123,7 @@ def _rose(
     rose = not isinstance(strength, complex) and strength >= 0 and after > before + room
     finite = all(map(math.isfinite, (before, after, force[-1])))
     # Where a batch pulls at nothing, as under a loss of zero, what states are rounded by is all the force there is.
-    felt = growth <= 10 or coordinates == "errors" or force[-1] > 16 * landscape.rounding * _size(point)
+    felt = growth <= 10 or coordinates == "errors" or force[-1] > 4 * float(rounding_of(landscape, point).norm())
     moving = felt and growth > landscape.rounding**0.5  # below, forces are rounding
     proves = lr > 0 and landscape.conservative  # that a step was too large
     growing = proves and max_steps > 2 and all(x < y for x, y in itertools.pairwise(force[-4:]))
@@ -131,10 +132,6 @@ def _rose(
         one, other = onwards(1) if finite else onwards(0) * 2
         raise diverged(landscape, owner, one, other, strength, (before, after), growth)
     return rose and landscape.conservative
-
-
-def _size(point: Sequence[Tensor]) -> float:
-    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x) for x in point])))
 
 
 def _unstable(gradients: list[list[Tensor]], lr: float) -> bool:

@@ -144,9 +144,8 @@ class ManualOptimization:
         for by in stepped:
             if by is not None:
                 by.add(id(optimizer))
-        gradients = {id(p): p.grad for p in parameters}
         self._stepped_on[id(optimizer)] = {
-            k: (weakref.ref(g), g._version) for k, g in gradients.items() if g is not None
+            id(p): (weakref.ref(g), g._version) for p in parameters if (g := p.grad) is not None
         }
 
     def _weights(self, module: LightningModule, parameters: Sequence[Tensor]) -> list[Tensor]:
