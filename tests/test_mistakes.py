@@ -263,6 +263,10 @@ COMMANDS = {
     "recipes run digits --layers net.1": ("layers=net.1: expected a list", 'layers="[net.1]"'),
     "recipes run digits --trainer.precision fp16": ("trainer.precision=fp16: expected", "16-mixed"),
     "recipes run digits --trainer.devices 0 --wandb off": ("devices='0'", "not a valid input"),
+    "recipes run digits --model.net.widths [32,10] --wandb off": ("inputs of shape (64, 1, 8, 8)", "under --model.net"),
+    "recipes run digits --model.net.widths [64,5] --wandb off": ("outputs of shape (64, 5)", "--model.classes"),
+    "recipes run digits --model.net.widths [64,5] --model.classes 5 --wandb off": ("have 10 classes", "10 outputs"),
+    "recipes run shakespeare-backprop --data.dir . --model.net.vocabulary 5 --wandb off": ("(64, 64)", "--model.net"),
     "fit --algorithm pc-nudge": ("needs --model", "--config FILE"),
     "report a_file": ("a_file is a file", "the directory of a run"),
     "report nowhere": ("no directory nowhere", "nowhere"),
@@ -276,6 +280,7 @@ COMMANDS = {
 def test_a_mistaken_command_is_answered_in_one_line(words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a_file").touch()
+    (tmp_path / "input.txt").write_text("to be or not to be " * 2000)
     try:
         status = main(words.split())
     except SystemExit as ended:

@@ -131,6 +131,11 @@ class ArrayData(L.LightningDataModule):
         }
         self.parts["val"] = Arrays(train_x[held], train_y[held], *scale) if self.validation else self.parts["test"]
 
+    @property
+    def classes(self) -> int:
+        """How many there are, by the largest label; known after `setup`."""
+        return max(int(part.y.max()) for part in self.parts.values()) + 1
+
     def _loader(self, part: str) -> DataLoader[Batch]:
         train = part == "train"
         return DataLoader(

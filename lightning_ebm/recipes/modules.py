@@ -7,13 +7,14 @@ from typing import Any, Literal
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor, nn
+from torch import OutOfMemoryError, Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
-Batch = tuple[Tensor, Tensor]
+from lightning_ebm.recipes.arrays import ArrayData, Batch
+
 Schedule = Literal["constant", "cosine", "warmup-cosine"]
 
 
@@ -38,10 +39,27 @@ class _Trained(L.LightningModule):
     """What both modules share: an optimizer from outside, and a schedule by batches."""
 
     def __init__(
-        self, optimizer: OptimizerCallable, schedule: Schedule, layer_rates: tuple[float, ...] | None = None
+        self,
+        net: nn.Module,
+        optimizer: OptimizerCallable,
+        schedule: Schedule,
+        layer_rates: tuple[float, ...] | None = None,
     ) -> None:
         super().__init__()
-        self.optimizer, self.schedule, self.layer_rates = optimizer, schedule, layer_rates
+        self.net, self.optimizer, self.schedule, self.layer_rates = net, optimizer, schedule, layer_rates
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The network's output; a batch that does not fit its layers is told in words."""
+        try:
+            output: Tensor = self.net(x)
+        except OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError) as error:
+            raise MisconfigurationException(
+                f"{type(self.net).__name__} does not take a batch of inputs of shape {tuple(x.shape)}: {error}."
+                " Give its first layer, under --model.net, the size that the data have, or take other data."
+            ) from error
+        return output
 
     def configure_optimizers(self) -> Any:
         parameters = self.parameters() if self.layer_rates is None else self._groups()
@@ -89,15 +107,31 @@ class Classifier(_Trained):
         classes: int = 10,
         layer_rates: tuple[float, ...] | None = None,
     ) -> None:
-        super().__init__(optimizer, schedule, layer_rates)
-        self.net, self.loss, self.classes = net, loss, classes
+        super().__init__(net, optimizer, schedule, layer_rates)
+        self.loss, self.classes = loss, classes
         self.train_accuracy = MulticlassAccuracy(classes, average="micro")
         self.val_accuracy = MulticlassAccuracy(classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(classes, average="micro")
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.net(x)
+        """Logits ``(B, classes)``."""
+        output = super().forward(x)
+        if output.shape[1:] != (self.classes,):
+            raise MisconfigurationException(
+                f"{type(self.net).__name__} gives outputs of shape {tuple(output.shape)}, and one number for each of"
+                f" {self.classes} classes was expected. Change its last layer, under --model.net, or --model.classes."
+            )
         return output
+
+    def on_fit_start(self) -> None:
+        """Labels without an output are told before the first batch, which may be on a device that cannot tell."""
+        data = getattr(self.trainer, "datamodule", None)
+        labels = data.classes if isinstance(data, ArrayData) else self.classes
+        if labels > self.classes:
+            raise MisconfigurationException(
+                f"The data have {labels} classes, and --model.classes is {self.classes}: the others have no output."
+                f" Give the network {labels} outputs, under --model.net, and leave --model.classes at {labels}."
+            )
 
     def _loss(self, output: Tensor, y: Tensor) -> Tensor:
         if self.loss == "cross-entropy":
@@ -140,12 +174,7 @@ class NextToken(_Trained):
         optimizer: OptimizerCallable = lambda p: Adam(p, lr=1e-3),
         schedule: Schedule = "constant",
     ) -> None:
-        super().__init__(optimizer, schedule)
-        self.net = net
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.net(tokens)
-        return logits
+        super().__init__(net, optimizer, schedule)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = F.cross_entropy(self(batch[0]).flatten(0, 1), batch[1].flatten())
