@@ -1,5 +1,6 @@
 """Settings of the machine and of loggers, for every test."""
 
+import gc
 import logging
 import os
 import socket
@@ -15,6 +16,21 @@ os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("WANDB_CONSOLE", "off")
 os.environ.setdefault("WANDB_X_DISABLE_STATS", "true")
 os.environ.setdefault("WANDB_X_DISABLE_META", "true")
+
+
+@pytest.hookimpl(tryfirst=True)  # before "not slow" is asked
+def pytest_collection_modifyitems(items):
+    """Of a test marked crossed(n) one variant in n stays in the quick lane: each parameter keeps all of its values."""
+    for item in items:
+        crossed = item.get_closest_marker("crossed")
+        if crossed is not None and sum(item.callspec.indices.values()) % crossed.args[0]:
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays, and need not be looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

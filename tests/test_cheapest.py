@@ -382,6 +382,7 @@ class Sigmoid01(nn.Hardtanh):
         super().__init__(0.0, 1.0)
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("capture", [True, False])
 @pytest.mark.parametrize(
     ("preset", "parts", "net"),

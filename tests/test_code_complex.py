@@ -94,12 +94,14 @@ def same(make: Callable[[], nn.Module], algorithm: ebm.Algorithm, step=cross_ent
 # ------------------------------------------------------------------------------------------- the same numbers
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("points", [3, 4])
 @pytest.mark.parametrize("net", NETS)
 def test_both_ways_on_every_net(net: str, points: int) -> None:
     same(small(NETS[net]), around(points))
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("relaxer", RELAXERS)
 @pytest.mark.parametrize("energy", [ebm.PredictiveCoding(2.0), ebm.FenchelYoung(), ebm.Hopfield(0.3)], ids=str)
 @pytest.mark.parametrize("points", [2, 5])
@@ -201,6 +203,7 @@ def outcome(make: Callable[[], nn.Module], capture: bool, step=cross_entropy) ->
         return str(error)
 
 
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize("step", CHANGING, ids=lambda step: step.__name__)
 def test_no_change_from_batch_to_batch_is_missed(step) -> None:
     """As for real states; kinks, and functions of the real part alone, are errors either way."""

@@ -35,6 +35,7 @@ def outcome(relaxer: ebm.Relaxer, nudge: ebm.Nudge, capture: bool, steepness: fl
     return learner.report
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("kind", [ebm.GradientDescent, ebm.ErrorCoordinates])
 @pytest.mark.parametrize("nudge", [ebm.OneSided(1.0), ebm.OneSided(-0.1), ebm.Centered(0.1)], ids=str)
 @pytest.mark.parametrize("max_steps", [1, 2, 4, 12])

@@ -64,6 +64,7 @@ class Keeps(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("way", KEPT)
 @pytest.mark.parametrize("preset", ["zero-divergence", "predictive-coding", "equilibrium-propagation"])
 def test_what_a_module_keeps_of_its_steps_does_not_hold_their_graphs(way, preset):

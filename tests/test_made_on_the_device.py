@@ -100,6 +100,7 @@ def check(found, plain):
         assert torch.equal(one, other)
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize(("net", "seldom"), [("batched", True), ("attends", False)], ids=["asked rarely", "always"])
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_nothing_is_made_elsewhere_or_in_another_precision(name, net, seldom, monkeypatch):

@@ -86,6 +86,7 @@ def test_a_relaxation_by_tolerance_is_asked_at_most_every_eighth_step(case, acti
     assert asked.count - looks <= sum(2 + phase["steps"] / 8 for phase in reports[-1]["phases"]), asked.places
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU, nn.Hardtanh])
 @pytest.mark.parametrize("case", [pytest.param(c, marks=SLOW.get(c, ())) for c in (*FIXED, *TO_A_TOLERANCE)])
 def test_asked_rarely_or_always_it_ends_the_same(case, activation, monkeypatch):

@@ -24,6 +24,7 @@ def case(dtype: torch.dtype, off: float, wide: int):
     return net, lambda: F.mse_loss(net(x), target, reduction="sum") / len(x)
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("off", [1.0, 1e-2, 1e-3])
 @pytest.mark.parametrize("wide", [16, 64, 256])
 @pytest.mark.parametrize("name", BY_TOLERANCE)

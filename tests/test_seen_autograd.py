@@ -201,6 +201,7 @@ HOOKED: dict[str, Callable[[str], bool]] = {
 }
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("capture", [True, False])
 @pytest.mark.parametrize("which", HOOKED)
 @pytest.mark.parametrize("algorithm", ebm.algorithms())

@@ -242,6 +242,7 @@ class OnParameters(Net):
             parameter.register_hook(lambda g: self.note(g) or 0.5 * g)
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("make", [OnParameters, OnHidden, OnModules])
 @pytest.mark.parametrize("algorithm", ["zero-divergence", "predictive-coding", "equilibrium-propagation"])
 @pytest.mark.parametrize("observer", ["alignment", "equilibrium", "monitor"])

@@ -64,6 +64,7 @@ def test_every_overall_figure_that_is_logged_has_a_place_in_the_view(logged):
     assert by_layer >= {"alignment", "ebm/residual", "ebm/toward_equilibrium"}
 
 
+@pytest.mark.slow
 def test_runs_are_drawn_as_the_groups_that_the_recipes_give_them(records):
     (run,) = (record["run"] for record in records if record.get("type") == "run")
     assert run["run_group"] == "predictive-coding"
