@@ -1,4 +1,4 @@
-"""Whether a loss sums over the samples of a batch, read from the record of the pass that computed it."""
+"""Whether a loss sums over the samples of a batch, or is scaled, read from the record of the pass that computed it."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Set
@@ -47,6 +47,23 @@ def sums_over_batch(program: Program, batch_size: int) -> bool:
         elif (factor := looked.factor(node)) is not None:
             queue.extend((read, weight * factor) for read in node.values())
     return any(len(w) >= batch_size and looked.is_heavy(sum(w) / len(w)) for w in single.values())
+
+
+def factor_at_end(program: Program, batch_size: int) -> float:
+    """What the loss as a whole is multiplied with when all else is computed: 0.25 of ``mean(...) / 4``.
+
+    1 where there is no such number, and where it makes a mean of a sum.
+    """
+    looked = _Looked(program, depending({mark.state for mark in program.marks}, program.order), batch_size)
+    total = 1.0
+    for node in () if program.loss is None else looked.chain(program.loss):
+        if looked.is_sum(node):
+            return 1.0
+        if (number := looked.number_of(node)) is not None:
+            total *= number
+        elif name_of(node) not in _SAME_ELEMENTS:
+            break
+    return total
 
 
 class _Looked:
@@ -100,14 +117,18 @@ class _Looked:
         name = name_of(node)
         if name in TRANSPARENT or name in _SAME_ELEMENTS:
             return 1.0
-        if name not in ("mul", "div"):
-            return None
-        if name == "div" and node.args[0] not in self._moving:
+        number = self.number_of(node)
+        return None if number is None else self._averaged(number)
+
+    def number_of(self, node: Node) -> float | None:
+        """What a product, or a quotient by a number, multiplies with; None of another operation."""
+        name = name_of(node)
+        if name not in ("mul", "div") or (name == "div" and node.args[0] not in self._moving):
             return None
         number = self._constant_in(node)
         if number is None or (name == "div" and number == 0):
             return None
-        return self._averaged(number if name == "mul" else 1 / number)
+        return number if name == "mul" else 1 / number
 
     def _averaged(self, factor: float) -> float:
         """The factor; 0 where it makes a mean of a sum over as many as the samples at least, however that is scaled."""
@@ -148,7 +169,7 @@ class _Looked:
         """Of a term of one sample alone, the batch that it was picked from."""
         if value.shape.numel() != 1:
             return None
-        for node in self._chain(value):
+        for node in self.chain(value):
             source = node.args[0] if name_of(node) in _PICKS else None
             if isinstance(source, Value):
                 result = node.results[0]
@@ -156,7 +177,7 @@ class _Looked:
                 return source if taken else None
         return None
 
-    def _chain(self, value: Value) -> Iterator[Node]:
+    def chain(self, value: Value) -> Iterator[Node]:
         """The operations that it was computed by, as long as each reads one value of states."""
         for _ in range(_FAR):
             node, behind = value.node, self._behind(value)

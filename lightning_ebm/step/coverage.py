@@ -8,7 +8,7 @@ from lightning_ebm.energies.base import is_divergence
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.nudges.base import without_draw
 from lightning_ebm.program.autograd_graph import reached_parameters
-from lightning_ebm.program.batch_sums import sums_over_batch
+from lightning_ebm.program.batch_sums import factor_at_end, sums_over_batch
 from lightning_ebm.program.module_walk import clean
 from lightning_ebm.step.recorded import Recorded
 from lightning_ebm.step.setup import Setup
@@ -37,6 +37,7 @@ def check_coverage(setup: Setup, recorded: Recorded, update: Tensor, batch_size:
             batch_size,
         )
     _say_how_weak(setup, recorded, batch_size)
+    _say_how_scaled(setup, recorded, batch_size)
     _say_what_has_no_slope(setup, recorded)
     live = {clean(name) for name, p in setup.module.named_parameters() if p.requires_grad}  # also after the pass
     missing = (known.plan.reached & live) - reached_parameters(setup.module, update)
@@ -67,13 +68,10 @@ def _say_what_has_no_slope(setup: Setup, recorded: Recorded) -> None:
 
 def _say_how_weak(setup: Setup, recorded: Recorded, batch_size: int) -> None:
     """Once: a finite nudge of a mean over many elements is nearly none."""
-    nudge, elements = setup.algorithm.nudge, recorded.known.elements
-    at_equilibrium = setup.algorithm.relaxer.ends_in_states  # elsewhere a finite nudge may be exact
-    if elements is None or nudge.per == "element" or "weak" in setup.programs.told or not at_equilibrium:
+    nudge, elements, strength = setup.algorithm.nudge, recorded.known.elements, _strongest(setup)
+    if elements is None or nudge.per == "element" or "weak" in setup.programs.told:
         return
     per_sample = elements / (batch_size if setup.loss_reduction == "mean" else 1)
-    phases = setup.algorithm.rule.phases(without_draw(nudge))
-    strength = max((abs(phase.strength) for phase in phases if not phase.held), default=0.0)
     if strength >= _MEANT and strength / per_sample <= _FELT:
         setup.programs.told.add("weak")
         log.warning(
@@ -88,6 +86,34 @@ def _say_how_weak(setup: Setup, recorded: Recorded, batch_size: int) -> None:
         )
 
 
+def _say_how_scaled(setup: Setup, recorded: Recorded, batch_size: int) -> None:
+    """Once: a factor that is not the loss's own makes a nudge as much stronger or weaker."""
+    if setup.samples.loss_scale is not None or "scale" in setup.programs.told:
+        return
+    strength, factor = _strongest(setup), factor_at_end(recorded.program, batch_size)
+    if strength * max(factor, 1.0) >= _MEANT and not 1 / _SCALED < factor < _SCALED:
+        setup.programs.told.add("scale")
+        log.warning(
+            "The loss is multiplied by %g after all else, and so is the nudge: %g pulls as %g would. If the factor is"
+            " not the loss's own, but 1/N of accumulation by hand or that of a GradScaler, say so by scale=%g, or by a"
+            " function that gives it: gradients keep it, and the nudge is without. (Said once.)",
+            factor,
+            strength,
+            strength * factor,
+            factor,
+        )
+
+
+def _strongest(setup: Setup) -> float:
+    """Of the nudges that states move under; 0 where they do not, as a finite nudge may be exact there."""
+    if not setup.algorithm.relaxer.ends_in_states:
+        return 0.0
+    phases = setup.algorithm.rule.phases(without_draw(setup.algorithm.nudge))
+    return max((abs(phase.strength) for phase in phases if not phase.held), default=0.0)
+
+
+_SCALED = 2.5
+"""A factor of two, up or down, is mostly the loss's own, as in half of a square."""
 _MEANT = 0.1
 """A weaker nudge was chosen for backprop's direction; one as strong, to leave it."""
 _FELT = 1 / 64
