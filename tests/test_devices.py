@@ -12,6 +12,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning_modules import Template
+from since import newer
 from torch import nn
 
 import lightning_ebm as ebm
@@ -50,6 +51,7 @@ def test_cpu_where_asked_for_or_alone(strategy, monkeypatch):
     assert device("auto") == torch.device("cpu")
 
 
+@newer
 def test_many_gpus_by_ddp_and_fsdp2(monkeypatch):
     gpus(2, monkeypatch)
     for strategy in ("ebm_ddp", ebm.EBMDDPStrategy(), "ebm_fsdp2", ebm.EBMFSDP2Strategy()):
@@ -65,7 +67,7 @@ def test_many_gpus_by_ddp_and_fsdp2(monkeypatch):
         ("ebm_ddp_fork", DDPStrategy, _MultiProcessingLauncher),
         ("ebm_ddp_notebook", DDPStrategy, _MultiProcessingLauncher),
         ("ebm_ddp_find_unused_parameters_true", DDPStrategy, _SubprocessScriptLauncher),
-        ("ebm_fsdp2", ModelParallelStrategy, _SubprocessScriptLauncher),
+        pytest.param("ebm_fsdp2", ModelParallelStrategy, _SubprocessScriptLauncher, marks=newer),
     ],
 )
 def test_names(name, kind, launcher):
@@ -92,6 +94,7 @@ def test_many_devices_for_a_strategy_of_one_are_refused(options):
         trainer.fit(Template())
 
 
+@newer
 def test_what_cannot_work_is_refused_with_the_reason():
     with pytest.raises(ebm.ConfigurationError, match="find_unused_parameters=True is supported"):
         ebm.EBMDDPStrategy(static_graph=True)
@@ -105,6 +108,7 @@ def test_what_cannot_work_is_refused_with_the_reason():
         ebm.EBMFSDP2Strategy(devicess=2)
 
 
+@newer
 def test_mps_meets_lightnings_own_message(monkeypatch):
     monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
     for strategy in ("ebm_ddp", ebm.EBMDDPStrategy(), ebm.EBMFSDP2Strategy()):
@@ -142,6 +146,7 @@ def test_one_process_of_ddp_is_one_device(free_port, monkeypatch):
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+@newer
 def test_strategies_and_their_options_from_the_command_line(tmp_path, capsys):
     from lightning.pytorch.cli import LightningCLI
 
@@ -161,6 +166,7 @@ def test_strategies_and_their_options_from_the_command_line(tmp_path, capsys):
         strategy(path, "--trainer.strategy.algoritm=pc-nudge")
 
 
+@newer
 def test_the_page_on_many_devices_runs():
     page = (Path(__file__).parents[1] / "docs" / "multi-gpu.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+from since import NEWER
 
 import lightning_ebm as ebm
 
@@ -24,7 +25,7 @@ FITS.append(UNEVEN)
 TWO = [*FITS, "collectives", "choice", "equals_stock", "alignment", "monitored", "evaluation", "overflow", "errors"]
 FOUR = [f"fit/{flags}/{name}" for flags, name in itertools.product(("plain", "accumulation"), EVERYWHERE)]
 FOUR += ["fit/unused/predictive-coding"]
-FOUR += [UNEVEN, "fit/sharded/predictive-coding", "errors"]
+FOUR += [UNEVEN, *["fit/sharded/predictive-coding"] * NEWER, "errors"]
 
 
 def free_port():
@@ -123,8 +124,9 @@ def test_no_collective_runs_inside_a_relaxation(two):
                 assert left[sharded, algorithm, 12] == left[sharded, algorithm, 2]
         for algorithm in ("descent", "contrastive"):
             assert left[False, algorithm, 12].count("c10d::allreduce_") == 2
-            assert left[True, algorithm, 12].count("c10d::_allgather_base_") == 3
-            assert left[True, algorithm, 12].count("c10d::_reduce_scatter_base_") == 3
+            if NEWER:
+                assert left[True, algorithm, 12].count("c10d::_allgather_base_") == 3
+                assert left[True, algorithm, 12].count("c10d::_reduce_scatter_base_") == 3
 
 
 def test_ranks_that_would_choose_different_relaxers_agree_on_what_costs_them_least_together(two):

@@ -16,6 +16,7 @@ import lightning as L
 import pytest
 import yaml
 from lightning_modules import Template
+from since import newer
 
 import lightning_ebm as ebm
 from lightning_ebm.energies import CONJUGATES
@@ -33,7 +34,7 @@ def blocks(page, language):
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=[pytest.mark.slow] * (page.stem == "deploy"))
+        pytest.param(page, marks={"deploy": pytest.mark.slow, "multi-gpu": newer}.get(page.stem, ()))
         for page in PAGES
         if blocks(page, "python")
     ],

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from since import newer
 from torch import nn
 
 import lightning_ebm as ebm
@@ -58,7 +59,11 @@ TRACERS = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize(
+    # Older ones do not say that they export.
+    "tracer",
+    [pytest.param(name, marks=newer if name.startswith("export") else ()) for name in TRACERS],
+)
 def test_torchs_own_tracers_are_told_what_can_be_exported(tracer):
     """And do not end the process, which one did when a relaxation ran under it. Dynamo puts our words into its own."""
     with pytest.raises(Exception, match=r"program = equilibrium\.exported\(\*inputs\)") as caught:
@@ -76,6 +81,7 @@ def test_where_the_equilibrium_is_the_forward_pass_tracers_follow_it(tracer, alg
     torch.testing.assert_close(module.exported(X).module()(other), network()(other), rtol=0, atol=0)
 
 
+@newer
 def test_with_units_held_it_is_not_the_forward_pass_and_is_not_taken_for_it():
     module = ebm.Equilibrium(network(), "predictive-coding", clamp={"3": torch.ones(4, 5)})
     assert not torch.allclose(module(X), network()(X))
@@ -89,6 +95,7 @@ def test_onnx_by_the_old_exporter_is_told_the_same():
         torch.onnx.export(hopfield(), (X,), "unused.onnx", dynamo=False)
 
 
+@newer
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_by_the_new_exporter_is_told_the_same():
     pytest.importorskip("onnxscript")

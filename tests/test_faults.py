@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from since import newer
 from test_distributed import launch
 from torch import nn
 from torch.nn import functional as F
@@ -266,6 +267,7 @@ def test_no_algorithm_is_given_a_batch_of_nan():
     assert all(p.grad is None for p in module.parameters())
 
 
+@newer
 def test_what_cannot_be_undone_is_refused():
     with pytest.raises(ebm.ConfigurationError, match="incremental"):
         ebm.Learner(net(), "incremental-pc", on_divergence="skip")

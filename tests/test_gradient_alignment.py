@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import lightning as L
@@ -219,7 +220,8 @@ def test_a_stopped_run_goes_on_counting(tmp_path):
         logger=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
         callbacks=[second],
     )  # fmt: skip
-    resumed.fit(module(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
+    safely = {"weights_only": True} if "weights_only" in signature(resumed.fit).parameters else {}
+    resumed.fit(module(), ckpt_path=tmp_path / "one.ckpt", **safely)
     assert [step for step, _ in second.history] == [step for step, _ in whole.history]
     assert torch.allclose(second.run.total, whole.run.total, rtol=1e-6)
 

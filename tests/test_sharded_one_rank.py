@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
+from since import newer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
@@ -12,8 +13,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_ebm as ebm
 
-older = not hasattr(FSDPModule, "set_reshard_after_forward")
-newer_torch = pytest.mark.skipif(older, reason="torch 2.8 or newer")
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -88,7 +87,7 @@ class Plain(Manual):
         optimizer.step()
 
 
-@newer_torch
+@newer
 @pytest.mark.parametrize("kind", [Net, Scales, Weighs, Manual, StepsTwice, Plain])
 def test_sharded_weights_end_where_backprop_ends(kind):
     generator = torch.Generator().manual_seed(1)
@@ -106,7 +105,7 @@ def test_sharded_weights_end_where_backprop_ends(kind):
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-10, atol=1e-12)
 
 
-@newer_torch
+@newer
 @pytest.mark.parametrize("kind", [Net, Manual])
 def test_callbacks_measure_on_whole_weights(kind):
     """Those that look after the backward pass found weights that had been given back."""

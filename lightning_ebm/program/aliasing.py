@@ -1,6 +1,5 @@
 """Which tensors share memory, and what they hold when one of them is written to."""
 
-import weakref
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.utils.weak import TensorWeakRef
 
 from lightning_ebm.program.record import Value
 
@@ -28,8 +28,8 @@ class Aliasing:
     """
 
     def __init__(self) -> None:
-        self.seen: list[weakref.ref[Tensor]] = []
-        self._groups: dict[int, list[weakref.ref[Tensor]]] = {}
+        self.seen: list[TensorWeakRef] = []
+        self._groups: dict[int, list[TensorWeakRef]] = {}
 
     def others(self, tensor: Tensor) -> list[Tensor]:
         """The other tensors, still there, that have elements in common with this one.

@@ -3,11 +3,11 @@
 Longer than 300 lines, as all of it changes the same few tables.
 """
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 from lightning_ebm.errors import UnsupportedModuleError
 from lightning_ebm.program.aliasing import Aliasing, Make, base_of
@@ -41,7 +41,8 @@ class Contents:
         self.before = before
         self._record = record
         self._pausing = pausing
-        self.bindings: dict[int, tuple[Callable[[], Tensor | None], Value]] = {}
+        # torch's own kind: by a plain one, older versions hand out tensors that they then take the contents of.
+        self.bindings: dict[int, tuple[TensorWeakRef, Value]] = {}
         self._marked, self._frozen = set[Value](), set[Value]()
         self._written_over: list[Tensor] = []
         self._shared: set[int] = set()
@@ -53,7 +54,7 @@ class Contents:
     def value(self, tensor: Tensor) -> Value:
         """What a tensor holds now."""
         known = self.bindings.get(id(tensor))
-        if known is not None and known[0]() is tensor:
+        if known is not None and known[0].ref() is tensor:
             value = known[1]
             if value.poison is not None:
                 raise UnsupportedModuleError(value.poison)
@@ -64,7 +65,7 @@ class Contents:
     def known(self, tensor: Tensor) -> Value | None:
         """What a tensor holds now, if the record knows."""
         known = self.bindings.get(id(tensor))
-        return known[1] if known is not None and known[0]() is tensor else None
+        return known[1] if known is not None and known[0].ref() is tensor else None
 
     def others(self, tensor: Tensor) -> list[Tensor]:
         """See `Aliasing.others`."""
@@ -103,14 +104,14 @@ class Contents:
         """
         if keeps:
             self.held[value] = tensor
-        ref = weakref.ref(tensor)
+        ref = TensorWeakRef(tensor)
         self.bindings[id(tensor)] = ref, value
         self._aliasing.seen.append(ref)
 
     def rebind(self, tensor: Tensor, value: Value | None) -> Value | None:
         """What a tensor holds; given a value, it holds that from now on."""
         if value is not None:
-            self.bindings[id(tensor)] = weakref.ref(tensor), value
+            self.bindings[id(tensor)] = TensorWeakRef(tensor), value
         return self.known(tensor)
 
     def rename(self, tensor: Tensor, value: Value, now: Value) -> None:
@@ -123,7 +124,7 @@ class Contents:
         """Whoever reads the tensor is refused."""
         value = Value(None, meta_of(tensor))
         value.poison = why
-        self.bindings[id(tensor)] = weakref.ref(tensor), value
+        self.bindings[id(tensor)] = TensorWeakRef(tensor), value
 
     def aliased(self, result: Tensor, tensor: Tensor) -> Tensor:
         """A result that holds what the tensor holds."""

@@ -225,7 +225,7 @@ class Following:
                 continue
             if type(known) is Value and known.node is not None:  # computed by the pass, as most are
                 bound = bindings.get(id(arg))
-                if bound is not None and bound[1] is known and bound[0]() is arg:
+                if bound is not None and bound[1] is known and bound[0].ref() is arg:
                     continue
             if not self._same(arg, known):
                 return False

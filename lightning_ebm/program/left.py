@@ -1,8 +1,8 @@
 """What is left of a pass when it is over."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 from lightning_ebm.program.held import ancestors
 from lightning_ebm.program.record import Value
@@ -18,7 +18,7 @@ class Left:
         losses: what it was differentiated for; others may come.
     """
 
-    def __init__(self, known: Sequence[tuple[Callable[[], Tensor | None], Value]], losses: list[Value]) -> None:
+    def __init__(self, known: Sequence[tuple[TensorWeakRef, Value]], losses: list[Value]) -> None:
         self._known = known
         self._losses = losses
 

@@ -1,12 +1,12 @@
 """The operations of one evaluation, written down below autograd while it runs."""
 
 import operator
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
+from torch.utils.weak import TensorWeakRef
 
 from lightning_ebm.program.decompositions import DECOMPOSITIONS
 from lightning_ebm.program.dispatch import DispatchMode
@@ -47,7 +47,7 @@ class Tracer(DispatchMode):
         super().__init__()
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}
-        self._nodes: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}
+        self._nodes: dict[int, tuple[TensorWeakRef, fx.Node]] = {}
         self._made: dict[Any, fx.Node] = {}
         self._negative: dict[fx.Node, _Negated] = {}
         """What each negative is the negative of."""
@@ -61,7 +61,7 @@ class Tracer(DispatchMode):
     def node(self, tensor: Tensor) -> fx.Node:
         """What computed a tensor; a constant where nothing here did."""
         known = self._nodes.get(id(tensor))
-        found = known[1] if known is not None and known[0]() is tensor else None
+        found = known[1] if known is not None and known[0].ref() is tensor else None
         if found is None:
             name = f"constant_{len(self.constants)}"
             self.constants[name] = tensor.detach()
@@ -78,7 +78,7 @@ class Tracer(DispatchMode):
         return not any(o is not None and o is not tensor and o.untyped_storage().data_ptr() == memory for o in others)
 
     def _bind(self, tensor: Tensor, node: fx.Node) -> None:
-        self._nodes[id(tensor)] = weakref.ref(tensor), node
+        self._nodes[id(tensor)] = TensorWeakRef(tensor), node
         note_size(node, tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, get_args
-from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils.weak import TensorWeakRef
 
 from lightning_ebm import checked
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
@@ -26,7 +26,7 @@ def unwritten(part: object, method: str, tensors: Iterable[Tensor]) -> Iterator[
     Raises:
         ConfigurationError: it has, as torch's own counters tell.
     """
-    handed = [(ref(tensor), tensor._version) for tensor in tensors]
+    handed = [(TensorWeakRef(tensor), tensor._version) for tensor in tensors]
     del tensors  # nobody may need them any more on the way
     raised = None
     try:
