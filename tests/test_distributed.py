@@ -176,8 +176,9 @@ def test_alignment_is_of_all_ranks_micro_batches(two):
 
 def test_figures_of_relaxations_are_means_over_ranks(two):
     first, second = two[0]["monitored"]
+    same = {key for key, value in first["own"].items() if value == second["own"][key]}  # of which a mean tells nothing
+    assert same <= {"ebm/steps", "ebm/relaxed"}
     for key, value in first["own"].items():
-        assert value != second["own"][key] or key == "ebm/steps"  # else a mean would be like any of them
         for left in (first, second):
             assert left["logged"][key] == pytest.approx((value + second["own"][key]) / 2, rel=1e-5)
 
