@@ -53,8 +53,8 @@ class GradientAlignment(Callback):
     ``alignment/table`` is logged, with every comparison, and the layer x step heatmap (to TensorBoard and MLflow too).
 
     Args:
-        every_n_steps: compare at the first optimizer step, and whenever this many more are complete; None: only at
-            `epochs`.
+        every_n_steps: compare at the first optimizer step, and at every one whose number is a multiple of this; None:
+            only at `epochs`.
         reference: which gradient is called true: "backprop", of the feed-forward network; "equilibrium", of the loss at
             the free equilibrium (the same for energies whose free equilibrium is the forward pass); or both.
         epochs: compare at every step of these epochs, too.

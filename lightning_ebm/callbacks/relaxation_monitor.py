@@ -52,7 +52,7 @@ class RelaxationMonitor(Callback):
     in the run without a chart. Everything goes to the run's file for `lightning-ebm report`.
 
     Args:
-        every_n_steps: record at the first optimizer step, and whenever this many more are complete.
+        every_n_steps: record at the first optimizer step, and at every one whose number is a multiple of this.
         regime_every_n_steps: the same for the regime, which relaxes twice more, once to equilibrium; None never.
         equilibrium: what finds that equilibrium, see `regime.of`.
         curvature_every_n_steps: the same for the curvature, which relaxes once more and takes 64 products with second
