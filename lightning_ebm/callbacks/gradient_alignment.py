@@ -41,7 +41,8 @@ class GradientAlignment(Callback):
     - ``alignment/cosine``, ``alignment/angle_deg``, ``alignment/norm_ratio``, ``alignment/relative_error``,
       ``alignment/sign_agreement`` over all parameters, see `lightning_ebm.metrics.alignment`;
     - the same per parameter, ``alignment/cosine/<name with dots as slashes>``, and per layer (all parameters of its
-      drive as one vector), ``alignment/layer/cosine/<name>``;
+      drive as one vector), ``alignment/layer/cosine/<name with dots as slashes>``, "readout" being what lies between
+      the last states and the loss;
     - ``alignment/dead``, how many parameters have an update of exactly zero, or a true gradient of exactly zero: they
       have no direction, and their figures are conventions.
 
