@@ -94,7 +94,7 @@ class Learner:
         LayerDiscoveryError: no layer found, at the first step.
         RelaxationDivergedError: states ran away, or the loss is not finite.
 
-    Example:
+    Examples:
         >>> learner = Learner(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), "pc-nudge")
         >>> loss = learner.backward(lambda: learner.module(torch.ones(2, 4)).square().mean())
     """
@@ -265,7 +265,7 @@ class Learner:
             ConfigurationError: unknown names, values or masks that do not fit, a relaxer that finds no equilibrium.
             RelaxationDivergedError: states ran away.
 
-        Example:
+        Examples:
             >>> net = nn.Sequential(nn.Identity(), nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3))
             >>> inferred = Learner(net).relax(lambda: net(torch.zeros(5, 2)), clamp={"3": torch.ones(3)}, free=["0"])
             >>> inferred.states["0"].shape

@@ -124,6 +124,13 @@ def site(tmp_path_factory):
     return folder
 
 
+def test_examples_of_the_reference_stand_as_code(site):
+    """Under a heading that Google's style does not know, `>>>` is a quote in a quote in a quote."""
+    pages = [page.read_text() for page in (site / "reference").rglob("index.html")]
+    assert not any("<blockquote>" in page for page in pages)
+    assert sum(page.count('<span class="gp">&gt;&gt;&gt; </span>') for page in pages) > 10
+
+
 def test_every_public_name_is_documented_and_no_formula_is_lost(site):
     pages = {page: page.read_text() for page in (site / "reference").rglob("index.html")}
     ids = {path for text in pages.values() for path in re.findall(r'id="(lightning_ebm\.[\w.]+)"', text)}

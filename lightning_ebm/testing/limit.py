@@ -46,7 +46,7 @@ def check_limit(energy_or_algorithm: Energy | str | Algorithm) -> dict[str, floa
 
     Returns:
         The slope of log error over log lambda, by layer, "readout" being what lies between the last state and the loss;
-        infinite where the update is exact at a finite nudge.
+            infinite where the update is exact at a finite nudge.
 
     Raises:
         AssertionError: a slope falls short of its order by more than 0.2; names the layer and its errors. Or a best
@@ -56,7 +56,7 @@ def check_limit(energy_or_algorithm: Energy | str | Algorithm) -> dict[str, floa
     Source:
         Millidge et al., ICLR 2023 (arXiv 2206.02629); Scellier and Bengio 2017; Laborieux et al. 2021 (centered).
 
-    Example:
+    Examples:
         >>> from lightning_ebm.energies import PredictiveCoding
         >>> {name: round(slope, 1) for name, slope in check_limit(PredictiveCoding()).items()}
         {'1': 1.0, '3': 1.0, 'readout': 1.0}
