@@ -258,7 +258,8 @@ class Learner:
             relaxer: None goes to the equilibrium itself, to a relative force of 1e-6 or of the algorithm's own
                 tolerance where that is finer, by `QuasiNewton` for quadratic energies; an algorithm that takes a given
                 number of steps, ``tol=0``, takes those. "auto" goes there whatever the algorithm. Held units are
-                honored by every relaxer of states; in error coordinates the errors of the free units move.
+                honored by every relaxer of states, and by a device with its own grid and noise; in error coordinates
+                the errors of the free units move.
             gradients: whether to give d(I + lambda L)/dtheta at the end as well.
 
         Raises:
