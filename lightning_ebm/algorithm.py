@@ -36,7 +36,8 @@ class Algorithm:
             the other parts are not used (the control of every experiment); "auto", what the nudge and the relaxer are
             made for.
         initial_state: where the search for the free state starts: the "forward" pass, "zeros", or "last-visit",
-            where the same sample was left when it was last trained on (see `StateMemory`), else the forward pass.
+            where the same sample was left when it was last trained on, else the forward pass. A sample is the same
+            where all tensors of the batch are; states of up to 1 GiB of samples are kept on the host.
 
     Raises:
         ConfigurationError: parts of the wrong kind, or parts that do not fit each other.

@@ -132,7 +132,7 @@ def parameter_groups(
     Raises:
         ConfigurationError: a size that is not positive, or as `table`.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
         >>> groups = parameter_groups(net, 0.1, base_width=32, base_depth=3)
         >>> groups[2].get("lr")

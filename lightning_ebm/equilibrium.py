@@ -39,7 +39,7 @@ class Equilibrium(nn.Module):
         ConfigurationError: (in forward) torch.export, torch.onnx.export or torch.jit.trace is at work, and none of them
             can follow a relaxation; see `exported`. Where the equilibrium is the forward pass they can.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.Hardtanh(0, 1), nn.Linear(8, 2))
         >>> Equilibrium(net, "equilibrium-propagation")(torch.ones(3, 4)).shape
         torch.Size([3, 2])

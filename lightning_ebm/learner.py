@@ -70,13 +70,13 @@ class Learner:
             strength up to 1 that the network bears: ``nudge="auto"``, to 1e-2, by 6 evaluations at most.
         layers: which calls carry states: None (those of activation modules, of repeated blocks, or of modules with
             weights, by how local they make the updates, and behind the maximum pooling that alone reads an activation,
-            see `LayerFinder`), or module names, module types, or a predicate.
+            see `summary`), or module names, module types, or a predicate.
         output: "readout" (the last drive enters the loss directly), "state" (the output is a free state, nudged by the
             loss), "auto" (a state if the network ends in an activation, else a read-out).
         loss_reduction: how the closure's loss reduces over the batch, "mean" or "sum".
         quiet: a context manager for passes without side effects, to silence what closures do besides computing.
-        capture: run programs that come again, or are relaxed for long, as code traced from them, see
-            `lightning_ebm.program`; False interprets them at every point, slower and the same.
+        capture: run programs that come again, or are relaxed for long, as code traced from them; False interprets
+            them at every point, slower and the same.
         compile: send that code through Inductor, which takes seconds once for every shape of batch and, on a CPU, a C++
             compiler.
         batch_size: number of samples of a batch: a number, or a function of what the module is called with; None finds
@@ -84,7 +84,8 @@ class Learner:
             or a smaller one that the loss is reduced over, as graphs of many nodes are.
         on_divergence: what is done with a batch that cannot relax, or whose loss is not finite: "raise"; "skip", which
             leaves no gradient and puts back what the pass wrote to; or a preset's name or an `Algorithm`, which takes
-            that batch. The report counts them.
+            that batch, unless its loss is not finite: that is still an error, as no algorithm could descend it. The
+            report counts them. Incremental updates know "raise" alone.
         scale: the factor that the closure's loss already carries (a GradScaler's, 1/N of accumulation), a number or a
             function without arguments: the relaxation does not see it, the update carries it.
 
@@ -93,7 +94,7 @@ class Learner:
         LayerDiscoveryError: no layer found, at the first step.
         RelaxationDivergedError: states ran away, or the loss is not finite.
 
-    Example:
+    Examples:
         >>> learner = Learner(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), "pc-nudge")
         >>> loss = learner.backward(lambda: learner.module(torch.ones(2, 4)).square().mean())
     """
@@ -150,7 +151,7 @@ class Learner:
         """Adds the update of one batch to ``.grad``; returns the loss of the forward pass, detached.
 
         The closure is run once; with energies whose free equilibrium is not the forward pass twice, the first time
-        without side effects (see `lightning_ebm.purity`).
+        with side effects undone.
 
         With units held by `clamp`, in every phase, the update is that of the loss at the equilibrium under the clamp.
         A closure that returns no loss (an output, or nothing) then leaves the energy itself to be learned, for
@@ -159,7 +160,7 @@ class Learner:
 
         Args:
             closure: runs the pass, and returns its loss.
-            clamp: see `Clamp`.
+            clamp: as for `relax`.
         """
         loss, surrogate, step = self._surrogate(closure, refuse_backward, clamp)
         if surrogate is not None:
@@ -250,20 +251,22 @@ class Learner:
             closure: runs the pass; returns its loss, or anything where no loss is needed.
             clamp: ``{name: value}`` holds a layer, ``{name: (value, mask)}`` its units where the mask is True; in the
                 shape of the state, samples first, or of one sample.
-            free: inputs that pay nothing for where they are, for divergence energies. They have to be named in
-                ``clamp`` or here alone to carry a state.
-            nudge: lambda, the weight of the loss per sample; a `Nudge` stands for its strongest phase; None is 0.
+            free: inputs, as a rule, that pay nothing for where they are, for divergence energies: their term is left
+                out. An input carries a state once it is named, here or in ``clamp``.
+            nudge: lambda, the weight of the loss per sample; a `Nudge` stands for its strongest phase; None is 0. One
+                that holds the output has no such number: hold it by `clamp`.
             relaxer: None goes to the equilibrium itself, to a relative force of 1e-6 or of the algorithm's own
                 tolerance where that is finer, by `QuasiNewton` for quadratic energies; an algorithm that takes a given
                 number of steps, ``tol=0``, takes those. "auto" goes there whatever the algorithm. Held units are
-                honored by every relaxer of states; in error coordinates the errors of the free units move.
+                honored by every relaxer of states, and by a device with its own grid and noise; in error coordinates
+                the errors of the free units move.
             gradients: whether to give d(I + lambda L)/dtheta at the end as well.
 
         Raises:
             ConfigurationError: unknown names, values or masks that do not fit, a relaxer that finds no equilibrium.
             RelaxationDivergedError: states ran away.
 
-        Example:
+        Examples:
             >>> net = nn.Sequential(nn.Identity(), nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3))
             >>> inferred = Learner(net).relax(lambda: net(torch.zeros(5, 2)), clamp={"3": torch.ones(3)}, free=["0"])
             >>> inferred.states["0"].shape
@@ -358,6 +361,10 @@ class Learner:
 
         For an incremental algorithm the optimizer steps once for each step of the relaxer; for all others once. Within
         a step of `torch.optim.LBFGS` the closure is called, and relaxes, several times.
+
+        Args:
+            closure: as for `backward`.
+            optimizer: of the module's parameters.
         """
         if isinstance(optimizer, type) or not hasattr(optimizer, "zero_grad"):  # what wraps one may not be an Optimizer
             checked.instance("", "optimizer", optimizer, torch.optim.Optimizer, _OPTIMIZER)

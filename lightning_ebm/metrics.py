@@ -114,7 +114,7 @@ class Alignment(Metric):
             synchronize before it has seen one.
         kwargs: those of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> metric = Alignment()
         >>> metric.update({"weight": torch.tensor([1.0, 1.0])}, {"weight": torch.tensor([1.0, 0.0])})
         >>> round(float(metric.compute()["angle_deg"]), 6)

@@ -261,7 +261,7 @@ def algorithm(name: str | Algorithm, **parts: Any) -> Algorithm:
     Raises:
         ConfigurationError: no such preset, or no such part.
 
-    Example:
+    Examples:
         >>> algorithm("pc-nudge", nudge=OneSided(1e-5)).nudge
         OneSided(strength=1e-05)
     """

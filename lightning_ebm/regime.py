@@ -61,7 +61,7 @@ def of(
         ConfigurationError: the control, "backprop", which relaxes nothing; incremental updates and holomorphic nudges.
         RelaxationDivergedError: there is no equilibrium to be found from here.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
         >>> x, y = torch.linspace(-1, 1, 20).reshape(5, 4), torch.ones(5, 1)

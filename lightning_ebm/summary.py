@@ -53,7 +53,7 @@ class Summary:
         local_share: share of the weights, by elements of matrices and kernels, whose update is propagated through no
             other weight, and not around the states.
         locality: the mean over the weights of one over how many weights an update goes through, 0 where it goes around
-            the states or through itself: what layers are chosen by, see `lightning_ebm.program.layers.LayerFinder`.
+            the states or through itself: what layers are chosen by.
         chosen: in words, the set of modules that has the states; "asked for" if it was.
         compared: the sets that it was chosen from, each with its number of states and both shares.
     """

@@ -95,7 +95,7 @@ the relaxation was on its way to. *Relaxed* is the part of the energy's whole fa
 
 {summary}
 
-Measured by `python recipes/regimes.py` on {data}: each setting of `recipes/published_settings.py` trained for {updates}
+Measured by `python recipes/regimes.py{data}: each setting of `recipes/published_settings.py` trained for {updates}
 updates, the regime on the next batch; {seeds}; float32; states sit where the authors put them. Everything was run on
 the same images, so a setting that was tuned for others is here what its numbers do on these. "From memory" marks what
 we could not read in the authors' code.
@@ -212,7 +212,8 @@ def main() -> None:
     summary = textwrap.fill(f"Of {len(drawn)} settings, {', '.join(parts)}.", 120)
     options.output.mkdir(parents=True, exist_ok=True)
     page = PAGE.format(
-        data="MNIST" if options.data_dir else "scikit-learn's digits", updates=options.updates,
+        data=" --data-dir FOLDER` on MNIST, FOLDER/mnist.npz" if options.data_dir else "` on scikit-learn's digits",
+        updates=options.updates,
         seeds="one seed" if options.seeds == 1 else f"means over {options.seeds} seeds",
         rows="\n".join(rows), sources="\n".join(sources), summary=summary,
     )  # fmt: skip

@@ -108,3 +108,12 @@ def test_looking_changes_no_update_and_what_has_no_such_states_says_so_once(tmp_
     monitor, _ = fitted(Regressor(), "dual-propagation", tmp_path / "dual", curvature_every_n_steps=1)
     assert monitor.curvature is None
     assert caplog.text.count("The curvature of update") == 1
+
+
+@pytest.mark.parametrize("algorithm", ["infinitesimal", "recurrent-backprop"])
+def test_where_no_phase_pulls_there_is_no_curvature_and_the_run_goes_on(algorithm, tmp_path, caplog):
+    """It ended the run, by an IndexError."""
+    monitor, trainer = fitted(Regressor(), algorithm, tmp_path, curvature_every_n_steps=1)
+    assert trainer.state.finished
+    assert monitor.curvature is None
+    assert caplog.text.count("is not defined: no phase of it ends at real states") == 1

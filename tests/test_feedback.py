@@ -394,3 +394,22 @@ def test_homeostasis_makes_feedback_the_transpose_without_a_decay(act):
         asymmetries.append(relaxer.asymmetry.item())
     assert misses[-1] < 0.1 * misses[0]
     assert asymmetries[-1] < 0.05 * asymmetries[0]
+
+
+def test_homeostasis_never_leads_away_from_the_transpose_whatever_the_width():
+    """Of many units and few samples a fixed step of 0.1 made operators grow without bound."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 2)).double()
+    x, y = batch(count=6)
+    x, y = x[:, :4], y[:, :2]
+    relaxer = ebm.Feedback(ebm.FixedPoint(5), ebm.JacobianHomeostasis())
+    learner = ebm.Learner(net, ebm.Algorithm(ebm.Hopfield(0.5), ebm.OneSided(0.1), relaxer))
+    optimizer = torch.optim.SGD(net.parameters(), 1e-12)  # which has to move them, as that is when operators do
+    learner.step(closure(net, x, y), optimizer)
+    readout, misses = relaxer.operators["loss"].clone(), []
+    for _ in range(40):
+        learner.step(closure(net, x, y), optimizer)
+        misses.append((relaxer.operators["3"].T - net[2].weight.detach()).norm().item())
+    assert all(after <= before * (1 + 1e-9) for before, after in itertools.pairwise(misses))
+    assert misses[-1] < 0.9 * misses[0]
+    assert torch.equal(relaxer.operators["loss"], readout)

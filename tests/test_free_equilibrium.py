@@ -237,6 +237,19 @@ def test_a_sample_met_again_goes_on_from_where_it_was_left(tmp_path):
     assert visit(fresh, [0, 1, 2, 3])[0] == pytest.approx(first, rel=1e-12)
 
 
+def test_a_sample_that_is_its_own_target_is_recognized_as_others_are():
+    """What memory recognizes samples by is read off copies: a batch that NumPy had seen was another program's."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 5)).double()
+    learner = ebm.Learner(net, ebm.algorithm("equilibrium-propagation", initial_state="last-visit"))
+    x = X.double()[:4]
+    starts = []
+    for _ in range(2):
+        learner.backward(lambda: 0.5 * (net(x) - x).square().sum(1).mean())
+        starts.append(learner.report["phases"][0]["energies"][0])
+    assert starts[1] < starts[0]
+
+
 def test_a_learned_precision_becomes_the_inverse_variance_of_the_errors():
     """The rule settles at Pi = 1 / <e^2>; a gradient that is only looked at teaches nothing."""
     precision = ebm.LearnedPrecision(rate=0.5, per="unit", highest=1e6)

@@ -134,3 +134,18 @@ def test_what_is_offered_to_users_catches_what_is_wrong(algorithm, message):
 def test_an_energy_that_a_relaxer_would_ignore_does_not_pass(relaxer):
     with pytest.raises(ebm.ConfigurationError, match="Inherited overrides layer_energy"):
         ebm.testing.check_algorithm(ebm.Algorithm(Inherited(), ebm.OneSided(0.1), relaxer))
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        "incremental-pc",
+        ebm.Algorithm(ebm.Hopfield(), ebm.OneSided(0.1), ebm.FixedPoint(9, order="synchronous"), update="continual"),
+    ],
+    ids=["incremental", "continual"],
+)
+def test_an_update_without_a_limit_in_the_nudge_is_refused_by_its_name(algorithm):
+    """And not for the relaxer, which nobody has chosen but the check itself."""
+    with pytest.raises(ebm.ConfigurationError, match=r'check_limit.*no limit in the nudge alone.*"contrast"'):
+        ebm.testing.check_limit(algorithm)
+    assert ebm.testing.check_limit(ebm.algorithm(algorithm, update="contrast"))

@@ -41,7 +41,8 @@ class GradientAlignment(Callback):
     - ``alignment/cosine``, ``alignment/angle_deg``, ``alignment/norm_ratio``, ``alignment/relative_error``,
       ``alignment/sign_agreement`` over all parameters, see `lightning_ebm.metrics.alignment`;
     - the same per parameter, ``alignment/cosine/<name with dots as slashes>``, and per layer (all parameters of its
-      drive as one vector), ``alignment/layer/cosine/<name>``;
+      drive as one vector), ``alignment/layer/cosine/<name with dots as slashes>``, "readout" being what lies between
+      the last states and the loss;
     - ``alignment/dead``, how many parameters have an update of exactly zero, or a true gradient of exactly zero: they
       have no direction, and their figures are conventions.
 
@@ -53,8 +54,8 @@ class GradientAlignment(Callback):
     ``alignment/table`` is logged, with every comparison, and the layer x step heatmap (to TensorBoard and MLflow too).
 
     Args:
-        every_n_steps: compare at the first optimizer step, and whenever this many more are complete; None: only at
-            `epochs`.
+        every_n_steps: compare at the first optimizer step, and at every one whose number is a multiple of this; None:
+            only at `epochs`.
         reference: which gradient is called true: "backprop", of the feed-forward network; "equilibrium", of the loss at
             the free equilibrium (the same for energies whose free equilibrium is the forward pass); or both.
         epochs: compare at every step of these epochs, too.

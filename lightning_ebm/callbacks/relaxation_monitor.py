@@ -34,7 +34,7 @@ class RelaxationMonitor(Callback):
     - ``ebm/energy_free``, ``ebm/energy_nudged``: I + lambda L of the batch at the free equilibrium or forward pass, and
       at the end of the first nudged phase;
     - ``ebm/residual``, ``ebm/residual_max``: force left over force at the start, mean and largest over the samples;
-    - ``ebm/residual/layer/<name>``: |dE/dx_l| at the end over the largest |dE/dx| of any layer at the start;
+    - ``ebm/residual/layer/<dots as slashes>``: |dE/dx_l| at the end over the largest |dE/dx| of any layer at the start;
     - ``ebm/steps``; ``ebm/step_size``, |x' - x| / |dE/dx| of the last step; ``ebm/curvature``, the largest met, an
       estimate from below of the energy's largest: Euler steps above 2 / curvature run away;
     - ``ebm/relaxed``, ``ebm/toward_equilibrium`` and per layer ``ebm/toward_equilibrium/layer/<name>`` where the regime
@@ -52,7 +52,7 @@ class RelaxationMonitor(Callback):
     in the run without a chart. Everything goes to the run's file for `lightning-ebm report`.
 
     Args:
-        every_n_steps: record at the first optimizer step, and whenever this many more are complete.
+        every_n_steps: record at the first optimizer step, and at every one whose number is a multiple of this.
         regime_every_n_steps: the same for the regime, which relaxes twice more, once to equilibrium; None never.
         equilibrium: what finds that equilibrium, see `regime.of`.
         curvature_every_n_steps: the same for the curvature, which relaxes once more and takes 64 products with second

@@ -64,12 +64,19 @@ class Energy(Part, ABC):
 
     @abstractmethod
     def layer_energy(self, state: Tensor, layer: LayerView) -> Tensor:
-        """e(x_l, a_l, rho_l), batch first. Any trailing shape: it is summed over all but the batch dimension."""
+        """e(x_l, a_l, rho_l), batch first. Any trailing shape: it is summed over all but the batch dimension.
+
+        Args:
+            state: x_l, ``(B, ...)``.
+            layer: its drive a_l, its prediction rho(a_l) and its activation.
+        """
 
     def best_response(self, pull: Tensor, layer: LayerView) -> Tensor:
         """`argmin_x e(x, a_l) - <pull, x>`: where the layer goes if everything around it stays.
 
-        The pull is the slope of all the other terms, -d/dx_l [sum_{k != l} e_k + lambda L], in the shape of the state.
+        Args:
+            pull: what all the other terms pull by, -d/dx_l [sum_{k != l} e_k + lambda L], in the shape of the state.
+            layer: as for `layer_energy`.
 
         Raises:
             ConfigurationError: this energy has no closed form for it.

@@ -70,16 +70,14 @@ def of_step(step: Step, algorithm: Algorithm, steps: int = 32, seed: int = 0) ->
     # Looking on must not draw the training's next sign.
     algorithm = dataclasses.replace(algorithm, nudge=without_draw(algorithm.nudge))
     if algorithm.rule.relaxes and (algorithm.nudge.complex_states or not algorithm.relaxer.ends_in_states):
-        raise ConfigurationError(
-            f"The curvature of update={label(algorithm.rule)!r} under {algorithm.nudge!r} is not defined: it ends at no"
-            " real states at which the energy could be differentiated. Measure the same energy with ebm.OneSided(...)"
-            " and a relaxer that goes to its minimum."
-        )
+        raise _undefined(algorithm)
     _, again = step.again(algorithm)
     try:
         network = again.network
         assert network is not None
         ends = [end for end in again.phases if end.phase.is_nudged and not end.phase.held] or again.phases
+        if not ends:  # linear response, and updates that relax nothing
+            raise _undefined(algorithm)
         # Copies: of the states themselves the network remembers a pass whose graph the update has used up.
         found = network.held(ends[0].found).in_states(lambda states: [x.clone() for x in states])
         strength = ends[0].strength.real
@@ -93,3 +91,11 @@ def of_step(step: Step, algorithm: Algorithm, steps: int = 32, seed: int = 0) ->
         return Curvature(whole.smallest, whole.largest, loss, exact)
     finally:
         again.release()
+
+
+def _undefined(algorithm: Algorithm) -> ConfigurationError:
+    return ConfigurationError(
+        f"The curvature of update={label(algorithm.rule)!r} under {algorithm.nudge!r} is not defined: no phase of it"
+        " ends at real states at which the energy could be differentiated. Measure the same energy with"
+        " ebm.OneSided(...) and a relaxer that goes to its minimum."
+    )

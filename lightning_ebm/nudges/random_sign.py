@@ -20,7 +20,7 @@ class RandomSign(Nudge):
     user's random numbers stay what they were.
 
     Args:
-        strength: l > 0, per sample.
+        strength: l, per sample; its own sign is of no consequence.
 
     Raises:
         ConfigurationError: the strength is 0 or not finite.

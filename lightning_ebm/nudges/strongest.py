@@ -41,7 +41,7 @@ class Strongest(Nudge):
     Raises:
         ConfigurationError: a template of another kind.
 
-    Example:
+    Examples:
         >>> Strongest().phases()[0]
         Phase(strength=1.0, weight=1.0, held=False)
     """

@@ -98,7 +98,7 @@ class Relaxer(Part, ABC):
 
     @property
     def needs_error_coordinates(self) -> bool:
-        """Whether the energy must be a quadratic of errors, see `QuadraticEnergy`; set as `complex_states` is."""
+        """Whether the energy must be quadratic in errors, as `PredictiveCoding` is; set as `complex_states` is."""
         return False
 
     @property
@@ -179,6 +179,11 @@ class Relaxer(Part, ABC):
         """Relaxes. Must raise `RelaxationDivergedError` rather than return states that ran away.
 
         Where `complex_states` is set, `strength` may be complex; the states then have to be.
+
+        Args:
+            landscape: the network, to be asked by `landscape.evaluate(what, point, strength)`.
+            start: the free point, one tensor a layer, samples first; not to be written to.
+            strength: lambda, the weight of the loss per sample; 0 in a free phase.
         """
 
     def relax_all(

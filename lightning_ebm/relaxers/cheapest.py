@@ -53,7 +53,7 @@ class Cheapest(Relaxer):
         ConfigurationError: no candidates; tolerances that differ, or none; a relaxer with an update of its own.
         RelaxationDivergedError: (in use) every candidate ran away.
 
-    Example:
+    Examples:
         >>> from lightning_ebm.relaxers import Anderson, ErrorCoordinates
         >>> Cheapest(ErrorCoordinates(), Anderson(coordinates="errors"))
         Cheapest(2 candidates, none chosen yet)

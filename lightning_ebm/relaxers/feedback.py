@@ -150,8 +150,12 @@ class Feedback(Wrapper):
         point = [*start, *noise, *(self.operators[name] for name in names)]
         found: list[Tensor] = landscape.evaluate(Asymmetry(len(names)), point, 0.0)
         self.asymmetry, *slopes = found
+        # The asymmetry is 1/2 sum_b s_b^2 with s_b linear in B - W: up to this length no step leads away from W.
+        size = torch.stack([slope.square().sum() for slope in slopes]).sum()
+        longest = 2 * self.asymmetry / size.clamp_min(torch.finfo(size.dtype).tiny)
+        step = longest.clamp_max(self.rule.homeostasis / landscape.batch_size)
         for name, slope in zip(names, slopes, strict=True):
-            self.operators[name] = self.operators[name] - self.rule.homeostasis / landscape.batch_size * slope
+            self.operators[name] = self.operators[name] - step * slope
 
     def _follow(self, names: Sequence[str], weights: Sequence[Tensor]) -> bool:
         """Lets the operators follow the weights; whether any of these has moved."""

@@ -104,10 +104,14 @@ class JacobianHomeostasis(RandomFeedback):
     The average over u and v is 1/2 |J - J'|^2, 0 where the forces are the slope of an energy again, so that B tends to
     the weight without being told it, from how the forces respond to small noise in states. It is taken where the first
     phase after an optimizer step starts, with one pair of noises a sample. The operators alone descend; weights
-    learn from their own update, which in the source the penalty is added to.
+    learn from their own update, which in the source the penalty is added to. The operator of the read-out, "loss",
+    stays as it was drawn: without the loss no force goes back through it.
+
+    The bracket is linear in B - W, so that the sum f over the batch, of slope g, has its minimum of 0 at W: a step is
+    2 f / |g|^2 where that is shorter than lr/B_batch, and none leads away from W. Many units and few samples need it.
 
     Args:
-        lr: step size.
+        lr: the longest step.
         scale: as in `RandomFeedback`.
         seed: as in `RandomFeedback`.
 

@@ -25,7 +25,7 @@ class QuasiNewton(Relaxer):
 
     What plain descent needs thousands of steps for (inputs without a prior of their own, deep chains, large weights)
     takes some tens. The step length a starts at 1, and is shortened for the samples whose force along it has turned
-    round. Samples that see each other (BatchNorm in training, a loss across the batch) have one H, see `JointDescent`.
+    round. Samples that see each other (BatchNorm in training, a loss across the batch) have one H.
 
     Args:
         max_steps: how many evaluations at most.

@@ -29,7 +29,8 @@ class ScheduledDescent(Relaxer):
 
     Settings are numbers, or functions: lr and the factor c of a layer's energy (of its precision, in predictive coding)
     of step, depth and the depth of the deepest, ``precision=lambda step, depth, deepest: ...``; the share n of the
-    nudge of the step, ``nudge=lambda step: min(1.0, (step + 1) / 10)``. `spiking` and `decaying` are for precisions.
+    nudge of the step, ``nudge=lambda step: min(1.0, (step + 1) / 10)``. `spiking` and `decaying`, of
+    ``lightning_ebm.relaxers``, are for precisions.
 
     The update is read where the states end, under the energy itself: what a schedule did on the way leads elsewhere,
     and counts no further. With numbers of 1 it is `GradientDescent`.

@@ -14,12 +14,18 @@ from lightning_ebm.relaxers import Relaxation
 
 
 class PhaseEntry(TypedDict):
-    """One relaxation: nudge (as text where it is complex), status, steps of the slowest sample, residual per sample.
+    """One relaxation.
 
-    energies: I + lambda L of the batch at the start and after each step, its real part where the nudge is complex; of
-    relaxers that need no energy to move (`FixedPoint`), at the start and the end only. residual: see `Relaxation`.
-    gain_left: the energy still to be gained, extrapolated from the last steps, over what was gained; None where the
-    relaxer makes no estimate, or its steps promise no end. A plateau, as of quasi-Newton steps, makes it too small.
+    Attributes:
+        nudge: lambda; as text where it is complex.
+        status: see `Relaxation`.
+        steps: of the slowest sample.
+        energies: I + lambda L of the batch at the start and after each step, its real part where the nudge is complex;
+            of relaxers that need no energy to move (`FixedPoint`), at the start and the end only.
+        residual: force left over force at the start, of each sample.
+        gain_left: the energy still to be gained, extrapolated from the last steps, over what was gained; None where the
+            relaxer makes no estimate, or its steps promise no end. A plateau, as of quasi-Newton steps, makes it too
+            small.
     """
 
     nudge: float | str
@@ -33,16 +39,22 @@ class PhaseEntry(TypedDict):
 class Report(TypedDict):
     """What a step did; JSON-able.
 
-    loss: of the forward pass, in the user's own reduction. result: the worst status of the phases: "converged",
-    "kink" (no energy left to gain though forces remain, as at kinks of ReLU), "stalled" (the energy falls no further
-    though it is smooth and forces remain), "fixed" (as many steps as asked for),
-    "max_steps" (still moving when the count was up), "none" (backprop).
-    steps: of all phases together. residual: force left over force at the start, the worst of the phases, per sample.
-    energy_free, energy_nudged: I + lambda L of the batch at the forward pass or free equilibrium, and at the end of the
-    first nudged phase; nan where the relaxer tells no energies. phases: each of them. layers: the names of the states.
-    skipped, fallbacks: how many batches so far could not relax, and were left out or taken by another algorithm.
-    kernels: which way the relaxation ran, "plain", "traced" or "compiled", and by which instructions of the processor
-    torch computes, such as "traced: AVX2".
+    Attributes:
+        loss: of the forward pass, in the user's own reduction.
+        result: the worst status of the phases: "converged", "kink" (no energy left to gain though forces remain, as at
+            kinks of ReLU), "stalled" (the energy falls no further though it is smooth and forces remain), "fixed" (as
+            many steps as asked for), "max_steps" (still moving when the count was up), "none" (backprop).
+        steps: of all phases together.
+        residual: force left over force at the start, the worst of the phases, of each sample.
+        energy_free: I of the batch at the forward pass or free equilibrium; nan where the relaxer tells no energies.
+        energy_nudged: I + lambda L of the batch at the end of the first nudged phase; likewise.
+        phases: each of them.
+        layers: the names of the states.
+        algorithm: its parts as text, with what "auto" has chosen.
+        kernels: which way the relaxation ran, "plain", "traced" or "compiled", and by which instructions of the
+            processor torch computes, such as "traced: AVX2".
+        skipped: how many batches so far could not relax, and were left out.
+        fallbacks: how many of them were taken by another algorithm.
     """
 
     loss: float

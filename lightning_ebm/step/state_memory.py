@@ -29,7 +29,9 @@ class StateMemory:
     def names(self, batch: Any, size: int) -> list[str]:
         """What each of the samples of a batch is recognized by."""
         tensors = [tensor for _, tensor in of_batch(batch) if tensor.ndim and tensor.shape[0] == size]
-        rows = [t.detach().cpu().contiguous().view(size, -1).view(torch.uint8).numpy() for t in tensors]
+        # Of copies: what NumPy has may change unseen, so that the second run would be recorded as reading it anew.
+        copies = [t.detach().to("cpu", copy=True).contiguous() for t in tensors]
+        rows = [t.view(size, -1).view(torch.uint8).numpy() for t in copies]
         return [hashlib.blake2b(b"|".join(row[i].tobytes() for row in rows)).hexdigest() for i in range(size)]
 
     def recall(self, names: Sequence[str], start: Sequence[Tensor]) -> list[Tensor]:

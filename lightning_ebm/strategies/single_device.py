@@ -42,7 +42,8 @@ class EBMStrategy(EnergyStrategy, SingleDeviceStrategy):
         on_divergence: what is done with a batch that cannot relax: "raise"; "skip", which leaves out its update, as
             stock does where training_step returns None, and puts back the buffers its pass wrote to (metrics that it
             updated and numbers that it drew stay so, as in stock); or a preset's name or an `Algorithm`, which takes
-            that batch. Counted in the report, logged as ``ebm/skipped``, ``ebm/fallbacks``.
+            that batch, unless its loss is not finite. Counted in the report, logged as ``ebm/skipped``,
+            ``ebm/fallbacks``. Manual optimization and incremental updates know "raise" alone.
         device: where to train; None is the device that the Trainer chose.
         accelerator: Lightning's own.
         checkpoint_io: Lightning's own; None is one whose files are there whole or not at all.

@@ -43,7 +43,7 @@ def check_algorithm(algorithm: str | Algorithm, *, tol: float = 1e-3) -> dict[st
     Raises:
         AssertionError: which of the above does not hold, and by how much.
 
-    Example:
+    Examples:
         >>> round(check_algorithm("zero-divergence")["relative_error"], 9)
         0.0
     """

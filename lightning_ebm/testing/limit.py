@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import has_best_response, is_divergence
+from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.learner import Learner
 from lightning_ebm.metrics import alignment
 from lightning_ebm.network.network import Network
@@ -18,6 +19,7 @@ from lightning_ebm.reference import Settled, backprop, equilibrium
 from lightning_ebm.relaxers import FixedPoint, Relaxer
 from lightning_ebm.testing.problem import Problem
 from lightning_ebm.testing.response import check_response
+from lightning_ebm.updates.base import label
 
 _EXACT = 1e-9
 """Relative error below which there is none."""
@@ -44,22 +46,28 @@ def check_limit(energy_or_algorithm: Energy | str | Algorithm) -> dict[str, floa
 
     Returns:
         The slope of log error over log lambda, by layer, "readout" being what lies between the last state and the loss;
-        infinite where the update is exact at a finite nudge.
+            infinite where the update is exact at a finite nudge.
 
     Raises:
         AssertionError: a slope falls short of its order by more than 0.2; names the layer and its errors. Or a best
             response, which the phases iterate, is not that of the energy.
+        ConfigurationError: an incremental update, which moves parameters between the steps of its own relaxer.
 
     Source:
         Millidge et al., ICLR 2023 (arXiv 2206.02629); Scellier and Bengio 2017; Laborieux et al. 2021 (centered).
 
-    Example:
+    Examples:
         >>> from lightning_ebm.energies import PredictiveCoding
         >>> {name: round(slope, 1) for name, slope in check_limit(PredictiveCoding()).items()}
         {'1': 1.0, '3': 1.0, 'readout': 1.0}
     """
     given = energy_or_algorithm
     chosen = Algorithm(given, OneSided(1.0), _settled(given)) if isinstance(given, Energy) else preset(given)
+    if chosen.rule.incremental:
+        raise ConfigurationError(
+            f"check_limit: update={label(chosen.rule)!r} moves parameters between the steps of its own relaxer, so that"
+            ' there is no limit in the nudge alone. With update="contrast" it is what it is where parameters stay.'
+        )
     nudge = without_draw(chosen.nudge)
     order = 1 if nudge.linear_response else _order(nudge)
     strength = 0.01 if order <= 2 else 0.2

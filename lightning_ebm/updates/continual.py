@@ -21,6 +21,9 @@ class Continual(Contrast):
     propagation's. Parameters move with every part: the rule is local in time, and the sum is that of EP up to the
     learning rate. Where parameters must stay (`Learner.backward`), it is the contrast itself.
 
+    The nudge is `OneSided`, and the relaxer takes a number of single steps: `FixedPoint(n, order="synchronous")` or
+    `GradientDescent`. The relaxer of the presets for equilibrium propagation does not.
+
     The trap: an optimizer that rescales its steps, such as Adam, makes full steps of small parts; take `SGD`.
 
     Source:
