@@ -779,8 +779,8 @@ MUTATIONS = [
     Mutation(
         "followed inputs are not compared",
         "program/following.py",
-        "            return value is known\n",
-        "            return True\n",
+        "return value is known and self._contents",
+        "return self._contents",
         "following",
     ),
     Mutation(
