@@ -162,7 +162,7 @@ class Learner:
             closure: runs the pass, and returns its loss.
             clamp: as for `relax`.
         """
-        loss, surrogate, step = self._surrogate(closure, refuse_backward, clamp)
+        loss, surrogate, step = self._surrogate(closure, partial(refuse_backward, self.module), clamp)
         if surrogate is not None:
             torch.autograd.backward(self._scaled(surrogate))
         step.release()

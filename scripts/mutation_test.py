@@ -674,8 +674,8 @@ MUTATIONS = [
     Mutation(
         "backward in a closure is let pass",
         "step/closure.py",
-        'if options.get("inputs") is not None:\n        return False\n    raise',
-        "if True:\n        return False\n    raise",
+        'if options.get("inputs") is not None or not reached_parameters(module, loss):',
+        "if True:",
         "programs",
     ),
     Mutation(
@@ -779,8 +779,8 @@ MUTATIONS = [
     Mutation(
         "followed inputs are not compared",
         "program/following.py",
-        "            return value is known\n",
-        "            return True\n",
+        "return value is known and self._contents",
+        "return self._contents",
         "following",
     ),
     Mutation(

@@ -102,3 +102,30 @@ class Adding(Net):
 def test_hooks_that_are_not_proportional_are_refused_in_any_precision(precision):
     with pytest.raises(ebm.UnsupportedModuleError, match="not proportional"):
         fitted(Adding, precision, ebm.EBMStrategy("zero-divergence"))
+
+
+class To(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x):
+        return x.to(self.kind)
+
+
+@pytest.mark.parametrize("first", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("preset", ebm.algorithms())
+def test_states_may_be_of_several_kinds(preset, first):
+    """An island of other numbers in a network, which an energy sums over."""
+    torch.manual_seed(0)
+    kinds = [first, torch.float64 if first is torch.float32 else torch.float32]
+    wide = [[To(kind), nn.Linear(6, 6).to(kind), nn.Tanh()] for kind in kinds]
+    net = nn.Sequential(*wide[0], *wide[1], nn.Linear(6, 3).to(kinds[1]))
+    x, y = torch.randn(5, 6), torch.arange(5) % 3
+    for capture in (True, False):
+        learner = ebm.Learner(net, preset, capture=capture)
+        for _ in range(3):
+            found = learner.gradients(lambda: F.cross_entropy(net(x), y))
+        assert set(found) == {name for name, _ in net.named_parameters()}
+        assert all(g.dtype is dict(net.named_parameters())[name].dtype for name, g in found.items())
+        assert all(bool(g.isfinite().all()) for g in found.values())

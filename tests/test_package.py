@@ -47,7 +47,7 @@ ORDER = [
     {"relaxers"},
     {"updates"},
     {"samples", "tensor_version", "module_walk", "tensors", "batch_size"},
-    {"algorithm", "closure", "plain_state", "purity"},
+    {"algorithm", "plain_state", "purity"},
     # lightning_ebm.program
     {
         "at_value",
@@ -90,7 +90,7 @@ ORDER = [
     {"clamp"},
     {"presets"},
     # lightning_ebm.step, and what looks at an equilibrium
-    {"report", "retained", "spectrum", "state_memory", "verdict"},
+    {"closure", "report", "retained", "spectrum", "state_memory", "verdict"},
     {"divergence", "unsettled"},
     {"arithmetic", "outcome", "setup"},
     {"handed_over", "recorded"},

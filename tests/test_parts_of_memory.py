@@ -139,3 +139,49 @@ def test_what_a_copy_replaces_through_a_view_of_all_of_it_is_reached_with_a_slop
         assert not found["lost.weight"].any()
         for key, gradient in true.items():
             torch.testing.assert_close(found[key], gradient, rtol=1e-10, atol=1e-12)
+
+
+def _seen_before(h: Tensor) -> Tensor:
+    with torch.no_grad():
+        column = h[:, 0]
+    scale = 1 + column.square().mean()
+    return scale * torch.relu_(h)
+
+
+def _of_itself(h: Tensor) -> Tensor:
+    with torch.no_grad():
+        h.index_copy_(1, torch.tensor([1]), h[:, :1])
+    return h.square()
+
+
+def _seen_twice(h: Tensor) -> Tensor:
+    with torch.no_grad():
+        rows, flat = h.unbind(0), h.view(-1)
+    total = rows[0].sum() + flat.as_strided((3,), (2,)).sum()
+    h[:, 1:] *= 0.5
+    return h + total.tanh()
+
+
+@pytest.mark.parametrize("capture", [True, False], ids=["captured", "plain"])
+@pytest.mark.parametrize("preset", ["zero-divergence", "predictive-coding"])
+@pytest.mark.parametrize("way", [_seen_before, _of_itself, _seen_twice])
+def test_views_made_without_gradients_are_constants_though_what_they_view_is_written_to(
+    way: Callable[[Tensor], Tensor], preset: str, capture: bool
+) -> None:
+    """Of such a view torch says that it is a leaf that requires a gradient; after a write it does not say even that."""
+    torch.manual_seed(0)
+    layers = {"first": nn.Linear(4, 6), "act": nn.Tanh(), "mid": nn.Linear(6, 6), "last": nn.Linear(6, 2)}
+    net = nn.ModuleDict(layers).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+
+    def loss() -> Tensor:
+        out: Tensor = net["last"](way(net["mid"](net["act"](net["first"](x)))))
+        return out.square().mean()
+
+    learner = ebm.Learner(net, preset, capture=capture)
+    for _ in range(4):
+        true, found = ebm.reference.backprop(net, loss), learner.gradients(loss)
+        assert set(found) == set(true)
+        if preset == "zero-divergence":
+            for key, gradient in true.items():
+                torch.testing.assert_close(found[key], gradient, rtol=1e-10, atol=1e-12)

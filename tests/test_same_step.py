@@ -1,5 +1,6 @@
 """What is not the same step twice: put right, or refused by name. The oracle is stock Lightning, or plain autograd."""
 
+import copy
 import itertools
 import queue
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ def fitted(make, strategy="auto", epochs=2, **options):
     trainer = L.Trainer(
         max_epochs=epochs, strategy=strategy, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
+        accumulate_grad_batches=options.pop("accumulate_grad_batches", 1),
     )  # fmt: skip
     data = options.pop("datamodule", None)
     loader = None if data is not None else DataLoader(TensorDataset(X, Y), 8)
@@ -264,6 +266,47 @@ def test_backward_beside_the_states_is_refused_where_its_gradients_would_stay():
 
     with pytest.raises(ebm.ConfigurationError, match="calls backward"):
         ebm.Learner(module, "pc-nudge", capture=False).backward(closure)
+
+
+class Adapted(Base):
+    """Reptile's inner loop, on a copy, is plain backpropagation: the step learns from what it has found."""
+
+    def loss(self, x, y):
+        fast = copy.deepcopy(self.net)
+        inner = torch.optim.SGD(fast.parameters(), lr=0.1)
+        for _ in range(2):
+            inner.zero_grad()
+            F.cross_entropy(fast(x), y).backward()
+            inner.step()
+        return F.cross_entropy(self.net(x) + fast(x).detach(), y)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_backward_in_a_copy_is_exact(accumulated):
+    stock, _ = fitted(Adapted, accumulate_grad_batches=accumulated)
+    ours, _ = fitted(Adapted, ebm.EBMStrategy("zero-divergence"), accumulate_grad_batches=accumulated)
+    assert far(stock, ours) < 1e-9
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_others_may_learn_by_backward_in_a_closure(capture):
+    """An inner loop, and a critic that the closure trains: neither adds to the gradients of the learner's module."""
+    module, critic = Adapted(), net(3, 4, 1, seed=4)
+    learner = ebm.Learner(module, "zero-divergence", capture=capture)
+
+    def closure():
+        critic(module.net(X).detach()).square().mean().backward()
+        return module.loss(X, Y) + critic(module.net(X)).mean()
+
+    weights = [*module.parameters(), *critic.parameters()]
+    for _ in range(3):
+        found = []
+        for run in (lambda: closure().backward(), lambda: learner.backward(closure)):
+            for p in weights:
+                p.grad = None
+            run()
+            found.append([p.grad for p in weights])
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*found, strict=True))
 
 
 # -------------------------------------------------------------------------------------- what further passes find

@@ -192,11 +192,33 @@ def test_one_whose_answer_cannot_be_had_again_is_refused():
         fitted(Erratic, ebm.EBMStrategy("zero-divergence"))
 
 
-@pytest.mark.parametrize("make", [OnHidden, OnModules])
+@pytest.mark.parametrize("make", [OnHidden, OnModules, AndChanges, AndRetained])
 def test_under_accumulation_too(make):
-    stock = fitted(make, accumulate_grad_batches=2)
-    ours = fitted(make, ebm.EBMStrategy("zero-divergence"), accumulate_grad_batches=2)
+    """Of their share of the gradient, as the loss is divided by the number of batches before it is differentiated."""
+    stock = fitted(make, accumulate_grad_batches=3)
+    ours = fitted(make, ebm.EBMStrategy("zero-divergence"), accumulate_grad_batches=3)
     assert len(ours.heard) == len(stock.heard)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(ours.heard, stock.heard, strict=True))
+
+
+def test_under_accumulation_where_the_step_runs_twice():
+    algorithm = ebm.algorithm("equilibrium-propagation", relaxer=ebm.FixedPoint(10))
+    whole, shared = (fitted(OnModules, ebm.EBMStrategy(algorithm), accumulate_grad_batches=n).heard for n in (1, 2))
+    assert len(whole) == len(shared)
+    assert all(torch.allclose(a, 2 * b) for a, b in zip(whole[: len(whole) // 9], shared, strict=False))
+
+
+def test_one_that_looks_is_let_in_however_much_of_the_gradient_cancels():
+    """A contrastive loss of outputs that are almost the same: what is left of the slopes is rounded at 1e-10 of it."""
+    net = Net().net
+    net[0].register_full_backward_hook(lambda module, gradients, outputs: None)
+    learner = ebm.Learner(net, "zero-divergence")
+
+    def loss():
+        out = F.normalize(1e-7 * net(X[:8]) + 1, dim=1)
+        return F.cross_entropy(out @ out.T, (torch.arange(8) + 1) % 8)
+
+    assert set(learner.gradients(loss)) == {name for name, _ in net.named_parameters()}
 
 
 @pytest.mark.parametrize("algorithm", ["predictive-coding", "pc-nudge", "incremental-pc", "fixed-prediction"])

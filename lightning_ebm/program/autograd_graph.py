@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.program.module_walk import clean
+from lightning_ebm.program.record import is_borrowed
 from lightning_ebm.program.user_hooks import without_hooks
 
 
@@ -20,7 +21,7 @@ def graph_of(tensors: Iterable[Tensor], stops: Collection[Any] = ()) -> tuple[li
     for tensor in tensors:
         if tensor.grad_fn is not None:
             queue.append(tensor.grad_fn)
-        elif tensor.requires_grad:
+        elif tensor.requires_grad and not is_borrowed(tensor):
             found[id(tensor)] = tensor
     while queue:
         node = queue.pop()
@@ -28,7 +29,7 @@ def graph_of(tensors: Iterable[Tensor], stops: Collection[Any] = ()) -> tuple[li
             continue
         seen.add(node)
         if (leaf := getattr(node, "variable", None)) is not None:
-            if leaf.requires_grad:  # else it has been frozen since, and takes none
+            if leaf.requires_grad and not is_borrowed(leaf):  # else it has been frozen since, and takes none
                 found[id(leaf)] = leaf
         else:
             queue.extend(n for n, _ in node.next_functions if n is not None)

@@ -160,8 +160,10 @@ def _autograds_own(
     backward pass of ours alone, so that what they do to the module is undone; but not what other hooks do.
     """
     again = nullcontext() if not record.notes else (untouched_tensors if record.has_hooks else untouched)(module)
+    share = torch.full_like(loss, record.share)
     with again:
-        return torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(loss, leaves, share, retain_graph=True, allow_unused=True)
+    return found if record.share == 1.0 else tuple(None if g is None else g / record.share for g in found)
 
 
 def _fails_elsewhere(error: Exception, program: Program) -> Exception:
@@ -177,7 +179,8 @@ def _fails_elsewhere(error: Exception, program: Program) -> Exception:
     )
 
 
-_SCALES = (1e-3, 1e3)
+_SCALES = (2.0**-10, 2.0**10)
+"""Powers of two: what is proportional rounds as the gradient itself does, however much of that cancels."""
 
 
 def _check_proportional(

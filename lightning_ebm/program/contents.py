@@ -15,7 +15,7 @@ from lightning_ebm.program.before import Before
 from lightning_ebm.program.left import Left
 from lightning_ebm.program.not_recorded import not_dense, unrecorded
 from lightning_ebm.program.pause import Pause
-from lightning_ebm.program.record import Record, Value, meta_of, outside_meta_of
+from lightning_ebm.program.record import Record, Value, is_leaf, meta_of, outside_meta_of
 from lightning_ebm.program.unseen_writes import UnseenWrites
 
 
@@ -58,9 +58,13 @@ class Contents:
             value = known[1]
             if value.poison is not None:
                 raise UnsupportedModuleError(value.poison)
-            if value.node is not None or value.meta[-1] is (tensor.requires_grad and tensor.is_leaf):
-                return value  # else it has been frozen, or set free, since
+            if self.is_as_read(tensor, value):
+                return value
         return self.from_outside(tensor)
+
+    def is_as_read(self, tensor: Tensor, value: Value) -> bool:
+        """Whether what a tensor holds has not been frozen, or set free, since it was read."""
+        return value.node is not None or value.meta[-1] is is_leaf(tensor)
 
     def known(self, tensor: Tensor) -> Value | None:
         """What a tensor holds now, if the record knows."""
@@ -82,7 +86,7 @@ class Contents:
             raise unrecorded(tensor)
         value = value or Value(None, outside_meta_of(tensor))
         self._record.inputs[value] = tensor
-        if tensor.requires_grad:
+        if is_leaf(tensor):
             self._record.leaves[value] = tensor
         elif not sparse and self._is_shared(tensor):  # others may write to it before it is read again
             with self._pausing():
@@ -294,7 +298,7 @@ class Contents:
         # What a factory returned is handed on as a copy if it is held here: torch.zeros(3) is another than this one.
         made = [(value, ref()) for ref, value in self.bindings.values() if value.node is not None]
         for value, tensor in (*self.held.items(), *made):
-            if tensor is not None and tensor.requires_grad and value not in self._record.leaves and _is_leaf(tensor):
+            if tensor is not None and value not in self._record.leaves and _is_leaf(tensor):
                 self._record.leaves[value] = tensor
 
     def left(self) -> Left:
@@ -312,6 +316,6 @@ class Contents:
 
 def _is_leaf(tensor: Tensor) -> bool:
     try:
-        return tensor.is_leaf
+        return is_leaf(tensor)
     except RuntimeError:  # a view that nobody may use any more: made under no_grad, and written to outside of it
         return False

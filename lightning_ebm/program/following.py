@@ -257,9 +257,7 @@ class Following:
         """Whether a tensor holds what the known pass read here."""
         value = self._contents.known(tensor)
         if value is not None and value not in self._drawn:
-            if value.node is None and value.meta[-1] is not (tensor.requires_grad and tensor.is_leaf):
-                return False  # it has been frozen, or set free, since
-            return value is known
+            return value is known and self._contents.is_as_read(tensor, value)
         return known.node is None and known not in self._taken and self._is_again(tensor, known, value)
 
     def _is_again(self, tensor: Tensor, known: Value, drawn: Value | None) -> bool:

@@ -154,6 +154,8 @@ class Record:
         packs: whether code of the user's own keeps tensors for the backward pass, and may hand back others.
         overwritten: values whose memory has been written to where autograd does not look, see `UnseenWrites`.
         has_hooks: whether the user's gradient hooks stand between its operations.
+        share: what the loss is multiplied by before it is differentiated, 1/N where N batches accumulate, as hooks are
+            told.
         transformed: whether layers were called within a transform of torch.func, where they can carry no state.
         shapes: of the tensors that the module was called with, if it was.
         declared: sizes of batches, by modules that say where samples are, see `declared_size`.
@@ -172,6 +174,7 @@ class Record:
     packs: bool = False
     overwritten: set[Value] = field(default_factory=set)
     has_hooks: bool = False
+    share: float = 1.0
     transformed: bool = False
     shapes: list[torch.Size] = field(default_factory=list)
     declared: set[int] = field(default_factory=set)
@@ -214,4 +217,17 @@ def meta_of(tensor: Tensor) -> Meta:
 
 
 def outside_meta_of(tensor: Tensor) -> Meta:
-    return *meta_of(tensor), tensor.requires_grad and tensor.is_leaf
+    return *meta_of(tensor), is_leaf(tensor)
+
+
+def is_leaf(tensor: Tensor) -> bool:
+    """Whether autograd has a gradient for a tensor that no operation has computed."""
+    return tensor.requires_grad and tensor.is_leaf and not is_borrowed(tensor)
+
+
+def is_borrowed(tensor: Tensor) -> bool:
+    """Of a leaf: whether it is a view made under no_grad, a constant, which says that it requires a gradient as its
+    base does.
+    """
+    base = tensor._base if tensor._is_view() else None
+    return base is not None and base.requires_grad

@@ -46,6 +46,7 @@ from lightning_ebm.program.record import (
     Record,
     StateKey,
     Value,
+    is_leaf,
     meta_of,
     stands_for,
 )
@@ -221,7 +222,7 @@ class Recorder(DispatchMode):
 
     def _named_again(self, result: Tensor, tensor: Tensor) -> Tensor:
         """Another name of what a tensor holds; of a parameter, one that code compiled by torch.jit computes with."""
-        if not (tensor.requires_grad and tensor.is_leaf and torch.is_grad_enabled()):
+        if not (is_leaf(tensor) and torch.is_grad_enabled()):
             return self.contents.aliased(result, tensor)
         node = self.following.operation(_ALIAS, (tensor,), {})
         if node is not None:

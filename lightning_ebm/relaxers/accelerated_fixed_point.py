@@ -216,9 +216,8 @@ class _Search:
             self._swept, self._slope, self._ahead = swept, slope, slope
             return swept
         alpha, beta = self._steps(slope, norm, searching)
-        dtype = swept[0].dtype
         by_alpha, by_beta, by_both = (
-            [c.to(dtype) for c in self._landscape.spread(coefficient, swept)]
+            [c.to(x.dtype) for c, x in zip(self._landscape.spread(coefficient, swept), swept, strict=True)]
             for coefficient in (alpha, beta, alpha + beta)
         )
         point, ends = list(swept), list(zip(self._swept, swept, strict=True))

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
+from lightning_ebm.program.autograd_graph import reached_parameters
 
 Closure = Callable[[], Tensor]
 """Runs the user's forward pass and returns the loss, a scalar."""
@@ -77,9 +78,12 @@ def checked_loss(loss: Any, module: nn.Module) -> Tensor:
     return loss
 
 
-def refuse_backward(loss: Tensor, options: dict[str, Any]) -> bool:
-    """`Tensor.backward` on all leaves, in a closure, would add backprop's gradients to the updates."""
-    if options.get("inputs") is not None:
+def refuse_backward(module: nn.Module, loss: Tensor, options: dict[str, Any]) -> bool:
+    """`Tensor.backward` on all leaves, in a closure, would add backprop's gradients to the updates of the module.
+
+    Not what is computed by others: a copy that an inner loop adapts, a critic beside it.
+    """
+    if options.get("inputs") is not None or not reached_parameters(module, loss):
         return False
     raise ConfigurationError(
         "The closure calls backward() itself: that adds a gradient of plain backpropagation to the update. Use"

@@ -175,7 +175,7 @@ class Step:
             self._setup.remember([], [], loss.detach() / scale, "plain")
             return self.unrelaxed(loss, scale)
         with self._pass.blaming(loss.detach(), loss if torch.is_anomaly_enabled() else None):
-            retained = self._note(loss)
+            retained = self._note(loss, scale)
             if self._pass.known.is_empty:
                 surrogate = self._directly(scale)
             else:
@@ -247,10 +247,11 @@ class Step:
                 surrogate.register_hook(partial(_handed_over, retained))
             yield surrogate
 
-    def _note(self, loss: Tensor) -> Retained:
+    def _note(self, loss: Tensor, scale: float = 1.0) -> Retained:
         """The user's pass is over: what it was, unless a quiet one has told."""
         raw, contents = loss if self._raw_loss is None else self._raw_loss, self._pass.recorder.contents
         contents.losses.append(contents.value(raw))
+        self._pass.recorder.record.share = scale
         retained = Retained(loss, contents.retained)
         with retained.told(self._pass.recorder.record.all_hooks()):
             self._find(raw)

@@ -324,7 +324,8 @@ class EnergyStrategy(ObservedStrategy):
         """A backward pass is over."""
 
     def _other_backward(self, loss: Tensor, options: dict[str, Any]) -> bool:
-        return other_backward.within_step(self._accumulated(), loss, options)
+        trained = [*self._module.parameters(), *other_backward.parameters_of_optimizers(self.optimizers)]
+        return other_backward.within_step(trained, self._accumulated(), loss, options)
 
     def _module_backward(self, surrogate: Tensor, backward: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """LightningModule.backward, which may be the user's own; what hooks do after it is another matter."""

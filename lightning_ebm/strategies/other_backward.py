@@ -53,9 +53,9 @@ class OtherBackward:
         self._strange.clear()
 
 
-def within_step(accumulated: int, loss: Tensor, options: dict[str, Any]) -> bool:
+def within_step(trained: Iterable[Tensor], accumulated: int, loss: Tensor, options: dict[str, Any]) -> bool:
     """`loss.backward()` in an automatic training step: what it leaves in `.grad` is wiped, as in stock."""
-    if accumulated > 1 and options.get("inputs") is None:
+    if accumulated > 1 and options.get("inputs") is None and reached([loss], None, trained):
         raise ConfigurationError(
             "training_step calls backward() itself, and gradients are accumulated over batches: what it leaves in"
             " .grad is a gradient of backprop that would be added to the updates. Use torch.autograd.grad for"
