@@ -709,8 +709,8 @@ MUTATIONS = [
     Mutation(
         "followed values are not compared",
         "program/following.py",
-        "if bound is not None and bound[1] is known and bound[0]() is arg:",
-        "if bound is not None and bound[0]() is arg:",
+        "if bound is not None and bound[1] is known and bound[0].ref() is arg:",
+        "if bound is not None and bound[0].ref() is arg:",
         "following",
     ),
     Mutation(
