@@ -100,7 +100,7 @@ def parser() -> Parser:
     board.add_argument("--page", type=Path, help="where the page goes; among the results if not given")
     board.add_argument("--no-train", action="store_true", help="tell of the results that are there, and add none")
     _add_results(board, "runs/leaderboards")
-    doctor = _add(tree, "doctor", "versions, devices, which kernels run, and a ten-second self-test")
+    doctor = _add(tree, "doctor", "versions, devices, which kernels run, and a self-test of a second")
     doctor.add_argument("--no-test", action="store_true", help="leave out the self-test")
     return made
 
