@@ -185,3 +185,29 @@ def test_views_made_without_gradients_are_constants_though_what_they_view_is_wri
         if preset == "zero-divergence":
             for key, gradient in true.items():
                 torch.testing.assert_close(found[key], gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("part", [lambda v: v, lambda v: v[:, 0], lambda v: v.view(-1)], ids=["all", "column", "flat"])
+def test_what_has_a_gradient_written_to_a_detached_tensor_is_refused_by_its_name(
+    part: Callable[[Tensor], Tensor],
+) -> None:
+    """It was refused as a tensor from before the step."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"first": nn.Linear(4, 6), "act": nn.Tanh(), "other": nn.Linear(4, 6), "last": nn.Linear(6, 2)})
+    x = torch.randn(5, 4)
+
+    def loss(copied: bool) -> Tensor:
+        h = net["act"](net["first"](x))
+        kept = h.detach().clone() if copied else h.detach()
+        part(kept).add_(part(net["other"](x)))
+        out: Tensor = net["last"](kept).square().mean() + h.square().mean()
+        return out
+
+    with pytest.raises(ebm.UnsupportedModuleError, match=r"detached tensor.*detach\(\)\.clone\(\)"):
+        ebm.Learner(net, "zero-divergence").gradients(lambda: loss(False))
+    found, true = (of(net, lambda: loss(True)) for of in (_exact, ebm.reference.backprop))
+    assert all(torch.allclose(found[name], true[name], atol=1e-6) for name in true)
+
+
+def _exact(net: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+    return ebm.Learner(net, "zero-divergence").gradients(loss)

@@ -109,6 +109,23 @@ class AndRetained(Net):
         self.note(self.h.grad)
 
 
+class OnModulesAndRetained(Net):
+    """Hooks on modules, about a tensor whose gradient is kept."""
+
+    def build(self):
+        self.net[1].register_full_backward_hook(lambda module, into, out: self.note(out[0]))
+        self.net[3].register_full_backward_pre_hook(lambda module, out: self.note(out[0]))
+        self.net[2].register_full_backward_hook(lambda module, into, out: (0.5 * into[0],))
+
+    def loss(self, x, y):
+        self.h = self.net[:2](x) * 1.0
+        self.h.retain_grad()
+        return F.cross_entropy(self.net[2:](self.h), y)
+
+    def on_after_backward(self):
+        self.note(self.h.grad)
+
+
 class Removed(Net):
     """Hooks that are gone before the backward pass: one that would look, and one that would change."""
 
@@ -173,6 +190,7 @@ def fitted(make, strategy="auto", **options):
 
 LOOK = [
     OnHidden, OnLayers, OnModules, BeforeModules, GivesItBack, ByHand, AndChanges, AndRetained, Removed, OwnDerivative,
+    OnModulesAndRetained,
 ]  # fmt: skip
 
 
@@ -222,7 +240,7 @@ def test_one_that_looks_is_let_in_however_much_of_the_gradient_cancels():
 
 
 @pytest.mark.parametrize("algorithm", ["predictive-coding", "pc-nudge", "incremental-pc", "fixed-prediction"])
-@pytest.mark.parametrize("make", [make for make in LOOK if make not in (ByHand, AndRetained)])
+@pytest.mark.parametrize("make", [make for make in LOOK if make not in (ByHand, AndRetained, OnModulesAndRetained)])
 def test_under_any_rule_they_are_told_once_of_what_autograd_has_for_the_pass(make, algorithm):
     stock, ours = fitted(make), fitted(make, ebm.EBMStrategy(algorithm))
     assert len(ours.heard) == len(stock.heard)

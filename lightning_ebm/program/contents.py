@@ -240,6 +240,17 @@ class Contents:
             else:
                 self.forget(alias)
 
+    def gained(self, tensor: Tensor) -> None:
+        """A detached alias was written to with what has a gradient: whoever reads it is refused."""
+        for alias in [tensor, *self.others(tensor)]:
+            if base_of(alias) is base_of(tensor):
+                self.poison(
+                    alias,
+                    "The step writes what has a gradient to a detached tensor (x.detach(), x.data), and thereby to x:"
+                    " autograd takes the one for computed, and the other for what it was. Write to a copy,"
+                    " x.detach().clone().",
+                )
+
     def computed_in(self, tensor: Tensor) -> list[Tensor]:
         """What lies in a tensor's memory and was computed from parameters or states, in autograd's eyes too."""
         known = [(alias, self.known(alias)) for alias in [tensor, *self.others(tensor)]]

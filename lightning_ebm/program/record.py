@@ -149,6 +149,7 @@ class Record:
         marks: calls of watched modules, in the order in which they returned.
         notes: what else two passes must have in common: hooks on saved tensors.
         hooks: gradient hooks on values, see `Tensor.register_hook`.
+        heard: all of the user's that stand between its operations: those, and backward hooks of modules.
         reads: operations that turned tensors into Python numbers, with the value that was read.
         reads_graph: whether the pass looked at the graph that autograd made of it, where hooks can be put unseen.
         packs: whether code of the user's own keeps tensors for the backward pass, and may hand back others.
@@ -169,6 +170,7 @@ class Record:
     marks: list[Mark] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     hooks: dict[Value, list[Any]] = field(default_factory=dict)
+    heard: list[Any] = field(default_factory=list)
     reads: list[tuple[str, Value]] = field(default_factory=list)
     reads_graph: bool = False
     packs: bool = False
@@ -183,12 +185,8 @@ class Record:
 
     def told(self) -> None:
         """The user's pass has been differentiated, and its hooks have been told."""
-        for hook in self.all_hooks():
+        for hook in self.heard:
             hook.over()
-
-    def all_hooks(self) -> list[Any]:
-        """All that were put on its values, in one list."""
-        return [hook for hooks in self.hooks.values() for hook in hooks]
 
 
 def is_continuous(dtype: torch.dtype) -> bool:

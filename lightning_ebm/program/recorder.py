@@ -106,7 +106,9 @@ class Recorder(DispatchMode):
             return result.zero_() if result.layout is torch.strided else result
         written = tensors_at(kind, args, kwargs) if kind.writes else []
         if self._is_constant(func, kind, args, kwargs, written):
-            return self._constant(func, kind, args, kwargs, written)
+            result = self._constant(func, kind, args, kwargs, written)
+            self._gained(func, args, kwargs, written)
+            return result
         repeated = None
         if kind.random and draws(func, args, kwargs):
             repeated = repeated_without_drawing(kind, args)
@@ -153,6 +155,14 @@ class Recorder(DispatchMode):
         if kind.random and isinstance(result, Tensor) and not written:
             self.following.drew(result)
         return result
+
+    def _gained(self, func: Any, args: Any, kwargs: dict[str, Any], written: list[Tensor]) -> None:
+        """Detached tensors that what has a gradient was written to have one from now on, as autograd sees it."""
+        if not written or not torch.is_grad_enabled() or func.namespace in NAMESPACES:
+            return
+        if any(tensor.requires_grad for tensor in tensors_in((args, kwargs))):
+            for tensor in written:
+                self.contents.gained(tensor)
 
     def _operation(
         self,

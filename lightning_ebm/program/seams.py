@@ -164,6 +164,7 @@ def _setup_input(self: BackwardHook, args: Any) -> Any:
     if (recorder := seams.recorder) is None or not torch.is_grad_enabled():
         return _SETUP_INPUT(self, args)
     self.user_hooks, self.user_pre_hooks = [*map(Heard, self.user_hooks)], [*map(Heard, self.user_pre_hooks)]
+    recorder.record.heard += [*self.user_hooks, *self.user_pre_hooks]
     call = _calls[id(self)] = HookedCall(self)
     return record_hooked(recorder, hooked_input, call, partial(_SETUP_INPUT, self), args)
 

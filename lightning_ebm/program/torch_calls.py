@@ -94,6 +94,7 @@ class TorchCalls(TorchFunctionMode):
         if value is not None and value.node is not None and tensor.requires_grad:
             heard = Heard(hook)
             recorder.record.hooks.setdefault(value, []).append(heard)
+            recorder.record.heard.append(heard)
             recorder.record.has_hooks = True
             return func(tensor, heard)
         return func(*args, **kwargs)

@@ -253,7 +253,7 @@ class Step:
         contents.losses.append(contents.value(raw))
         self._pass.recorder.record.share = scale
         retained = Retained(loss, contents.retained)
-        with retained.told(self._pass.recorder.record.all_hooks()):
+        with retained.told(self._pass.recorder.record.heard):
             self._find(raw)
         retained.restore()
         return retained
