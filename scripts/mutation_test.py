@@ -265,7 +265,7 @@ MUTATIONS = [
     Mutation(
         "leaves that the pass makes are none",
         "program/contents.py",
-        "value not in self._record.leaves and _is_leaf(tensor):",
+        "value not in self._record.leaves and is_leaf(tensor):",
         "False:",
         "programs",
     ),
@@ -779,8 +779,8 @@ MUTATIONS = [
     Mutation(
         "followed inputs are not compared",
         "program/following.py",
-        "return value is known and self._contents",
-        "return self._contents",
+        "return value is known and (known.node",
+        "return (known.node",
         "following",
     ),
     Mutation(

@@ -58,13 +58,13 @@ class Contents:
             value = known[1]
             if value.poison is not None:
                 raise UnsupportedModuleError(value.poison)
-            if self.is_as_read(tensor, value):
+            if value.node is not None or self.is_as_read(tensor, value):
                 return value
         return self.from_outside(tensor)
 
     def is_as_read(self, tensor: Tensor, value: Value) -> bool:
-        """Whether what a tensor holds has not been frozen, or set free, since it was read."""
-        return value.node is not None or value.meta[-1] is is_leaf(tensor)
+        """Whether what a tensor holds has not been frozen, or set free, since it was read from outside."""
+        return value.meta[-1] is is_leaf(tensor)
 
     def known(self, tensor: Tensor) -> Value | None:
         """What a tensor holds now, if the record knows."""
@@ -308,8 +308,9 @@ class Contents:
             self._record.overwritten |= self._unseen.found()
         # What a factory returned is handed on as a copy if it is held here: torch.zeros(3) is another than this one.
         made = [(value, ref()) for ref, value in self.bindings.values() if value.node is not None]
-        for value, tensor in (*self.held.items(), *made):
-            if tensor is not None and value not in self._record.leaves and _is_leaf(tensor):
+        others = [(value, tensor) for value, tensor in made if tensor is not self.held.get(value)]
+        for value, tensor in (*self.held.items(), *others):
+            if tensor is not None and value not in self._record.leaves and is_leaf(tensor):
                 self._record.leaves[value] = tensor
 
     def left(self) -> Left:
@@ -323,10 +324,3 @@ class Contents:
         self._written_over.clear()
         self.bindings.clear()
         self._aliasing, self._unseen = Aliasing(), UnseenWrites()
-
-
-def _is_leaf(tensor: Tensor) -> bool:
-    try:
-        return is_leaf(tensor)
-    except RuntimeError:  # a view that nobody may use any more: made under no_grad, and written to outside of it
-        return False

@@ -257,7 +257,7 @@ class Following:
         """Whether a tensor holds what the known pass read here."""
         value = self._contents.known(tensor)
         if value is not None and value not in self._drawn:
-            return value is known and self._contents.is_as_read(tensor, value)
+            return value is known and (known.node is not None or self._contents.is_as_read(tensor, known))
         return known.node is None and known not in self._taken and self._is_again(tensor, known, value)
 
     def _is_again(self, tensor: Tensor, known: Value, drawn: Value | None) -> bool:

@@ -220,7 +220,10 @@ def outside_meta_of(tensor: Tensor) -> Meta:
 
 def is_leaf(tensor: Tensor) -> bool:
     """Whether autograd has a gradient for a tensor that no operation has computed."""
-    return tensor.requires_grad and tensor.is_leaf and not is_borrowed(tensor)
+    try:
+        return tensor.requires_grad and tensor.is_leaf and not is_borrowed(tensor)
+    except RuntimeError:  # a view that nobody may use any more: made under no_grad, and written to outside of it
+        return False
 
 
 def is_borrowed(tensor: Tensor) -> bool:
