@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_ebm as ebm
 
@@ -101,6 +102,31 @@ def test_hooks_on_several_hidden_tensors_are_refused() -> None:
 
     with pytest.raises(ebm.UnsupportedModuleError, match="register_multi_grad_hook"):
         steps(change)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_operations_are_counted_in_a_pass_of_their_own(capture: bool) -> None:
+    """torch's counter puts such hooks on what modules return: refused around a step, and with a remedy that works."""
+    net = net_of()
+    learner, (x, y) = ebm.Learner(net, "zero-divergence", capture=capture), batch(0)
+    with (
+        pytest.raises(ebm.UnsupportedModuleError, match=r"FlopCounterMode.*torch\.no_grad"),
+        FlopCounterMode(display=False),
+    ):
+        learner.gradients(lambda: F.cross_entropy(net(x), y))
+    found: list[int] = []
+
+    def counting() -> Tensor:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            net(x)
+        found.append(counter.get_total_flops())
+        return F.cross_entropy(net(x), y)
+
+    true = ebm.reference.backprop(net, lambda: F.cross_entropy(net(x), y))
+    for _ in range(3):
+        for name, gradient in learner.gradients(counting).items():
+            torch.testing.assert_close(gradient, true[name], rtol=1e-10, atol=1e-12)
+    assert found == [2 * len(x) * sum(p.numel() for p in net.parameters() if p.ndim == 2)] * 3
 
 
 @pytest.mark.parametrize("mode", ["all", "any"])

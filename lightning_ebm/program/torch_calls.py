@@ -86,6 +86,8 @@ class TorchCalls(TorchFunctionMode):
                 "The step puts torch.autograd.graph.register_multi_grad_hook on tensors that it computes: the hook"
                 " waits for all of their gradients in one backward pass, and a relaxation has many, in each of"
                 " which it would be told of errors. Use tensor.register_hook(...) on each, or put it on parameters."
+                " FlopCounterMode and ModuleTracker of torch.utils put such hooks: run them around a forward pass of"
+                " their own, under torch.no_grad(), and not around a step."
             )
         if owner.startswith("lightning.fabric."):  # it only checks who calls backward, and here a learner does
             return RemovableHandle(OrderedDict())
