@@ -20,7 +20,7 @@ os.environ.setdefault("WANDB_X_DISABLE_META", "true")
 
 @pytest.hookimpl(tryfirst=True)  # before "not slow" is asked
 def pytest_collection_modifyitems(items):
-    """Of a test marked crossed(n) one variant in n stays in the quick lane: each parameter keeps all of its values."""
+    """Of a test marked crossed(n) one variant in n is not slow, with each value of parameters that are crossed."""
     for item in items:
         crossed = item.get_closest_marker("crossed")
         if crossed is not None and sum(item.callspec.indices.values()) % crossed.args[0]:

@@ -89,7 +89,7 @@ def test_nothing_is_said_where_it_makes_no_difference(algorithm, caplog):
 
 
 class ByHand(L.LightningModule):
-    """Accumulates over two batches, as it is written everywhere."""
+    """Accumulates over three batches, as it is written everywhere."""
 
     def __init__(self):
         super().__init__()

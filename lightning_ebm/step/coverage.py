@@ -88,9 +88,10 @@ def _say_how_weak(setup: Setup, recorded: Recorded, batch_size: int) -> None:
 
 def _say_how_scaled(setup: Setup, recorded: Recorded, batch_size: int) -> None:
     """Once: a factor that is not the loss's own makes a nudge as much stronger or weaker."""
-    if setup.samples.loss_scale is not None or "scale" in setup.programs.told:
+    strength = _strongest(setup)
+    if not strength or setup.samples.loss_scale is not None or "scale" in setup.programs.told:
         return
-    strength, factor = _strongest(setup), factor_at_end(recorded.program, batch_size)
+    factor = factor_at_end(recorded.program, batch_size)
     if strength * max(factor, 1.0) >= _MEANT and not 1 / _SCALED < factor < _SCALED:
         setup.programs.told.add("scale")
         log.warning(
