@@ -452,6 +452,13 @@ MUTATIONS = [
         "loss_shape",
     ),
     Mutation(
+        "what clips small gradients is rounding beside large ones",
+        "program/check.py",
+        "max(size, 1e3 * noise * top)",
+        "max(size, top)",
+        "custom_functions",
+    ),
+    Mutation(
         "gradients are not compared",
         "program/check.py",
         "not bounds.explains(k, off, size):",

@@ -4,6 +4,7 @@ The oracle is a plain loop of backprop on a copy: weights, buffers and generator
 """
 
 import copy
+import re
 from contextlib import suppress
 from typing import Any
 
@@ -448,6 +449,57 @@ class Clipped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Tensor:
         return slope.clamp(-1e-2, 1e-2)
+
+
+class Faint(nn.Module):
+    """Two branches, one of which has gradients 10,000 times as large as the other's, which something stands in."""
+
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.loud, self.faint, self.head = nn.Linear(4, 2), nn.Linear(4, 6), nn.Linear(6, 2)
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.faint(x))
+        h.register_hook(self.change)
+        return 1000 * self.loud(x) + self.head(h)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("clipped", [lambda g: g.clamp(-1e-3, 1e-3), lambda g: 1e-3 * g.sign()], ids=["clip", "sign"])
+def test_what_clips_small_gradients_is_refused_beside_large_ones(clipped: Any, kind: torch.dtype) -> None:
+    net = Faint(clipped).to(kind if kind == torch.float64 else torch.float32)
+    x = X[0].to(net.loud.weight.dtype)
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16),
+        pytest.raises(ebm.UnsupportedModuleError, match="not proportional"),
+    ):
+        ebm.Learner(net, "pc-nudge").gradients(lambda: F.cross_entropy(net(x), Y[0]))
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_is_proportional_is_taken_in_any_precision(kind: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    """Powers and square roots round otherwise at other scales than products do, and that is no cause for a refusal."""
+    net = Faint(lambda g: g.abs().pow(1 / 3).pow(3) * g.sign() / 3 + g / 3 + g.square().sqrt() * g.sign() / 3)
+    net.to(kind if kind == torch.float64 else torch.float32)
+    x = X[0].to(net.loud.weight.dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
+        found = ebm.Learner(net, EXACT).gradients(lambda: F.cross_entropy(net(x), Y[0]))
+        expected = ebm.reference.backprop(net, lambda: F.cross_entropy(net(x), Y[0]))
+    off = ebm.metrics.alignment(found, expected)["relative_error"]
+    assert off < {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[kind]
+    assert "proportional" not in caplog.text
+
+
+def test_what_is_nearly_proportional_is_said_and_as_far_off_as_it_says(caplog: pytest.LogCaptureFixture) -> None:
+    """A solver with a tolerance: its error hangs on the scale of what it is given."""
+    net = Faint(lambda g: g * (1 + 4e-3 * torch.tanh(g.norm()))).double()
+    found = ebm.Learner(net, "pc-nudge").gradients(lambda: F.cross_entropy(net(X[0]), Y[0]))
+    (said,) = re.findall(r"only roughly proportional .* updates come out (\S+) of their size off", caplog.text)
+    expected = ebm.reference.backprop(net, lambda: F.cross_entropy(net(X[0]), Y[0]))
+    off = (found["faint.weight"] - expected["faint.weight"]).norm() / expected["faint.weight"].norm()
+    assert 1e-3 < off < 1.2 * float(said) < 6e-3
 
 
 class Beginning(nn.Module):
