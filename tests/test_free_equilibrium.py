@@ -347,3 +347,36 @@ def test_evaluation_that_differentiates_the_layers_is_refused_where_states_are_i
         ebm.UnsupportedModuleError, match=r"second run raised RuntimeError.*derivative through its layers"
     ):
         validated("equilibrium-propagation")
+
+
+class Moving(L.Callback):
+    """Moves weights between batches, and counts what code has been made by the end of each."""
+
+    def __init__(self, made: list[int]) -> None:
+        self.made, self.counts = made, []
+
+    def on_predict_batch_end(self, trainer, module, *of):
+        self.counts.append(len(self.made))
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(0.9)
+
+
+def test_batches_that_nothing_is_learned_from_are_known_when_they_come_again(monkeypatch):
+    """A pass without a loss is a program like another: its code is made once for each size of batches."""
+    from lightning_ebm.program import code
+
+    made: list[int] = []
+    tracer = code.traced_graph
+    monkeypatch.setattr(code, "traced_graph", lambda *args: made.append(1) or tracer(*args))
+    data = DataLoader(TensorDataset(torch.cat([X, X[:5]]).double(), torch.cat([Y, Y[:5]]).double()), batch_size=4)
+    found, watching = {}, {True: Moving(made), False: Moving([])}
+    for capture in (True, False):
+        algorithm = ebm.algorithm("equilibrium-propagation", relaxer=ebm.AcceleratedFixedPoint(tol=1e-12))
+        strategy = ebm.EBMStrategy(algorithm, capture=capture)
+        found[capture] = trainer(strategy, callbacks=[watching[capture]]).predict(Regressor().double(), data)
+    counts = watching[True].counts
+    assert counts[-3] == counts[1] > 0
+    assert len(made) <= 2 * counts[1]  # and for the last batch, of one sample
+    for one, other in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(one, other, rtol=0.0, atol=1e-10)

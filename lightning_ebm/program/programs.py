@@ -19,7 +19,7 @@ from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.layers import LayerFinder, Output
 from lightning_ebm.program.left import Left
 from lightning_ebm.program.numbers import OtherNumbers, as_input
-from lightning_ebm.program.record import Node, Record, Value, depending, meta_of
+from lightning_ebm.program.record import Record, Value, depending
 from lightning_ebm.program.recorder import Recorder
 from lightning_ebm.program.reduction import averaged_elements, reduced_sizes
 from lightning_ebm.program.watch import Watch
@@ -163,24 +163,15 @@ class Programs:
             LayerDiscoveryError: no call could carry a state.
             UnsupportedModuleError: the record is not of what autograd would differentiate.
         """
-        value, record, before = recorder.contents.value(loss), recorder.settled(), 0
-        for known in list(self._known):
-            found = known.outline.repeated_by(record, value)
-            if isinstance(found, OtherNumbers):  # from now on they are inputs of the program, whose place it takes
-                for site in found.sites:
-                    as_input(site, record)
-                self._known.remove(known)
-                before = known.uses
-                break
-            if not isinstance(found, str):
-                program = Program(record, found[0], value)
-                due = known.unchecked and not known.uses & (known.uses - 1)  # ever more rarely
-                if due or record.reads_graph or record.has_hooks or record.packs or program.overwritten():
-                    known.unchecked &= self._check(recorder, program, known.plan, loss)
-                self._known.remove(known)
-                self._known.insert(0, known)
-                known.uses += 1
-                return Found(program, known, found[1])
+        value, record = recorder.contents.value(loss), recorder.settled()
+        found, before = self._again(record, value)
+        if found is not None:
+            program, known, _ = found
+            due = known.unchecked and not known.uses & (known.uses - 1)  # ever more rarely
+            if due or record.reads_graph or record.has_hooks or record.packs or program.overwritten():
+                known.unchecked &= self._check(recorder, program, known.plan, loss)
+            self._comes_again(known)
+            return found
         self._say_what_is_read(record)
         plan, marks = self._finder.find(record, value, partial)
         program = Program(record, marks, value)
@@ -189,6 +180,24 @@ class Programs:
         added.unchecked = unchecked
         added.uses += before
         return Found(program, added, None)
+
+    def _again(self, record: Record, value: Value) -> tuple[Found | None, int]:
+        """The known program that a record is of, or None; and how often one was seen whose place it is to take."""
+        for known in list(self._known):
+            found = known.outline.repeated_by(record, value)
+            if isinstance(found, OtherNumbers):  # from now on they are inputs of the program
+                for site in found.sites:
+                    as_input(site, record)
+                self._known.remove(known)
+                return None, known.uses
+            if not isinstance(found, str):
+                return Found(Program(record, found[0], value), known, found[1]), 0
+        return None, 0
+
+    def _comes_again(self, known: Known) -> None:
+        self._known.remove(known)
+        self._known.insert(0, known)
+        known.uses += 1
 
     def _check(self, recorder: Recorder, program: Program, plan: Plan, loss: Tensor) -> frozenset[str]:
         with recorder.pausing(), torch.enable_grad():
@@ -210,10 +219,16 @@ class Programs:
     def without_loss(self, recorder: Recorder) -> Found:
         """The program of a pass that returns no loss: it ends in whatever nothing else consumes."""
         record = recorder.settled()
-        value = _sum_of_ends(record)
+        value = _sum_of_ends(record, recorder)
+        found, before = self._again(record, value)
+        if found is not None:
+            self._comes_again(found.known)
+            return found
         plan, marks = self._finder.find(record, value, partial=None)
         program = Program(record, marks, value)
-        return Found(program, self._added(program, plan, value), None)
+        added = self._added(program, plan, value)
+        added.uses += before
+        return Found(program, added, None)
 
     def _added(self, program: Program, plan: Plan, loss: Value) -> Known:
         outline = Outline(program.record, program.marks, loss, self._module)
@@ -222,19 +237,16 @@ class Programs:
         return known
 
 
-def _sum_of_ends(record: Record) -> Value:
+def _sum_of_ends(record: Record, recorder: Recorder) -> Value:
     """The sum of all that calls returned and no other call was computed from, in place of a loss."""
     used: set[Value] = set()
     states = {mark.state for mark in record.marks}
     for mark in record.marks:
         used |= Region([mark.prediction], states, record.leaves).states
     ends = [mark.state for mark in record.marks if mark.state not in used]
-    node = Node(_summed, tuple(ends), {})
     kinds = [end.meta[2] for end in ends]
-    total = Value(node, meta_of(torch.zeros((), dtype=reduce(torch.promote_types, kinds) if kinds else None)))
-    node.results.append(total)
-    record.nodes.append(node)
-    return total
+    like = torch.zeros((), dtype=reduce(torch.promote_types, kinds) if kinds else None)
+    return recorder.made(_summed, tuple(ends), like)
 
 
 def _summed(*tensors: Tensor) -> Tensor:

@@ -291,7 +291,7 @@ class Recorder(DispatchMode):
             return self._ended(Node(node.func, node.args, node.kwargs), kind, written, result)
         for tensor, now in zip(written, node.results[len(given) :], strict=True):
             if now is not None:
-                self.contents.written(tensor, now, self._made)
+                self.contents.written(tensor, now, self.made)
 
     def _ended(self, node: Node, kind: Traits, written: Sequence[Tensor], result: Any) -> None:
         results = listed(result)
@@ -318,9 +318,9 @@ class Recorder(DispatchMode):
             if now.node is not node:  # else it was returned as well: the returned one is what was written
                 now = Value(node, meta_of(tensor))
             node.results.append(now)
-            self.contents.written(tensor, now, self._made)
+            self.contents.written(tensor, now, self.made)
 
-    def _made(self, func: Any, args: tuple[Any, ...], like: Tensor) -> Value:
+    def made(self, func: Any, args: tuple[Any, ...], like: Tensor) -> Value:
         """Notes an operation that no call was made for, see `Make`."""
         value = self.following.made(func, args, meta_of(like))
         if value is None:
