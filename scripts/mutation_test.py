@@ -459,6 +459,27 @@ MUTATIONS = [
         "custom_functions",
     ),
     Mutation(
+        "what frozen parameters feed is the batch's",
+        "program/contents.py",
+        "if arg.requires_grad or type(arg) is nn.Parameter:",
+        "if arg.requires_grad:",
+        "layers",
+    ),
+    Mutation(
+        "what shares the batch's memory is not read before a layer is written there",
+        "program/recorder.py",
+        "for alias in self.contents.unread(tensor):",
+        "for alias in ():",
+        "batch_alone",
+    ),
+    Mutation(
+        "what layers feed is the batch's",
+        "program/contents.py",
+        "if known is not None and (known.node is not None or known.poison is not None):",
+        "if known is not None and known.poison is not None:",
+        "picked",
+    ),
+    Mutation(
         "gradients are not compared",
         "program/check.py",
         "not bounds.explains(k, off, size):",
@@ -709,7 +730,7 @@ MUTATIONS = [
     Mutation(
         "what shares memory is followed whatever it reads",
         "program/following.py",
-        "node.results[0] if node.func is func and node.args == args else None",
+        "node.results[0] if node.func is func and self._are_read(args, node.args) else None",
         "node.results[0] if node.func is func else None",
         "following",
     ),

@@ -210,13 +210,21 @@ def test_a_refusal_does_not_lay_grad_fn_at_the_users_door() -> None:
 def test_nested_tensors_are_refused_by_name(layout: torch.layout) -> None:
     net = mlp().double()
 
-    def closure() -> Tensor:
+    def closure(of_layers: bool) -> Tensor:
         x, y = batch(0)
-        nested = torch.nested.nested_tensor([x[:1], x[1:]], layout=layout)
-        return F.cross_entropy(net(torch.nested.to_padded_tensor(nested, 0.0).flatten(0, 1)[: len(y)]), y)
+        h = net[:2](x) if of_layers else x
+        nested = torch.nested.as_nested_tensor([h[:1], h[1:]], layout=layout)
+        rows = torch.nested.to_padded_tensor(nested, 0.0).flatten(0, 1)[: len(y)]
+        return F.cross_entropy(net[2:](rows) if of_layers else net(rows), y)
 
+    learner = ebm.Learner(net, "zero-divergence")
     with pytest.raises(ebm.UnsupportedModuleError, match=r"nested.*pad"):
-        ebm.Learner(net, "zero-divergence").gradients(closure)
+        learner.gradients(lambda: closure(True))
+    found = learner.gradients(lambda: closure(False))  # of the batch alone they may be made
+    for (name, p), wanted in zip(
+        net.named_parameters(), torch.autograd.grad(closure(False), list(net.parameters())), strict=True
+    ):
+        assert torch.allclose(found[name], wanted, rtol=0.0, atol=1e-12), (name, p.shape)
 
 
 @pytest.mark.parametrize("preset", ["zero-divergence", "pc-nudge", "equilibrium-propagation"])

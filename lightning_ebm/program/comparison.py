@@ -5,10 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_ebm.program.following import same_constant
 from lightning_ebm.program.numbers import OtherNumbers, Site, as_input, may_differ
 from lightning_ebm.program.record import Mark, Node, Record, Value
-from lightning_ebm.program.trail import Trail
+from lightning_ebm.program.trail import Trail, same_constant
 
 
 class Outline:

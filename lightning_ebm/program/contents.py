@@ -3,10 +3,11 @@
 Longer than 300 lines, as all of it changes the same few tables.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from lightning_ebm.errors import UnsupportedModuleError
@@ -46,6 +47,8 @@ class Contents:
         self._marked, self._frozen = set[Value](), set[Value]()
         self._written_over: list[Tensor] = []
         self._shared: set[int] = set()
+        self._read: dict[int, TensorWeakRef] = {}
+        self._made: dict[int, TensorWeakRef] = {}
         self._aliasing = Aliasing()
         self._unseen = UnseenWrites()
 
@@ -70,6 +73,46 @@ class Contents:
         """What a tensor holds now, if the record knows."""
         known = self.bindings.get(id(tensor))
         return known[1] if known is not None and known[0].ref() is tensor else None
+
+    def are_fixed(self, args: Iterable[Any]) -> bool:
+        """Whether tensors hang neither on parameters nor on layers: what is computed from them is a constant.
+
+        From the batch and from buffers a step may compute whatever it likes, and in another way each time. Frozen
+        parameters are none of them, as what they feed may be predicted, and they may be thawed.
+        """
+        for arg in args:
+            if isinstance(arg, Tensor):
+                if arg.requires_grad or type(arg) is nn.Parameter:
+                    return False
+                known = self.known(arg)
+                if known is not None and (known.node is not None or known.poison is not None):
+                    return False
+            elif type(arg) in (list, tuple) and not self.are_fixed(arg):
+                return False
+        return True
+
+    def notice(self, read: Iterable[Tensor], made: Iterable[Tensor], views: bool) -> None:
+        """A constant was computed: of what was read no more is known, and what was made may be written to.
+
+        Args:
+            read: what it was computed from.
+            made: what it is.
+            views: whether that lies in the same memory.
+        """
+        read, made = list(read), list(made)
+        self._read.update((id(tensor), TensorWeakRef(tensor)) for tensor in read)
+        if views:
+            self._aliasing.seen.extend(TensorWeakRef(tensor) for tensor in (*read, *made))
+        else:
+            self._made.update((id(tensor), TensorWeakRef(tensor)) for tensor in made)
+
+    def has_read(self, tensor: Tensor) -> bool:
+        """Whether the pass has computed anything from a tensor."""
+        return self.known(tensor) is not None or _is_among(tensor, self._read)
+
+    def unread(self, tensor: Tensor) -> list[Tensor]:
+        """Those of them that have elements in common with a tensor."""
+        return [alias for alias in self.others(tensor) if self.known(alias) is None and not alias.requires_grad]
 
     def others(self, tensor: Tensor) -> list[Tensor]:
         """See `Aliasing.others`."""
@@ -123,6 +166,12 @@ class Contents:
         for alias in [tensor, *self.others(tensor)]:
             if self.known(alias) is value:
                 self.bind(alias, now)
+
+    def renamed(self, value: Value, now: Value) -> None:
+        """Whatever holds a value holds another one from now on."""
+        for ref, known in [*self.bindings.values()]:
+            if known is value and (tensor := ref()) is not None:
+                self.bind(tensor, now)
 
     def poison(self, tensor: Tensor, why: str) -> None:
         """Whoever reads the tensor is refused."""
@@ -181,7 +230,8 @@ class Contents:
                     value = value.node.args[0]
                     if self.held.pop(value, None) is not None:
                         self.held[value] = content
-            if (now := self.known(tensor)) is None or now.node is None:
+            now = self.known(tensor)
+            if (now is None or now.node is None) and not _is_among(base_of(tensor), self._made):
                 self.before.written(tensor)
 
     def unseen_by_autograd(self, written: Sequence[Tensor]) -> bool:
@@ -323,4 +373,11 @@ class Contents:
         self.retained.clear()
         self._written_over.clear()
         self.bindings.clear()
+        self._read.clear()
+        self._made.clear()
         self._aliasing, self._unseen = Aliasing(), UnseenWrites()
+
+
+def _is_among(tensor: Tensor, refs: dict[int, TensorWeakRef]) -> bool:
+    found = refs.get(id(tensor))
+    return found is not None and found.ref() is tensor

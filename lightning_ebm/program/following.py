@@ -1,6 +1,5 @@
 """Following known records: from the second step on nothing is built, as long as the same operations come again."""
 
-import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from lightning_ebm.program.operations import (
 )
 from lightning_ebm.program.record import Mark, Meta, Node, Record, StateKey, Value, meta_of, outside_meta_of, stands_for
 from lightning_ebm.program.tensors import listed
-from lightning_ebm.program.trail import Trail, same_results
+from lightning_ebm.program.trail import Trail, same_constant, same_results
 
 
 class Following:
@@ -144,7 +143,7 @@ class Following:
         """What an operation gave that no call was made for; None if the known pass did something else here."""
 
         def fits(node: Node) -> bool:
-            value = node.results[0] if node.func is func and node.args == args else None
+            value = node.results[0] if node.func is func and self._are_read(args, node.args) else None
             return value is not None and value.meta == meta
 
         node = self._next(fits)
@@ -152,6 +151,23 @@ class Following:
             return None
         self._record.nodes.append(node)
         return node.results[0]
+
+    def _are_read(self, args: Sequence[Any], known_ones: Sequence[Any]) -> bool:
+        """Whether values are those of a known pass, or were drawn and may be."""
+        return len(args) == len(known_ones) and all(
+            arg == known or (arg in self._drawn and self._is_read(arg, known))
+            for arg, known in zip(args, known_ones, strict=True)
+        )
+
+    def _is_read(self, drawn: Value, known: Any) -> bool:
+        """Whether what was drawn may be what the known pass read here; it is, from now on."""
+        if type(known) is not Value or known.node is not None or known in self._taken or known.meta != drawn.meta:
+            return False
+        self._taken.add(known)
+        self._drawn.discard(drawn)
+        self._record.inputs[known] = self._record.inputs.pop(drawn)
+        self._contents.renamed(drawn, known)
+        return True
 
     def takes(self, node: Node, results: Any, views: bool | None) -> bool:
         """An operation that was handed out is over: whether it gave what it gave before, which is bound if so.
@@ -237,7 +253,7 @@ class Following:
         if isinstance(arg, Tensor):
             return type(known) is Value and self._holds(arg, known)
         if isinstance(arg, list | tuple):
-            if type(known) is not tuple or len(arg) != len(known):
+            if not isinstance(known, tuple) or len(arg) != len(known):
                 return False
             return all(map(operator.is_, arg, known)) or self._all_same(arg, known)  # sizes and flags, mostly
         if isinstance(arg, torch.Generator):
@@ -280,16 +296,3 @@ class Following:
             self._record.leaves[known] = tensor
         self._contents.bind(tensor, known)
         return True
-
-
-def same_constant(one: Any, other: Any) -> bool:
-    """Whether two numbers, or what else operations are given besides tensors, are the same to the bit."""
-    if type(one) is not type(other):
-        return False
-    try:
-        equal = bool(one == other)
-    except (RuntimeError, ValueError):  # arrays, and what holds tensors, that a custom function is given
-        return one is other
-    if equal:
-        return one != 0 or type(one) is not float or math.copysign(1.0, one) == math.copysign(1.0, other)
-    return bool(one != one and other != other)

@@ -88,7 +88,9 @@ class Recorder(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        known = func is self.following.next and not self.pausing.depth and torch.is_grad_enabled()
+        records = not self.pausing.depth and torch.is_grad_enabled()
+        fixed = records and self._is_fixed(args, kwargs)
+        known = records and not fixed and func is self.following.next
         if known and (result := self.following.run(func, args, kwargs, self._gave_other)) is not NotImplemented:
             return result  # most operations, from the second step on
         if isinstance(func, torch._ops.HigherOrderOperator):
@@ -98,14 +100,14 @@ class Recorder(DispatchMode):
         if func is _DETACH and not self.asked:  # autograd's own, of a tensor that it saves: the same value
             return self._named_again(func(*args), args[0])
         kind = traits(func)
-        if kind.plain and torch.is_grad_enabled():
+        if kind.plain and records and not fixed:
             result = self.following.run(func, args, kwargs, self._gave_other)
             return self._computed(func, kind, args, kwargs) if result is NotImplemented else result
         if kind.unfilled:  # no operation: what it holds when it is first read; the same in every run that fills it
             result = func(*args, **kwargs)
             return result.zero_() if result.layout is torch.strided else result
         written = tensors_at(kind, args, kwargs) if kind.writes else []
-        if self._is_constant(func, kind, args, kwargs, written):
+        if fixed or self._is_constant(func, kind, args, kwargs, written):
             result = self._constant(func, kind, args, kwargs, written)
             self._gained(func, args, kwargs, written)
             return result
@@ -125,6 +127,11 @@ class Recorder(DispatchMode):
 
     def _gave_other(self, node: Node, result: Any) -> None:
         self._ended(Node(node.func, node.args, node.kwargs), traits(node.func), [], result)
+
+    def _is_fixed(self, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether an operation computes from the batch alone, or from nothing, see `Contents.are_fixed`."""
+        fixed = self.contents.are_fixed
+        return fixed(args) and (not kwargs or fixed(kwargs.values()))
 
     def _is_constant(self, func: Any, kind: Traits, args: Any, kwargs: dict[str, Any], written: list[Tensor]) -> bool:
         """Whether what an operation computes is a constant of the record, whatever it computes that from."""
@@ -148,6 +155,8 @@ class Recorder(DispatchMode):
             return unseen
         self.contents.about_to_write(written)
         result = func(*args, **kwargs)
+        made = tensors_in(result) if not written else ()
+        self.contents.notice(tensors_in((args, kwargs)), made, kind.views or func is _DETACH)
         for tensor in written:
             computed = self.contents.computed_in(tensor) if func.namespace in NAMESPACES else []
             self.contents.constant_from_now(tensor, but=computed)
@@ -187,7 +196,7 @@ class Recorder(DispatchMode):
         if follows and (alike := self.following.alike(func, kind, args, written)) is not None:
             again = self.following.operation(*alike, kwargs)
             if again is not None:
-                self.contents.about_to_write(written)
+                self._about_to_compute_in(written)
                 result = func(*args, **kwargs)
                 self._ended_again(again, kind, result, written)
                 return result
@@ -198,7 +207,7 @@ class Recorder(DispatchMode):
                 self._functional(node, kind, written)
             if kind.name in BY_MASK or kind.name in PUT_BY_MASK:
                 freeze_masks(self.contents, node, kind)
-        self.contents.about_to_write(written)
+        self._about_to_compute_in(written)
         result = func(*args, **kwargs)
         if repeated is not None:
             by, given = repeated(args, kwargs, result)
@@ -213,6 +222,13 @@ class Recorder(DispatchMode):
             for tensor in written:
                 self.contents.constant_from_now(tensor)
         return result
+
+    def _about_to_compute_in(self, written: Sequence[Tensor]) -> None:
+        """What shares the memory that is written to is read before, and again from what is written."""
+        for tensor in written:
+            for alias in self.contents.unread(tensor):
+                self.following.drew(alias)
+        self.contents.about_to_write(written)
 
     def mark(self, key: StateKey, module: nn.Module, drive: Value | None, output: Tensor, weighted: bool) -> Mark:
         """Notes that a call of a watched module returned a tensor: downstream of here it is read as a state."""

@@ -1,5 +1,6 @@
 """What a known pass did, as later ones are compared with it."""
 
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -55,3 +56,16 @@ def same_results(node: Node, results: Sequence[Any]) -> bool:
         elif value is not None:
             return False
     return True
+
+
+def same_constant(one: Any, other: Any) -> bool:
+    """Whether two numbers, or what else operations are given besides tensors, are the same to the bit."""
+    if type(one) is not type(other):
+        return False
+    try:
+        equal = bool(one == other)
+    except (RuntimeError, ValueError):  # arrays, and what holds tensors, that a custom function is given
+        return one is other
+    if equal:
+        return one != 0 or type(one) is not float or math.copysign(1.0, one) == math.copysign(1.0, other)
+    return bool(one != one and other != other)

@@ -48,7 +48,7 @@ class Recorded(NamedTuple):
     @classmethod
     def of(cls, found: Found, recorder: Recorder, loss: Any, arguments: Any) -> "Recorded":
         """What a recorder has seen of a pass, given what that was called with: a batch that nobody reads has no say."""
-        shapes = shapes_in(arguments, lambda tensor: recorder.contents.known(tensor) is not None)
+        shapes = shapes_in(arguments, recorder.contents.has_read)
         number = loss.detach().reshape(()) if is_number(loss) else None
         return cls(*found, recorder.contents.held, number, tuple(shapes))
 
