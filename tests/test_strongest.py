@@ -143,6 +143,27 @@ def test_when_training_makes_states_absorb_more_the_strength_is_halved():
     assert learner.algorithm.nudge.strength == 0.5
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32])
+@pytest.mark.parametrize("gain", [30.0, 200.0, 1000.0])
+def test_weights_that_grow_never_leave_states_more_than_a_quarter_of_the_loss(gain, kind):
+    """The state feels lambda c |w|^2, at last 3e5 lambda: only a strength of 2^-20 leaves the gradient what it is."""
+    net, _ = linear_task(0.3)
+    net.to(kind)
+    x, y = torch.randn(8, 3, dtype=kind), torch.randn(8, 1, dtype=kind)
+    closure = lambda: 0.15 * (net(x) - y).square().sum(1).mean()  # noqa: E731
+    relaxer = ebm.ErrorCoordinates(max_steps=60, tol=1e-6)
+    learner = ebm.Learner(net, ebm.algorithm("predictive-coding", nudge="auto", relaxer=relaxer), layers=["1"])
+    for step in range(41):
+        with torch.no_grad():
+            net[2].weight.copy_(torch.tensor([[0.6, 0.8]]) * gain ** (min(step, 20) / 20))
+        found = learner.gradients(closure)
+    strength = learner.algorithm.nudge.strength
+    assert strength == max(2.0**-k for k in range(30) if 2.0**-k * 0.3 * gain**2 <= 1 / 3)
+    ratio = found["0.weight"] / ebm.reference.backprop(net, closure)["0.weight"]
+    wanted = torch.full_like(ratio, 1 / (1 + strength * 0.3 * gain**2))
+    torch.testing.assert_close(ratio, wanted, rtol=1e-5 if kind == torch.float64 else 1e-2, atol=0.0)
+
+
 @pytest.mark.parametrize("constant", [-100.0, 0.0, 100.0])
 @pytest.mark.parametrize("curvature", [0.2, 1.5])
 def test_a_constant_in_the_loss_changes_no_choice(curvature, constant):

@@ -15,6 +15,8 @@ log = logging.getLogger(__name__)
 _STRENGTHS = tuple(2.0**-k for k in range(14))
 """Below, states in float32 lose what an update is read from: their error is about 1e-7 / lambda."""
 _WEAKEST = _STRENGTHS[-1]
+_FAINTEST = 2.0**-20
+"""Below, rounding may take as much of an update as states absorb that ask for a weaker nudge."""
 
 
 class Strongest(Nudge):
@@ -30,8 +32,10 @@ class Strongest(Nudge):
     seems left to gain when the budget ends ("level"); else the weakest. Of later batches "level" is always enough: at
     kinks a weaker nudge settles no better.
 
-    When training makes states absorb more, the strength is halved; when it leaves more to gain, at the first such
-    batch, the second, the fourth, the eighth, so that a network on which nothing settles is not left without a nudge.
+    When training makes states absorb more, the strength is halved, down to 2^-20: weights that grow let states absorb
+    all of a loss, and what is left to learn from is none of its gradient. When it leaves more to gain, the strength is
+    halved at the first such batch, the second, the fourth, the eighth, down to 2^-13, so that a network on which
+    nothing settles is not left without a nudge.
     Each choice is logged; the one of now is part of `repr`, of the report and of checkpoints. Under many devices all
     ranks go by the weakest that one of them needs.
 
@@ -112,7 +116,7 @@ class Strongest(Nudge):
         """See `Nudge.note`."""
         if self.strength is None or _LEVEL.issuperset(statuses):
             return
-        if "absorbed" in statuses and self.strength > _WEAKEST:
+        if "absorbed" in statuses and self.strength > _FAINTEST:
             self._choose(self.strength / 2, f"states absorb more than a quarter of the pull at {self.strength:g}")
             return
         self._failures += 1
