@@ -215,27 +215,30 @@ def test_what_is_written_into_the_batchs_memory_is_computed(
                 assert torch.allclose(found[name], wanted, rtol=0, atol=room), (name, step)
 
 
-class Prepared(L.LightningModule):
-    """Two dimensions could be the samples; the batch says which, however it is prepared."""
+Samples = tuple[Tensor, Tensor]
 
-    def __init__(self, prepare: Callable[[Tensor], Tensor]) -> None:
+
+class Prepared(L.LightningModule):
+    """Time comes first in its layers, and the samples do in the batch that it is given."""
+
+    def __init__(self, prepare: Callable[[Tensor, Tensor], Samples]) -> None:
         super().__init__()
         self.net, self.prepare = Net(), prepare
 
-    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(self.net(self.prepare(batch[0])).flatten(0, 1), batch[1].flatten())
+    def training_step(self, batch: Samples) -> Tensor:
+        x, y = self.prepare(*batch)
+        return F.cross_entropy(self.net(x).flatten(0, 1), y.flatten())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def prepared_without_gradients(x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return x.double() / 255
+def time_first(x: Tensor, y: Tensor) -> Samples:
+    return (x.double() / 255).transpose(0, 1).contiguous(), y.t().clone()
 
 
-@pytest.mark.parametrize("prepare", [lambda x: x.double() / 255, prepared_without_gradients], ids=["plain", "no_grad"])
-def test_the_batch_counts_its_samples_however_it_is_prepared(prepare: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("prepare", [time_first, torch.no_grad()(time_first)], ids=["plain", "without gradients"])
+def test_the_batch_counts_its_samples_however_it_is_prepared(prepare: Callable[[Tensor, Tensor], Samples]) -> None:
     draws = torch.Generator().manual_seed(3)
     x, y = torch.randint(255, (8, 4, 6), generator=draws), torch.randint(3, (8, 4), generator=draws)
     strategy = ebm.EBMStrategy("predictive-coding")
