@@ -89,7 +89,8 @@ class Recorder(DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         records = not self.pausing.depth and torch.is_grad_enabled()
-        fixed = records and self._is_fixed(args, kwargs)
+        are_fixed = self.contents.are_fixed
+        fixed = records and are_fixed(args) and (not kwargs or are_fixed(kwargs.values()))
         known = records and not fixed and func is self.following.next
         if known and (result := self.following.run(func, args, kwargs, self._gave_other)) is not NotImplemented:
             return result  # most operations, from the second step on
@@ -127,11 +128,6 @@ class Recorder(DispatchMode):
 
     def _gave_other(self, node: Node, result: Any) -> None:
         self._ended(Node(node.func, node.args, node.kwargs), traits(node.func), [], result)
-
-    def _is_fixed(self, args: Any, kwargs: dict[str, Any]) -> bool:
-        """Whether an operation computes from the batch alone, or from nothing, see `Contents.are_fixed`."""
-        fixed = self.contents.are_fixed
-        return fixed(args) and (not kwargs or fixed(kwargs.values()))
 
     def _is_constant(self, func: Any, kind: Traits, args: Any, kwargs: dict[str, Any], written: list[Tensor]) -> bool:
         """Whether what an operation computes is a constant of the record, whatever it computes that from."""
