@@ -105,13 +105,13 @@ def test_nudges_without_one_real_strength_are_refused(preset):
         ebm.algorithm(preset, nudge="auto")
 
 
-def linear_task(curvature: float):
+def linear_task(curvature: float, kind: torch.dtype = torch.float64):
     """x -> w x -> o with one state, L = 1/2 c (o - y)^2 in the mean: everything is known in closed form."""
-    net = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Identity(), nn.Linear(2, 1, bias=False)).double()
+    net = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Identity(), nn.Linear(2, 1, bias=False)).to(kind)
     with torch.no_grad():
         net[2].weight.copy_(torch.tensor([[0.6, 0.8]]))
     torch.manual_seed(1)
-    x, y = torch.randn(8, 3, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64)
+    x, y = torch.randn(8, 3, dtype=kind), torch.randn(8, 1, dtype=kind)
     return net, lambda: 0.5 * curvature * (net(x) - y).square().sum(1).mean()
 
 
@@ -147,10 +147,7 @@ def test_when_training_makes_states_absorb_more_the_strength_is_halved():
 @pytest.mark.parametrize("gain", [30.0, 200.0, 1000.0])
 def test_weights_that_grow_never_leave_states_more_than_a_quarter_of_the_loss(gain, kind):
     """The state feels lambda c |w|^2, at last 3e5 lambda: only a strength of 2^-20 leaves the gradient what it is."""
-    net, _ = linear_task(0.3)
-    net.to(kind)
-    x, y = torch.randn(8, 3, dtype=kind), torch.randn(8, 1, dtype=kind)
-    closure = lambda: 0.15 * (net(x) - y).square().sum(1).mean()  # noqa: E731
+    net, closure = linear_task(0.3, kind)
     relaxer = ebm.ErrorCoordinates(max_steps=60, tol=1e-6)
     learner = ebm.Learner(net, ebm.algorithm("predictive-coding", nudge="auto", relaxer=relaxer), layers=["1"])
     for step in range(41):

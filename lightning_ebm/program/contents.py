@@ -91,27 +91,28 @@ class Contents:
                 return False
         return True
 
-    def notice(self, read: Iterable[Tensor], made: Iterable[Tensor], views: bool) -> None:
+    def notice(self, read: Iterable[Any], made: Iterable[Any], views: bool) -> None:
         """A constant was computed: of what was read no more is known, and what was made may be written to.
 
         Args:
-            read: what it was computed from.
+            read: what it was computed from, tensors among it.
             made: what it is.
             views: whether that lies in the same memory.
         """
-        read, made = list(read), list(made)
-        self._read.update((id(tensor), TensorWeakRef(tensor)) for tensor in read)
+        before = {id(tensor): TensorWeakRef(tensor) for tensor in read if isinstance(tensor, Tensor)}
+        now = {id(tensor): TensorWeakRef(tensor) for tensor in made if isinstance(tensor, Tensor)}
+        self._read.update(before)
         if views:
-            self._aliasing.seen.extend(TensorWeakRef(tensor) for tensor in (*read, *made))
+            self._aliasing.seen.extend((*before.values(), *now.values()))
         else:
-            self._made.update((id(tensor), TensorWeakRef(tensor)) for tensor in made)
+            self._made.update(now)
 
     def has_read(self, tensor: Tensor) -> bool:
         """Whether the pass has computed anything from a tensor."""
         return self.known(tensor) is not None or _is_among(tensor, self._read)
 
     def unread(self, tensor: Tensor) -> list[Tensor]:
-        """Those of them that have elements in common with a tensor."""
+        """What has elements in common with a tensor and was noticed alone, so that nothing is known of it."""
         return [alias for alias in self.others(tensor) if self.known(alias) is None and not alias.requires_grad]
 
     def others(self, tensor: Tensor) -> list[Tensor]:
@@ -167,11 +168,9 @@ class Contents:
             if self.known(alias) is value:
                 self.bind(alias, now)
 
-    def renamed(self, value: Value, now: Value) -> None:
-        """Whatever holds a value holds another one from now on."""
-        for ref, known in [*self.bindings.values()]:
-            if known is value and (tensor := ref()) is not None:
-                self.bind(tensor, now)
+    def holding(self, value: Value) -> list[Tensor]:
+        """The tensors that hold a value."""
+        return [tensor for ref, known in [*self.bindings.values()] if known is value and (tensor := ref()) is not None]
 
     def poison(self, tensor: Tensor, why: str) -> None:
         """Whoever reads the tensor is refused."""
@@ -255,7 +254,7 @@ class Contents:
         """The constant that stands for a computed value from now on; itself if it is one."""
         if value.node is None:
             return value
-        holding = [held for ref, known in [*self.bindings.values()] if known is value and (held := ref()) is not None]
+        holding = self.holding(value)
         constant = self.constant(holding[0])
         self._frozen.add(constant)
         for tensor in holding[1:]:
@@ -356,7 +355,7 @@ class Contents:
         """The pass is over: leaves that it made itself are among those of the record."""
         with self._pausing():
             self._record.overwritten |= self._unseen.found()
-        # What a factory returned is handed on as a copy if it is held here: torch.zeros(3) is another than this one.
+        # What makes a tensor like another hands on a copy if it is held here: torch.zeros_like(h) is another than this.
         made = [(value, ref()) for ref, value in self.bindings.values() if value.node is not None]
         others = [(value, tensor) for value, tensor in made if tensor is not self.held.get(value)]
         for value, tensor in (*self.held.items(), *others):

@@ -161,13 +161,10 @@ class Following:
 
     def _is_read(self, drawn: Value, known: Any) -> bool:
         """Whether what was drawn may be what the known pass read here; it is, from now on."""
-        if type(known) is not Value or known.node is not None or known in self._taken or known.meta != drawn.meta:
+        if type(known) is not Value or known.node is not None or known in self._taken:
             return False
-        self._taken.add(known)
-        self._drawn.discard(drawn)
-        self._record.inputs[known] = self._record.inputs.pop(drawn)
-        self._contents.renamed(drawn, known)
-        return True
+        tensor = next(iter(self._contents.holding(drawn)), None)
+        return tensor is not None and self._is_again(tensor, known, drawn)
 
     def takes(self, node: Node, results: Any, views: bool | None) -> bool:
         """An operation that was handed out is over: whether it gave what it gave before, which is bound if so.

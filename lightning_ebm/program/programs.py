@@ -176,9 +176,8 @@ class Programs:
         plan, marks = self._finder.find(record, value, partial)
         program = Program(record, marks, value)
         unchecked = self._check(recorder, program, plan, loss)
-        added = self._added(program, plan, value)
+        added = self._added(program, plan, value, before)
         added.unchecked = unchecked
-        added.uses += before
         return Found(program, added, None)
 
     def _again(self, record: Record, value: Value) -> tuple[Found | None, int]:
@@ -219,26 +218,26 @@ class Programs:
     def without_loss(self, recorder: Recorder) -> Found:
         """The program of a pass that returns no loss: it ends in whatever nothing else consumes."""
         record = recorder.settled()
-        value = _sum_of_ends(record, recorder)
+        value = _sum_of_ends(recorder)
         found, before = self._again(record, value)
         if found is not None:
             self._comes_again(found.known)
             return found
         plan, marks = self._finder.find(record, value, partial=None)
         program = Program(record, marks, value)
-        added = self._added(program, plan, value)
-        added.uses += before
-        return Found(program, added, None)
+        return Found(program, self._added(program, plan, value, before), None)
 
-    def _added(self, program: Program, plan: Plan, loss: Value) -> Known:
+    def _added(self, program: Program, plan: Plan, loss: Value, before: int) -> Known:
         outline = Outline(program.record, program.marks, loss, self._module)
         known = Known(outline, plan, reduced_sizes(program), averaged_elements(program), TracedProgram(program))
+        known.uses += before
         self._known = [known, *self._known[: _KEPT - 1]]
         return known
 
 
-def _sum_of_ends(record: Record, recorder: Recorder) -> Value:
+def _sum_of_ends(recorder: Recorder) -> Value:
     """The sum of all that calls returned and no other call was computed from, in place of a loss."""
+    record = recorder.record
     used: set[Value] = set()
     states = {mark.state for mark in record.marks}
     for mark in record.marks:

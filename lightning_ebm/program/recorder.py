@@ -151,8 +151,8 @@ class Recorder(DispatchMode):
             return unseen
         self.contents.about_to_write(written)
         result = func(*args, **kwargs)
-        made = tensors_in(result) if not written else ()
-        self.contents.notice(tensors_in((args, kwargs)), made, kind.views or func is _DETACH)
+        made = () if written else listed(result)
+        self.contents.notice(listed((*args, *kwargs.values())), made, kind.views or func is _DETACH)
         for tensor in written:
             computed = self.contents.computed_in(tensor) if func.namespace in NAMESPACES else []
             self.contents.constant_from_now(tensor, but=computed)
