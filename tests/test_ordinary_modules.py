@@ -1035,6 +1035,7 @@ REFUSED = {
 RIGHT = [kind for kind in MODULES if kind not in REFUSED]
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("capture", [True, False])
 @pytest.mark.parametrize("kind", RIGHT, ids=lambda kind: kind.__name__)
 def test_the_sweep_trains_as_stock_does(kind, capture):
@@ -1071,11 +1072,8 @@ TWICE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "kind",
-    TWICE,
-    ids=lambda kind: kind.__name__,
-)
+@pytest.mark.crossed(3)
+@pytest.mark.parametrize("kind", TWICE, ids=lambda kind: kind.__name__)
 def test_equilibrium_propagation_leaves_side_effects_of_one_step_and_has_one_answer(kind):
     """Its step runs twice, quietly and with the states in place."""
     if kind in REFUSED_TWICE:

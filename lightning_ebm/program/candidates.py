@@ -128,7 +128,7 @@ def _repeated(module: nn.Module) -> Iterator[list[nn.Module]]:
     """Blocks of one kind, one after the other: the outermost rows of them."""
     outer: list[str] = []
     for name, container in module.named_modules():
-        if not any(name.startswith(o) for o in outer) and (children := _row(container)):
+        if not name.startswith(tuple(outer)) and (children := _row(container)):
             parts = [part for part, child in container.named_children() if child in children]
             outer += [f"{name}.{part}." if name else f"{part}." for part in parts]
             yield children

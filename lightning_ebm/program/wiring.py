@@ -115,6 +115,8 @@ class Wiring:
         So does a network that adds `self.position` to its input and returns what its head gives: no weight comes after
         the head. What a parametrization returns is a weight, and no such part.
         """
+        if next(mark.module.children(), None) is None:
+            return False
         prefix = f"{mark.key.name}." if mark.key.name else ""
         parts = {m.state for m in marks if m is not mark and _is_part(m.key.name, prefix)}
         if not parts:
