@@ -64,13 +64,11 @@ class Method(NamedTuple):
         algorithm: of a network of that many layers.
         scaled: whether weights and learning rates are those of `ebm.depth`.
         bounded: whether blocks are those with states at activations.
-        most: the largest depth that it is run at.
     """
 
     algorithm: Callable[[int], ebm.Algorithm]
     scaled: bool
     bounded: bool = False
-    most: int = 128
 
 
 def descent() -> ebm.Algorithm:
@@ -80,9 +78,9 @@ def descent() -> ebm.Algorithm:
 
 METHODS = {
     "backprop": Method(lambda _: ebm.algorithm("backprop"), True),
-    "PC, plain": Method(lambda _: descent(), False, most=64),
-    "PC, ebm.depth": Method(lambda _: descent(), True, most=64),
-    "PC-ALM": Method(lambda _: ebm.algorithm("augmented-lagrangian-pc"), True, most=64),
+    "PC, plain": Method(lambda _: descent(), False),
+    "PC, ebm.depth": Method(lambda _: descent(), True),
+    "PC-ALM": Method(lambda _: ebm.algorithm("augmented-lagrangian-pc"), True),
     "PC, weak nudge": Method(lambda _: ebm.algorithm("pc-nudge"), True),
     "PC, nudge auto": Method(
         lambda _: ebm.algorithm("predictive-coding", nudge="auto", relaxer=ebm.ErrorCoordinates(max_steps=8, tol=1e-3)),
@@ -96,7 +94,6 @@ METHODS = {
         ),
         False,
         bounded=True,
-        most=32,
     ),
 }
 RATES = (2.5e-4, 1e-3, 4e-3, 1.6e-2)
@@ -261,7 +258,7 @@ def main(
     for depth in depths:
         for name in methods:
             rate = min(RATES, key=lambda lr, name=name: done(name, settings.base, f"{lr:g}", lr, 0)["loss"])  # type: ignore[misc]
-            for seed in range(seeds) if depth <= METHODS[name].most else ():
+            for seed in range(seeds):
                 done(name, depth, "transferred", rate, seed)
     picture(runs, out / "depth.png")
 

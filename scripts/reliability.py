@@ -93,7 +93,7 @@ PARTS = {
     "configuration": Part("Arguments that mean nothing", None, ("configuration", "mistakes"), of_tests),
     "faults": Part(
         "Batches, processes, disks and loggers that fail", None,
-        ("faults", "stopped", "resume", "bad_input", "observers"), of_tests,
+        ("faults", "stopped", "resume", "bad_input", "observers", "lost_processes"), of_tests,
     ),
     "processors": Part("Processors imitated on one machine", None, ("processors",), of_tests),
     "suite": Part("Lightning's own tests", ("scripts/lightning_suite.py",), (), of_suite),
