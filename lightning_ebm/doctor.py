@@ -40,7 +40,7 @@ PROMISED = {
     "lightning": "2.5",
     "torchmetrics": "1.4",
     "wandb": "0.18",
-    "jsonargparse": "4.35",
+    "jsonargparse": "4.51",
     "plotly": "6",
 }
 """The lowest versions that are promised to work, as pyproject.toml has them."""

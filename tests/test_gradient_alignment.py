@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning_modules import Template
+from since import reads_wandb
 
 import lightning_ebm as ebm
 
@@ -309,6 +310,7 @@ def test_any_logger_gets_the_figures_at_the_steps_asked_for(tmp_path):
     assert "OneSided(strength=1.0)" in hparams
 
 
+@reads_wandb
 def test_the_offline_run_holds_figures_definitions_and_settings(tmp_path):
     """Read back from the file itself, with W&B's own reader."""
     import wandb

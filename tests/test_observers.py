@@ -13,7 +13,7 @@ from lightning_modules import Template
 
 import lightning_ebm as ebm
 from lightning_ebm.callbacks import console, loggers
-from lightning_ebm.reports import plots, runs
+from lightning_ebm.reports import plots, records, runs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -108,7 +108,7 @@ def raising(*args, **kwargs):
         (loggers, "table", "Drawing 'alignment/table'"),
         (plots, "alignment_heatmap", "Drawing 'alignment/heatmap'"),
         (plots, "energy_curves", "Drawing 'ebm/energy_curves'"),
-        (runs, "read", "Drawing 'ebm/energy_curves'"),
+        (records, "read_records", "Drawing 'ebm/energy_curves'"),
         (loggers, "_log_figure", "Logging 'alignment/heatmap' to WandbLogger"),
         (console, "_print", "Printing the table"),
     ],

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning_modules import Template
+from since import reads_wandb
 from test_recording import by_hand
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -163,6 +164,7 @@ def test_a_csv_run_can_be_read_back(tmp_path):
     assert dict(run.metrics["ebm/steps"]) == {step: float(row["ebm/steps"]) for step, row in rows.items()}
 
 
+@reads_wandb
 def test_the_offline_run_holds_curves_and_comparisons_as_one_table_each(tmp_path):
     """Read back from the file itself, with W&B's own reader."""
     import wandb

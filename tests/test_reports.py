@@ -168,3 +168,15 @@ def test_a_table_that_is_none_is_one_line(table, tmp_path, capsys):
         said = capsys.readouterr().err
         assert said.startswith(f"error: {tmp_path / 'metrics.csv'} is no table of CSVLogger, or damaged")
         assert said.count("\n") == 1
+
+
+def test_a_run_that_wandb_cannot_read_is_answered_by_its_version_and_the_one_that_can(tmp_path, monkeypatch, capsys):
+    """As before 0.31, which has no such command."""
+    (tmp_path / "run-abc.wandb").write_bytes(b"no log")
+    answered = subprocess.CompletedProcess([], 2, "", "Error: No such command 'leet'.\n")
+    monkeypatch.setattr(runs.subprocess, "run", lambda *_, **__: answered)
+    assert main(["report", str(tmp_path)]) != 0
+    told = capsys.readouterr().err
+    assert "pip install 'wandb>=0.31'" in told
+    assert "No such command 'leet'" in told
+    assert "Traceback" not in told

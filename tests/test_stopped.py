@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from since import reads_wandb
 
 import lightning_ebm as ebm
 
@@ -93,6 +94,7 @@ def test_an_error_in_a_relaxation_ends_the_job_and_is_shown(tmp_path):
     assert "No rank takes this step, as 1 of 2 failed. rank 1: ValueError: it broke here" in done.stderr
 
 
+@reads_wandb
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ebm_ddp_fork", "ebm_ddp_spawn"])
 def test_a_launched_run_is_one_whole_offline_run(strategy, tmp_path):

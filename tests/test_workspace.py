@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import yaml
+from since import reads_wandb
 
 import lightning_ebm as ebm
 from lightning_ebm.reports import workspace as view
@@ -46,6 +47,7 @@ def logged(records):
     return {key for record in records if record.get("type") == "history" for key in record["history"]["item"]}
 
 
+@reads_wandb
 @pytest.mark.slow
 def test_every_key_that_the_view_names_is_logged(logged):
     pictures = {f"{key}._type" for key in (*view.PICTURES, *view.TABLES)}
@@ -54,6 +56,7 @@ def test_every_key_that_the_view_names_is_logged(logged):
         assert any(key.startswith(prefix) for key in logged), prefix
 
 
+@reads_wandb
 @pytest.mark.slow
 def test_every_overall_figure_that_is_logged_has_a_place_in_the_view(logged):
     ours = {key for key in logged if key.startswith(("alignment/", "ebm/"))}
@@ -64,6 +67,7 @@ def test_every_overall_figure_that_is_logged_has_a_place_in_the_view(logged):
     assert by_layer >= {"alignment", "ebm/residual", "ebm/toward_equilibrium"}
 
 
+@reads_wandb
 @pytest.mark.slow
 def test_runs_are_drawn_as_the_groups_that_the_recipes_give_them(records):
     (run,) = (record["run"] for record in records if record.get("type") == "run")

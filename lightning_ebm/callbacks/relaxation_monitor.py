@@ -284,9 +284,12 @@ class RelaxationMonitor(Callback):
 
     def _energy_curves(self) -> Any:
         from lightning_ebm.reports import plots, runs
+        from lightning_ebm.reports.records import read_records
 
-        run = None if self._file.path is None else runs.read(self._file.path.parent)
-        return None if run is None or not plots.has_curves(run) else plots.energy_curves(run)
+        if self._file.path is None:
+            return None
+        run = runs.Run(self._file.path.parent, records=read_records(self._file.path))
+        return plots.energy_curves(run) if plots.has_curves(run) else None
 
 
 _IN_PROGRESS_BAR = ("ebm/energy_nudged", "ebm/steps")

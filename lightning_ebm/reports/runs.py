@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -197,7 +198,10 @@ def _rows_of_wandb(directory: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(directory)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ConfigurationError(f"wandb cannot read {directory}: {done.stderr.strip()}")
+        raise ConfigurationError(
+            f"wandb {version('wandb')} cannot read {directory}; 0.31 reads what it and older ones have written: pip"
+            f" install 'wandb>=0.31'. It said: {done.stderr.strip()}"
+        )
     for line in done.stdout.splitlines():
         record = json.loads(line) if line.strip() else {}
         if record.get("type") == "history":
