@@ -70,6 +70,24 @@ def test_what_torch_makes_by_default_is_what_it_was_in_the_step(make, precision,
     assert off(stock, fitted(make, precision, ebm.EBMStrategy(weak, capture=capture))) < max(bound, 1e-4)
 
 
+class Looking(Net):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_before_backward(self, loss):
+        self.seen.append(loss.dtype)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("algorithm", ["zero-divergence", "pc-nudge", "incremental-pc"])
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed"])
+def test_hooks_are_handed_the_loss_in_the_kind_of_numbers_it_is(precision, algorithm, capture):
+    """In its first step as in those that run as code."""
+    seen = fitted(Looking, precision, ebm.EBMStrategy(algorithm, capture=capture)).seen
+    assert set(seen) == set(fitted(Looking, precision).seen)
+
+
 class Redundant(Net):
     """In front of the norm a bias has no slope, but for rounding."""
 

@@ -154,6 +154,62 @@ def test_a_batch_of_graphs_has_as_many_samples_as_its_loss_has_terms(sizes):
     assert off(trained(), trained(batch_size=len(sizes))) == 0
 
 
+class Messages(nn.Module):
+    """Along the edges of a graph, of which it may have none."""
+
+    def __init__(self):
+        super().__init__()
+        self.nodes = nn.Sequential(nn.Linear(4, 8), nn.Tanh())
+        self.edges = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh())
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x, ends, edges):
+        h = self.nodes(x)
+        return self.head(h.index_add(0, ends[1], self.edges(torch.cat([h[ends[0]], edges], 1))))
+
+
+def messages(edges):
+    net, data = Messages().double(), (torch.randint(6, (2, edges)), torch.randn(edges, 2).double())
+    x = torch.randn(6, 4).double()
+    return net, lambda: F.cross_entropy(net(x, *data), torch.arange(6) % 3)
+
+
+def experts(rows):
+    """Parts that are called one by one; two of them see but the rows that a mask leaves."""
+    net = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)]).double()
+    x, mask = torch.randn(6, 4).double(), torch.arange(6) < rows
+
+    def closure():
+        h = net[0](x)
+        for expert in net[1:]:
+            h = torch.zeros_like(h).masked_scatter(mask[:, None], expert(h[mask])) + h
+        return h.square().mean()
+
+    return net, closure
+
+
+def gated(rows):
+    """A layer that hangs on no sample beside those that do."""
+    gate = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 4))
+    net = nn.ModuleList([gate, nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))]).double()
+    given, x = torch.ones(1, 2).double(), torch.randn(rows, 4).double()
+    net.forward = lambda x: net[1](x * net[0](given))
+    return net, lambda: net(x).square().sum() / 6 + net[0](given).square().mean()
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("make", [messages, experts, gated])
+def test_what_there_is_none_of_is_not_what_samples_are_counted_by(make, capture):
+    """Several times each, as programs that come again run as code."""
+    for rows in (0, 3):
+        net, closure = make(rows)
+        for name, most in (("zero-divergence", 1e-12), ("pc-nudge", 1e-3)):
+            learner = ebm.Learner(net, name, capture=capture)
+            for _ in range(3):
+                assert off(learner.gradients(closure), ebm.reference.backprop(net, closure)) < most
+            assert len(learner.report["residual"]) > 0
+
+
 class Boxes(L.LightningModule):
     """Several terms of the loss for each picture, and a tensor of the batch that has as many rows."""
 

@@ -149,6 +149,45 @@ class OwnDerivative(Net):
         return F.cross_entropy(out, y) + 0.1 * slope.square().mean()
 
 
+class Penalized(Net):
+    """Below a convolution that the loss meets twice, and that is linear: of one of the errors there nothing arrives."""
+
+    def build(self):
+        self.conv = nn.Conv1d(1, 1, 3, padding=1).double()
+
+    def hooked(self, h):
+        h = h * 1.0
+        h.register_hook(lambda g: 0.5 * g)
+        return h
+
+    def loss(self, x, y):
+        x = x.clone().requires_grad_()
+        out = self.net[2:](self.conv(self.hooked(self.net[:2](x))[:, None])[:, 0])
+        (slope,) = torch.autograd.grad(out.logsumexp(1).sum(), x, create_graph=True)
+        return F.cross_entropy(out, y) + 0.1 * slope.square().mean()
+
+
+class PenalizedModule(Penalized):
+    """The hook is a module's."""
+
+    def build(self):
+        super().build()
+        self.gate = nn.Identity()
+        self.gate.register_full_backward_pre_hook(lambda module, out: (0.5 * out[0],))
+
+    def hooked(self, h):
+        return self.gate(h)
+
+
+class PenalizedAndLooks(Penalized):
+    """One looks, the other changes."""
+
+    def hooked(self, h):
+        h = super().hooked(h)
+        h.register_hook(self.note)
+        return h
+
+
 class AndChanges(Net):
     """One looks, another changes, and below it one looks again."""
 
@@ -190,7 +229,7 @@ def fitted(make, strategy="auto", **options):
 
 LOOK = [
     OnHidden, OnLayers, OnModules, BeforeModules, GivesItBack, ByHand, AndChanges, AndRetained, Removed, OwnDerivative,
-    OnModulesAndRetained,
+    OnModulesAndRetained, Penalized, PenalizedModule, PenalizedAndLooks,
 ]  # fmt: skip
 
 

@@ -26,7 +26,8 @@ def batch_size_among(
     Then the most frequent, then the first; a smaller one that the loss reduces where it does not reduce that. A
     time-major batch (T, B, ...), nodes of several graphs, or a loose tensor beside the samples is not mistaken for the
     samples that way. An input of a single sample, without a dimension for them, has one. And another size that has as
-    good a claim, if there is any, as the last dimension of all layers has where none is the first one of all.
+    good a claim, if there is any, as the last dimension of all layers has where none is the first one of all. What
+    there is none of, as edges of a graph or rows that a mask leaves, is not what samples are counted by.
 
     Args:
         batch: shapes of its tensors; candidates are their first dimensions, and the second ones of those with three.
@@ -36,7 +37,8 @@ def batch_size_among(
     """
     shapes = batch or states or [torch.Size([1])]
     seconds = [shape[1] for shape in shapes if len(shape) > 1 and (len(shape) > 2 or shape[1] in declared)]
-    found = [shape[0] for shape in shapes if len(shape)] + seconds or [1]
+    first = [shape[0] for shape in shapes if len(shape)]
+    found = [size for size in first + seconds if size] or [1]
     carried = {size: sum(size in shape[:2] for shape in states) for size in found}
     if not any(carried[size] or size in reduced for size in found) and all(len(shape) < 2 for shape in states):
         return 1, None

@@ -170,7 +170,7 @@ class Step:
         if self._setup.clamp is not None and not is_number(loss):
             with self._pass.blaming(None):
                 return self._without_loss(scale)
-        shape = checked_loss(loss, self._setup.module).shape
+        own = checked_loss(loss, self._setup.module).detach()
         if not self._setup.algorithm.rule.relaxes:
             self._setup.remember([], [], loss.detach() / scale, "plain")
             return self.unrelaxed(loss, scale)
@@ -182,7 +182,7 @@ class Step:
                 network = self._opened(loss)
                 del loss  # its graph is as large as a step of backprop
                 surrogate = self._surrogate(network, scale)
-        surrogate = surrogate.reshape(shape)  # as the user's own, which may be (1,)
+        surrogate = surrogate.reshape(own.shape).to(own.dtype)  # the user's may be (1,), or of half precision
         if not surrogate.requires_grad:  # all that it depends on has been frozen since: as by autograd, none learns
             return surrogate.detach().requires_grad_()
         surrogate.register_hook(partial(_handed_over, retained))
@@ -240,7 +240,7 @@ class Step:
             reports = [PhaseReport.of(ends[0].strength, ends[0].found)]
             setup.remember(list(network.names), reports, network.first_loss, network.runs_as)
             check_coverage(setup, self._pass.known, update, network.batch_size)
-            surrogate = loss.detach() + (update - update.detach())
+            surrogate = loss.detach() + (update - update.detach()).to(loss.dtype)
             if not surrogate.requires_grad:
                 surrogate.requires_grad_()
             elif number == 0:
