@@ -250,3 +250,47 @@ def test_a_step_of_an_optimizer_that_calls_its_closure_relaxes_at_every_call():
         torch.testing.assert_close(learner.step(closure, ours), plain.step(by_autograd).detach())
     assert len(calls) > 6
     assert farthest(stock, net) < 1e-12
+
+
+def nothing_in(kind):
+    """A module whose every third batch, the first among them, has nothing to learn from."""
+
+    class Skips(Net):
+        def training_step(self, batch, index):
+            return kind(self) if index % 3 == 0 else super().training_step(batch, index)
+
+    return Skips
+
+
+NOTHING = {
+    "a leaf": lambda net: torch.zeros((), requires_grad=True),
+    "of one element": lambda net: torch.tensor([0.0], requires_grad=True),
+    "computed": lambda net: 3 * torch.zeros(2, requires_grad=True).sum(),
+    "of all parameters": lambda net: sum(0 * p.sum() for p in net.parameters()),
+    "of the network": lambda net: 0 * net.net(X[:2]).sum(),
+}
+"""How losses say so: those of detection, where no target is left, and where DDP is to find every parameter used."""
+
+
+@pytest.mark.parametrize("name", NOTHING)
+@pytest.mark.parametrize("capture", [True, False])
+def test_a_loss_of_zero_without_layers_has_nothing_to_learn_from_as_in_stock(name, capture):
+    stock = fit(nothing_in(NOTHING[name]))
+    assert farthest(stock, fit(nothing_in(NOTHING[name]), ebm.EBMStrategy(EXACT, capture=capture))) < 1e-12
+
+
+@pytest.mark.parametrize("strategy", ["pc-nudge", "predictive-coding"])
+def test_under_other_rules_it_moves_no_parameter(strategy):
+    class Only(nothing_in(NOTHING["a leaf"])):
+        def training_step(self, batch, index):
+            return super().training_step(batch, 0)
+
+    before = {name: p.detach().clone() for name, p in Only().named_parameters()}
+    after = dict(fit(Only, ebm.EBMStrategy(strategy)).named_parameters())
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_loss_that_was_wrapped_anew_is_refused():
+    """Its number is that of the loss, and nothing of the network hangs on it."""
+    with pytest.raises(ebm.LayerDiscoveryError, match="values computed before"):
+        fit(nothing_in(lambda net: torch.tensor(0.7, requires_grad=True)), ebm.EBMStrategy(EXACT))

@@ -283,13 +283,10 @@ class RelaxationMonitor(Callback):
         loggers.log_wandb(trainer, {"ebm/curves": made})
 
     def _energy_curves(self) -> Any:
-        from lightning_ebm.reports import plots, runs
-        from lightning_ebm.reports.records import read_records
+        from lightning_ebm.reports import plots, records, runs
 
-        if self._file.path is None:
-            return None
-        run = runs.Run(self._file.path.parent, records=read_records(self._file.path))
-        return plots.energy_curves(run) if plots.has_curves(run) else None
+        run = runs.Run(path.parent, records=records.read_records(path)) if (path := self._file.path) else None
+        return None if run is None or not plots.has_curves(run) else plots.energy_curves(run)
 
 
 _IN_PROGRESS_BAR = ("ebm/energy_nudged", "ebm/steps")

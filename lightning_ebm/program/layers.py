@@ -140,7 +140,9 @@ class LayerFinder:
         pools = {m for m in self._module.modules() if self._pooled and isinstance(m, MAXIMUM_POOLING)}
         return named.union(pools, *found_in(self._module).values())
 
-    def find(self, record: Record, loss: Value, partial: bool | None = False) -> tuple[Plan, list[Mark]]:
+    def find(
+        self, record: Record, loss: Value, partial: bool | None = False, zero: bool = False
+    ) -> tuple[Plan, list[Mark]]:
         """The calls that carry states, and the wiring between them.
 
         Args:
@@ -148,6 +150,7 @@ class LayerFinder:
             loss: what it returned.
             partial: whether the loss is one of several of a step, and need not reach every layer that was asked for;
                 None says nothing of those that it does not.
+            zero: whether the loss is 0. Where no layer was called it says that this batch has nothing to learn from.
 
         Raises:
             ConfigurationError: `layers` or `output` name nothing.
@@ -161,7 +164,9 @@ class LayerFinder:
             compared = self._compared(record, loss, products)
             option = self._best(compared)
         if not option.cut and (
-            self._leaves_all_out(option, record) or self._is_local_already(record, loss, products, partial)
+            (zero and not record.marks)
+            or self._leaves_all_out(option, record)
+            or self._is_local_already(record, loss, products, partial)
         ):
             return replace(Wiring(self._module, record, [], loss).plan(), chosen="nothing"), []
         if not option.cut:

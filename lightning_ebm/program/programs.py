@@ -173,7 +173,7 @@ class Programs:
             self._comes_again(known)
             return found
         self._say_what_is_read(record)
-        plan, marks = self._finder.find(record, value, partial)
+        plan, marks = self._finder.find(record, value, partial, zero=not loss.any())
         program = Program(record, marks, value)
         unchecked = self._check(recorder, program, plan, loss)
         added = self._added(program, plan, value, before)

@@ -59,7 +59,9 @@ def _in_weights(module: nn.Module) -> str | None:
         return None
     return (
         f"The weights hold nan or inf already: {_listed(weights)}. An update before this one was too large: lower"
-        " the learning rate of the parameters, clip gradients, and go on from a checkpoint of before."
+        " the learning rate of the parameters, clip gradients, and go on from a checkpoint of before. Or it was nan"
+        " itself, as the slope of a root at 0 is, of which exact rules hand on what backprop does:"
+        " torch.autograd.set_detect_anomaly(True) names the operation."
     )
 
 
