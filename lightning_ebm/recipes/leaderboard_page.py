@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -189,9 +189,10 @@ def figure(groups: Sequence[Sequence[Row]]) -> Figure:
                 linestyle="none", elinewidth=1, alpha=0.9, label=row.algorithm,
             )  # fmt: skip
         panel.set(xscale="log", xlabel="cost, in backprop's", ylabel=group[0].monitor)
-        panel.set_title(f"{group[0].data}, {group[0].network}", fontsize=10)
+        panel.set_title(f"{group[0].data}\n{group[0].network}", fontsize=10)
         if "loss" in group[0].monitor:
             panel.invert_yaxis()  # up is better everywhere
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter("{x:g}")
         panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3, which="both")
