@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_ebm.network.samples import by_sample, layout_of, norm_by_sample, squares_by_sample, to_samples
+from lightning_ebm.network.samples import by_sample, layout_of, norm_by_sample, to_samples
 
 
 class Geometry:
@@ -22,7 +22,6 @@ class Geometry:
 
     def __init__(self, states: Sequence[Tensor], batch_size: int) -> None:
         self.batch_size = batch_size
-        self._kind = states[0].dtype, states[0].device
         self.layouts = [layout_of(state.shape, batch_size) for state in states]
 
     def per_sample(self, tensors: Iterable[Tensor]) -> Tensor:
@@ -43,20 +42,6 @@ class Geometry:
             return rows[0]
         whole: Tensor = torch.linalg.vector_norm(torch.stack(rows), dim=0)
         return whole
-
-    def squares(self, tensors: Sequence[Tensor], layers: Sequence[int] | None = None) -> Tensor:
-        """`per_sample` of |t|^2: ``(B,)``.
-
-        Args:
-            tensors: one a layer.
-            layers: those that count, all others being 0; None is all.
-        """
-        layers = range(len(tensors)) if layers is None else layers
-        rows = [squares_by_sample(tensors[k], self.layouts[k], self.batch_size) for k in layers]
-        if not rows:
-            dtype, device = self._kind
-            return torch.zeros(self.batch_size, dtype=dtype, device=device)
-        return rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
 
     def products(self, left: Sequence[Tensor], right: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
         """See `Landscape.products`."""

@@ -176,18 +176,6 @@ def regimes_map(regimes: Sequence[tuple[str, Mapping[str, Any]]]) -> "Figure":
     return figure
 
 
-def metric_curves(run: Run, names: Sequence[str]) -> "Figure":
-    """Logged scalars against the global step, one panel."""
-    figure, axes = _figure(6.2, 3.2)
-    for number, name in enumerate(names):
-        steps, values = zip(*run.metrics[name], strict=True)
-        axes.plot(steps, values, color=_shade(number, len(names)), marker="." if len(steps) < 60 else "", label=name)
-    axes.set_xlabel("global step")
-    axes.legend(fontsize=8, frameon=False)
-    axes.grid(alpha=0.3)
-    return figure
-
-
 def _figure(width: float, height: float, columns: int = 1, sharey: bool = False) -> "tuple[Figure, Any]":
     from matplotlib.figure import Figure
 
