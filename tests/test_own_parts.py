@@ -95,6 +95,32 @@ def test_a_relaxer_that_moves_the_free_states_in_place_is_refused(energy, nudge)
             made.gradients(closure)
 
 
+class Together(ebm.FixedPoint):
+    """Is given all phases at once, and gives them back as it likes."""
+
+    decides_together = True
+    keeps = slice(None)
+
+    def relax_all(self, landscape, start, strengths):
+        return [self.relax(landscape, start, strength) for strength in strengths][self.keeps]
+
+
+class LeavesOneOut(Together):
+    keeps = slice(1)
+
+
+def test_a_relaxer_that_is_given_all_phases_at_once_is_right_and_has_to_give_all_back():
+    parts = {"energy": ebm.Hopfield(0.3), "nudge": ebm.Centered(0.1)}
+    alone, closure = learner(**parts, relaxer=ebm.FixedPoint(50, tol=1e-8))
+    expected = alone.gradients(closure)
+    together, closure = learner(**parts, relaxer=Together(50, tol=1e-8))
+    for name, slope in together.gradients(closure).items():
+        assert torch.equal(slope, expected[name]), name
+    wrong, closure = learner(**parts, relaxer=LeavesOneOut(50, tol=1e-8))
+    with pytest.raises(ebm.ConfigurationError, match=r"LeavesOneOut\.relax_all .*a list of 2, one for each strength"):
+        wrong.gradients(closure)
+
+
 def test_a_relaxer_that_moves_copies_in_place_is_right():
     class Copying(Plain):
         def relax(self, landscape, start, strength):
