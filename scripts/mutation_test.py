@@ -33,6 +33,41 @@ class Mutation(NamedTuple):
 
 MUTATIONS = [
     Mutation(
+        "what there is none of counts samples",
+        "program/batch_size.py",
+        "found = [size for size in first + seconds if size] or [1]",
+        "found = first + seconds or [1]",
+        "samples",
+    ),
+    Mutation(
+        "hooks are told that nothing came",
+        "program/user_hooks.py",
+        "if not tensors_in(args):",
+        "if False:",
+        "user_hooks",
+    ),
+    Mutation(
+        "an update makes a number of another kind of the loss",
+        "step/step.py",
+        "surrogate.reshape(own.shape).to(own.dtype)",
+        "surrogate.reshape(own.shape)",
+        "kinds_of_numbers",
+    ),
+    Mutation(
+        "any zero has nothing to learn from",
+        "program/layers.py",
+        "(zero and not record.marks)",
+        "not record.marks",
+        "other_passes",
+    ),
+    Mutation(
+        "a relaxer of one's own may leave phases out",
+        "step/handed_over.py",
+        "if not isinstance(found, Sequence) or len(found) != len(strengths):",
+        "if not isinstance(found, Sequence):",
+        "own_parts",
+    ),
+    Mutation(
         "the energy loses its half",
         "energies/base.py",
         "return 0.5 * precision_of(self, layer)",
