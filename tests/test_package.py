@@ -3,12 +3,15 @@
 import ast
 import doctest
 import importlib
+import itertools
 import pkgutil
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import conftest
 import pytest
 
 import lightning_ebm as ebm
@@ -191,3 +194,31 @@ def test_import_works_where_wandb_is_broken_and_does_not_load_it(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "pc-nudge" in done.stdout
+
+
+class Variant:
+    """What pytest hands over for one variant of a test, as far as crossings look at it."""
+
+    originalname = "test_many"
+    parent = SimpleNamespace(nodeid="tests/test_many.py")
+
+    def __init__(self, params, crossed):
+        self.callspec, self.crossed, self.slow = SimpleNamespace(params=params), crossed, False
+
+    def get_closest_marker(self, name):
+        return SimpleNamespace(args=(self.crossed,))
+
+    def add_marker(self, marker):
+        self.slow = True
+
+
+@pytest.mark.parametrize(("sizes", "crossed"), [((3, 3, 3), 3), ((61, 5), 3), ((84, 2), 2), ((2, 10, 3), 4)])
+def test_crossings_leave_one_variant_in_n_and_each_value_to_the_quick_lane(sizes, crossed):
+    """A count of all variants in place of each parameter's own left all of 27 in, or one value of a parameter alone."""
+    values = [[object() for _ in range(size)] for size in sizes]
+    variants = [Variant(dict(enumerate(chosen)), crossed) for chosen in itertools.product(*values)]
+    conftest.pytest_collection_modifyitems(variants)
+    left = [variant.callspec.params for variant in variants if not variant.slow]
+    assert abs(len(left) - len(variants) / crossed) <= len(variants) / max(sizes)
+    for k, own in enumerate(values):
+        assert {id(params[k]) for params in left} == set(map(id, own))
