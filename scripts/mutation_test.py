@@ -357,7 +357,7 @@ MUTATIONS = [
         "torch stays patched",
         "program/seams.py",
         "setattr(owner, name, plain)",
-        "pass",
+        "None",
         "recorder",
     ),
     Mutation(

@@ -23,3 +23,10 @@ def test_every_sabotage_is_one_and_names_tests_that_exist() -> None:
         assert m.text != m.sabotage
         files = [ROOT / "tests" / f"test_{name}.py" for name in m.tests.split()]
         assert all(file.exists() for file in files), (m.what, files)
+
+
+def test_every_sabotage_is_code() -> None:
+    """What does not compile is noticed by anything at all, and ends the run that the others are in."""
+    for m in mutation_test.MUTATIONS:
+        text = (ROOT / mutation_test.PACKAGE / m.file).read_text()
+        compile(text.replace(m.text, m.sabotage), m.file, "exec")
