@@ -422,7 +422,8 @@ def test_the_layers_are_those_of_the_modules_that_are_called_now() -> None:
     assert named == [{"Tanh"}] * LATE + [{"OwnTanh"}] * LATE
 
 
-def test_a_leaf_that_the_step_makes_late_is_given_its_gradient() -> None:
+@pytest.mark.parametrize("of", [lambda h, x: x * 0.1, lambda h, x: (h > 0).double()], ids=["batch", "layer"])
+def test_a_leaf_that_the_step_makes_late_is_given_its_gradient(of: Callable[[Tensor, Tensor], Tensor]) -> None:
     """By the same operations as before."""
     net = Net()
     learner = ebm.Learner(net, "zero-divergence")
@@ -430,7 +431,7 @@ def test_a_leaf_that_the_step_makes_late_is_given_its_gradient() -> None:
         made: list[Tensor] = []
 
         def change(net: Net, h: Tensor, x: Tensor, index: int, made: list[Tensor] = made) -> Tensor:
-            made.append((x * 0.1).requires_grad_(index >= LATE))
+            made.append(of(h, x).requires_grad_(index >= LATE))
             return h + made[-1]
 
         learner.backward(lambda index=index, change=change: step(net, change, index))

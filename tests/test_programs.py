@@ -581,7 +581,9 @@ def test_hooks_that_come_between_known_programs_are_part_of_a_program(capture):
             with Doubling():
                 return above(net[:2](x))
         h = net[:2](x)
-        if kind == "hooked":
+        if kind == "hooked and logged":
+            h.sum()  # which is no part of the program
+        if kind.startswith("hooked"):
             h.register_hook(lambda gradient: 3 * gradient)
         return above(h) + (h.square().mean() if kind == "another" else 0)
 
@@ -596,6 +598,8 @@ def test_hooks_that_come_between_known_programs_are_part_of_a_program(capture):
         "another",
         "saved otherwise",
         *often,
+        "hooked and logged",
+        "plain",
         "hooked",
     ]:
         if kind == "saved otherwise":  # no record could repeat that
