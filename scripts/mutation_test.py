@@ -1408,7 +1408,7 @@ MUTATIONS = [
         "program/own_slopes.py",
         "return bool(abs(seen - told) <= _FAR * max(abs(seen), abs(told)))",
         "return True",
-        "other_passes",
+        "own_slopes",
     ),
     Mutation(
         "memory that others write to is read once",
