@@ -1487,13 +1487,6 @@ MUTATIONS = [
         "return True",
         "other_gradients",
     ),
-    Mutation(
-        "reading grad_fn is laid at the user's door",
-        "program/contents.py",
-        "        with self._pausing():  # it is not the user who reads `grad_fn`",
-        "        if True:",
-        "unseen_memory",
-    ),
 ]
 
 

@@ -191,12 +191,14 @@ def test_writes_of_others_to_what_the_step_computes_are_refused_by_that_name(wri
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
-def test_a_refusal_does_not_lay_grad_fn_at_the_users_door() -> None:
+@pytest.mark.parametrize("of", [torch.ones_like, lambda h: (h > -9).double()], ids=["constants", "a layer"])
+def test_a_refusal_does_not_lay_grad_fn_at_the_users_door(of) -> None:
     """The write begins in C++; autograd had saved what was there before, and has another gradient than the step."""
     net, (x, y) = mlp().double(), batch(0)
 
     def closure() -> Tensor:
-        h, weights = net[:2](x), torch.ones(8, dtype=torch.float64)
+        h = net[:2](x)
+        weights = of(h)
         first = F.cross_entropy(net[2:](h * weights), y)
         weights.storage()[0] = 3.0
         return first + F.cross_entropy(net[2:](h * weights), y)

@@ -235,13 +235,12 @@ class Contents:
 
     def unseen_by_autograd(self, written: Sequence[Tensor]) -> bool:
         """Whether a detached alias is written to: the graph of what shares its memory stays as it is."""
-        with self._pausing():  # it is not the user who reads `grad_fn`
-            return any(
-                not tensor.requires_grad
-                and tensor.grad_fn is None
-                and any(alias.requires_grad for alias in self._aliasing.others(tensor))
-                for tensor in written
-            )
+        return any(
+            not tensor.requires_grad
+            and tensor.grad_fn is None
+            and any(alias.requires_grad for alias in self._aliasing.others(tensor))
+            for tensor in written
+        )
 
     def constant(self, tensor: Tensor) -> Value:
         """What was drawn has no slope, whatever autograd makes of it later."""
