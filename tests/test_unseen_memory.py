@@ -208,6 +208,27 @@ def test_a_refusal_does_not_lay_grad_fn_at_the_users_door(of) -> None:
     assert "grad_fn" not in str(error.value)
 
 
+@pytest.mark.parametrize("hand_out", [lambda t: t.numpy(), np.from_dlpack], ids=["numpy", "dlpack"])
+@pytest.mark.parametrize("capture", [True, False])
+def test_a_buffer_whose_memory_was_handed_out_is_read_at_every_use(capture: bool, hand_out) -> None:
+    """Before it was read at all; and sums keep nothing of it that autograd would look at later."""
+    net, (x, y) = mlp().double(), batch(0)
+    shift = torch.zeros(8, dtype=torch.float64)
+
+    def closure() -> Tensor:
+        shift.zero_()
+        seen, h = hand_out(shift), net[:2](x)
+        first = F.cross_entropy(net[2:](h + shift), y)
+        seen[:] = 0.5
+        return first + F.cross_entropy(net[2:](h + shift), y)
+
+    true = torch.autograd.grad(closure(), list(net.parameters()))
+    learner = ebm.Learner(net, "zero-divergence", capture=capture)
+    for _ in range(3):
+        for (name, found), wanted in zip(learner.gradients(closure).items(), true, strict=True):
+            assert torch.allclose(found, wanted, rtol=0, atol=1e-12), name
+
+
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_tensors_are_refused_by_name(layout: torch.layout) -> None:
     net = mlp().double()
