@@ -199,8 +199,8 @@ def _rows_of_wandb(directory: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigurationError(
-            f"wandb {version('wandb')} cannot read {directory}; 0.31 reads what it and older ones have written: pip"
-            f" install 'wandb>=0.31'. It said: {done.stderr.strip()}"
+            f"wandb {version('wandb')} cannot read {directory}. It takes 0.31 or newer, whatever wrote the run (pip"
+            f" install 'wandb>=0.31'), and a run that is whole. It said: {done.stderr.strip()}"
         )
     for line in done.stdout.splitlines():
         record = json.loads(line) if line.strip() else {}
