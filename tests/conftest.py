@@ -35,9 +35,10 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What is imported by now stays, and need not be looked through for garbage again and again."""
+    """What is imported by now stays, and need not be looked through for garbage again and again; the rest, rarely."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)
