@@ -123,6 +123,26 @@ def test_kinds_of_numbers_stay_those_of_the_step() -> None:
     assert seen == [torch.float32] * 10
 
 
+def test_beside_a_loss_of_half_precision_a_number_keeps_its_digits() -> None:
+    """70000 is infinite in float16, and 0.3 is 0.30078125 in bfloat16; torch multiplies by the numbers themselves."""
+    x, y = torch.randn(8, 4), torch.randn(8, 3)
+    for dtype, weight in ((torch.float16, 7e4), (torch.bfloat16, 0.3)):
+        found = []
+        for capture in (None, True, False):
+            net = Net(dtype)
+            learner = None if capture is None else ebm.Learner(net, "zero-divergence", capture=capture)
+            losses = []
+
+            def closure(net: Net = net, dtype: torch.dtype = dtype, weight: float = weight) -> Tensor:
+                off = F.mse_loss(net.c(net.hidden(x.to(dtype))), y.to(dtype)) * 0.01
+                return off * (weight * (1 + 0.01 * net.step))
+
+            for net.step in range(5):
+                losses.append(float(closure() if learner is None else learner.backward(closure)))
+            found.append(losses)
+        assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.parametrize("capture", [True, False])
 def test_a_truth_value_or_another_kind_of_number_is_another_program(capture: bool) -> None:
     """1, 1.0 and True are equal to Python, and not to torch: what they make of whole numbers differs."""

@@ -78,6 +78,57 @@ def test_what_ended_the_run_is_what_is_said(hook, tmp_path):
         trainer.fit(module)
 
 
+class LogsInPlaces(Template):
+    """Before and between backward calls, and the gradient of a hidden layer after them."""
+
+    def __init__(self, by_hand):
+        super().__init__(dropout=0.0)
+        self.automatic_optimization = not by_hand
+        self.seen = []
+
+    def training_step(self, batch, index):
+        x, y = batch
+        self.hidden = self.net[0](x)
+        self.hidden.retain_grad()
+        loss = torch.nn.functional.cross_entropy(self.net[1:](self.hidden), y)
+        self.log("first", loss, on_step=True, on_epoch=True)
+        if self.automatic_optimization:
+            return loss
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        self.log("second", 2 * loss, on_step=True, on_epoch=True)
+        optimizer.step()
+        return None
+
+    def on_after_backward(self):
+        self.seen.append(float(self.hidden.grad.abs().sum()))
+
+    def configure_optimizers(self):
+        if self.automatic_optimization:
+            return torch.optim.LBFGS(self.parameters(), lr=0.3, max_iter=3)
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_what_a_step_logs_and_retains_is_what_it_is_with_nobody_looking_on(by_hand, tmp_path):
+    found = []
+    for strategy, callbacks in (("auto", []), (None, []), (None, observers())):
+        L.seed_everything(0, verbose=False)
+        module = LogsInPlaces(by_hand)
+        trainer = L.Trainer(
+            strategy=strategy or ebm.EBMStrategy("zero-divergence"), max_epochs=2, accelerator="cpu", devices=1,
+            logger=False, callbacks=callbacks, enable_model_summary=False, enable_progress_bar=False,
+            enable_checkpointing=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(module)
+        names = [name for name in trainer.callback_metrics if name.startswith(("first", "second"))]
+        found.append(module.seen + [float(trainer.callback_metrics[name]) for name in sorted(names)])
+        assert not callbacks or "alignment/cosine" in trainer.progress_bar_metrics
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[2] == found[1]
+
+
 def test_two_devices_are_refused_also_where_observers_look_on():
     trainer = L.Trainer(strategy="ebm", accelerator="cpu", devices=2, callbacks=observers(), logger=False)
     with pytest.raises(ebm.ConfigurationError, match="trains on one device"):

@@ -577,6 +577,68 @@ def test_weights_of_the_network_may_not(make):
         fit(make, ebm.EBMStrategy(EXACT))
 
 
+class ByItself(ByHand):
+    """The optimizer without Lightning around it, which sees none of its steps."""
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        parameters = list(self.net.parameters())
+        slopes = torch.autograd.grad(self.loss(batch), parameters)
+        for parameter, slope in zip(parameters, slopes, strict=True):
+            parameter.grad = slope
+        optimizer.step()
+
+
+def test_so_it_is_where_the_trainer_does_not_see_the_step():
+    test_weights_of_the_network_may_not(ByItself)
+
+
+class RelaxedByItself(Manual):
+    def training_step(self, batch, index):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+def test_an_optimizer_without_lightning_around_it_may_step_on_what_a_relaxation_has_given():
+    assert farthest(fit(RelaxedByItself), fit(RelaxedByItself, ebm.EBMStrategy(EXACT))) < 1e-12
+
+
+class WithoutOptimizer(Manual):
+    """Gradient descent written out."""
+
+    relaxes = False
+
+    def configure_optimizers(self):
+        return None
+
+    def training_step(self, batch, index):
+        parameters = list(self.net.parameters())
+        loss = self.loss(batch)
+        if self.relaxes:
+            self.manual_backward(loss)
+            slopes = [p.grad for p in parameters]
+        else:
+            slopes = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            for parameter, slope in zip(parameters, slopes, strict=True):
+                parameter -= 0.1 * slope
+                parameter.grad = None
+
+
+class RelaxedWithoutOptimizer(WithoutOptimizer):
+    relaxes = True
+
+
+@pytest.mark.parametrize("make", [WithoutOptimizer, RelaxedWithoutOptimizer])
+def test_it_is_said_once_where_weights_move_and_nothing_relaxes(make, caplog):
+    assert farthest(fit(make), fit(make, ebm.EBMStrategy(EXACT))) < 1e-12
+    told = [r.getMessage() for r in caplog.records if "nothing has relaxed in this run" in r.getMessage()]
+    assert len(told) == (not make.relaxes)
+    assert all("net.0.bias, net.0.weight" in text for text in told)
+
+
 class Twice(Manual):
     """Steps twice on the gradient of a relaxation."""
 

@@ -87,6 +87,21 @@ class Rectified(torch.autograd.Function):
         return gradient * (ctx.saved_tensors[0] > 0)
 
 
+class WithMore(torch.autograd.Function):
+    """Gives what else it has found, of which its backward code knows no slope, as kernels of attention do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x)
+        return x.sin(), 3 * x.square().sum(1)
+
+    @staticmethod
+    def backward(ctx, gradient, of_more):
+        assert of_more is None, "nothing was computed from it"
+        return gradient * ctx.saved_tensors[0].cos()
+
+
 def hooked(change):
     def through(h):
         h = h * 1.0
@@ -188,6 +203,7 @@ BETWEEN = {
     "written under no_grad": (squeezed, "a write under torch.no_grad()"),
     "looked at by a hook": (hooked(lambda gradient: None), None),
     "its own slope": (lambda h: Sine.apply(h), None),
+    "its own slope, and more that nothing reads": (lambda h: WithMore.apply(h)[0], None),
     "its own slope, with a kink": (lambda h: Rectified.apply(h), None),
     "of weights alone": (lambda h: h @ Rounded.apply(torch.eye(6, dtype=h.dtype, requires_grad=True)), None),
 }

@@ -169,7 +169,8 @@ class GradientAlignment(Callback):
         for metric in (*self._totals, *self._steps):
             if not set(names) <= set(metric.names):  # parameters that were made, or renamed, in mid-run
                 metric.expect(names)
-        update = named_gradients(pl_module, loss, retain_graph=True)
+        with strategy_of(trainer).unseen():
+            update = named_gradients(pl_module, loss, retain_graph=True)
         values: dict[str, float] = {}
         for index, reference in enumerate(self._references):
             pair: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] = {}, {}

@@ -6,8 +6,8 @@ log, see `harmless`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -44,13 +44,29 @@ def log_scalars(
 
     Not by `module.log`: it goes through every key it has ever seen at every later step, and there are five a parameter.
     """
-    for key in in_progress_bar:
-        module.log(key, values[key], prog_bar=True, logger=False, on_step=True, on_epoch=False)
+    with _within_the_hook(trainer, module):
+        for key in in_progress_bar:
+            module.log(key, values[key], prog_bar=True, logger=False, on_step=True, on_epoch=False)
     known = {key: value for key, value in values.items() if not math.isnan(value)}
     trainer.callback_metrics.update({key: torch.tensor(value, dtype=torch.float32) for key, value in known.items()})
     for logger in trainer.loggers:
         with observing(trainer, f"Logging metrics to {type(logger).__name__}"):
             logger.log_metrics(_named_for(logger, known), step=trainer.global_step)
+
+
+@contextmanager
+def _within_the_hook(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Within it `log` is to Lightning no call by another hook, which at the first batch is the beginning of an epoch.
+
+    What a training step has logged before a `manual_backward`, or when an optimizer called it before, would not count
+    in the epoch's mean.
+    """
+    connector = trainer._logger_connector
+    before, connector._current_fx = connector._current_fx, module._current_fx_name
+    try:
+        yield
+    finally:
+        connector._current_fx = before
 
 
 def _named_for(logger: Logger, values: Mapping[str, float]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lightning_ebm.program.record import Node, Record, Value
+from lightning_ebm.program.record import Node, Record, Value, eps_of
 
 _aten = torch.ops.aten
 _TAKEN_AS_TENSORS = frozenset({_aten.mul.Tensor, _aten.div.Tensor, _aten.add.Tensor, _aten.sub.Tensor})
@@ -43,7 +43,15 @@ def may_differ(node: Node, position: int, old: Any, new: Any) -> bool:
     if type(old) is Value:
         return old.number is type(new)
     first = node.args[0]
-    return type(old) is type(new) and type(first) is Value and first.is_continuous
+    return type(old) is type(new) and type(first) is Value and first.is_continuous and _holds_numbers(first)
+
+
+def _holds_numbers(first: Value) -> bool:
+    """Whether a tensor in place of a number beside this one holds as much of it as torch computes with.
+
+    Beside one without dimensions it is of the same kind, and torch computes with numbers in float32 at least.
+    """
+    return bool(first.shape) or eps_of(first.meta[2]) <= eps_of(torch.float32)
 
 
 def as_input(site: Site, record: Record) -> Value:

@@ -51,9 +51,10 @@ def function_without_slope(program: Program) -> str | None:
     own = [node for node in program.order if _may_differ(node.func) and any(v in moving for v in node.values())]
     if not own:
         return None
-    held = Held(program.record)
-    for node in ordered(program.record, [program.loss]):
-        if node in own and not _has_slope(node, held, program, moving):
+    held, order = Held(program.record), ordered(program.record, [program.loss])
+    read = {program.loss, *(value for node in order for value in node.values())}
+    for node in order:
+        if node in own and not _has_slope(node, held, program, moving, read):
             return _in_words(node.func)
         held.run(node)
     return None
@@ -73,7 +74,7 @@ def _in_words(func: Any) -> str:
     return f"the operation {func}" if is_operator(func) else f"the function {named(func).name.rpartition('.')[2]}"
 
 
-def _has_slope(node: Node, held: Held, program: Program, moving: set[Value]) -> bool:
+def _has_slope(node: Node, held: Held, program: Program, moving: set[Value], read: set[Value]) -> bool:
     generator = torch.Generator().manual_seed(0)
     # Parameters stay what they are: backward code may look for the slopes of those that it has been handed.
     leaves = program.record.leaves
@@ -86,8 +87,8 @@ def _has_slope(node: Node, held: Held, program: Program, moving: set[Value]) -> 
     def results(at: dict[Value, Tensor]) -> list[Tensor]:
         run = Held(program.record, {**given, **at})
         run.run(node)
-        kept = [value for value in node.results if value is not None and value.is_continuous and not value.is_complex]
-        return [run[value] for value in kept]
+        kept = [value for value in node.results if value in read]  # of others backward code may know no slope
+        return [run[value] for value in kept if value is not None and value.is_continuous and not value.is_complex]
 
     with torch.enable_grad():
         start = {value: given[value].detach().clone().requires_grad_() for value in moved}

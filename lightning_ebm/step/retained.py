@@ -42,6 +42,16 @@ class Retained:
         for tensor, before in zip(self._tensors, self._before, strict=True):
             tensor.grad = before
 
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Within it gradients are taken that are not to be there afterwards."""
+        before = [tensor.grad for tensor in self._tensors]
+        try:
+            yield
+        finally:
+            for tensor, gradient in zip(self._tensors, before, strict=True):
+                tensor.grad = gradient
+
     def give(self, factor: Tensor) -> None:
         """Adds them, times a factor, to what is there."""
         for tensor, found in zip(self._tensors, self._found, strict=True):

@@ -5,7 +5,7 @@ share one order of events.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -77,6 +77,7 @@ class Step:
         self._pass = UserPass(setup.module, recorder, batch)
         self._arithmetic = Arithmetic(setup.algorithm.rule.second_derivatives)
         self._raw_loss: Tensor | None = None
+        self._retained: Retained | None = None
         self.ran = False
         """Whether the user's own pass is over; else what failed was the free phase before it."""
         self._phases: Phases | None = None
@@ -252,7 +253,7 @@ class Step:
         raw, contents = loss if self._raw_loss is None else self._raw_loss, self._pass.recorder.contents
         contents.losses.append(contents.value(raw))
         self._pass.recorder.record.share = scale
-        retained = Retained(loss, contents.retained)
+        self._retained = retained = Retained(loss, contents.retained)
         with retained.told(self._pass.recorder.record.heard):
             self._find(raw)
         retained.restore()
@@ -290,6 +291,10 @@ class Step:
         if recorded.program.overwritten():
             raise UnsupportedModuleError("The gradient of this step is no function's." + OVERWRITTEN)
         network.read_again(recorded.program, recorded.binding)
+
+    def unseen(self) -> AbstractContextManager[None]:
+        """Within it gradients are taken that nobody is to see in what `retain_grad` was called on."""
+        return nullcontext() if self._retained is None else self._retained.unseen()
 
     def undo(self) -> None:
         """Puts back what the user's own pass wrote to (running statistics), as this step is refused."""
@@ -384,7 +389,7 @@ class Step:
 
     def release(self) -> None:
         """Frees the graphs and the states; `true_gradients` still works."""
-        self._phases = self._raw_loss = None
+        self._phases = self._raw_loss = self._retained = None
         self._pass.release()
         self.held = ()
 

@@ -170,8 +170,13 @@ class EnergyStrategy(ObservedStrategy):
             if not self._relaxes and not module.automatic_optimization:
                 return training_step(*args, **kwargs)
             if not module.automatic_optimization:
-                with self._manual.running(self._plain_backward) as recorder, self.learner.recording(recorder):
-                    return training_step(*args, **kwargs)
+                with (
+                    self._manual.running(self._plain_backward, self._stepped) as recorder,
+                    self.learner.recording(recorder),
+                ):
+                    output = training_step(*args, **kwargs)
+                    self._manual.tell_if_none(module)
+                return output
             step = self._begun()
             with ExitStack() as stack:
                 try:
@@ -315,6 +320,11 @@ class EnergyStrategy(ObservedStrategy):
             self._given()
             step.release()
         return True
+
+    def _stepped(self, optimizer: Optimizer) -> None:
+        """An optimizer has stepped within a manual training step; others than the Trainer's may do as they like."""
+        if any(optimizer is one for one in self.optimizers):
+            self._manual.check_step(self._module, optimizer)
 
     def _handed(self, surrogate: Tensor, loss: Tensor) -> Tensor:
         """What is differentiated for the gradient of a surrogate, which stands for the loss."""

@@ -2,13 +2,14 @@
 
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.program.autograd_graph import graph_of
@@ -57,20 +58,28 @@ class ManualOptimization:
         """
         self._stepped_on: dict[int, dict[int, tuple[weakref.ref[Tensor], int]]] = {}
         """By optimizer and parameter, the gradient that it stepped on last, and how often that had been written to."""
-        self._told = False
+        self._told = self._told_of_none = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is known of tensors that are there now."""
         return {**self.__dict__, "_stepped_on": {}}
 
     @contextmanager
-    def running(self, on_backward: TakesCare) -> Iterator[Recorder]:
-        """Within it a training step runs; `on_backward` is told of `backward` calls on losses."""
+    def running(self, on_backward: TakesCare, on_step: Callable[..., None]) -> Iterator[Recorder]:
+        """Within it a training step runs.
+
+        Args:
+            on_backward: told of `backward` calls on losses.
+            on_step: told of every optimizer that has taken a step, whoever asked it to: the Trainer sees only those
+                that go through `LightningOptimizer`.
+        """
         self.recorder = Recorder()
+        told = register_optimizer_step_post_hook(lambda optimizer, args, kwargs: on_step(optimizer))
         try:
             self.recorder.on_backward = on_backward
             yield self.recorder
         finally:
+            told.remove()
             self.recorder.contents.release()
             self.recorder = None
 
@@ -116,6 +125,23 @@ class ManualOptimization:
                 type(module).__name__,
             )
 
+    def tell_if_none(self, module: LightningModule) -> None:
+        """Says once that weights have moved, and no relaxation has given any gradient so far."""
+        if self._relaxed or self._told_of_none or self.recorder is None:
+            return
+        names, record = _names(module), self.recorder.record
+        read = [(names[id(leaf)], value, leaf) for value, leaf in record.leaves.items() if id(leaf) in names]
+        moved = [name for name, value, leaf in read if record.inputs.get(value) is not leaf]  # a copy of before, then
+        if moved:
+            self._told_of_none = True
+            log.warning(
+                "%s.training_step has computed with %s and then written to it, and nothing has relaxed in this run so"
+                " far: if that was a step along gradients of torch.autograd.grad, the module learns by plain"
+                " backpropagation. Call self.manual_backward(loss), and step on what it leaves in .grad. (Said once.)",
+                type(module).__name__,
+                ", ".join(sorted(moved)),
+            )
+
     def gives(self, module: LightningModule, surrogate: Tensor) -> None:
         """Notes the parameters that get their gradients from a relaxation."""
         names = _names(module)
@@ -150,7 +176,7 @@ class ManualOptimization:
 
     def _weights(self, module: LightningModule, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Those that flow through the network, or may: matrices that the step has not read itself."""
-        if self.recorder is None:
+        if self.recorder is None or not parameters:
             return list(parameters)
         record = self.recorder.settled()
         read = {id(leaf) for leaf in record.leaves.values()}

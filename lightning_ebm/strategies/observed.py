@@ -1,7 +1,7 @@
 """What callbacks see of the last training step: true gradients, its regime, the curvatures it rests in."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -59,6 +59,10 @@ class ObservedStrategy(EvaluatingStrategy):
             yield
         finally:
             self._looks = before
+
+    def unseen(self) -> AbstractContextManager[None]:
+        """Within it gradients of the last step are taken to look at: what `retain_grad` was called on shows none."""
+        return nullcontext() if self._step is None else self._step.unseen()
 
     def curvature(self, steps: int = 32) -> Curvature:
         """Whether the states of the last step rest in a minimum, see `lightning_ebm.instruments.curvature`.
