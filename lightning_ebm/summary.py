@@ -122,14 +122,17 @@ class Summary:
 _HEADER = ("layer", "state", "activation", "parents", "parameters in its drive", "modules between")
 
 
-def summary(module: nn.Module, *example_inputs: Any, layers: Layers = None, output: Output = "auto") -> Summary:
+def summary(
+    module: nn.Module, *example_inputs: Any, layers: Layers = None, output: Output = "auto", **named_inputs: Any
+) -> Summary:
     """Finds the layers of a module by running it once on example inputs, without side effects.
 
     Args:
-        module: any module; called as ``module(*example_inputs)``.
+        module: any module; called as ``module(*example_inputs, **named_inputs)``.
         example_inputs: one batch of them.
         layers: as in `Learner`.
         output: as in `Learner`.
+        named_inputs: those that it takes by name, as `ebm.summary(net, **batch)` for networks of transformers.
 
     Raises:
         LayerDiscoveryError: nothing could carry a state.
@@ -137,9 +140,9 @@ def summary(module: nn.Module, *example_inputs: Any, layers: Layers = None, outp
     """
 
     def pretended_loss() -> Tensor:
-        _check_inputs(module, example_inputs)
+        _check_inputs(module, example_inputs, named_inputs)
         try:
-            outputs = tensors_in(module(*example_inputs))
+            outputs = tensors_in(module(*example_inputs, **named_inputs))
         except NotImplementedError as error:
             raise ConfigurationError(
                 f"{type(module).__name__} has no forward to run. Summarize the network it holds, such as"
@@ -159,16 +162,16 @@ def summary(module: nn.Module, *example_inputs: Any, layers: Layers = None, outp
     return of_plan(module, learner.begin(pretended_loss).examine())
 
 
-def _check_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _check_inputs(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
     try:
-        inspect.signature(module.forward).bind(*inputs)
+        inspect.signature(module.forward).bind(*inputs, **named)
     except ValueError:  # of a scripted one, which has none
         return
     except TypeError as error:
         raise ConfigurationError(
             f"ebm.summary(module, *inputs) calls module(*inputs), and {type(module).__name__}.forward does not take the"
-            f" {len(inputs)} that were given: {error}. Give one batch as the module takes it, such as"
-            " ebm.summary(net, x)."
+            f" {len(inputs) + len(named)} that were given: {error}. Give one batch as the module takes it, such as"
+            " ebm.summary(net, x) or ebm.summary(net, **batch)."
         ) from error
 
 

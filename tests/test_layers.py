@@ -406,6 +406,46 @@ def test_what_goes_around_the_states_is_said(caplog):
     both(net)
 
 
+def test_a_second_loss_around_states_at_blocks_is_not_told_to_take_blocks(caplog):
+    """As a router's loss of balance: the blocks have the states, and it reads what lies within them."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(6, 2), nn.Linear(6, 24), nn.Linear(24, 6)
+
+        def forward(self, x):
+            self.balance = (weights := self.gate(x).softmax(-1)).var()
+            return x + self.down(torch.relu(self.up(x))) * weights[:, :1]
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 6), Block(), Block(), Block(), nn.Linear(6, 2)).double()
+    closure = lambda: net(X).square().mean() + sum(net[i].balance for i in (1, 2, 3))  # noqa: E731
+    learner = ebm.Learner(net, layers=Block)
+    learner.gradients(closure)
+    assert "weighted modules of Sequential reach the loss around" in caplog.text
+    assert "whole modules already" in caplog.text
+    assert "layers=BlockType" not in caplog.text
+    caplog.clear()
+    ebm.Learner(net, layers=nn.Linear).gradients(closure)  # the remedy
+    assert "reach the loss around" not in caplog.text
+
+
+def test_the_table_takes_inputs_by_name():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.act, self.b = nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)
+
+        def forward(self, values, mask=None):
+            return self.b(self.act(self.a(values))) * (1 if mask is None else mask)
+
+    batch = {"values": torch.randn(3, 6), "mask": torch.ones(3, 1)}
+    assert str(ebm.summary(Named(), **batch)) == str(ebm.summary(Named(), *batch.values()))
+    with pytest.raises(ebm.ConfigurationError, match="unexpected keyword argument 'layer'"):
+        ebm.summary(Named(), batch["values"], layer=["act"])
+
+
 class Functions(nn.Module):
     """Weights in a list, which functions use, and one module that takes a state."""
 

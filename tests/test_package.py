@@ -77,7 +77,7 @@ ORDER = [
     {"following", "meanwhile", "picked"},
     {"recorder"},
     {"calls", "interpreter", "seen_grad", "tracer"},
-    {"autograd_graph", "candidates", "locality"},
+    {"acting", "autograd_graph", "candidates", "locality"},
     {"comparison", "wiring"},
     {"exact_rule", "missing_layers", "nonlocal_weights"},
     {"rounding"},

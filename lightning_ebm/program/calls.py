@@ -114,6 +114,11 @@ class Calls:
         known = self._contents.known(leaf)
         return is_continuous(leaf.dtype if known is None else known.meta[2])
 
+    def _keeps_shape(self, drive: Value | None, output: Any) -> bool:
+        """Whether a call returned another tensor of the shape of the one that it was called with."""
+        known = self._contents.known(output) if isinstance(output, Tensor) else None
+        return drive is not None and known is not None and known is not drive and known.shape == drive.shape
+
     # Hooks
 
     def _note_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -136,7 +141,7 @@ class Calls:
         if number is None:
             return output
         drive = self._drives.pop(module, None)
-        if not self._marks_now():
+        if not self._marks_now() or (module in self._watch.suspects and not self._keeps_shape(drive, output)):
             return output
         if args and (size := declared_size(args[0], self._watch.batch_first.get(module))) is not None:
             self._recorder.record.declared.add(size)

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from lightning_ebm.errors import LayerDiscoveryError
+from lightning_ebm.program.acting import Acting, acting_in, may_act
 from lightning_ebm.program.candidates import (
     ACTIVATIONS,
     MAXIMUM_POOLING,
@@ -38,6 +39,10 @@ Output = Literal["auto", "readout", "state"]
 _USUAL = ("activations", "blocks", "inner blocks")
 _ENOUGH = 0.4
 """Of m, see `LayerFinder`: an update goes through two and a half weights, as in the blocks of a Transformer at most."""
+_AS_MUCH = 0.02
+"""Of m: a difference that a read-out of another width makes."""
+_TOO_MANY = 0.5
+"""Of the weights with l(w) = 0."""
 
 
 class _Option(NamedTuple):
@@ -66,8 +71,10 @@ class _Option(NamedTuple):
 
 
 def _most_local(options: Sequence[_Option]) -> _Option | None:
-    """The one whose updates are the most local; of equal ones that with the fewest states, then the first."""
-    return max(options, key=lambda option: (round(option.locality.mean, 6), -len(option.cut)), default=None)
+    """The one whose updates are the most local; of nearly equal ones that with the fewest states, then more so."""
+    least = max((option.locality.mean for option in options), default=0.0) - _AS_MUCH
+    near = [option for option in options if option.locality.mean >= least]
+    return max(near, key=lambda option: (-len(option.cut), round(option.locality.mean, 6)), default=None)
 
 
 def check_layers(layers: Any) -> None:
@@ -94,11 +101,13 @@ class LayerFinder:
     stream does that passes by the activations within its blocks; *through itself* if it reaches another use of w
     without a state between, as recurrent weights do through time: so that the length of a sequence decides nothing.
 
-    Of activations, blocks (the outermost repeated modules), and inner blocks (the innermost) the largest m is taken.
-    If that is below 0.4, so that a typical update goes through more than two and a half weights, any set may be: also
-    activations and blocks, activations with those weighted modules that are left behind others, and all weighted
-    modules. Ties go to fewer states. An activation that only multiplies what it was computed from, x * g(x) as in
-    squeeze-and-excite, is a gate and no layer.
+    Of activations, blocks (the outermost repeated modules), and inner blocks (the innermost) the largest m is taken, of
+    those with l(w) = 0 for less than half of the weights. If that is below 0.4, so that a typical update goes through
+    more than two and a half weights, or if there is none, any set may be: also activations and blocks, activations with
+    those weighted modules that are left behind others, and all weighted modules. Ties, to 0.02, go to fewer states. An
+    activation that only multiplies what it was computed from, x * g(x) as in squeeze-and-excite, is a gate, no layer.
+
+    Activations are modules of torch's kinds and, where `pooled`, people's own, see `acting_in`.
 
     Where `pooled`, a maximum pooling takes the place of the activation that it alone reads. At the many zeros that ReLU
     leaves, a state before it lies at a kink from the start: which of several equal units is the largest changes with
@@ -128,6 +137,7 @@ class LayerFinder:
         self._layers = layers
         self._output: Output = output
         self._like = like
+        self._acting = Acting((), ())
         self._carried: set[str] = set()
         self._latest: str | None = None
         self._told: set[str] = set() if like is None else like._told
@@ -139,6 +149,10 @@ class LayerFinder:
             return named | set(chosen_by(self._module, self._layers))
         pools = {m for m in self._module.modules() if self._pooled and isinstance(m, MAXIMUM_POOLING)}
         return named.union(pools, *found_in(self._module).values())
+
+    def suspects(self) -> set[nn.Module]:
+        """Modules that may act as activations: not for energies of drives, which know torch's own."""
+        return {m for m in modules_of(self._module)[1:] if self._pooled and may_act(m)}
 
     def find(
         self, record: Record, loss: Value, partial: bool | None = False, zero: bool = False
@@ -157,6 +171,7 @@ class LayerFinder:
             LayerDiscoveryError: no call could carry a state, or one that was asked for carries none.
         """
         products = Products(self._module, record)
+        self._acting = acting_in(record, self.suspects())
         if self._layers is not None:
             option = self._option("asked for", chosen_by(self._module, self._layers), record, loss, products)
             compared = [option]
@@ -175,7 +190,7 @@ class LayerFinder:
         plan = Wiring(self._module, record, option.cut, loss).plan()
         if self._output == "state" and not option.heads and products.after(option.cut, loss):
             refuse_output(self._module)
-        judged = [(o.what, len(o.cut), *o.locality) for o in compared if o.cut and self._layers is None]
+        judged = [(o.what, len(o.cut), *o.locality[:2]) for o in compared if o.cut and self._layers is None]
         plan = replace(plan, locality=option.locality, compared=tuple(Judged(*j) for j in judged), chosen=option.what)
         self._say("around", what_goes_around(plan, self._module))
         if self._layers is None:
@@ -226,7 +241,8 @@ class LayerFinder:
         """What states at some modules' calls come to."""
         calls = {mark for mark in record.marks if mark.module in candidates}
         if self._layers is None:
-            calls -= self_gates(record, [mark for mark in calls if isinstance(mark.module, ACTIVATIONS)])
+            calls = calls.difference(self._acting.parts)
+            calls -= self_gates(record, [mark for mark in calls if self._acts(mark.module)])
         if self._pooled:
             calls = self._behind_pooling(calls, record, loss)
         marks = [mark for mark in record.marks if mark in calls or str(mark.key) in self._also]
@@ -237,6 +253,9 @@ class LayerFinder:
         cut = [mark for mark in record.marks if mark.key in states]
         heads = bool(self._heads(wiring, products, loss))
         return _Option(what, candidates, len(calls), cut, why_not, products.locality(cut, loss), heads)
+
+    def _acts(self, module: nn.Module) -> bool:
+        return isinstance(module, ACTIVATIONS) or module in self._acting.modules
 
     def _behind_pooling(self, calls: set[Mark], record: Record, loss: Value) -> set[Mark]:
         """The calls, with a maximum pooling in the place of the activation that it alone reads."""
@@ -250,7 +269,7 @@ class LayerFinder:
         )
         for mark, row in zip(marks, plan.rows, strict=True):
             alone = mark in pools and len(row.parents) == 1 and not row.parameters and read[row.parents[0]] == 1
-            if alone and isinstance((below := marks[row.parents[0]]).module, ACTIVATIONS) and below in calls:
+            if alone and self._acts((below := marks[row.parents[0]]).module) and below in calls:
                 calls = calls - {below} | {mark}
         return calls
 
@@ -263,7 +282,9 @@ class LayerFinder:
             options.append(self._option(what, candidates, record, loss, products))
             return options[-1]
 
-        activations = found.pop("activations", {})
+        activations = found.pop("activations", {}) | {
+            m: clean(name) for name, m in self._module.named_modules() if m in self._acting.modules
+        }
         if activations:
             option = add("activations", activations)
             if option.cut and option.locality.share == 1 and self._trained() in (None, option.what):
@@ -295,7 +316,7 @@ class LayerFinder:
     def _best(self, options: list["_Option"]) -> "_Option":
         carrying = [option for option in options if option.cut]
         carrying = [option for option in carrying if option.what == self._trained()] or carrying
-        usual = [option for option in carrying if option.what in _USUAL]
+        usual = [option for option in carrying if option.what in _USUAL and option.locality.none < _TOO_MANY]
         best = _most_local(usual)
         if best is None or best.locality.mean < _ENOUGH:
             best = _most_local(carrying)

@@ -20,10 +20,12 @@ class Locality(NamedTuple):
         mean: `sum_w |w| l(w) / sum_w |w|` with `l(w) = 1 / chain(w)`, 0 where w is trained around the states or through
             itself.
         share: the share of those with `l(w) = 1`.
+        none: the share of those with `l(w) = 0`.
     """
 
     mean: float
     share: float
+    none: float = 0.0
 
 
 class Judged(NamedTuple):
@@ -91,7 +93,10 @@ class Products:
         if not total:
             return Locality(1.0, 1.0)
         mean = sum(leaf.numel() / length for leaf, length in chains.values()) / total
-        return Locality(mean, sum(leaf.numel() for leaf, length in chains.values() if length == 1) / total)
+        share, none = (
+            sum(leaf.numel() for leaf, length in chains.values() if length == which) / total for which in (1, math.inf)
+        )
+        return Locality(mean, share, none)
 
     def feeding(self) -> set[int]:
         """Identities of the leaves that flow into a product, or are its weights: all but what only scales losses."""

@@ -11,11 +11,16 @@ def what_goes_around(plan: Plan, module: nn.Module) -> str | None:
     if len(plan.around) <= 2:  # one or two are tied weights, or a single skip
         return None
     some = ", ".join(name or "itself" for name in plan.around[:3])
+    remedy = "States at whole blocks make it local: layers=BlockType or layers=[...]."
+    if all(row.activation is None for row in plan.rows):
+        remedy = (
+            "The states are at whole modules already, and a skip, or a second loss such as that of a router, passes by"
+            " them: a state at the module that returns it, layers=[...], or layers=nn.Linear make it local."
+        )
     return (
         f"{len(plan.around)} weighted modules of {type(module).__name__} reach the loss around the states as well"
         f" ({some}, ...): that part of their update is the loss's own"
-        " gradient, through each other. States at whole blocks make it local: layers=BlockType or layers=[...]."
-        " ebm.summary shows the layers."
+        f" gradient, through each other. {remedy} ebm.summary shows the layers."
     )
 
 

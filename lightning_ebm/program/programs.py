@@ -110,7 +110,7 @@ class Programs:
         self._module = module
         followed: LayerFinder | None = None if like is None else like._finder
         self._finder: LayerFinder = LayerFinder(module, layers, output, also, followed, pooled)
-        self._watch = Watch(module, self._finder.watched)
+        self._watch = Watch(module, self._finder.watched, self._finder.suspects)
         self._known: list[Known] = []
         self._said = False
         self._left: Left | None = None

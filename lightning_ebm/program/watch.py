@@ -17,13 +17,21 @@ class Watch:
     Args:
         root: the user's module.
         chosen: the modules whose calls may carry states; those with parameters of their own are watched anyway.
+        suspects: modules that may act as activations, see `acting_in`: calls that keep the shape are watched.
     """
 
-    def __init__(self, root: nn.Module, chosen: Callable[[], Collection[nn.Module]]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        chosen: Callable[[], Collection[nn.Module]],
+        suspects: Callable[[], Collection[nn.Module]],
+    ) -> None:
         self._root = root
         self._find = chosen
+        self._suspect = suspects
         self._of: list[Any] = []
         self.chosen: Collection[nn.Module] = ()
+        self.suspects: Collection[nn.Module] = ()
         self.names: dict[nn.Module, str] = {}
         self.weighted: dict[nn.Module, bool] = {}
         self.activations: list[nn.Module] = []
@@ -41,12 +49,14 @@ class Watch:
             return
         self._of = now
         self.chosen = self._find()
+        self.suspects = {module for module in self._suspect() if module not in self.chosen}
         self.weighted = {module: _has_weights(module) for module in modules}
         named = [(module, name) for name, module in self._root.named_modules()]
         self.names = {
             module: clean(name)
             for module, name in named
-            if (self.weighted[module] or module in self.chosen) and not isinstance(module, torch.jit.ScriptModule)
+            if (self.weighted[module] or module in self.chosen or module in self.suspects)
+            and not isinstance(module, torch.jit.ScriptModule)
         }  # scripted ones take no hooks
         self.activations = [module for module in self.names if is_activation(module)]
         says = {module: getattr(module, "batch_first", None) for module in self.names}
