@@ -83,7 +83,9 @@ def test_a_worker_that_dies_ends_the_run_as_in_stock_and_its_checkpoint_goes_on(
     _, steps = loaded(30, tmp_path / "lost", ebm.EBMStrategy("predictive-coding"))
     assert 0 < steps <= stock_steps + 1  # how far ahead a worker is, is no one's to say
     kept = tmp_path / "lost" / "last.ckpt"
-    assert torch.load(kept, weights_only=True)["global_step"] == steps // 2 * 2
+    # The signal may come between a step and the saving that belongs to it.
+    saved = torch.load(kept, weights_only=True)["global_step"]
+    assert saved in (steps // 2 * 2, (steps - 1) // 2 * 2)
     resumed, _ = loaded(-1, tmp_path / "resumed", ebm.EBMStrategy("predictive-coding"), resume=kept)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
