@@ -4,7 +4,8 @@
     python recipes/depth.py --data mnist --data_dir data/mnist --width 128 --updates 2000 --seeds 3
 
 Blocks are x + W tanh(x). Equilibrium propagation, whose states lie at activations, trains a chain of as many layers
-clamp(W x, 0, 1): around a skip its states would have a gain of 2. Every row has its learning rate chosen at the
+clamp(W x, 0, 1): around a skip its states would have a gain of 2. Backpropagation trains that chain too, as what is
+lost by the chain is not lost by the rule. Every row has its learning rate chosen at the
 smallest depth, by the training loss after all updates, and keeps it at all others: as it is, or with `ebm.depth` by the
 factors of `ebm.depth.parameter_groups`. The cosine is that of the whole update with the gradient of the same batch,
 averaged over the last half of the updates; of equilibrium propagation, with the gradient at its free equilibrium. Runs
@@ -95,6 +96,7 @@ METHODS = {
         False,
         bounded=True,
     ),
+    "backprop, EP's chain": Method(lambda _: ebm.algorithm("backprop"), False, bounded=True),
 }
 RATES = (2.5e-4, 1e-3, 4e-3, 1.6e-2)
 
@@ -168,7 +170,7 @@ def gradient(
     method: Method, net: nn.Module, closure: Callable[[], Tensor], algorithm: ebm.Algorithm
 ) -> dict[str, Tensor]:
     """What the update is compared with."""
-    if method.bounded:
+    if not algorithm.rests_at_forward:
         return reference.equilibrium(net, closure, algorithm, output="readout")
     return reference.backprop(net, closure)
 
@@ -196,7 +198,7 @@ def picture(runs: dict[str, dict[str, float]], path: Path) -> None:
             }
         )
         for axis, what in zip(axes, ("accuracy", "cosine"), strict=True):
-            if name == "backprop" and what == "cosine":
+            if name.startswith("backprop") and what == "cosine":
                 continue
             values = [
                 [r[what] for k, r in runs.items() if k.startswith(f"{name}|{depth}|transferred|")] for depth in points
