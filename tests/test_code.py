@@ -372,7 +372,7 @@ ALGORITHMS = {
 }
 
 
-@pytest.mark.crossed(3)
+@pytest.mark.crossed(5)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("step", CHANGING, ids=lambda step: step.__name__)
 def test_no_change_from_batch_to_batch_is_missed(step, algorithm: str) -> None:
