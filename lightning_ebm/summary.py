@@ -1,6 +1,7 @@
 """The layer table."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ class LayerSummary(NamedTuple):
 
 @dataclass(frozen=True)
 class Summary:
-    """The layers of a module, and what enters the loss directly. `str` gives the table.
+    """The layers of a module, and what enters the loss directly. `str` gives the table, with long lists cut short.
 
     Attributes:
         layers: one `LayerSummary` a state, in the order of the forward pass.
@@ -72,13 +73,13 @@ class Summary:
                 f"{layer.name}#{layer.call}" if layer.call else layer.name,
                 " x ".join(map(str, layer.state_shape)),
                 layer.activation or "block",
-                ", ".join(layer.parents),
-                f"{', '.join(layer.parameters)} ({layer.num_parameters:,})" if layer.parameters else "none",
+                _told(layer.parents),
+                f"{_told(layer.parameters)} ({layer.num_parameters:,})" if layer.parameters else "none",
                 str(layer.modules_between),
             )
             for layer in self.layers
         ]
-        return [*rows, ("(loss)", "", "read-out" if self.readout else "", "", ", ".join(self.readout) or "none", "")]
+        return [*rows, ("(loss)", "", "read-out" if self.readout else "", "", _told(self.readout) or "none", "")]
 
     def __str__(self) -> str:
         table = [_HEADER, *self._rows()]
@@ -119,6 +120,14 @@ class Summary:
         return f"{self.module}: {counted(len(self.layers), 'layer')} with states"
 
 
+def _told(names: Sequence[str]) -> str:
+    """Names for a cell of the table: of many, as a block of a Transformer has, the first and how many more."""
+    told = ", ".join(names)
+    return told if len(told) <= _WIDEST else f"{names[0]} and {len(names) - 1} more"
+
+
+_WIDEST = 60
+"""Characters of a cell, where names are several."""
 _HEADER = ("layer", "state", "activation", "parents", "parameters in its drive", "modules between")
 
 

@@ -35,6 +35,20 @@ def test_the_layer_table(step):
     assert cells(found._repr_html_()) == [cell for row in found._rows() for cell in row]
 
 
+def test_a_layer_of_many_parameters_names_the_first_and_counts_the_others():
+    """Twelve a block, of which a line of a table has room for one; `layers` has them all."""
+    block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    net = nn.TransformerEncoder(block, 3, enable_nested_tensor=False)
+    found = ebm.summary(net, torch.randn(2, 5, 16), layers=nn.TransformerEncoderLayer)
+    names = [name for name, _ in net.named_parameters()]
+    for index, layer in enumerate(found.layers):
+        assert list(layer.parameters) == [name for name in names if name.startswith(f"layers.{index}.")]
+        assert f"{layer.parameters[0]} and 11 more ({layer.num_parameters:,})" in str(found)
+    assert list(found.readout) == [name for name in names if name.startswith("layers.2.")]
+    assert f"{found.readout[0]} and 11 more" in cells(found._repr_html_())
+    assert max(len(line) for line in str(found).splitlines()[:6]) < 140
+
+
 def test_an_algorithm_shows_its_parts():
     rule = ebm.algorithm("pc-nudge", nudge=ebm.Centered(0.01))
     shown = cells(rule._repr_html_())
