@@ -1194,6 +1194,49 @@ def test_a_tensor_with_a_graph_from_before_the_step_is_refused() -> None:
         learner.gradients(lambda: F.cross_entropy(net(x) + shift, y))
 
 
+LIKE = {
+    "zeros_like": torch.zeros_like,
+    "ones_like": torch.ones_like,
+    "full_like": lambda h: torch.full_like(h, 0.3),
+    "new_zeros": lambda h: h.new_zeros(h.shape),
+    "new_full": lambda h: h.new_full(h.shape, 0.3),
+    "rand_like": torch.rand_like,
+    "empty_like": lambda h: torch.empty_like(h).fill_(0.2),
+}
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("like", LIKE)
+def test_a_tensor_with_a_graph_from_before_the_step_may_give_its_shape(like: str, capture: bool) -> None:
+    """As libraries of spiking networks begin a sequence, from what their last call left: also one by somebody else."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.act, self.out = nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)
+            self.state = torch.zeros(8, 6, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.state = LIKE[like](self.state)
+            for _ in range(2):
+                self.state = self.act(self.inside(x) + 0.9 * self.state)
+            return self.out(self.state)
+
+    torch.manual_seed(0)
+    net = Recurrent().double()
+    learner = ebm.Learner(net, "zero-divergence", capture=capture)
+    for index in range(4):
+        x, y = torch.randn(8, 6, dtype=torch.float64), torch.arange(8) % 3
+        torch.manual_seed(index)
+        expected = by_autograd(net, lambda x=x, y=y: F.cross_entropy(net(x), y))
+        assert net.state.grad_fn is not None
+        torch.manual_seed(index)
+        learner.backward(lambda x=x, y=y: F.cross_entropy(net(x), y))
+        found = {name: p.grad for name, p in net.named_parameters()}
+        assert off(found, expected) < 1e-10
+        net.zero_grad()
+
+
 def _neighbors(index: int, count: int = 8) -> Tensor:
     generator = torch.Generator().manual_seed(index)
     return (torch.rand(count, count, generator=generator, dtype=torch.float64) > 0.5).double() + torch.eye(count)

@@ -91,6 +91,11 @@ class Contents:
                 return False
         return True
 
+    def are_from_before(self, args: Iterable[Any]) -> bool:
+        """Whether all tensors were computed before the pass, with a graph, and it has only their shapes."""
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        return all(t.requires_grad and not t.is_leaf and self.known(t) is None for t in tensors)
+
     def notice(self, read: Iterable[Any], made: Iterable[Any], views: bool) -> None:
         """A constant was computed: of what was read no more is known, and what was made may be written to.
 

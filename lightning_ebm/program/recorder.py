@@ -101,6 +101,7 @@ class Recorder(DispatchMode):
         if func is _DETACH and not self.asked:  # autograd's own, of a tensor that it saves: the same value
             return self._named_again(func(*args), args[0])
         kind = traits(func)
+        fixed = fixed or (records and kind.by_shape and self.contents.are_from_before(args))
         if kind.plain and records and not fixed:
             result = self.following.run(func, args, kwargs, self._gave_other)
             return self._computed(func, kind, args, kwargs) if result is NotImplemented else result
