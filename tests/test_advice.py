@@ -47,10 +47,10 @@ def test_a_learning_rate_scaled_by_the_nudge():
     assert not advice.before_training(ebm.algorithm("predictive-coding"), [1.0], torch.float32)
 
 
-def relaxation(step, residual, status="converged", left=1e-4):
+def relaxation(step, residual, status="converged", left=1e-4, **more):
     phase = {"nudge": 1.0, "residual": residual, "step_size": [0.1] * (len(residual) - 1)}
     entry = {"status": status, "steps": len(residual) - 1, "layers": ["a", "b"], "residual": left, "phases": [phase]}
-    return {"step": step, "relaxation": entry}
+    return {"step": step, "relaxation": entry | more}
 
 
 SETTLES = [[1.0, 2.0], [0.1, 0.2]]
@@ -79,6 +79,8 @@ def test_a_layer_that_stops_relaxing_is_named_with_the_step_since_when():
         ([relaxation(0, SETTLES, "fixed", 0.01)], "sound"),
         ([relaxation(0, SETTLES, "fixed", 0.6)], "cut off"),
         ([relaxation(0, SETTLES, "max_steps", 0.01)], "cut off"),
+        ([relaxation(0, SETTLES, "max_steps", 0.01, cut_off=True)], "cut off"),
+        ([relaxation(0, SETTLES, "max_steps", 0.4, cut_off=False)], "sound"),
         ([{"step": 3, "stopped": "RelaxationDivergedError: it ran away"}], "diverged"),
         ([{"step": 3, "stopped": "KeyboardInterrupt: "}], "stopped"),
         ([{"step": 0, "alignment": {}, "layers": {}, "dead": {"w": "both"}}], "dead"),

@@ -21,6 +21,7 @@ from lightning_ebm.regime import Regime
 from lightning_ebm.relaxers import Relaxer
 from lightning_ebm.reports import advice
 from lightning_ebm.step.outcome import further
+from lightning_ebm.step.report import was_cut_off
 from lightning_ebm.strategies import EnergyStrategy, strategy_of
 
 log = logging.getLogger(__name__)
@@ -39,17 +40,15 @@ class RelaxationMonitor(Callback):
       estimate from below of the energy's largest: Euler steps above 2 / curvature run away;
     - ``ebm/relaxed``, ``ebm/toward_equilibrium`` and per layer ``ebm/toward_equilibrium/layer/<name>`` where the regime
       is measured, see `lightning_ebm.regime`: how much of the fall of the energy was made, and where between backprop
-      (0) and equilibrium (1) the update was read; not where the two coincide, and of the first device's batch.
-
+      (0) and equilibrium (1) the update was read; not where the two coincide, and of the first device's batch;
     - ``ebm/curvature_smallest``, ``ebm/curvature_largest``, ``ebm/curvature_loss`` where the curvature is measured, see
       `lightning_ebm.instruments.curvature`: eigenvalues of d2(I + lambda L)/dx2 where the update was read, and of
       lambda d2L/dx2; of the first device's batch.
 
-    On several devices the others are means over the devices.
-
-    With `WandbLogger` also a histogram of the residuals of the samples, and when the fit ends the table ``ebm/curves``:
-    energies against the relaxation step, where the regime was measured. Largest residual, step size and curvature are
-    in the run without a chart. Everything goes to the run's file for `lightning-ebm report`.
+    On several devices the others are means over the devices. With `WandbLogger` also a histogram of the residuals of
+    the samples, and when the fit ends the table ``ebm/curves``: energies against the relaxation step, where the regime
+    was measured. Largest residual, step size and curvature are in the run without a chart. Everything goes to the run's
+    file for `lightning-ebm report`.
 
     Args:
         every_n_steps: record at the first optimizer step, and at every one whose number is a multiple of this.
@@ -92,7 +91,7 @@ class RelaxationMonitor(Callback):
         self._watched: Learner | None = None
         self._warned = self._told_of_silence = False
         self._file = RunFile()
-        self._kept = 0
+        self._kept = self._late = 0
         self._curves: list[tuple[int, str, int, float]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -160,8 +159,8 @@ class RelaxationMonitor(Callback):
                 values["ebm/step_size"] = nudged["step_size"][-1]
                 values["ebm/curvature"] = max(nudged["curvature"])
         record: dict[str, Any] = {
-            "status": report["result"], "steps": report["steps"], "layers": report["layers"],
-            "residual": values["ebm/residual"], "loss": report["loss"], "phases": phases,
+            "status": report["result"], "cut_off": was_cut_off(report), "steps": report["steps"],
+            "layers": report["layers"], "residual": values["ebm/residual"], "loss": report["loss"], "phases": phases,
         }  # fmt: skip
         if self.regime_every_n_steps is not None and _due(trainer, self.regime_every_n_steps):
             values |= self._measured(trainer, "regime", self._regime_figures)
@@ -237,6 +236,7 @@ class RelaxationMonitor(Callback):
 
     def _keep(self, trainer: Trainer, record: dict[str, Any], residual: list[float]) -> None:
         self._kept += 1
+        self._late += record["cut_off"]
         if self._kept > _MOST_CURVES:  # the first and the last point say whether it settled
             thin = [
                 phase
@@ -261,7 +261,7 @@ class RelaxationMonitor(Callback):
                 self._curves += [(trainer.global_step, kind, step, energy) for step, energy in steps]
 
     def _advise(self, trainer: Trainer, residual: float) -> None:
-        monitored, late = sum(self.statuses.values()), self.statuses["max_steps"]
+        monitored, late = sum(self.statuses.values()), self._late
         if not self._warned and monitored >= 10 and late > monitored / 2:
             self._warned = True
             strategy = strategy_of(trainer)

@@ -136,8 +136,8 @@ def verdict(records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 def _settled(relaxations: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """How relaxations ended; "kink" is an end, as there is no energy left to gain."""
-    late = [r for r in relaxations if r["status"] == "max_steps" or (r["status"] == "fixed" and r["residual"] > 0.1)]
+    """How relaxations ended; "kink" is an end, as no energy is left to gain, and so is "max_steps" where none is."""
+    late = [r for r in relaxations if _is_late(r)]
     stalled = [r for r in relaxations if r["status"] == "stalled"]
     whole = len(relaxations)
     if len(late) + len(stalled) <= whole / 4:
@@ -147,6 +147,12 @@ def _settled(relaxations: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         return "cut off", f"{len(late)} of {whole} relaxations were still moving when they ended, {left}"
     left = f"the last with {stalled[-1]['residual']:.0%} of its force left"
     return "stalled", f"{len(stalled)} of {whole} relaxations found no lower energy although forces remained, {left}"
+
+
+def _is_late(relaxation: Mapping[str, Any]) -> bool:
+    if relaxation["status"] == "fixed":
+        return bool(relaxation["residual"] > 0.1)
+    return bool(relaxation.get("cut_off", relaxation["status"] == "max_steps"))  # files of older runs do not say
 
 
 def _grown(traces: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, int]:

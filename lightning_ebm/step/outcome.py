@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
 from lightning_ebm.step.divergence import Policy
-from lightning_ebm.step.report import PhaseReport, Report, report_of
+from lightning_ebm.step.report import PhaseReport, Report, cut_off, report_of
 from lightning_ebm.step.unsettled import Unsettled
 
 log = logging.getLogger(__name__)
@@ -84,17 +84,22 @@ class Outcome:
         """A step is over; says it once when the states ended elsewhere than at an equilibrium."""
         self._last = (names, phases, loss, runs_as)
         for status, text in _UNSETTLED.items():
-            found = [phase for phase in phases if phase.status == status]
             explained = status == "max_steps" and self._unsettled.told is not None
-            if found and status not in self._warned and not explained:
-                self._warned.add(status)
-                worst, left = found[0].ended
-                if found[0].stayed(worst):
-                    log.warning(_STAYED, found[0].steps)
+            for phase in phases:
+                if phase.status != status or status in self._warned or explained:
                     continue
-                share = "" if left is None else f", some {100 * left:.2g} % of the energy gained was still to gain"
-                remedy = _STALLED if status == "stalled" else further(self._algorithm, found[0].nudge != 0)
-                log.warning(text, found[0].steps, worst, share, remedy)
+                worst, left = phase.ended
+                if status == "stalled" or cut_off(status, left):
+                    self._warned.add(status)
+                    self._warn(phase, text, worst, left)
+
+    def _warn(self, phase: PhaseReport, text: str, worst: float, left: float | None) -> None:
+        if phase.stayed(worst):
+            log.warning(_STAYED, phase.steps)
+            return
+        share = "" if left is None else f", some {100 * left:.2g} % of the energy gained was still to gain"
+        remedy = _STALLED if phase.status == "stalled" else further(self._algorithm, phase.nudge != 0)
+        log.warning(text, phase.steps, worst, share, remedy)
 
     def gave_up(self, error: RelaxationDivergedError, loss: Tensor) -> None:
         """Counts a batch that cannot relax, and says so the first time."""

@@ -17,14 +17,12 @@ from lightning_ebm.promises import is_kept
 from lightning_ebm.relaxers import Relaxation, Relaxer
 from lightning_ebm.relaxers.base import Status
 from lightning_ebm.step.handed_over import Relaxing, unwritten
-from lightning_ebm.step.report import PhaseReport
+from lightning_ebm.step.report import PhaseReport, cut_off
 from lightning_ebm.step.setup import Setup
 from lightning_ebm.updates import End
 
 _LEFT = 0.75
 """Of the first force: on ReLU convolutions a network learns as by backprop where it is left, not where a half is."""
-_LEVEL = 1e-3
-"""Of the energy gained: what may be left to gain where a budget of steps has ended."""
 
 
 class Phases:
@@ -257,4 +255,4 @@ class Phases:
 def _in_a_word(status: Status, left: float, to_gain: float) -> str:
     if left < _LEFT:
         return "absorbed"
-    return "level" if status == "max_steps" and to_gain <= _LEVEL else status
+    return "level" if status == "max_steps" and not cut_off(status, to_gain) else status

@@ -109,6 +109,18 @@ class PhaseReport:
         return bool(((first - last).abs() <= 16 * eps * first.abs()).all())
 
 
+def cut_off(status: str, gain_left: float | None) -> bool:
+    """Whether a budget of steps has ended before the states had arrived, with energy left that is worth gaining."""
+    return status == "max_steps" and (gain_left is None or gain_left > _LEVEL)
+
+
+def was_cut_off(report: Report) -> bool:
+    """Whether any of its phases was, see `cut_off`."""
+    return any(cut_off(phase["status"], phase["gain_left"]) for phase in report["phases"])
+
+
+_LEVEL = 1e-3
+"""Of the energy gained: what may be left to gain where a budget of steps has ended."""
 _AS_BEFORE = 0.9
 """A residual, over the first, from which on no state can have moved to speak of."""
 
