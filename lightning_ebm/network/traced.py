@@ -16,7 +16,7 @@ from lightning_ebm.network.passes import Run, Start
 from lightning_ebm.network.precomputed_gradient import with_precomputed_gradient
 from lightning_ebm.network.settings import is_own, settings_of
 from lightning_ebm.network.twin import ARRIVING, Twin, rebuilt
-from lightning_ebm.program.code import Code, Key, TracedProgram
+from lightning_ebm.program.code import Code, Key, TracedProgram, all_kept
 from lightning_ebm.program.elsewhere import elsewhere
 from lightning_ebm.program.interpreter import Program
 from lightning_ebm.program.record import Value
@@ -195,7 +195,8 @@ class TracedNetwork(Network):
             return evaluate(self._twin(leaves), point, wanted)
 
         try:
-            return Code(function, point, self._given, self._traced.known, self._held, self._compile, takes)
+            with all_kept():
+                return Code(function, point, self._given, self._traced.known, self._held, self._compile, takes)
         except Exception as error:  # whatever goes wrong in tracing: the plain way stays right
             log.debug("%s runs the plain way: %r", kind, error, exc_info=True)
             return repr(error)

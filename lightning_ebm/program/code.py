@@ -5,9 +5,11 @@ the operations that this comes to. What does not depend on the point is sorted i
 every batch, less what the user's own pass has computed already.
 """
 
+import gc
 import logging
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -104,18 +106,25 @@ def _stages(traced: Traced, point: int, takes: bool) -> tuple[fx.Graph, fx.Graph
             moving.add(node)
     needed = [source for node in nodes if node in moving or node is end for source in node.all_input_nodes]
     boundary = list(dict.fromkeys(source for source in needed if source not in moving))
-    once, later = fx.Graph(), fx.Graph()
+    once, later = fx.Graph(), traced.graph
     here: dict[fx.Node, fx.Node] = {node: once.placeholder(node.name) for node in inputs[point:]}
     for node in nodes:
         if node not in moving and node is not end and node not in here:
             here[node] = once.node_copy(node, here.__getitem__)
     once.output(tuple(here[node] for node in boundary))
     without_dead_code(once)
-    there = {node: later.placeholder(node.name) for node in [*inputs[:point], *boundary]}
-    own = [node for node in nodes if node in moving and node not in there]
-    for node in sparing(own, inputs[:point] if takes else (), end):
-        there[node] = later.node_copy(node, there.__getitem__)
-    later.output(fx.map_arg(end.args[0], there.__getitem__))
+    # The rest stays in its graph, as copies of nodes are what takes long.
+    first = next(node for node in nodes if node.op != "placeholder")
+    own = [node for node in nodes if node in moving and node.op != "placeholder"]
+    order = sparing(own, inputs[:point] if takes else (), end)
+    for node in boundary:
+        with later.inserting_before(first):
+            node.replace_all_uses_with(later.placeholder(node.name))
+    for node in reversed(nodes):
+        if node not in moving and node is not end:
+            later.erase_node(node)
+    for node in order:
+        end.prepend(node)
     return once, later
 
 
@@ -136,6 +145,18 @@ def _compiled(graph: fx.Graph, constants: Mapping[str, Tensor], inputs: Sequence
     except Exception as error:  # no compiler, or an operation it does not have
         log.warning("Inductor could not compile a step, which runs as it was traced: %s", error)
         return None
+
+
+@contextmanager
+def all_kept() -> Iterator[None]:
+    """Within it Python looks for no garbage: a graph in the making has none, and a quarter of the time was looking."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 Key = tuple[Any, ...]
