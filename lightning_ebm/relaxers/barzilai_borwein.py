@@ -52,6 +52,8 @@ class BarzilaiBorwein(Descent):
         """0 while it goes on, then which of `_ENDS` came first; it stays where it is from then on."""
         self.taken = torch.zeros_like(self.energy)
         """Steps until then."""
+        self._since_wall = torch.full_like(self.energy, math.inf)
+        """Steps since there was no energy where one led."""
         self._share_left: Tensor | None = None
         """The one of the end, where steps follow that go nowhere."""
         self.against = torch.zeros_like(self.energy)
@@ -62,6 +64,11 @@ class BarzilaiBorwein(Descent):
         """See `Descent.active`; without those that run away, and none when it is over."""
         active = super().active & (self.norm <= self.most_force * self.first)
         return active & (self.end == 0) if self.rarely else active
+
+    @property
+    def at_wall(self) -> Tensor:
+        """See `Descent.at_wall`."""
+        return self._since_wall <= self.window
 
     @property
     def share_left(self) -> Tensor | None:
@@ -106,7 +113,7 @@ class BarzilaiBorwein(Descent):
         found = self.active.any().logical_not().to(self.energy)
         judged = self.gain_left.judged(self.gained, self.squares, self.first_squares, self.tol)
         if judged is not None:
-            kink, stalled = judged
+            kink, stalled = judged[0] & ~self.at_wall, judged.any()
             found = torch.where(found > 0, found, torch.where(kink, 2, torch.where(stalled, 3, 0)).to(found))
         self.end = torch.where(self.end > 0, self.end, found)
 
@@ -121,6 +128,7 @@ class BarzilaiBorwein(Descent):
         if self.coordinates == "errors" and point[0] is not self.start[0]:
             self.point = point = []  # not held through the evaluation: back from the trial it is as far as there
         forces, reached = self.evaluate(trial)
+        self._since_wall = torch.where(reached.isfinite(), self._since_wall + 1, 0)
 
         slope = -reach * self.norm.square()
         slope_ahead = self._slope_ahead(forces.gradients, gradients, point, trial, reach)

@@ -45,7 +45,8 @@ class Descent(ABC):
     A sample has settled when its force is below `tol` of the first, or below rounding, and "converged" is when all
     samples have. At a kink, as ReLU and maximum pooling have, no force ever vanishes. There it ends as "kink" when the
     energy still to be gained is below a fraction of what was gained, see `GainLeft`. Where no kink explains the forces
-    that are left it goes on; "stalled" is when less than (tol/10)^2 of what was gained seems to be left all the same.
+    that are left it goes on; "stalled" is when less than (tol/10)^2 of what was gained seems to be left all the same,
+    or where steps are short because no energy lies beyond them, as of log(p) below 0: that is no kink.
 
     Args:
         task: what it is about.
@@ -117,6 +118,8 @@ class Descent(ABC):
         if not bool(self.active.any()):
             return "converged"
         over = self.gain_left.verdict(self.gained, self.squares, self.first_squares, self.tol)
+        if over == "kink" and bool(self.at_wall):
+            over = "stalled"
         return "max_steps" if over is None and self.steps >= max_steps else over
 
     def ended(self, status: Status) -> Relaxation:
@@ -139,9 +142,16 @@ class Descent(ABC):
 
     @property
     def share_left(self) -> Tensor | None:
-        """The energy still to be gained over what was gained; None before a step was taken."""
+        """The energy still to be gained over what was gained, infinite where walls hide it; None before a step."""
         left = self.gain_left.left(self.squares)
-        return None if left is None else torch.where(left > 0, left / self.gained, 0.0)
+        if left is None:
+            return None
+        return torch.where(self.at_wall, math.inf, torch.where(left > 0, left / self.gained, 0.0))
+
+    @property
+    @abstractmethod
+    def at_wall(self) -> Tensor:
+        """Whether one of the last steps has led to where there is no energy."""
 
     @property
     def residual(self) -> Tensor:

@@ -1,5 +1,6 @@
 """Descent on a batch whose samples see each other: one system, whose energy is known."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -52,6 +53,7 @@ class JointDescent(Descent):
         self._inverse = InverseHessianOfOne(memory)
         self._far = _FAR**2 * float(self.first_squares)
         self._nowhere: Status | None = None
+        self._since_wall = math.inf  # line searches
         self._most = 0
 
     def run(self, max_steps: int) -> Relaxation:
@@ -63,6 +65,11 @@ class JointDescent(Descent):
         """See `Descent.status`."""
         return super().status(max_steps) or self._nowhere
 
+    @property
+    def at_wall(self) -> Tensor:
+        """See `Descent.at_wall`."""
+        return torch.tensor(self._since_wall <= self.window, device=self.energy.device)
+
     def step(self) -> None:
         """A line search along the quasi-Newton direction; along the force itself where that leads nowhere."""
         back = self._inverse.times(self._force, self.lr)
@@ -72,6 +79,7 @@ class JointDescent(Descent):
         if self._inverse and not slope < 0:
             self._inverse.forget()
             return self.step()
+        self._since_wall += 1
         trials = min(_TRIALS, self._most - self.steps)
         for _ in range(trials):
             self.steps += 1
@@ -84,6 +92,8 @@ class JointDescent(Descent):
             force = self._vector(forces.gradients)
             numbers = torch.stack([torch.dot(force, back).neg(), reached - self.energy, self.noise(forces)])
             slope_ahead, rise, noise = numbers.tolist()
+            if not math.isfinite(rise):
+                self._since_wall = 0
             level = abs(rise) <= noise or not self.landscape.conservative
             level = level and slope_ahead <= -0.9 * slope
             if level or (rise <= _SUFFICIENT * length * slope and slope_ahead <= -_TURNED * slope):
