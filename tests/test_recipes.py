@@ -263,6 +263,46 @@ def test_every_recipe_takes_a_step(path, folder):
     assert all(torch.isfinite(p).all() for p in made.model.parameters())
 
 
+def test_the_unsupervised_recipe_infers_what_newtons_method_on_its_energy_does(tmp_path):
+    """1/2 |z|^2 + sum of 1/2 |x - tanh(W x')|^2 + 1/2 |image - mu|^2 over all states, minimized by torch's LBFGS."""
+    path = str(RECIPES / "configs" / "unsupervised.yaml")
+    once = ["--wandb", "off", "--trainer.limit_val_batches", "1", "--trainer.accelerator", "cpu", *QUIET]
+    made = training.main(
+        ["fit", "--config", path, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "20", *once]
+    )
+    net, seen = made.model.net.double(), torch.arange(64) < 32
+    image = next(iter(made.trainer.datamodule.val_dataloader()))[0].flatten(1).double()
+
+    def solved(known):
+        """States, and where pixels are not known their prediction, which then costs nothing."""
+        states = [torch.zeros(len(image), n, dtype=torch.float64, requires_grad=True) for n in (8, 64, 64)]
+        optimizer = torch.optim.LBFGS(states, max_iter=500, tolerance_grad=1e-8, line_search_fn="strong_wolfe")
+
+        def energy():
+            optimizer.zero_grad()
+            z, low, high = states
+            errors = [z, low - net[1:3](z), high - net[3:5](low), (image - net[5:](high))[:, known]]
+            total = sum(0.5 * error.square().sum() for error in errors)
+            total.backward()
+            return total
+
+        optimizer.step(energy)
+        return net[5:](states[2]).detach()
+
+    values = {name: float(value) for name, value in made.trainer.callback_metrics.items()}
+    explained = 0.5 * (solved(torch.ones(64, dtype=torch.bool)) - image).square().sum(1).mean()
+    assert values["val/loss"] == pytest.approx(float(explained), rel=1e-2)
+    error = (solved(seen) - image)[:, ~seen].square().mean()
+    assert values["val/lower_half"] == pytest.approx(float(error), rel=1e-2)
+    blank = (made.model.mean.double() - image)[:, ~seen].square().mean()
+    assert values["val/lower_half_share"] == pytest.approx(float(error / blank), rel=1e-2)
+    train = made.trainer.datamodule.parts["train"]
+    mean = torch.stack([train[k][0] for k in range(len(train))]).flatten(1).mean(0)
+    assert torch.allclose(made.model.mean.float(), mean)
+    with pytest.raises(Exception, match=r"64 pixels, and .*widths ends in 60"):
+        training.main(["fit", "--config", path, "--model.widths", "[8,16,60]", "--layers", "[net.0,net.2]", *once])
+
+
 # The convolutional Hopfield network
 
 
