@@ -78,6 +78,8 @@ def test_logged_numbers_equal_a_simulation_with_explicit_states(tmp_path, accumu
         assert logged["ebm/energy_free"] == 0.0  # the forward pass of a divergence energy: nothing was relaxed
         assert logged["ebm/energy_nudged"] == pytest.approx(internal[-1] + loss[-1], rel=1e-6)
         assert logged["ebm/steps"] == 6
+        fallen = [internal[0] + loss[0] - a - b for a, b in zip(internal, loss, strict=True)]
+        assert logged["ebm/effective_steps"] == next(t for t, part in enumerate(fallen) if part >= 0.99 * fallen[-1])
         per_sample = [torch.stack([f.square().sum(1) for f in point[1]]).sum(0).sqrt() for point in trajectory]
         residual = per_sample[-1] / per_sample[0]
         assert logged["ebm/residual"] == pytest.approx(float(residual.mean()), rel=1e-6)

@@ -13,6 +13,7 @@ from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import is_quadratic
 from lightning_ebm.energies.without_terms import without_terms
 from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.instruments.verdict import effective_steps
 from lightning_ebm.network.network import Network
 from lightning_ebm.network.precomputed_gradient import average_of
 from lightning_ebm.network.samples import samples_first
@@ -65,6 +66,14 @@ class Relaxed:
     def energy(self) -> Tensor:
         """I of each sample, the sum of `energies`, ``(B,)``."""
         return torch.stack(list(self.energies.values())).sum(0)
+
+    @property
+    def effective_steps(self) -> int | None:
+        """How many steps made 99 % of the fall of the energy; None where the relaxer did not look at it on the way.
+
+        See `lightning_ebm.regime.effective_steps`, for other shares as well.
+        """
+        return effective_steps(self.trace.tolist()) if len(self.trace) == self.steps + 1 else None
 
 
 def relaxed_of(network: Network, found: Relaxation, has_loss: bool, gradients: dict[str, Tensor]) -> Relaxed:
