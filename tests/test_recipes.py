@@ -22,6 +22,8 @@ import lightning_ebm as ebm
 from lightning_ebm.recipes import arrays, data, mnist_1d, modules, nets, options, sources, sweep, training
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import depth
+import generative
 import one_theory
 
 RECIPES = Path(training.__file__).parent
@@ -301,6 +303,55 @@ def test_the_unsupervised_recipe_infers_what_newtons_method_on_its_energy_does(t
     assert torch.allclose(made.model.mean.float(), mean)
     with pytest.raises(Exception, match=r"64 pixels, and .*widths ends in 60"):
         training.main(["fit", "--config", path, "--model.widths", "[8,16,60]", "--layers", "[net.0,net.2]", *once])
+
+
+@pytest.fixture
+def clothes(tmp_path):
+    """Fashion-MNIST as far as its file goes: 1100 training images of ten kinds that differ in brightness."""
+    random, folder = np.random.RandomState(0), tmp_path / "clothes"
+    folder.mkdir()
+    labels = {"train": np.arange(1100) % 10, "test": np.arange(40) % 10}
+    images = {k: (20 * y[:, None, None] + random.randint(0, 50, (len(y), 28, 28))) for k, y in labels.items()}
+    arrays = {f"x_{k}": x.astype(np.uint8) for k, x in images.items()} | {
+        f"y_{k}": y.astype(np.uint8) for k, y in labels.items()
+    }
+    np.savez(folder / "fashion-mnist.npz", **arrays)
+    return folder, arrays
+
+
+def test_the_depth_recipe_shows_every_rate_at_every_depth_and_keeps_the_best_of_the_smallest(clothes, monkeypatch):
+    settings = {
+        "data": "fashion-mnist", "data_dir": clothes[0], "out": Path("out"), "depths": (4, 6), "width": 8, "updates": 6,
+        "batch": 16, "seeds": 1, "methods": ("backprop", "backprop, plain"),
+    }  # fmt: skip
+    depth.main(**settings, every_rate=True)
+    runs = json.loads(Path("out/runs.json").read_text())
+    table = Path("out/rates.md").read_text().splitlines()
+    assert len(runs) == 2 * 2 * len(depth.RATES)
+    assert len(table) == 2 + 2 * 2
+    for line in table[2:]:
+        name, layers, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        losses = [runs[f"{name}|{layers}|{lr:g}|0"]["loss"] for lr in depth.RATES]
+        assert [cell.startswith("**") for cell in cells] == [loss == min(losses) for loss in losses]
+        assert [float(cell.strip("*").partition(",")[0]) for cell in cells] == pytest.approx(losses, abs=5e-4)
+    once = depth.run
+    monkeypatch.setattr(depth, "run", lambda *given: pytest.fail("trained once more"))
+    depth.main(**settings, every_rate=True)  # everything is there
+    monkeypatch.setattr(depth, "run", once)
+    depth.main(**settings)
+    transferred = json.loads(Path("out/runs.json").read_text())["backprop|6|transferred|0"]
+    assert transferred["lr"] == min(depth.RATES, key=lambda lr: runs[f"backprop|4|{lr:g}|0"]["loss"])
+
+
+def test_the_generative_recipe_takes_fashion_mnist(clothes):
+    folder, arrays = clothes
+    images = generative.Images(data.FashionMNIST(folder))
+    assert torch.equal(images.train, torch.as_tensor(arrays["x_train"][:-1000]).flatten(1).float() / 255)
+    found = generative.main(folder, Path("out"), part="recall", data="fashion-mnist", share=0.002)["recall"]
+    cue = torch.where(generative.UPPER, images.train[:64], 0.5)
+    blank = (cue - images.train[:64]).square().mean()
+    assert found["error of the cue, upper half"] == pytest.approx(float(blank), rel=1e-5)
+    assert Path("out/generative_recall.png").exists()
 
 
 # The convolutional Hopfield network
