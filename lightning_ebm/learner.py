@@ -19,6 +19,7 @@ from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.energies.base import reads_drive
 from lightning_ebm.errors import ConfigurationError, RelaxationDivergedError
+from lightning_ebm.evaluations import Landscape
 from lightning_ebm.instruments.relaxed import (
     Relaxed,
     for_equilibrium,
@@ -29,6 +30,7 @@ from lightning_ebm.instruments.relaxed import (
 )
 from lightning_ebm.instruments.spectrum import Spectrum, spectrum_of
 from lightning_ebm.network.clamp import Clamp, checked_clamp, checked_names
+from lightning_ebm.network.recording import Recording
 from lightning_ebm.network.samples import FOUND, BatchSize, Samples, Scale
 from lightning_ebm.nudges import Nudge
 from lightning_ebm.presets import chosen
@@ -236,6 +238,7 @@ class Learner:
         nudge: float | Nudge | None = None,
         relaxer: Relaxer | Literal["auto"] | None = None,
         gradients: bool = False,
+        record: bool = False,
     ) -> Relaxed:
         """The states at argmin_x I + lambda L over all units that are not held; nothing of the module is changed.
 
@@ -261,6 +264,7 @@ class Learner:
                 honored by every relaxer of states, and by a device with its own grid and noise; in error coordinates
                 the errors of the free units move.
             gradients: whether to give d(I + lambda L)/dtheta at the end as well.
+            record: whether to keep I, L, and the force on each layer at every evaluation on the way, `Relaxed.course`.
 
         Raises:
             ConfigurationError: unknown names, values or masks that do not fit, a relaxer that finds no equilibrium.
@@ -274,11 +278,19 @@ class Learner:
         """
         strength = strength_of(nudge)
         checked.flag("relax", "gradients", gradients)
-        with self._at_rest(closure, clamp, free, strength, relaxer) as (phases, found, has_loss):
+        recordings: list[Recording] = []
+
+        def observed(network: Landscape) -> Landscape:
+            recordings.append(Recording(network))
+            return recordings[-1]
+
+        observer = observed if checked.flag("relax", "record", record) else None
+        with self._at_rest(closure, clamp, free, strength, relaxer, observer) as (phases, found, has_loss):
             slopes = {}
             if gradients:
                 slopes = named_gradients(self.module, gradient_of(phases.network, found, strength))
-            return relaxed_of(phases.network, found, has_loss, slopes)
+            courses = [trace.read() for recording in recordings for trace in recording.traces]
+            return relaxed_of(phases.network, found, has_loss, slopes, courses[-1] if courses else None)
 
     def spectrum(
         self,
@@ -325,12 +337,13 @@ class Learner:
         free: Sequence[str],
         strength: float,
         relaxer: Relaxer | Literal["auto"] | None,
+        observer: Observer | None = None,
     ) -> Iterator[tuple[Phases, Relaxation, bool]]:
         """Within it a network is at its equilibrium; afterwards the module is as it was."""
         self._refuse_shards()
         check_closure(closure)
         held, free = checked_clamp({} if clamp is None else clamp), checked_names("free", free)
-        setup = self._equilibrium_setup(held, free, strength != 0, relaxer)
+        setup = replace(self._equilibrium_setup(held, free, strength != 0, relaxer), observer=observer)
         with self._quiet():
             build(self.module, closure)
         with torch.inference_mode(False), untouched(self.module), self._quiet(), torch.enable_grad():

@@ -17,7 +17,17 @@ from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.energies.base import is_quadratic
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.evaluations import Landscape
-from lightning_ebm.instruments.verdict import BACKPROP, BETWEEN, EQUILIBRIUM, NEITHER, SAME, LayerRegime, Reach, Regime
+from lightning_ebm.instruments.verdict import (
+    BACKPROP,
+    BETWEEN,
+    EQUILIBRIUM,
+    NEITHER,
+    SAME,
+    LayerRegime,
+    Reach,
+    Regime,
+    effective_steps,
+)
 from lightning_ebm.learner import Learner
 from lightning_ebm.metrics import moments, read
 from lightning_ebm.nudges.base import without_draw
@@ -31,7 +41,10 @@ from lightning_ebm.step.closure import Closure
 from lightning_ebm.step.step import Step
 from lightning_ebm.updates.base import label
 
-__all__ = ["BACKPROP", "BETWEEN", "EQUILIBRIUM", "NEITHER", "SAME", "LayerRegime", "Onward", "Regime", "of", "of_step"]
+__all__ = [
+    "BACKPROP", "BETWEEN", "EQUILIBRIUM", "NEITHER", "SAME", "LayerRegime", "Onward", "Regime", "effective_steps", "of",
+    "of_step",
+]  # fmt: skip
 
 _UNKNOWN: Reach = "signal"
 
@@ -81,8 +94,7 @@ def of_step(step: Step, algorithm: Algorithm, equilibrium: Relaxer | None = None
     plan = step.plan
     if plan is None:
         raise ConfigurationError(
-            'The algorithm "backprop" relaxes nothing: its regime is backprop. Measure the algorithm you mean to train'
-            " with."
+            'The algorithm "backprop" relaxes nothing: its regime is backprop. Measure the one you mean to train with.'
         )
     if not _measurable(algorithm):
         raise ConfigurationError(
@@ -118,6 +130,7 @@ def of_step(step: Step, algorithm: Algorithm, equilibrium: Relaxer | None = None
         layers=tuple(layers),
         steps=0 if found is None else found.steps,
         settled=long is None or long.status in ("converged", "kink"),
+        effective_steps=None if found is None else _effective_steps(found),
     )
     at_stop.release()
     at_equilibrium.release()
@@ -170,6 +183,11 @@ def _relaxed(stopped: Relaxation, settled: Relaxation) -> float:
         return math.nan  # what is read is no state on its way down the energy
     start, end, lowest = (float(e.real) for e in (stopped.energies[0], stopped.energies[-1], settled.energies[-1]))
     return (start - end) / (start - lowest) if start != lowest else math.nan
+
+
+def _effective_steps(found: Relaxation) -> int | None:
+    told = [float(energy.real) for energy in found.energies]
+    return effective_steps(told) if len(told) == found.steps + 1 else None
 
 
 def _reach(error: Tensor, found: Relaxation, layer: int, free: Tensor) -> Reach:

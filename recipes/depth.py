@@ -9,7 +9,8 @@ lost by the chain is not lost by the rule. Every row has its learning rate chose
 smallest depth, by the training loss after all updates, and keeps it at all others: as it is, or with `ebm.depth` by the
 factors of `ebm.depth.parameter_groups`. The cosine is that of the whole update with the gradient of the same batch,
 averaged over the last half of the updates; of equilibrium propagation, with the gradient at its free equilibrium. Runs
-are kept in runs.json one by one, so that what was interrupted goes on.
+are kept in runs.json one by one, so that what was interrupted goes on. ``--every_rate true`` trains every row with all
+learning rates at every depth instead, and writes losses and accuracies to rates.md: whether the best one is the same.
 """
 
 import json
@@ -29,7 +30,7 @@ from torch.nn import functional as F
 import lightning_ebm as ebm
 from lightning_ebm import reference
 from lightning_ebm.recipes.arrays import ArrayData
-from lightning_ebm.recipes.data import MNIST, MNIST1D, Digits
+from lightning_ebm.recipes.data import MNIST, MNIST1D, Digits, FashionMNIST
 
 mpl.use("Agg")
 
@@ -97,6 +98,7 @@ METHODS = {
         bounded=True,
     ),
     "backprop, EP's chain": Method(lambda _: ebm.algorithm("backprop"), False, bounded=True),
+    "backprop, plain": Method(lambda _: ebm.algorithm("backprop"), False),
 }
 RATES = (2.5e-4, 1e-3, 4e-3, 1.6e-2)
 
@@ -218,8 +220,24 @@ def picture(runs: dict[str, dict[str, float]], path: Path) -> None:
     plt.close(figure)
 
 
+def table_of_rates(runs: dict[str, dict[str, float]], names: Sequence[str], depths: Sequence[int]) -> str:
+    """The training loss and the test accuracy of every learning rate at every depth; the least loss is bold."""
+    lines = ["| | layers |" + "".join(f" {lr:g} |" for lr in RATES), "| --- | --- |" + " --- |" * len(RATES)]
+    for name in names:
+        for depth in depths:
+            row = [runs[f"{name}|{depth}|{lr:g}|0"] for lr in RATES]
+            least = min(run["loss"] for run in row)
+            cells = [
+                "diverged" if math.isinf(run["loss"]) else f"{run['loss']:.3f}, {100 * run['accuracy']:.1f} %"
+                for run in row
+            ]
+            bold = [f"**{cell}**" if run["loss"] == least else cell for cell, run in zip(cells, row, strict=True)]
+            lines.append(f"| {name} | {depth} | {' | '.join(bold)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(
-    data: Literal["digits", "mnist1d", "mnist"] = "digits",
+    data: Literal["digits", "mnist1d", "mnist", "fashion-mnist"] = "digits",
     data_dir: Path = Path("data/mnist"),
     out: Path = Path("runs/depth"),
     depths: Sequence[int] = (8, 16, 32, 64, 128),
@@ -228,12 +246,13 @@ def main(
     batch: int = 64,
     seeds: int = 2,
     methods: Sequence[str] = tuple(METHODS),
+    every_rate: bool = False,
 ) -> None:
     """Chooses learning rates at the smallest depth, trains at all, and draws depth.png.
 
     Args:
         data: which data set.
-        data_dir: where MNIST is, or goes.
+        data_dir: where MNIST or Fashion-MNIST is, or goes.
         out: for runs.json and the figure.
         depths: weighted layers.
         width: of hidden layers.
@@ -241,11 +260,13 @@ def main(
         batch: samples of an update.
         seeds: runs of each row at each depth.
         methods: which rows.
+        every_rate: whether to train with every learning rate at every depth, one seed each, and to write rates.md.
     """
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
-    source = {"digits": Digits, "mnist1d": MNIST1D}.get(data)
-    settings = Settings(loaded(source() if source else MNIST(data_dir)), width, updates, batch, min(depths))
+    kind: Any = {"digits": Digits, "mnist1d": MNIST1D, "mnist": MNIST, "fashion-mnist": FashionMNIST}[data]
+    source = kind(data_dir) if issubclass(kind, MNIST) else kind()
+    settings = Settings(loaded(source), width, updates, batch, min(depths))
     kept = out / "runs.json"
     runs: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.exists() else {}
 
@@ -257,6 +278,13 @@ def main(
             print(key, json.dumps(runs[key]), flush=True)
         return runs[key]
 
+    if every_rate:
+        for name in methods:
+            for depth in depths:
+                for lr in RATES:
+                    done(name, depth, f"{lr:g}", lr, 0)
+        (out / "rates.md").write_text(table_of_rates(runs, methods, depths))
+        return
     for depth in depths:
         for name in methods:
             rate = min(RATES, key=lambda lr, name=name: done(name, settings.base, f"{lr:g}", lr, 0)["loss"])  # type: ignore[misc]

@@ -31,7 +31,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 import lightning_ebm as ebm
-from lightning_ebm.recipes.data import MNIST
+from lightning_ebm.recipes.data import MNIST, FashionMNIST
 
 mpl.use("Agg")
 HIDDEN = ["2", "4"]
@@ -43,8 +43,7 @@ Pair = tuple[Tensor, Tensor]
 class Images:
     """Pixels in [0, 1] and labels, training and test."""
 
-    def __init__(self, data_dir: Path) -> None:
-        data = MNIST(data_dir)
+    def __init__(self, data: MNIST) -> None:
         data.setup("fit")
         train, self.test = (data.parts[name].x.flatten(1).float() / 255 for name in ("train", "test"))
         self.train = train[:-1000]
@@ -272,6 +271,7 @@ def main(
     data_dir: Path = Path("data/mnist"),
     out: Path = Path("runs/generative"),
     part: Literal["all", "fill", "recall", "labels"] = "all",
+    data: Literal["mnist", "fashion-mnist"] = "mnist",
     share: float = 1.0,
     seed: int = 0,
     threads: int = 1,
@@ -279,16 +279,17 @@ def main(
     """Trains, asks, and draws; figures go to result.json.
 
     Args:
-        data_dir: where MNIST is, or goes.
+        data_dir: where the data set is, or goes.
         out: for weights, pictures and result.json.
         part: which of the three.
+        data: which data set. Settings were chosen on MNIST.
         share: of the updates of each training, for trying things out.
         seed: of weights and of the order of images.
         threads: of torch.
     """
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
-    images = Images(data_dir)
+    images = Images((MNIST if data == "mnist" else FashionMNIST)(data_dir))
     results: dict[str, dict[str, float]] = {}
     for name in PARTS if part == "all" else [part]:
         run, updates = PARTS[name]

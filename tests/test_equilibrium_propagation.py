@@ -416,6 +416,17 @@ def test_holomorphic_is_the_contour_sum(output: Output, points: int) -> None:
     assert worst_relative_error(found, holomorphic(chain, problem, 0.1, points)) < 1e-9
 
 
+def test_the_contour_is_in_the_report_point_by_point() -> None:
+    """Where states end at each root of unity; a fourth of the way round is i itself."""
+    net, problem = make(), make_problem()
+    learner = ebm.Learner(net, ep(ebm.Holomorphic(0.2, points=4)))
+    learner.gradients(lambda: problem.loss(net(problem.x), problem.y))
+    free, *contour = learner.report["phases"]
+    assert free["nudge"] == 0
+    assert [complex(phase["nudge"]) for phase in contour] == [0.2, -0.2, 0.2j]
+    assert all(phase["energies"] and max(phase["residual"]) < 1e-6 for phase in contour)
+
+
 @OUTPUTS
 @SMOOTH
 def test_two_point_holomorphic_is_centred(output: Output, activation: str) -> None:

@@ -188,6 +188,36 @@ def test_equilibrium_propagation_with_asymmetric_weights_is_the_vector_field_rul
     same(found, {n: (plus[n] - minus[n]) / 0.8 for n in plus}, 1e-9)
 
 
+def test_contrastive_hebbian_learning_with_its_own_feedback_is_the_clamp_by_hand():
+    """Xie and Seung's contrast, gamma^(l-L) [x x' free - x x' clamped], with gamma B in the place of gamma W'."""
+    torch.manual_seed(0)
+    parts = []
+    for fan_in, fan_out in itertools.pairwise(SIZES):
+        parts += [nn.Linear(fan_in, fan_out), nn.Tanh()]
+    net, (x, y), gamma = nn.Sequential(*parts).double(), batch(), 0.3
+    relaxer = ebm.Feedback(ebm.FixedPoint(100), ebm.RandomFeedback(0.7, seed=2))
+    algorithm = ebm.algorithm("contrastive-hebbian", energy=ebm.Hopfield(gamma), relaxer=relaxer)
+    found = ebm.Learner(net, algorithm).gradients(closure(net, x, y))
+    w, b = ([getattr(net[k], name).detach() for k in (0, 2, 4)] for name in ("weight", "bias"))
+    back = operators(relaxer, ("3", "5"))
+
+    def settled(held=None):
+        x2, x3 = torch.zeros(8, 6).double(), torch.zeros(8, 4).double() if held is None else held
+        for _ in range(300):
+            x1 = torch.tanh(x @ w[0].T + b[0] + gamma * x2 @ back[1])
+            x2 = torch.tanh(x1 @ w[1].T + b[1] + gamma * x3 @ back[2])
+            x3 = torch.tanh(x2 @ w[2].T + b[2]) if held is None else held
+        return [x1, x2, x3]
+
+    free = settled()
+    clamped = settled(y)  # o - dL/do of half a squared error
+    for k in range(3):
+        share = gamma ** (k - 2) / len(x)
+        hebb = [side[k].T @ (x if k == 0 else side[k - 1]) for side in (free, clamped)]
+        assert torch.allclose(found[f"{2 * k}.weight"], share * (hebb[0] - hebb[1]), rtol=1e-9, atol=1e-12)
+        assert torch.allclose(found[f"{2 * k}.bias"], share * (free[k] - clamped[k]).sum(0), rtol=1e-9, atol=1e-12)
+
+
 def test_kolen_pollack_is_the_loop_by_hand_and_comes_to_the_transpose():
     net, (x, y) = network(), batch()
     lr, decay, steps = 0.05, 0.2, 120

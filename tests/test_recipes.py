@@ -22,6 +22,8 @@ import lightning_ebm as ebm
 from lightning_ebm.recipes import arrays, data, mnist_1d, modules, nets, options, sources, sweep, training
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import depth
+import generative
 import one_theory
 
 RECIPES = Path(training.__file__).parent
@@ -261,6 +263,95 @@ def test_every_recipe_takes_a_step(path, folder):
     # An incremental batch is as many optimizer steps as it has relaxation steps, and fast_dev_run counts steps too.
     assert made.trainer.global_step == (relaxes.relaxer.max_steps if incremental else 2)
     assert all(torch.isfinite(p).all() for p in made.model.parameters())
+
+
+def test_the_unsupervised_recipe_infers_what_newtons_method_on_its_energy_does(tmp_path):
+    """1/2 |z|^2 + sum of 1/2 |x - tanh(W x')|^2 + 1/2 |image - mu|^2 over all states, minimized by torch's LBFGS."""
+    path = str(RECIPES / "configs" / "unsupervised.yaml")
+    once = ["--wandb", "off", "--trainer.limit_val_batches", "1", "--trainer.accelerator", "cpu", *QUIET]
+    made = training.main(
+        ["fit", "--config", path, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "20", *once]
+    )
+    net, seen = made.model.net.double(), torch.arange(64) < 32
+    image = next(iter(made.trainer.datamodule.val_dataloader()))[0].flatten(1).double()
+
+    def solved(known):
+        """States, and where pixels are not known their prediction, which then costs nothing."""
+        states = [torch.zeros(len(image), n, dtype=torch.float64, requires_grad=True) for n in (8, 64, 64)]
+        optimizer = torch.optim.LBFGS(states, max_iter=500, tolerance_grad=1e-8, line_search_fn="strong_wolfe")
+
+        def energy():
+            optimizer.zero_grad()
+            z, low, high = states
+            errors = [z, low - net[1:3](z), high - net[3:5](low), (image - net[5:](high))[:, known]]
+            total = sum(0.5 * error.square().sum() for error in errors)
+            total.backward()
+            return total
+
+        optimizer.step(energy)
+        return net[5:](states[2]).detach()
+
+    values = {name: float(value) for name, value in made.trainer.callback_metrics.items()}
+    explained = 0.5 * (solved(torch.ones(64, dtype=torch.bool)) - image).square().sum(1).mean()
+    assert values["val/loss"] == pytest.approx(float(explained), rel=1e-2)
+    error = (solved(seen) - image)[:, ~seen].square().mean()
+    assert values["val/lower_half"] == pytest.approx(float(error), rel=1e-2)
+    blank = (made.model.mean.double() - image)[:, ~seen].square().mean()
+    assert values["val/lower_half_share"] == pytest.approx(float(error / blank), rel=1e-2)
+    train = made.trainer.datamodule.parts["train"]
+    mean = torch.stack([train[k][0] for k in range(len(train))]).flatten(1).mean(0)
+    assert torch.allclose(made.model.mean.float(), mean)
+    with pytest.raises(Exception, match=r"64 pixels, and .*widths ends in 60"):
+        training.main(["fit", "--config", path, "--model.widths", "[8,16,60]", "--layers", "[net.0,net.2]", *once])
+
+
+@pytest.fixture
+def clothes(tmp_path):
+    """Fashion-MNIST as far as its file goes: 1100 training images of ten kinds that differ in brightness."""
+    random, folder = np.random.RandomState(0), tmp_path / "clothes"
+    folder.mkdir()
+    labels = {"train": np.arange(1100) % 10, "test": np.arange(40) % 10}
+    images = {k: (20 * y[:, None, None] + random.randint(0, 50, (len(y), 28, 28))) for k, y in labels.items()}
+    arrays = {f"x_{k}": x.astype(np.uint8) for k, x in images.items()} | {
+        f"y_{k}": y.astype(np.uint8) for k, y in labels.items()
+    }
+    np.savez(folder / "fashion-mnist.npz", **arrays)
+    return folder, arrays
+
+
+def test_the_depth_recipe_shows_every_rate_at_every_depth_and_keeps_the_best_of_the_smallest(clothes, monkeypatch):
+    settings = {
+        "data": "fashion-mnist", "data_dir": clothes[0], "out": Path("out"), "depths": (4, 6), "width": 8, "updates": 6,
+        "batch": 16, "seeds": 1, "methods": ("backprop", "backprop, plain"),
+    }  # fmt: skip
+    depth.main(**settings, every_rate=True)
+    runs = json.loads(Path("out/runs.json").read_text())
+    table = Path("out/rates.md").read_text().splitlines()
+    assert len(runs) == 2 * 2 * len(depth.RATES)
+    assert len(table) == 2 + 2 * 2
+    for line in table[2:]:
+        name, layers, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        losses = [runs[f"{name}|{layers}|{lr:g}|0"]["loss"] for lr in depth.RATES]
+        assert [cell.startswith("**") for cell in cells] == [loss == min(losses) for loss in losses]
+        assert [float(cell.strip("*").partition(",")[0]) for cell in cells] == pytest.approx(losses, abs=5e-4)
+    once = depth.run
+    monkeypatch.setattr(depth, "run", lambda *given: pytest.fail("trained once more"))
+    depth.main(**settings, every_rate=True)  # everything is there
+    monkeypatch.setattr(depth, "run", once)
+    depth.main(**settings)
+    transferred = json.loads(Path("out/runs.json").read_text())["backprop|6|transferred|0"]
+    assert transferred["lr"] == min(depth.RATES, key=lambda lr: runs[f"backprop|4|{lr:g}|0"]["loss"])
+
+
+def test_the_generative_recipe_takes_fashion_mnist(clothes):
+    folder, arrays = clothes
+    images = generative.Images(data.FashionMNIST(folder))
+    assert torch.equal(images.train, torch.as_tensor(arrays["x_train"][:-1000]).flatten(1).float() / 255)
+    found = generative.main(folder, Path("out"), part="recall", data="fashion-mnist", share=0.002)["recall"]
+    cue = torch.where(generative.UPPER, images.train[:64], 0.5)
+    blank = (cue - images.train[:64]).square().mean()
+    assert found["error of the cue, upper half"] == pytest.approx(float(blank), rel=1e-5)
+    assert Path("out/generative_recall.png").exists()
 
 
 # The convolutional Hopfield network

@@ -73,6 +73,40 @@ def test_every_number_of_a_linear_network_in_closed_form(lr, steps):
     assert found.layers[0].error_ratio == pytest.approx(float(e.norm() / e_star.norm()), rel=1e-4)
 
 
+@pytest.mark.parametrize("lr", [0.02, 0.1, 0.3])
+def test_effective_steps_of_a_single_curvature_in_closed_form(lr):
+    """One state a sample of curvature k = 1 + w^2: the energy to go falls by (1 - lr k)^2 a step."""
+    net = nn.Sequential(nn.Linear(1, 1), nn.Identity(), nn.Linear(1, 1)).double()
+    net[2].weight.data.fill_(0.8)
+    x, y = torch.linspace(-1, 1, 5).reshape(5, 1).double(), torch.ones(5, 1).double()
+    steps, rate = 60, (1 - lr * (1 + 0.8**2)) ** 2
+
+    def closure():
+        return 0.5 * (net(x) - y).square().sum(1).mean()
+
+    def wanted(share):
+        return math.ceil(math.log(1 - share * (1 - rate**steps)) / math.log(rate))
+
+    relaxer = ebm.GradientDescent(lr, steps)
+    algorithm = ebm.algorithm("predictive-coding", relaxer=relaxer)
+    relaxed = ebm.Learner(net, algorithm, layers=nn.Identity).relax(closure, nudge=1.0)
+    assert relaxed.effective_steps == wanted(0.99)
+    for share in (0.5, 0.9, 0.999):
+        assert regime.effective_steps(relaxed.trace, share) == wanted(share)
+    assert regime.of(net, closure, algorithm, layers=nn.Identity).effective_steps == wanted(0.99)
+    silent = ebm.Learner(net, algorithm, layers=nn.Identity).relax(closure, nudge=1.0, relaxer=ebm.FixedPoint(20))
+    assert silent.effective_steps is None  # it tells the first energy and the last
+
+
+def test_effective_steps_of_what_does_not_fall():
+    assert regime.effective_steps([1.0]) == regime.effective_steps([1.0, 1.0, 1.0]) == 0
+    assert regime.effective_steps([1.0, 2.0, 1.5]) == 0
+    assert regime.effective_steps([5.0, 0.0, 2.0, 1.0]) == 1  # a relaxer with momentum may pass by
+    for energies, share in (([], 0.99), ([1.0], 0.0), ([1.0], 1.5)):
+        with pytest.raises(ebm.ConfigurationError, match="effective_steps"):
+            regime.effective_steps(energies, share)
+
+
 def test_from_backprop_to_equilibrium_in_words():
     net = chain()
     for p in net.parameters():  # enough weight for equilibrium to differ from backprop

@@ -78,6 +78,8 @@ def test_logged_numbers_equal_a_simulation_with_explicit_states(tmp_path, accumu
         assert logged["ebm/energy_free"] == 0.0  # the forward pass of a divergence energy: nothing was relaxed
         assert logged["ebm/energy_nudged"] == pytest.approx(internal[-1] + loss[-1], rel=1e-6)
         assert logged["ebm/steps"] == 6
+        fallen = [internal[0] + loss[0] - a - b for a, b in zip(internal, loss, strict=True)]
+        assert logged["ebm/effective_steps"] == next(t for t, part in enumerate(fallen) if part >= 0.99 * fallen[-1])
         per_sample = [torch.stack([f.square().sum(1) for f in point[1]]).sum(0).sqrt() for point in trajectory]
         residual = per_sample[-1] / per_sample[0]
         assert logged["ebm/residual"] == pytest.approx(float(residual.mean()), rel=1e-6)
@@ -86,6 +88,30 @@ def test_logged_numbers_equal_a_simulation_with_explicit_states(tmp_path, accumu
         for layer, force in zip((1, 3, 5), forces[-1], strict=True):
             assert logged[f"ebm/residual/layer/net/{layer}"] == pytest.approx(force / max(forces[0]), rel=1e-6)
     assert monitor.statuses == {"fixed": 4}
+
+
+def test_relaxing_records_its_course_for_whoever_asks():
+    """Against the same simulation; a layer k below the output first moves at step k + 1."""
+    module = Regression()
+    x, y = module.x[:7], module.y[:7]
+    internal, loss, forces, _ = by_hand(module.net, x, y, 0.1, 6)
+    learner = ebm.Learner(module.net, "predictive-coding")
+
+    def closure():
+        return 0.5 * (module.net(x) - y).square().sum(1).mean()
+
+    settings = {"nudge": 1.0, "relaxer": ebm.GradientDescent(0.1, 6)}
+    relaxed = learner.relax(closure, **settings, record=True)
+    course = relaxed.course
+    assert course["internal"] == pytest.approx(internal, rel=1e-6)
+    assert course["loss"] == pytest.approx(loss, rel=1e-6)
+    assert len(course["residual"]) == len(forces)
+    for seen, force in zip(course["residual"], forces, strict=True):
+        assert seen == pytest.approx(force, rel=1e-6, abs=1e-12)
+    assert dict(zip(relaxed.states, course["arrived"], strict=True)) == {"1": 3, "3": 2, "5": 1}
+    unseen = learner.relax(closure, **settings)
+    assert unseen.course is None
+    assert all(torch.equal(unseen.states[name], state) for name, state in relaxed.states.items())
 
 
 def test_the_regime_of_a_training_step_is_that_of_its_batch(tmp_path):

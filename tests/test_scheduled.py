@@ -76,7 +76,8 @@ def test_numbers_of_one_are_gradient_descent(energy):
 
 def test_spikes_meet_the_signal_and_precisions_decay():
     spikes = [[spiking(5.0)(t, depth, 3) for t in range(4)] for depth in (1, 2, 3)]
-    assert spikes == [[1, 1, 5, 1], [1, 5, 1, 1], [5, 1, 1, 1]]
+    assert spikes == [[1, 1, 1, 5], [1, 1, 5, 1], [1, 5, 1, 1]]
+    assert [[spiking(5.0, held=True)(t, depth, 2) for t in range(3)] for depth in (1, 2)] == [[1, 5, 1], [5, 1, 1]]
     decay = [decaying(3.0, 1.0)(t, 1, 3) for t in range(3)]
     assert decay == pytest.approx([3, 1 + 2 * 2.718281828**-1, 1 + 2 * 2.718281828**-2])
     net, schedule = network(), spiking(4.0)
@@ -84,6 +85,31 @@ def test_spikes_meet_the_signal_and_precisions_decay():
     expected = by_hand(net, *batch(), 0.6, 5, lambda t, k, n: 0.1, schedule, lambda t: 1.0)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("strength", [0.1, 2.0])
+def test_a_spike_of_one_over_the_step_size_hands_the_signal_on_whole(strength):
+    """First arrival is linear: -lr lambda dL/dx_l at every depth; without spikes it has the factor lr of every hop."""
+    torch.manual_seed(0)
+    parts = [part for _ in range(5) for part in (nn.Linear(6, 6), nn.Tanh())]
+    net, lr = nn.Sequential(*parts, nn.Linear(6, 3)).double(), 0.05
+    x, y = torch.randn(7, 6).double(), torch.randn(7, 3).double()
+    learner = ebm.Learner(net, ebm.algorithm("predictive-coding"))
+    states, h = {}, x
+    for name, layer in net.named_children():
+        h = layer(h)
+        if isinstance(layer, nn.Tanh):
+            h.retain_grad()
+            states[name] = h
+    (0.5 * (h - y).square().sum()).backward()
+    for k, (name, state) in enumerate(reversed(states.items())):
+        for relaxer, factor in (
+            (ebm.ScheduledDescent(k + 1, lr, spiking(1 / lr)), lr),
+            (ebm.ScheduledDescent(k + 1, lr), lr ** (k + 1)),
+        ):
+            found = learner.relax(closure(net, x, y), nudge=strength, relaxer=relaxer)
+            expected = -factor * strength * state.grad
+            torch.testing.assert_close(found.states[name] - state.detach(), expected, rtol=1e-7, atol=1e-13)
 
 
 def test_where_schedules_end_at_one_the_equilibrium_is_that_of_the_energy():

@@ -17,7 +17,7 @@ from lightning_ebm.evaluations import Landscape
 from lightning_ebm.instruments.curvature import Curvature
 from lightning_ebm.learner import Learner
 from lightning_ebm.network.recording import Recording
-from lightning_ebm.regime import Regime
+from lightning_ebm.regime import Regime, effective_steps
 from lightning_ebm.relaxers import Relaxer
 from lightning_ebm.reports import advice
 from lightning_ebm.step.outcome import further
@@ -36,8 +36,9 @@ class RelaxationMonitor(Callback):
       at the end of the first nudged phase;
     - ``ebm/residual``, ``ebm/residual_max``: force left over force at the start, mean and largest over the samples;
     - ``ebm/residual/layer/<dots as slashes>``: |dE/dx_l| at the end over the largest |dE/dx| of any layer at the start;
-    - ``ebm/steps``; ``ebm/step_size``, |x' - x| / |dE/dx| of the last step; ``ebm/curvature``, the largest met, an
-      estimate from below of the energy's largest: Euler steps above 2 / curvature run away;
+    - ``ebm/steps``; ``ebm/effective_steps``, how many of the first nudged phase made 99 % of the energy's fall, see
+      `lightning_ebm.regime.effective_steps`; ``ebm/step_size``, |x' - x| / |dE/dx| of the last step; ``ebm/curvature``,
+      the largest met, an estimate from below of the energy's largest: Euler steps above 2 / curvature run away;
     - ``ebm/relaxed``, ``ebm/toward_equilibrium`` and per layer ``ebm/toward_equilibrium/layer/<name>`` where the regime
       is measured, see `lightning_ebm.regime`: how much of the fall of the energy was made, and where between backprop
       (0) and equilibrium (1) the update was read; not where the two coincide, and of the first device's batch;
@@ -45,10 +46,8 @@ class RelaxationMonitor(Callback):
       `lightning_ebm.instruments.curvature`: eigenvalues of d2(I + lambda L)/dx2 where the update was read, and of
       lambda d2L/dx2; of the first device's batch.
 
-    On several devices the others are means over the devices. With `WandbLogger` also a histogram of the residuals of
-    the samples, and when the fit ends the table ``ebm/curves``: energies against the relaxation step, where the regime
-    was measured. Largest residual, step size and curvature are in the run without a chart. Everything goes to the run's
-    file for `lightning-ebm report`.
+    On several devices the others are means over them. With `WandbLogger` also a histogram of the samples' residuals,
+    and when the fit ends ``ebm/curves``, a table of energies by step. All goes to `lightning-ebm report`'s file too.
 
     Args:
         every_n_steps: record at the first optimizer step, and at every one whose number is a multiple of this.
@@ -150,14 +149,7 @@ class RelaxationMonitor(Callback):
             "ebm/residual_max": max(report["residual"], default=0.0),
             "ebm/steps": float(report["steps"]),
         }
-        nudged = next((phase for phase in phases if phase["nudge"]), None)
-        if nudged is not None:
-            start = max(nudged["residual"][0]) or 1.0
-            ends = zip(report["layers"], nudged["residual"][-1], strict=True)
-            values |= {f"ebm/residual/layer/{name.replace('.', '/')}": end / start for name, end in ends}
-            if nudged["step_size"]:
-                values["ebm/step_size"] = nudged["step_size"][-1]
-                values["ebm/curvature"] = max(nudged["curvature"])
+        values |= next((_of_nudged(report["layers"], phase) for phase in phases if phase["nudge"]), {})
         record: dict[str, Any] = {
             "status": report["result"], "cut_off": was_cut_off(report), "steps": report["steps"],
             "layers": report["layers"], "residual": values["ebm/residual"], "loss": report["loss"], "phases": phases,
@@ -289,11 +281,20 @@ class RelaxationMonitor(Callback):
         return None if run is None or not plots.has_curves(run) else plots.energy_curves(run)
 
 
-_IN_PROGRESS_BAR = ("ebm/energy_nudged", "ebm/steps")
-_TOWARD = "ebm/toward_equilibrium"
+_IN_PROGRESS_BAR, _TOWARD = ("ebm/energy_nudged", "ebm/steps"), "ebm/toward_equilibrium"
 _CHARTED = ("ebm/energy_free", "ebm/energy_nudged", "ebm/residual", "ebm/steps", "ebm/relaxed", _TOWARD)
-_WITHOUT_CHART = ("ebm/residual_max", "ebm/step_size", "ebm/curvature")
+_WITHOUT_CHART = ("ebm/residual_max", "ebm/effective_steps", "ebm/step_size", "ebm/curvature")
 _MOST_CURVES, _MOST_ROWS = 200, 20_000
+
+
+def _of_nudged(layers: list[str], phase: dict[str, Any]) -> dict[str, float]:
+    start, ends = max(phase["residual"][0]) or 1.0, zip(layers, phase["residual"][-1], strict=True)
+    values = {f"ebm/residual/layer/{name.replace('.', '/')}": end / start for name, end in ends}
+    if "energies" in phase:
+        values["ebm/effective_steps"] = float(effective_steps(phase["energies"]))
+    if phase["step_size"]:
+        values |= {"ebm/step_size": phase["step_size"][-1], "ebm/curvature": max(phase["curvature"])}
+    return values
 
 
 def _due(trainer: Trainer, every: int) -> bool:

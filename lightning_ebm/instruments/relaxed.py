@@ -13,8 +13,10 @@ from lightning_ebm.energies import Energy
 from lightning_ebm.energies.base import is_quadratic
 from lightning_ebm.energies.without_terms import without_terms
 from lightning_ebm.errors import ConfigurationError
+from lightning_ebm.instruments.verdict import effective_steps
 from lightning_ebm.network.network import Network
 from lightning_ebm.network.precomputed_gradient import average_of
+from lightning_ebm.network.recording import TraceEntry
 from lightning_ebm.network.samples import samples_first
 from lightning_ebm.nudges import Nudge, OneSided, Phase
 from lightning_ebm.nudges.base import table_of
@@ -47,6 +49,8 @@ class Relaxed:
         gradients: d(I + lambda L)/dtheta here with states held fixed, summed over the batch, by the parameters' names;
             empty unless they were asked for. Over samples the average.
         samples: of a relaxer that draws some, as `Langevin` does, ``(n, B, ...)``; the rest is of the last.
+        course: where it was asked for by ``record=True``, what was seen at every evaluation on the way: I and L, the
+            force on each layer and when a signal first arrived there, layers in the order of `states`.
     """
 
     states: dict[str, Tensor]
@@ -60,14 +64,25 @@ class Relaxed:
     trace: Tensor
     gradients: dict[str, Tensor]
     samples: dict[str, Tensor]
+    course: TraceEntry | None = None
 
     @property
     def energy(self) -> Tensor:
         """I of each sample, the sum of `energies`, ``(B,)``."""
         return torch.stack(list(self.energies.values())).sum(0)
 
+    @property
+    def effective_steps(self) -> int | None:
+        """How many steps made 99 % of the fall of the energy; None where the relaxer did not look at it on the way.
 
-def relaxed_of(network: Network, found: Relaxation, has_loss: bool, gradients: dict[str, Tensor]) -> Relaxed:
+        See `lightning_ebm.regime.effective_steps`, for other shares as well.
+        """
+        return effective_steps(self.trace.tolist()) if len(self.trace) == self.steps + 1 else None
+
+
+def relaxed_of(
+    network: Network, found: Relaxation, has_loss: bool, gradients: dict[str, Tensor], course: TraceEntry | None = None
+) -> Relaxed:
     """Reads a point in states off its network."""
     with torch.no_grad():
         seen = network.at_states(found.point)
@@ -93,6 +108,7 @@ def relaxed_of(network: Network, found: Relaxation, has_loss: bool, gradients: d
         trace=torch.stack(list(found.energies)) if found.energies else torch.zeros(0),
         gradients=gradients,
         samples={name: torch.stack([sample[name] for sample in samples]) for name in network.names if samples},
+        course=course,
     )
 
 

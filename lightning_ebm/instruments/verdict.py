@@ -1,15 +1,49 @@
 """In which regime an update was read, layer by layer, in numbers and in words."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lightning_ebm import notebook
+from lightning_ebm import checked, notebook
+from lightning_ebm.errors import ConfigurationError
 
 Reach = Literal["signal", "rounding", "none", "read-out"]
 
 BACKPROP, EQUILIBRIUM, BETWEEN, SAME = "backprop's direction", "equilibrium", "in between", "both: they coincide"
 NEITHER = "neither: a direction of its own"
+
+
+def effective_steps(energies: Sequence[float], share: float = 0.99) -> int:
+    """How many steps of a relaxation counted: the first t at which `share` of the whole fall of the energy was made.
+
+    min {t: F_0 - F_t >= share (F_0 - F_T)}, with the fall to the end; 0 where the energy has not fallen. What comes
+    after is spent on the rest. It says nothing of what an equilibrium further down would have taken: that is
+    `Regime.relaxed`.
+
+    Args:
+        energies: F_0 at the start and after each step, ``(T + 1,)``: `Relaxed.trace`, or those of a phase of
+            `Learner.report`. Relaxers that need no energies to move, as `FixedPoint`, give the first and last alone.
+        share: of the fall, in (0, 1].
+
+    Raises:
+        ConfigurationError: no energies, or a share that is none.
+
+    Examples:
+        >>> effective_steps([10.0, 4.0, 1.0, 0.1, 0.0], share=0.9)
+        2
+    """
+    share = checked.number("effective_steps", "share", share, "a share of the fall, such as 0.99", above=0, most=1)
+    values = [float(energy) for energy in energies]
+    if not values:
+        raise ConfigurationError(
+            "effective_steps: there are no energies. Take relaxed.trace, or the energies of one phase of"
+            ' learner.report["phases"].'
+        )
+    fall = values[0] - values[-1]
+    if not fall > 0:
+        return 0
+    return next(t for t, energy in enumerate(values) if values[0] - energy >= share * fall or t == len(values) - 1)
 
 
 @dataclass(frozen=True)
@@ -65,12 +99,15 @@ class Regime:
         layers: one a layer, from the input up, the read-out last.
         steps: taken before stopping.
         settled: whether the relaxation that stands for equilibrium converged (or is at a kink).
+        effective_steps: how many of the steps made 99 % of what fell, see `effective_steps`; None where the relaxer
+            needs no energies to move, and so tells none.
     """
 
     relaxed: float
     layers: tuple[LayerRegime, ...]
     steps: int
     settled: bool
+    effective_steps: int | None = None
 
     @property
     def toward_equilibrium(self) -> float:

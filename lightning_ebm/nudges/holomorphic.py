@@ -16,7 +16,8 @@ class Holomorphic(Nudge):
     to the nearest nudge at which the equilibrium ceases to be analytic. N = 2 is `Centered`. The states are complex
     where the nudge is, so the network and the loss must be analytic functions of them (tanh, sigmoid, linear maps; no
     ReLU, no hard sigmoid): one that is not is refused by name. Conjugate nudges have conjugate equilibria, so only
-    N//2 + 1 phases are run.
+    N//2 + 1 phases are run. `Learner.report` records the contour: each of its points is a phase there, with its complex
+    strength, its energies and its residuals.
 
     Args:
         strength: l > 0, the radius, per sample.
@@ -41,7 +42,7 @@ class Holomorphic(Nudge):
     def phases(self) -> tuple[Phase, ...]:
         real, others = [], []
         for k in range(self.points // 2 + 1):
-            root = cmath.exp(2j * math.pi * k / self.points)
+            root = 1j if 4 * k == self.points else cmath.exp(2j * math.pi * k / self.points)
             weight = 1 / (self.points * self.strength * root)
             if k == 0 or 2 * k == self.points:  # on the real axis, where real arithmetic is exact and cheaper
                 real.append(Phase(self.strength * round(root.real), weight.real))

@@ -1,10 +1,12 @@
-"""LightningModules of the recipes, as anyone would write them. Nothing here knows how their weights will be trained."""
+"""LightningModules of the recipes, as anyone would write them. No training step knows how weights will be trained."""
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import OptimizerCallable
 from torch import OutOfMemoryError, Tensor, nn
@@ -13,6 +15,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
+import lightning_ebm as ebm
 from lightning_ebm.recipes.arrays import ArrayData, Batch
 
 Schedule = Literal["constant", "cosine", "warmup-cosine"]
@@ -185,3 +188,72 @@ class NextToken(_Trained):
         self.log(
             "val/loss", F.cross_entropy(self(batch[0]).flatten(0, 1), batch[1].flatten()), prog_bar=True, sync_dist=True
         )
+
+
+class Generator(_Trained):
+    """Predicts images from latents that nobody gives: unsupervised, where states relax.
+
+    The loss is 1/2 |image - net(z)|^2 with z = 0, the mean over the batch. With a state at ``net.0``, an `nn.Identity`,
+    predictive coding infers z under a standard normal prior, and hidden states with it; weights follow. Under the stock
+    strategy z stays 0 and only the mean image is learned. Validation infers as well, whatever the strategy.
+
+    Logged: ``val/loss``, the same loss at inferred states; ``val/lower_half``, the squared error of a pixel of the
+    lower half, inferred from the upper half, and ``val/lower_half_share``, its share of what the mean image leaves.
+
+    Args:
+        widths: of the latent, of the hidden layers, and the number of pixels, an even one.
+        optimizer: of the weights.
+        schedule: as in `Classifier`.
+    """
+
+    mean: Tensor
+
+    def __init__(
+        self,
+        widths: tuple[int, ...] = (8, 64, 64, 64),
+        optimizer: OptimizerCallable = lambda p: Adam(p, lr=1e-3),
+        schedule: Schedule = "constant",
+    ) -> None:
+        layers: list[nn.Module] = [nn.Identity()]
+        for below, above in pairwise(widths):
+            layers += [nn.Linear(below, above), nn.Tanh()]
+        super().__init__(nn.Sequential(*layers[:-1], nn.Sigmoid()), optimizer, schedule)
+        self.latent, self.upper = widths[0], widths[-1] // 2
+        self.register_buffer("mean", torch.zeros(widths[-1]))
+
+    def on_fit_start(self) -> None:
+        """The mean training image, to compare with."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, ArrayData):
+            train = data.parts["train"]
+            images = torch.stack([train[k][0] for k in range(len(train))])
+            self.mean = images.flatten(1).mean(0).to(self.mean)
+
+    def _loss(self, image: Tensor) -> Tensor:
+        output = self(image.new_zeros(len(image), self.latent))
+        if output.shape != image.shape:
+            raise MisconfigurationException(
+                f"The data have {image.shape[1]} pixels, and --model.widths ends in {output.shape[1]}: give it as many."
+            )
+        loss: Tensor = 0.5 * (output - image).square().sum(1).mean()
+        return loss
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self._loss(batch[0].flatten(1))
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        image = batch[0].flatten(1)
+        last = len(self.net) - 1  # type: ignore[arg-type]  # a Sequential
+        learner = ebm.Learner(self.net, "predictive-coding", layers=[str(k) for k in range(0, last, 2)])
+        relaxer = ebm.QuasiNewton(100, 8, tol=1e-3)
+        explained = learner.relax(lambda: self._loss(image), nudge=1.0, relaxer=relaxer)
+        assert explained.loss is not None
+        self.log("val/loss", explained.loss, prog_bar=True, sync_dist=True)
+        seen = torch.arange(2 * self.upper, device=image.device) < self.upper
+        latent = image.new_zeros(len(image), self.latent)
+        filled = learner.relax(lambda: self.net(latent), clamp={str(last): (image, seen)}, relaxer=relaxer)
+        error = (filled.states[str(last)] - image)[:, ~seen].square().mean()
+        self.log("val/lower_half", error, sync_dist=True)
+        self.log("val/lower_half_share", error / (self.mean - image)[:, ~seen].square().mean(), sync_dist=True)

@@ -116,11 +116,20 @@ class ScheduledDescent(Relaxer):
         return found
 
 
-def spiking(height: float) -> LayerSchedule:
-    """A precision of `height` at the step at which a signal from the output first arrives at a layer, else 1."""
+def spiking(height: float, held: bool = False) -> LayerSchedule:
+    """A precision of `height` at the first step at which a layer has an error to be weighed, else 1.
+
+    A signal from the loss moves the deepest layer at the step 0, and a layer k below it at the step k; its error is
+    there one step later. At height = 1 / lr the error of a layer goes on whole: what first moves a layer is -lr lambda
+    dL/dx_l, as far as at the deepest one, where steps without spikes have lost a factor of lr at each.
+
+    Args:
+        height: of the spike.
+        held: whether the deepest state is held at a target, so that its error is there at the step 0.
+    """
 
     def schedule(step: int, depth: int, deepest: int) -> float:
-        return height if step == deepest - depth else 1.0
+        return height if step == deepest - depth + (not held) else 1.0
 
     return schedule
 

@@ -57,6 +57,7 @@ SECTIONS = {
         Chart("Energy, free and nudged", ("ebm/energy_free", "ebm/energy_nudged")),
         Chart("Part of the fall made, and of the way to equilibrium", ("ebm/relaxed", "ebm/toward_equilibrium")),
         Chart("Largest residual of a sample", ("ebm/residual_max",), log=True),
+        Chart("Steps that made 99 % of the fall", ("ebm/effective_steps",)),
         Chart("Step size", ("ebm/step_size",)),
         Chart("Largest curvature met", ("ebm/curvature",)),
         Chart(
