@@ -53,8 +53,7 @@ class RelaxationMonitor(Callback):
         every_n_steps: record at the first optimizer step, and at every one whose number is a multiple of this.
         regime_every_n_steps: the same for the regime, which relaxes twice more, once to equilibrium; None never.
         equilibrium: what finds that equilibrium, see `regime.of`.
-        curvature_every_n_steps: the same for the curvature, which relaxes once more and takes 64 products with second
-            derivatives; None never.
+        curvature_every_n_steps: the same for the curvature: one more relaxation, 64 Hessian products; None never.
 
     Attributes:
         regime: the last one measured, None before.
