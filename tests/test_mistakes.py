@@ -273,13 +273,36 @@ COMMANDS = {
     "report .": ("holds no run", "lightning_logs/version_0"),
     "sweep digit": ("no sweep file 'digit'", "digits-relaxer"),
     "leaderboard mine": ("no leaderboard file 'mine'", "digits"),
+    "": ("COMMAND: missing", "lightning-ebm --help"),
+    "recipes run": ("name: missing", "lightning-ebm recipes run --help"),
+    "--versoin": ("no option --versoin", "mean '--version'"),
+    "report runs/x --out y": ("no option --out", "lightning-ebm report --help"),
+    "report runs/x --outptu y": ("no option --outptu", "mean '--output'"),
+    "doctor all": ("no place for all", "lightning-ebm doctor --help"),
+    "sweep digits-relaxer --count -1": ("--count=-1", "at least 1"),
+    "sweep digits-relaxer --count 0": ("--count=0", "at least 1"),
+    "leaderboard digits --no-train": ("no results of digits.yaml", "leave --no-train out"),
+    "leaderboard digits --no-train --page a/page.md": ("no results of digits.yaml", "--root"),
+    "fit --config nothing_in_it": ("no settings by name", "recipes show digits"),
+    "fit --config list": ("no settings by name", "recipes show digits"),
+    "fit --config binary": ("is no text", "YAML file"),
+    "recipes run digits --wandb off --trainer.devices -3": ("could not be built", "int > 0"),
+    "recipes run digits --trainer.callbacks Foo": ("callbacks=Foo: expected a list", "a class by its path"),
+    "recipes run digits --model.optimizer.lr fast": ("lr=fast: expected a number", "a class by its path"),
+    "recipes run digits --trainer.logger 5x": ("logger=5x: expected true or false", "a class by its path"),
 }
 
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_a_mistaken_command_is_answered_in_one_line(words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a_file").touch()
+    for name, content in {
+        "a_file": b"",
+        "nothing_in_it": b"",
+        "list": b"- 1\n- 2\n",
+        "binary": bytes(range(256)),
+    }.items():
+        (tmp_path / name).write_bytes(content)
     (tmp_path / "input.txt").write_text("to be or not to be " * 2000)
     try:
         status = main(words.split())
