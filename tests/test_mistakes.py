@@ -235,6 +235,16 @@ MISTAKES = [
         "a second run that fails", lambda: step(Once(), "equilibrium-propagation", net(8, 8)), "KeyError: 'taken'",
         "that the first run has changed",
     ),
+    Mistake(
+        "an option of DDP is misspelt", lambda: ebm.EBMDDPStrategy(find_unused_paramters=True),
+        "no option 'find_unused_paramters'", "mean 'find_unused_parameters'",
+    ),
+    Mistake("DDP's option is text", lambda: ebm.EBMDDPStrategy(find_unused_parameters="no"), "'no'", "True or False"),
+    Mistake("a way to start that is none", lambda: ebm.EBMDDPStrategy(start_method="forked"), "'forked'", '"fork"'),
+    Mistake(
+        "gradients of two modules are compared",
+        lambda: ebm.metrics.alignment({"net.0.weight": X}, {"0.weight": X}), "no name is of both", "Take both of one",
+    ),
     Mistake("an energy by its name", lambda: ebm.Algorithm(energy="pc"), "'pc'", "ebm.Energy"),
 ]  # fmt: skip
 
