@@ -299,6 +299,11 @@ COMMANDS = {
     "recipes run digits --wandb off --trainer.devices -3": ("could not be built", "int > 0"),
     "recipes run digits --trainer.callbacks Foo": ("callbacks=Foo: expected a list", "a class by its path"),
     "recipes run digits --model.optimizer.lr fast": ("lr=fast: expected a number", "a class by its path"),
+    "recipes run digits --relaxer Feedback": ("needs a value for relaxer", "--relaxer.relaxer VALUE"),
+    "recipes run digits --relaxer lightning_ebm.reference.Settled": ("Settled is internal", "GradientDescent"),
+    "recipes run digits --relaxer lightning_ebm.relaxers.wrapper.Wrapper": ("Wrapper is internal", "GradientDescent"),
+    "recipes run digits --model os.system": ("model=os.system", "a class of the kind LightningModule"),
+    "recipes run digits --relaxer lightning_ebm.Relaxer": ("this one is abstract", "to be subclassed"),
     "recipes run digits --trainer.logger 5x": ("logger=5x: expected true or false", "a class by its path"),
 }
 

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 import lightning_ebm as ebm
 from lightning_ebm import checked
 from lightning_ebm.recipes import data, modules, nets
+from lightning_ebm.recipes.offered import Offering, internals, is_internal
 
 __all__ = ["Parser", "check_names", "in_one_line"]
 
@@ -58,6 +59,8 @@ def check_names(arguments: Sequence[str]) -> None:
             special = [*allowed.get(option, []), "null", "None"]
             if value in known[option]:
                 chosen[option] = known[option][value]
+            elif is_internal(value):
+                raise ebm.ConfigurationError(f"{option} {_INTERNAL.format(value)}{_listing(list(known[option]))}")
             elif re.fullmatch(r"[A-Za-z_]\w*", value) and value not in special and not Path(value).exists():
                 offered = [*known[option], *allowed.get(option, [])]
                 raise ebm.ConfigurationError(
@@ -139,12 +142,18 @@ def in_one_line(trainer: Callable[..., L.Trainer], **settings: Any) -> L.Trainer
 class Parser(LightningArgumentParser):
     """Lightning's, whose errors are one line instead of its usage and a tree of types."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": Offering, **kwargs})
+
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Lightning's; a file that is no text is said to be none."""
+        """Lightning's; a file that is no text, and a class that is none of the user's business, are said to be."""
         try:
-            return super().parse_args(*args, **kwargs)
+            found = super().parse_args(*args, **kwargs)
         except UnicodeDecodeError as error:
             self.error(f"--config: the file is no text, and so no YAML file: {error}")
+        for path in internals(found):
+            self.error(_INTERNAL.format(path))
+        return found
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends the process with status 2."""
@@ -175,6 +184,11 @@ class Parser(LightningArgumentParser):
             names = [name for name in own if name not in ("h", "help", "config")]
             return f"There is no option {found[1]!r} here.{nearest(found[1], names)} There are: {', '.join(names)}."
         if found := re.fullmatch(r"the following arguments are required: (.*)", message):
+            if inner := [name for name in found[1].split(", ") if not name.startswith("fit.")]:
+                return (
+                    f"A class that is named needs a value for {' and '.join(inner)}: settings of a class follow by"
+                    f" name, as in --relaxer CLASS --relaxer.{inner[0]} VALUE, or stand under init_args in a file."
+                )
             needed = " and ".join(f"--{name.removeprefix('fit.')}" for name in found[1].split(", "))
             return f"A fit needs {needed}, on the command line or in a file: --config FILE."
         if found := re.search(
@@ -200,6 +214,11 @@ class Parser(LightningArgumentParser):
         if key and value and plain and len(plain) == len(expected):
             write = f' Write {key[1]}="[{value[1]}]".' if _PLAIN["<class 'list'>"] in plain else ""
             return f"{key[1]}={value[1]}: expected {' or '.join(plain)}.{write}"
+        if key and value and (kind := re.search(r"does not correspond to a subclass of (\w+)", message)):
+            ways = " or ".join([*dict.fromkeys(plain), f"a class of the kind {kind[1]}, by its path"])
+            return f"{key[1]}={value[1]}: expected {ways}."
+        if key and value and "is abstract" in message:
+            return f"{key[1]}={value[1]}: expected a class that can be made; this one is abstract, to be subclassed."
         if key and value and "Expected a dot import path string" in message:
             ways = " or ".join([*dict.fromkeys(plain), "a class by its path, my_package.MyClass"])
             return f"{key[1]}={value[1]}: expected {ways}."
@@ -218,6 +237,7 @@ _PLAIN = {
     "<class 'int'>": "a whole number", "<class 'float'>": "a number", "<class 'bool'>": "true or false",
     "<class 'list'>": "a list", "<class 'tuple'>": "a list", "<class 'NoneType'>": "null", "<class 'str'>": "text",
 }  # fmt: skip
+_INTERNAL = "{} is internal, and made by this library alone."
 _NOISE = re.compile(
     r"Does not validate against any|Subtypes:|Errors:|- Expected a <class '\S+'>$|Given value type|a path but"
 )
