@@ -97,6 +97,15 @@ def too_high_a_learning_rate() -> None:
         optimizer.step()
 
 
+def too_high_for_equilibria() -> None:
+    module = net(8, 8)
+    learner, optimizer = (
+        ebm.Learner(module, "equilibrium-propagation"), torch.optim.SGD(module.parameters(), lr=1e4),
+    )  # fmt: skip
+    for _ in range(30):
+        learner.step(lambda: squared(module), optimizer)
+
+
 def backward_in_the_closure(module: nn.Module) -> torch.Tensor:
     loss = usual(module)
     loss.backward()
@@ -147,6 +156,15 @@ MISTAKES = [
     Mistake(
         "the learning rate of the weights explodes", too_high_a_learning_rate, "weights",
         "lower the learning rate of the parameters",
+    ),
+    Mistake(
+        "the same of equilibrium propagation", too_high_for_equilibria, "finds no equilibrium",
+        "lower the learning rate of the parameters",
+    ),
+    Mistake(
+        "the states' step is absurd",
+        lambda: step(squared, ebm.algorithm("predictive-coding", relaxer=ebm.GradientDescent(1e30, 10))),
+        "outgrew what numbers hold", "learning rate of the states",
     ),
     Mistake("a negative nudge is too strong", lambda: step(squared, NEGATIVE), "no minimum", "smaller nudge"),
     Mistake("the reduction is misspelt", lambda: step(usual, loss_reduction="average"), "average", "mean"),
