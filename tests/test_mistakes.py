@@ -263,6 +263,11 @@ MISTAKES = [
         "gradients of two modules are compared",
         lambda: ebm.metrics.alignment({"net.0.weight": X}, {"0.weight": X}), "no name is of both", "Take both of one",
     ),
+    Mistake(
+        "the optimizer of another module",
+        lambda: ebm.Learner(net(8)).step(lambda: None, torch.optim.SGD(net(8).parameters(), 0.1)),
+        "not one of the parameters", "torch.optim.Adam(module.parameters())",
+    ),
     Mistake("an energy by its name", lambda: ebm.Algorithm(energy="pc"), "'pc'", "ebm.Energy"),
 ]  # fmt: skip
 

@@ -184,6 +184,14 @@ def test_a_misspelt_setting_is_one_line_with_the_word_that_exists(words, capsys)
     assert MISSPELT[words] in said
 
 
+def test_a_figure_that_nobody_logs_is_told_of(tmp_path, capsys):
+    run("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--monitor", "val/accurcy")
+    said = capsys.readouterr().err
+    assert "--monitor val/accurcy: no validation logged that" in said
+    assert "Did you mean 'val/accuracy'?" in said
+    assert not list(tmp_path.rglob("result.json"))
+
+
 def test_internals_are_not_offered():
     """A class that only this library makes is nobody's choice on a command line."""
     for option, classes in options.kinds().items():

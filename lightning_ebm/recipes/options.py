@@ -139,6 +139,15 @@ def in_one_line(trainer: Callable[..., L.Trainer], **settings: Any) -> L.Trainer
         raise ebm.ConfigurationError(f"The Trainer could not be built: {error}") from error
 
 
+def say_what_there_is(monitor: str, trainer: L.Trainer) -> None:
+    """A line where the figure to be told was never logged, with those that were."""
+    logged = sorted(trainer.callback_metrics)
+    if trainer.is_global_zero and monitor not in logged:
+        there = f" Logged were: {', '.join(logged)}." if logged else ""
+        line = f"--monitor {monitor}: no validation logged that, so there is no result.json.{nearest(monitor, logged)}"
+        print(line + there, file=sys.stderr)
+
+
 class Parser(LightningArgumentParser):
     """Lightning's, whose errors are one line instead of its usage and a tree of types."""
 
