@@ -5,10 +5,11 @@ scalar or a tensor of one number becomes a float or an int. The owner of an argu
 """
 
 import difflib
+import inspect
 import math
 import numbers
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -81,6 +82,32 @@ def count(owner: object, name: str, value: Any, least: int = 1, most: int = sys.
         bounds = f"at least {least}" if most == sys.maxsize else f"at least {least} and at most {most}"
         refuse(owner, name, value, f"a whole number of {bounds}{why}{'' if whole else _hint(value)}")
     return int(number_of_one)
+
+
+def handed_on(
+    owner: object, given: Mapping[str, Any], *callables: Callable[..., Any], besides: Collection[str] = ()
+) -> None:
+    """Options that are handed on must be those of one of some callables; what is on or off there must be here.
+
+    Args:
+        owner: who takes them.
+        given: the options.
+        callables: who they are handed on to.
+        besides: arguments of theirs that the owner gives itself.
+
+    Raises:
+        ConfigurationError: one is not.
+    """
+    taken = {name: one for made in reversed(callables) for name, one in inspect.signature(made).parameters.items()}
+    known = {n: one for n, one in taken.items() if one.kind is not one.VAR_KEYWORD and n not in {"self", *besides}}
+    for name, value in given.items():
+        if name not in known:
+            near = nearest(name, known)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            whose = type(owner).__name__
+            raise ConfigurationError(f"{whose} has no option {name!r}.{hint} It hands on: {', '.join(known)}.")
+        if isinstance(known[name].default, bool):
+            flag(owner, name, value)
 
 
 def choice(owner: object, name: str, value: Any, options: Iterable[str], why: str = "") -> Any:

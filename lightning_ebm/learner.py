@@ -378,9 +378,13 @@ class Learner:
         Args:
             closure: as for `backward`.
             optimizer: of the module's parameters.
+
+        Raises:
+            ConfigurationError: it is no optimizer, or has none of the module's parameters.
         """
         if isinstance(optimizer, type) or not hasattr(optimizer, "zero_grad"):  # what wraps one may not be an Optimizer
             checked.instance("", "optimizer", optimizer, torch.optim.Optimizer, _OPTIMIZER)
+        _check_whose(optimizer, self.module)
         if _asks_for_closures(optimizer) and not self.algorithm.rule.incremental:
 
             def again() -> Tensor:
@@ -527,6 +531,17 @@ class Learner:
 
 
 _OPTIMIZER = "an optimizer, such as torch.optim.Adam(net.parameters(), lr=1e-3)"
+
+
+def _check_whose(optimizer: Any, module: nn.Module) -> None:
+    """An optimizer with parameters of others alone would step, and nothing would ever learn."""
+    theirs = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group.get("params", ())}
+    if theirs and theirs.isdisjoint(id(p) for p in module.parameters()):
+        raise ConfigurationError(
+            f"The optimizer has not one of the parameters of {type(module).__name__}, so that its steps would change"
+            " nothing there. Make it of the module that the learner has, torch.optim.Adam(module.parameters()), and"
+            " once more where the module is made anew or copied."
+        )
 
 
 def _asks_for_closures(optimizer: torch.optim.Optimizer) -> bool:

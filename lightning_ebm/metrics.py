@@ -21,11 +21,18 @@ def moments(estimate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> 
     zero on the other: an update that a rule leaves out is an error of that rule, not a gap in the figure.
 
     Raises:
-        ConfigurationError: both have a gradient of a name, in other shapes; or one is no mapping.
+        ConfigurationError: both have a gradient of a name, in other shapes; or not one name is of both; or one is no
+            mapping.
     """
     found = {}
     for argument, given in (("estimate", estimate), ("reference", reference)):
         checked.instance("", argument, given, Mapping, "gradients by the names of parameters, {name: tensor}")
+    if estimate and reference and not set(estimate) & set(reference):
+        raise ConfigurationError(
+            f"The estimate has gradients of {_some(estimate)}, and the reference of {_some(reference)}: no name is of"
+            " both, so that there is nothing to compare. Take both of one module: gradients of `module.net` are named"
+            ' "0.weight", and those of `module` "net.0.weight".'
+        )
     for name in [*reference, *(name for name in estimate if name not in reference)]:
         r, g = reference.get(name), estimate.get(name)
         some = r if r is not None else g
@@ -45,6 +52,11 @@ def moments(estimate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> 
     return found
 
 
+def _some(names: Iterable[str]) -> str:
+    first, *others = (repr(name) for name in names)
+    return ", ".join([first, *others[:1], *["..."] * (len(others) > 1)])
+
+
 def alignment(estimate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
     """Alignment of two sets of gradients, taken as one long vector each: g the estimate, r the reference.
 
@@ -61,7 +73,7 @@ def alignment(estimate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -
         reference: the same names and shapes; a name missing on one side counts as zeros.
 
     Raises:
-        ConfigurationError: both have a gradient of a name, in other shapes; or both are empty.
+        ConfigurationError: both have a gradient of a name, in other shapes; or no name is of both; or both are empty.
     """
     found = moments(estimate, reference)
     if not found:

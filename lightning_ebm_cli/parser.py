@@ -2,10 +2,10 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning_ebm_cli import commands
 from lightning_ebm_cli.catalog import did_you_mean
@@ -37,6 +37,13 @@ class Wide(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, with the nearest word that exists."""
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; what is left over is answered by the command that it was given to."""
+        found, left = self.parse_known_args(args, namespace)
+        if left:
+            _asked(self, vars(found)).error(f"unrecognized arguments: {' '.join(left)}")
+        return found
+
     def error(self, message: str) -> NoReturn:
         """Ends the process with status 2."""
         _, found, rest = message.partition("invalid choice: '")
@@ -46,10 +53,21 @@ class Parser(argparse.ArgumentParser):
             message = f"there is no command {word!r}.{did_you_mean(word, known)} Commands: {', '.join(known)}."
         elif message.startswith("unrecognized arguments: "):
             word = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
-            known = _options(self)
-            message = f"there is no option {word}.{did_you_mean(word, known)} See {self.prog} --help."
+            kind, hint = ("option ", did_you_mean(word, _options(self))) if word.startswith("-") else ("place for ", "")
+            message = f"there is no {kind}{word}.{hint} See {self.prog} --help."
+        elif message.startswith("the following arguments are required: "):
+            missing = message.removeprefix("the following arguments are required: ")
+            message = f"{missing}: missing. See {self.prog} --help."
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def _asked(made: "Parser", found: Mapping[str, Any]) -> "Parser":
+    """The parser of the command that was found."""
+    for action in made._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return _asked(action.choices[found[action.dest]], found)
+    return made
 
 
 def _options(made: argparse.ArgumentParser) -> list[str]:
@@ -154,7 +172,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     own, settings = _split(given)
-    options = parser().parse_args(own)
+    made = parser()
+    if own and own[0].startswith("-") and own[0] not in made._option_string_actions:
+        made.error(f"unrecognized arguments: {own[0]}")
+    options = made.parse_args(own)
     try:
         return commands.run(options, settings)
     except KeyboardInterrupt:

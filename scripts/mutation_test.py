@@ -3,8 +3,8 @@
     bash scripts/with-venv python scripts/mutation_test.py
 
 Works on a copy of the checkout. A sabotage that survives names a hole in the tests. Names of some of them as
-arguments run these alone; `--json FILE` keeps the verdicts, and goes on where a run that was stopped had come to. About
-half an hour.
+arguments run these alone; `--json FILE` keeps the verdicts, and goes on where a run that was stopped had come to. Some
+three quarters of an hour beside other work.
 """
 
 import argparse

@@ -83,6 +83,17 @@ def of_suite(found: Result) -> str:
     )
 
 
+def of_numerics(found: Result) -> str:
+    rows = found["precisions"]
+    near = {kind: sum(row[kind]["cosine"] > 0.999 for row in rows.values()) for kind in ("bf16-mixed", "16-mixed")}
+    worst = max(row["float32"]["relative_error"] for row in rows.values())
+    return (
+        f"{len(rows)} algorithms: float32 moves an update by at most {worst:.0e} of its size; the cosine to float64"
+        f" is above 0.999 for {near['bf16-mixed']} of them in bf16-mixed, and for {near['16-mixed']} in 16-mixed:"
+        " [which](numerics.md)"
+    )
+
+
 PARTS = {
     "fuzz": Part(
         "Random programs against four oracles",
@@ -96,6 +107,7 @@ PARTS = {
         ("faults", "stopped", "resume", "bad_input", "observers", "lost_processes"), of_tests,
     ),
     "processors": Part("Processors imitated on one machine", None, ("processors",), of_tests),
+    "numerics": Part("Numbers of 32 and 16 bits", ("scripts/numerics.py",), (), of_numerics),
     "suite": Part("Lightning's own tests", ("scripts/lightning_suite.py",), (), of_suite),
 }  # fmt: skip
 

@@ -55,7 +55,8 @@ NEEDED: dict[str, dict[str, Any]] = {
 MORE = {
     "StateOptimizer": ("lr", "momentum"),
     "algorithm": tuple(f.name for f in dataclasses.fields(ebm.Algorithm)),
-    "EBMDDPStrategy": (), "EBMFSDP2Strategy": (), "metrics.Alignment": ("sync_on_compute", "unknown"),
+    "EBMDDPStrategy": ("find_unused_parameters", "static_graph", "start_method", "unknown"),
+    "EBMFSDP2Strategy": (), "metrics.Alignment": ("sync_on_compute", "unknown"),
 }  # fmt: skip
 """Names to try where a signature ends in ``**options``."""
 NUMPY = (np.float32(0.5), np.float64(1.5), np.int64(3), np.bool_(True))

@@ -147,3 +147,17 @@ def test_states_may_be_of_several_kinds(preset, first):
         assert set(found) == {name for name, _ in net.named_parameters()}
         assert all(g.dtype is dict(net.named_parameters())[name].dtype for name, g in found.items())
         assert all(bool(g.isfinite().all()) for g in found.values())
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "precision", "told"),
+    [
+        ("equilibrium-propagation", "bf16-mixed", 1), ("recurrent-backprop", "bf16-true", 1),
+        ("equilibrium-propagation", "32-true", 0), ("predictive-coding", "bf16-mixed", 0),
+        ("backprop", "bf16-mixed", 0),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_equilibria_of_few_digits_are_told_of_once(algorithm, precision, told, caplog):
+    fitted(Net, precision, ebm.EBMStrategy(algorithm))
+    assert sum("numbers of 16 bits" in record.message for record in caplog.records) == told

@@ -97,6 +97,15 @@ def too_high_a_learning_rate() -> None:
         optimizer.step()
 
 
+def too_high_for_equilibria() -> None:
+    module = net(8, 8)
+    learner, optimizer = (
+        ebm.Learner(module, "equilibrium-propagation"), torch.optim.SGD(module.parameters(), lr=1e4),
+    )  # fmt: skip
+    for _ in range(30):
+        learner.step(lambda: squared(module), optimizer)
+
+
 def backward_in_the_closure(module: nn.Module) -> torch.Tensor:
     loss = usual(module)
     loss.backward()
@@ -147,6 +156,15 @@ MISTAKES = [
     Mistake(
         "the learning rate of the weights explodes", too_high_a_learning_rate, "weights",
         "lower the learning rate of the parameters",
+    ),
+    Mistake(
+        "the same of equilibrium propagation", too_high_for_equilibria, "finds no equilibrium",
+        "lower the learning rate of the parameters",
+    ),
+    Mistake(
+        "the states' step is absurd",
+        lambda: step(squared, ebm.algorithm("predictive-coding", relaxer=ebm.GradientDescent(1e30, 10))),
+        "outgrew what numbers hold", "learning rate of the states",
     ),
     Mistake("a negative nudge is too strong", lambda: step(squared, NEGATIVE), "no minimum", "smaller nudge"),
     Mistake("the reduction is misspelt", lambda: step(usual, loss_reduction="average"), "average", "mean"),
@@ -235,6 +253,21 @@ MISTAKES = [
         "a second run that fails", lambda: step(Once(), "equilibrium-propagation", net(8, 8)), "KeyError: 'taken'",
         "that the first run has changed",
     ),
+    Mistake(
+        "an option of DDP is misspelt", lambda: ebm.EBMDDPStrategy(find_unused_paramters=True),
+        "no option 'find_unused_paramters'", "mean 'find_unused_parameters'",
+    ),
+    Mistake("DDP's option is text", lambda: ebm.EBMDDPStrategy(find_unused_parameters="no"), "'no'", "True or False"),
+    Mistake("a way to start that is none", lambda: ebm.EBMDDPStrategy(start_method="forked"), "'forked'", '"fork"'),
+    Mistake(
+        "gradients of two modules are compared",
+        lambda: ebm.metrics.alignment({"net.0.weight": X}, {"0.weight": X}), "no name is of both", "Take both of one",
+    ),
+    Mistake(
+        "the optimizer of another module",
+        lambda: ebm.Learner(net(8)).step(lambda: None, torch.optim.SGD(net(8).parameters(), 0.1)),
+        "not one of the parameters", "torch.optim.Adam(module.parameters())",
+    ),
     Mistake("an energy by its name", lambda: ebm.Algorithm(energy="pc"), "'pc'", "ebm.Energy"),
 ]  # fmt: skip
 
@@ -273,13 +306,41 @@ COMMANDS = {
     "report .": ("holds no run", "lightning_logs/version_0"),
     "sweep digit": ("no sweep file 'digit'", "digits-relaxer"),
     "leaderboard mine": ("no leaderboard file 'mine'", "digits"),
+    "": ("COMMAND: missing", "lightning-ebm --help"),
+    "recipes run": ("name: missing", "lightning-ebm recipes run --help"),
+    "--versoin": ("no option --versoin", "mean '--version'"),
+    "report runs/x --out y": ("no option --out", "lightning-ebm report --help"),
+    "report runs/x --outptu y": ("no option --outptu", "mean '--output'"),
+    "doctor all": ("no place for all", "lightning-ebm doctor --help"),
+    "sweep digits-relaxer --count -1": ("--count=-1", "at least 1"),
+    "sweep digits-relaxer --count 0": ("--count=0", "at least 1"),
+    "leaderboard digits --no-train": ("no results of digits.yaml", "leave --no-train out"),
+    "leaderboard digits --no-train --page a/page.md": ("no results of digits.yaml", "--root"),
+    "fit --config nothing_in_it": ("no settings by name", "recipes show digits"),
+    "fit --config list": ("no settings by name", "recipes show digits"),
+    "fit --config binary": ("is no text", "YAML file"),
+    "recipes run digits --wandb off --trainer.devices -3": ("could not be built", "int > 0"),
+    "recipes run digits --trainer.callbacks Foo": ("callbacks=Foo: expected a list", "a class by its path"),
+    "recipes run digits --model.optimizer.lr fast": ("lr=fast: expected a number", "a class by its path"),
+    "recipes run digits --relaxer Feedback": ("needs a value for relaxer", "--relaxer.relaxer VALUE"),
+    "recipes run digits --relaxer lightning_ebm.reference.Settled": ("Settled is internal", "GradientDescent"),
+    "recipes run digits --relaxer lightning_ebm.relaxers.wrapper.Wrapper": ("Wrapper is internal", "GradientDescent"),
+    "recipes run digits --model os.system": ("model=os.system", "a class of the kind LightningModule"),
+    "recipes run digits --relaxer lightning_ebm.Relaxer": ("this one is abstract", "to be subclassed"),
+    "recipes run digits --trainer.logger 5x": ("logger=5x: expected true or false", "a class by its path"),
 }
 
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_a_mistaken_command_is_answered_in_one_line(words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a_file").touch()
+    for name, content in {
+        "a_file": b"",
+        "nothing_in_it": b"",
+        "list": b"- 1\n- 2\n",
+        "binary": bytes(range(256)),
+    }.items():
+        (tmp_path / name).write_bytes(content)
     (tmp_path / "input.txt").write_text("to be or not to be " * 2000)
     try:
         status = main(words.split())

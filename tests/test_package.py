@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import importlib.util
 import itertools
 import pkgutil
 import re
@@ -28,6 +29,18 @@ def test_every_python_block_of_the_readme_runs(tmp_path, monkeypatch):
     space: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), space)
+
+
+def test_badges_say_what_is_true():
+    pytest.importorskip("tomllib")
+    spec = importlib.util.spec_from_file_location("badges", ROOT / "scripts" / "badges.py")
+    badges = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(badges)
+    readme, facts = (ROOT / "README.md").read_text(), badges.facts()
+    assert set(re.findall(r"images/(badge_\w+)\.svg", readme)) == set(facts)
+    for name, (label, value) in facts.items():
+        assert (badges.FOLDER / f"{name}.svg").read_text(encoding="utf-8") == badges.badge(label, value), name
+        assert name in ("badge_license", "badge_sabotages") or f"{label} {value[2:]} and newer" in readme
 
 
 def test_doctests():

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 import lightning_ebm as ebm
-from lightning_ebm.recipes import arrays, data, mnist_1d, modules, nets, options, sources, sweep, training
+from lightning_ebm.recipes import arrays, data, mnist_1d, modules, nets, offered, options, sources, sweep, training
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import depth
@@ -186,13 +186,68 @@ def test_a_misspelt_setting_is_one_line_with_the_word_that_exists(words, capsys)
     assert MISSPELT[words] in said
 
 
+def test_a_figure_that_nobody_logs_is_told_of(tmp_path, capsys):
+    run("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--monitor", "val/accurcy")
+    said = capsys.readouterr().err
+    assert "--monitor val/accurcy: no validation logged that" in said
+    assert "Did you mean 'val/accuracy'?" in said
+    assert not list(tmp_path.rglob("result.json"))
+
+
 def test_internals_are_not_offered():
     """A class that only this library makes is nobody's choice on a command line."""
-    for option, offered in options.kinds().items():
-        for name, kind in offered.items():
+    for option, classes in options.kinds().items():
+        for name, kind in classes.items():
             assert kind.__module__.startswith("torch.") or not name.startswith("_"), (option, name)
             if option in ("--energy", "--nudge", "--relaxer", "--free_relaxer"):
                 assert name in ebm.__all__
+
+
+def test_internals_are_not_listed_by_the_help_either(capsys):
+    with pytest.raises(SystemExit):
+        training.command(["fit", "--help"])
+    listed = "".join(capsys.readouterr().out.split())
+    assert "lightning_ebm.GradientDescent" in listed
+    for kind in (ebm.Energy, ebm.Nudge, ebm.Relaxer, ebm.Update):
+        for made in kind.__subclasses__():
+            if made.__module__.startswith("lightning_ebm.") and not offered.is_offered(path := path_of(made)):
+                assert path not in listed
+
+
+def path_of(kind):
+    return f"{kind.__module__}.{kind.__name__}"
+
+
+@pytest.mark.parametrize(
+    ("part", "path", "settings", "is_public"),
+    [
+        ("energy", "energies.scaled.Scaled", {"energy": "Huber", "factors": {}}, False),
+        ("relaxer", "relaxers.automatic.automatic", {"energy": "Huber", "nudge": "OneSided"}, False),
+        ("relaxer", "relaxers.gradient_descent.GradientDescent", {}, True),
+        ("update", "updates.Contrast", {}, True),
+    ],
+)
+def test_files_do_not_reach_internals(part, path, settings, is_public, tmp_path, capsys):
+    file = tmp_path / "more.yaml"
+    file.write_text(yaml.safe_dump({part: {"class_path": f"lightning_ebm.{path}", "init_args": settings}}))
+    line = [
+        "fit",
+        "--config",
+        DIGITS,
+        "--config",
+        str(file),
+        "--wandb",
+        "off",
+        *QUIET,
+        "--trainer.fast_dev_run",
+        "true",
+    ]
+    try:
+        status = training.command(line)
+    except SystemExit as ended:
+        status = ended.code
+    said = capsys.readouterr().err
+    assert (not status, "is internal" in said) == (is_public, not is_public), said
 
 
 def test_one_flag_decides_on_wandb(tmp_path):

@@ -16,12 +16,23 @@ def script(name):
     return module
 
 
-reliability, lightning_suite = script("reliability"), script("lightning_suite")
+reliability, lightning_suite, numerics = (script(name) for name in ("reliability", "lightning_suite", "numerics"))
 
 
 def test_the_page_is_that_of_the_results():
     page = reliability.PAGE.read_text()
     assert reliability.with_figures(page, reliability.figures(ROOT / "docs" / "reliability")) == page
+
+
+def test_the_page_of_numbers_is_that_of_the_results():
+    page = numerics.PAGE.read_text()
+    found = json.loads((ROOT / "docs" / "reliability" / "numerics.json").read_text())
+    assert numerics.with_tables(page, found) == page
+
+
+def test_the_bound_of_a_negative_nudge_is_where_the_theory_has_it():
+    found = numerics.negative()["squared error"]
+    assert {float(share): said != "refused" for share, said in found.items()} == {s: s < 1 for s in numerics.SHARES}
 
 
 def test_what_was_not_run_and_what_went_wrong_is_said(tmp_path):

@@ -197,6 +197,9 @@ def main(
         page: where the page goes, and its figure to ``images/`` beside it; ``leaderboard.md`` among the results if not
             given.
         trains: whether what is missing is trained; else the page tells of what is there.
+
+    Raises:
+        ConfigurationError: a file that means nothing; or there is not one result.
     """
     board, folder, console = read(file, folders), root / file.stem, Console()
     if not console.is_terminal:
@@ -218,6 +221,9 @@ def main(
                 found = None
         if found is not None:
             results.setdefault((cell.data, cell.network, cell.algorithm), []).append(found)
+    if not results:
+        remedy = "no data set of it is there, see --dir" if trains else "leave --no-train out, or say --root"
+        raise ebm.ConfigurationError(f"There are no results of {file.name} in {folder}: {remedy}.")
     rows = leaderboard_page.rows(board, results)
     leaderboard_page.show(rows, console, file.stem)
     written = leaderboard_page.write(board, rows, page or folder / "leaderboard.md", file.stem)

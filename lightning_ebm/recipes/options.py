@@ -4,7 +4,7 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,8 +16,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 import lightning_ebm as ebm
 from lightning_ebm import checked
 from lightning_ebm.recipes import data, modules, nets
+from lightning_ebm.recipes.offered import Offering, internals, is_internal
 
-__all__ = ["Parser", "check_names"]
+__all__ = ["Parser", "check_names", "in_one_line"]
 
 
 def public(kind: type, *homes: Any) -> dict[str, type]:
@@ -58,17 +59,19 @@ def check_names(arguments: Sequence[str]) -> None:
             special = [*allowed.get(option, []), "null", "None"]
             if value in known[option]:
                 chosen[option] = known[option][value]
+            elif is_internal(value):
+                raise ebm.ConfigurationError(f"{option} {_INTERNAL.format(value)}{_listing(list(known[option]))}")
             elif re.fullmatch(r"[A-Za-z_]\w*", value) and value not in special and not Path(value).exists():
                 offered = [*known[option], *allowed.get(option, [])]
                 raise ebm.ConfigurationError(
-                    f"{option} {value}: there is no such class.{nearest(value, offered)} {_listing(offered)} A class"
+                    f"{option} {value}: there is no such class.{nearest(value, offered)}{_listing(offered)} A class"
                     " of yours is given with its module, my_package.MyClass."
                 )
             elif re.fullmatch(r"[-+.]?\d.*", value):
                 name = next(iter(known[option]))
                 raise ebm.ConfigurationError(
                     f"{option} {value}: expected the name of a class; its settings follow by their own names, as in"
-                    f" {option} {name} {option}.NAME {value}. {_listing(list(known[option]))}"
+                    f" {option} {name} {option}.NAME {value}.{_listing(list(known[option]))}"
                 )
         owner, _, name = option.rpartition(".")
         if owner in chosen and re.fullmatch(r"\w+", name):
@@ -92,7 +95,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _listing(names: Sequence[str]) -> str:
-    return f"There are: {', '.join(names)}." if len(names) < 30 else ""
+    return f" There are: {', '.join(names)}." if len(names) < 30 else ""
 
 
 def read_mapping(path: Path, keys: Sequence[str]) -> dict[str, Any]:
@@ -122,8 +125,44 @@ def check_kinds(where: str, found: Mapping[str, Any], kinds: Mapping[str, type])
             raise ebm.ConfigurationError(f"{where}{key}={checked.shown(found[key])}: expected {word}.")
 
 
+def in_one_line(trainer: Callable[..., L.Trainer], **settings: Any) -> L.Trainer:
+    """A Trainer; what Lightning says of its arguments, by errors of several kinds, is one of ours.
+
+    Raises:
+        ConfigurationError: it cannot be built.
+    """
+    try:
+        return trainer(**settings)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, ebm.EBMError):
+            raise
+        raise ebm.ConfigurationError(f"The Trainer could not be built: {error}") from error
+
+
+def say_what_there_is(monitor: str, trainer: L.Trainer) -> None:
+    """A line where the figure to be told was never logged, with those that were."""
+    logged = sorted(trainer.callback_metrics)
+    if trainer.is_global_zero and monitor not in logged:
+        there = f" Logged were: {', '.join(logged)}." if logged else ""
+        line = f"--monitor {monitor}: no validation logged that, so there is no result.json.{nearest(monitor, logged)}"
+        print(line + there, file=sys.stderr)
+
+
 class Parser(LightningArgumentParser):
     """Lightning's, whose errors are one line instead of its usage and a tree of types."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": Offering, **kwargs})
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's; a file that is no text, and a class that is none of the user's business, are said to be."""
+        try:
+            found = super().parse_args(*args, **kwargs)
+        except UnicodeDecodeError as error:
+            self.error(f"--config: the file is no text, and so no YAML file: {error}")
+        for path in internals(found):
+            self.error(_INTERNAL.format(path))
+        return found
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends the process with status 2."""
@@ -145,10 +184,20 @@ class Parser(LightningArgumentParser):
             near = near or [parts[part] for part in difflib.get_close_matches(word, parts, n=1, cutoff=0.75)]
             hint = f" Did you mean --{near[0]}?" if near else ""
             return f"There is no option --{word}.{hint} lightning-ebm fit --help shows the usual ones."
+        if message.startswith("Unexpected config"):
+            return (
+                "--config: the file holds no settings by name, such as algorithm: pc-nudge. lightning-ebm recipes show"
+                " digits prints one that does."
+            )
         if found := re.search(r"Option '([\w.]+)' is not accepted", message):
             names = [name for name in own if name not in ("h", "help", "config")]
             return f"There is no option {found[1]!r} here.{nearest(found[1], names)} There are: {', '.join(names)}."
         if found := re.fullmatch(r"the following arguments are required: (.*)", message):
+            if inner := [name for name in found[1].split(", ") if not name.startswith("fit.")]:
+                return (
+                    f"A class that is named needs a value for {' and '.join(inner)}: settings of a class follow by"
+                    f" name, as in --relaxer CLASS --relaxer.{inner[0]} VALUE, or stand under init_args in a file."
+                )
             needed = " and ".join(f"--{name.removeprefix('fit.')}" for name in found[1].split(", "))
             return f"A fit needs {needed}, on the command line or in a file: --config FILE."
         if found := re.search(
@@ -157,7 +206,7 @@ class Parser(LightningArgumentParser):
             option, name, value = f"--{found[1]}", found[2], found[3].strip("'")
             return (
                 f"{option}.{name} {value}: no class is named that has this setting. Name it first: {option} CLASS"
-                f" {option}.{name} {value}. {_listing(list(kinds().get(option, ())))}"
+                f" {option}.{name} {value}.{_listing(list(kinds().get(option, ())))}"
             )
         if found := re.search(r"NestedArg\(key='([\w.]+)', val=(.*?)\)\W", f"{message} "):
             key = re.search(r'Parser key "([\w.]+)"', message)
@@ -174,8 +223,14 @@ class Parser(LightningArgumentParser):
         if key and value and plain and len(plain) == len(expected):
             write = f' Write {key[1]}="[{value[1]}]".' if _PLAIN["<class 'list'>"] in plain else ""
             return f"{key[1]}={value[1]}: expected {' or '.join(plain)}.{write}"
+        if key and value and (kind := re.search(r"does not correspond to a subclass of (\w+)", message)):
+            ways = " or ".join([*dict.fromkeys(plain), f"a class of the kind {kind[1]}, by its path"])
+            return f"{key[1]}={value[1]}: expected {ways}."
+        if key and value and "is abstract" in message:
+            return f"{key[1]}={value[1]}: expected a class that can be made; this one is abstract, to be subclassed."
         if key and value and "Expected a dot import path string" in message:
-            return f"{key[1]}={value[1]}: expected a number, or a class by its path, my_package.MyClass."
+            ways = " or ".join([*dict.fromkeys(plain), "a class by its path, my_package.MyClass"])
+            return f"{key[1]}={value[1]}: expected {ways}."
         useful = [line for line in message.splitlines() if not _NOISE.search(line)]
         return " ".join(" ".join(useful).split())
 
@@ -191,6 +246,7 @@ _PLAIN = {
     "<class 'int'>": "a whole number", "<class 'float'>": "a number", "<class 'bool'>": "true or false",
     "<class 'list'>": "a list", "<class 'tuple'>": "a list", "<class 'NoneType'>": "null", "<class 'str'>": "text",
 }  # fmt: skip
+_INTERNAL = "{} is internal, and made by this library alone."
 _NOISE = re.compile(
     r"Does not validate against any|Subtypes:|Errors:|- Expected a <class '\S+'>$|Given value type|a path but"
 )

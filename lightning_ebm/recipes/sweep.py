@@ -25,6 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lightning_ebm import checked
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.recipes.options import check_kinds, read_mapping
 
@@ -80,6 +81,9 @@ def trials(sweep: dict[str, Any], count: int | None, seed: int) -> Iterator[dict
         SweepError: a method of the server's, a grid over a range, or a random search without a count.
     """
     parameters = flat(sweep["parameters"])
+    for name, number in (("--count", count), ("run_cap", sweep.get("run_cap"))):
+        if number is not None:
+            checked.count("", name, number)
     if sweep["method"] == "grid":
         for name, spec in parameters.items():
             if "value" not in spec and "values" not in spec:

@@ -29,7 +29,7 @@ import lightning_ebm as ebm
 from lightning_ebm import checked
 from lightning_ebm.callbacks.run_file import RunFile
 from lightning_ebm.recipes import data, modules, nets  # noqa: F401  # so that their classes have short names
-from lightning_ebm.recipes.options import Parser, check_names
+from lightning_ebm.recipes.options import Parser, check_names, in_one_line, say_what_there_is
 from lightning_ebm.recipes.sources import DataNotFoundError
 from lightning_ebm.reports.pages import duration
 from lightning_ebm.strategies.quiet import callbacks_of
@@ -155,7 +155,7 @@ class Record(L.Callback):
         ends = [dict(callback.statuses) for callback in watched if isinstance(callback, ebm.RelaxationMonitor)]
         self._file.end(trainer)
         if not self.values or not trainer.is_global_zero:
-            return
+            return say_what_there_is(self.monitor, trainer)
         best = (min if "loss" in self.monitor else max)(self.values)
         seconds = time.monotonic() - self.started
         result = {
@@ -270,7 +270,7 @@ class CLI(LightningCLI):
                     resume="allow",
                 )
             )
-        made: L.Trainer = super().instantiate_trainer(**settings, **kwargs)
+        made: L.Trainer = in_one_line(super().instantiate_trainer, **settings, **kwargs)
         callbacks_of(made).append(Record(chosen.monitor))
         return made
 

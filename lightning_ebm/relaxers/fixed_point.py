@@ -225,5 +225,6 @@ def ran_away(
         f"{type(owner).__name__} ran away at nudge {strength:g} after {steps} steps, layer {worst!r} furthest: with"
         " unbounded activations the states only settle while the feedback loop's gain is below 1, and an update read"
         " here would be noise. Use smaller weights, bounded activations, damping=0.5, a smaller nudge, or"
-        ' ebm.GradientDescent with a small step; or "predictive-coding", whose free equilibrium is the forward pass.'
+        ' ebm.GradientDescent with a small step; or "predictive-coding", whose free equilibrium is the forward pass. If'
+        " states had settled before, the weights have grown: lower the learning rate of the parameters."
     )

@@ -171,10 +171,13 @@ def diverged(
     hint = (
         f"below {2 / curvature:.2g} (2 / {curvature:.3g}, the curvature met here)" if 0 < curvature < 1e30 else "lower"
     )
-    force = f"the force grew to {growth:.3g} times" if not growth < 1 else f"the force grows again, at {growth:.3g} of"
+    grown = f"grew to {growth:.3g} times" if not growth < 1 else f"grows again, at {growth:.3g} of"
+    force = f"the force {grown} its start"
+    if not math.isfinite(growth):
+        force = "the force outgrew what numbers hold"
     energy = "rose" if energies[1] > energies[0] else "went"
     return RelaxationDivergedError(
-        f"{type(owner).__name__} diverged at nudge {strength:g}: {force} its start, and the"
+        f"{type(owner).__name__} diverged at nudge {strength:g}: {force}, and the"
         f" energy {energy} from {energies[0]:.4g} to {energies[1]:.4g}; layer {landscape.names[worst]!r} ran"
         " furthest. A step larger than 2 / (largest curvature of the energy) grows every time, and weights that grow in"
         f" training raise the curvature: an update read here would be noise. Take a learning rate of the states {hint},"

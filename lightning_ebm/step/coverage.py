@@ -39,6 +39,7 @@ def check_coverage(setup: Setup, recorded: Recorded, update: Tensor, batch_size:
     _say_how_weak(setup, recorded, batch_size)
     _say_how_scaled(setup, recorded, batch_size)
     _say_what_has_no_slope(setup, recorded)
+    _say_how_rounded(setup, recorded)
     live = {clean(name) for name, p in setup.module.named_parameters() if p.requires_grad}  # also after the pass
     missing = (known.plan.reached & live) - reached_parameters(setup.module, update)
     if missing:
@@ -64,6 +65,22 @@ def _say_what_has_no_slope(setup: Setup, recorded: Recorded) -> None:
             what,
             setup.algorithm.energy,
         )
+
+
+def _say_how_rounded(setup: Setup, recorded: Recorded) -> None:
+    """Once: equilibria by feedback are found, and told apart, to no more digits than passes have."""
+    rounding = recorded.program.rounding
+    if is_divergence(setup.algorithm.energy) or rounding < _COARSE or "rounded" in setup.programs.told:
+        return
+    setup.programs.told.add("rounded")
+    log.warning(
+        "The passes by which states of %r settle are computed in numbers of 16 bits, to %.1g: relaxations end where"
+        " rounding hides the forces that are left, and an update, the difference of two such equilibria, may point"
+        ' elsewhere. Take precision="32-true"; a relaxer of a given number of sweeps, such as ebm.FixedPoint(60), for'
+        " both phases loses less. (Said once.)",
+        setup.algorithm.energy,
+        rounding,
+    )
 
 
 def _say_how_weak(setup: Setup, recorded: Recorded, batch_size: int) -> None:
@@ -119,3 +136,5 @@ _MEANT = 0.1
 """A weaker nudge was chosen for backprop's direction; one as strong, to leave it."""
 _FELT = 1 / 64
 """At which an element no longer leaves it: the update is off by a few times as much."""
+_COARSE = 1e-4
+"""The rounding of float16 is ten times as large, that of bfloat16 eighty times; that of float32 a thousandth."""

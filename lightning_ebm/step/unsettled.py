@@ -173,4 +173,5 @@ def described(relaxer: str, steps: int, strength: float, seen: Motion, operation
             f" The states go round a cycle. Take {weaker}ebm.FixedPoint(..., damping=0.5) in the order"
             ' "odd-even", smaller weights, or ebm.GradientDescent(lr, max_steps) with a small step.'
         )
-    return text
+    grew = "If states had settled before, the weights have grown: lower the learning rate of the parameters."
+    return f"{text} {grew}"

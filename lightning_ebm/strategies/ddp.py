@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_ebm import checked
 from lightning_ebm.algorithm import Algorithm
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.network.samples import BatchSize, Scale
@@ -68,6 +69,9 @@ class EBMDDPStrategy(JointStrategy, DDPStrategy):
         on_divergence: OnDivergence = "raise",
         **ddp_options: Any,
     ) -> None:
+        methods = ("popen", "spawn", "fork", "forkserver")
+        checked.choice(self, "start_method", ddp_options.get("start_method", "popen"), methods)
+        checked.handed_on(self, ddp_options, DDPStrategy, DistributedDataParallel, besides=("module", "device_ids"))
         if ddp_options.get("static_graph"):
             raise ConfigurationError(
                 "static_graph=True lets DDP plan its reductions from the graph of training_step's loss, which is cut at"
