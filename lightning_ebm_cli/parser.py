@@ -104,10 +104,10 @@ def parser() -> Parser:
         "--metric", action="append", metavar="KEY",
         help="what your module logs, as a chart of its own; may be given again; that of the recipes if not given",
     )  # fmt: skip
-    sweep = _add(tree, "sweep", "every trial of a sweep file, here, without a server")
+    sweep = _add(tree, "sweep", "the trials of a sweep file, here, by Optuna")
     sweep.add_argument("file", help="a sweep file of Weights & Biases, or the name of a ready-made one")
     sweep.add_argument("--count", type=int, help="at most so many trials")
-    sweep.add_argument("--seed", type=int, default=0, help="of a random search")
+    sweep.add_argument("--seed", type=int, default=0, help="of the search")
     _add_results(sweep, "runs/sweeps")
     board = _add(tree, "leaderboard", "algorithms x networks x data from one YAML file, as a table")
     board.add_argument("file", help="a leaderboard file, or the name of a ready-made one")

@@ -720,79 +720,133 @@ def test_squared_error_is_half_the_squared_distance_to_the_one_hot_label():
 # Sweeps
 
 
-def test_a_grid_is_the_product_of_its_lists():
-    file = {"method": "grid", "parameters": {"a": {"values": [1, 2]}, "b": {"parameters": {"c": {"value": 3}}}}}
-    assert list(sweep.trials(file, None, 0)) == [{"a": 1, "b.c": 3}, {"a": 2, "b.c": 3}]
+PROGRAM = """
+import json, pathlib, sys
+given = dict(word.lstrip('-').split('=') for word in sys.argv if '=' in word)
+root = pathlib.Path(sys.argv[sys.argv.index('--trainer.default_root_dir') + 1])
+a = float(given['model.a'])
+(root / 'count').open('a').write('x')
+if a > 2: sys.exit(1)
+(root / 'result.json').write_text(json.dumps({'last': -(a - 1) ** 2, 'best': 0.0}))
+"""
 
 
-def test_random_search_draws_what_is_asked_for_and_the_same_again():
+def sweep_file(folder, **changed):
+    """A sweep of a program that ends at -(a - 1)^2, and fails beyond a = 2."""
+    (folder / "program.py").write_text(PROGRAM)
+    description = {
+        "program": str(folder / "program.py"),
+        "method": "grid",
+        "metric": {"name": "val/accuracy", "goal": "maximize"},
+        "parameters": {"model": {"parameters": {"a": {"values": [0, 1, 2, 3]}}}, "b": {"value": [1, 2]}},
+        "command": ["${env}", "${interpreter}", "${program}", "${args}"],
+    }
+    file = folder / "s.yaml"
+    file.write_text(yaml.safe_dump(description | changed, sort_keys=False))
+    return file
+
+
+def test_a_grid_is_run_whole_once_and_ranked(tmp_path):
+    file = sweep_file(tmp_path)
+    for count in (1, None, None):  # in two goes, and once more for nothing
+        done = sweep.main(file, count, root=tmp_path / "out")
+    assert sorted(one["settings"]["model.a"] for one in done) == [0, 1, 2, 3]
+    assert all(one["settings"]["b"] == [1, 2] for one in done)
+    assert done[0]["settings"]["model.a"] == 1
+    assert "exit code 1" in done[-1]["failed"]
+    folder = tmp_path / "out" / "s"
+    assert [path.read_text() for path in folder.glob("*/count")] == ["x"] * 4
+    lines = (folder / "trials.csv").read_text().splitlines()
+    assert lines[0] == "trial,model.a,b,last,best,seconds"
+    assert lines[1].startswith(f'{done[0]["trial"]},1,"[1, 2]",')
+    page = (folder / "study.html").read_text()
+    assert "Every parameter alone" in page
+    assert "cdn" not in re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+
+
+def test_a_search_goes_on_as_it_would_have_gone(tmp_path):
+    """Draws by number, so that ten trials are ten trials in however many goes; one that was killed is run again."""
     parameters = {
-        "log": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1.0},
+        "model": {"parameters": {"a": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1.0}}},
         "flat": {"min": 2.0, "max": 4.0},
         "whole": {"min": 1, "max": 3},
         "q": {"distribution": "q_uniform", "min": 0, "max": 10, "q": 5},
-        "choice": {"values": ["x", "y"], "probabilities": [0.0, 1.0]},
+        "choice": {"values": ["x", [1, 2]]},
     }
-    file = {"method": "random", "parameters": parameters}
-    drawn = list(sweep.trials(file, 4000, 1))
-    assert drawn[:7] == list(sweep.trials(file, 7, 1))
-    logs = np.log10([t["log"] for t in drawn])
-    assert -4 <= logs.min() < -3.99
-    assert np.mean(logs) == pytest.approx(-2, abs=0.06)
-    assert np.mean([t["flat"] for t in drawn]) == pytest.approx(3, abs=0.05)
-    assert {t["whole"] for t in drawn} == {1, 2, 3}
-    assert {t["q"] for t in drawn} == {0, 5, 10}
-    assert {t["choice"] for t in drawn} == {"y"}
+    file = sweep_file(tmp_path, method="random", parameters=parameters)
+    sweep.main(file, 3, root=tmp_path / "parts")
+    study = sweep.study_of(yaml.safe_load(file.read_text()), tmp_path / "parts" / "s", 0)
+    killed = study.ask()
+    wanted = {name: sweep.suggested(killed, name, spec) for name, spec in sweep.flat(parameters).items()}
+    parts = sweep.main(file, 6, root=tmp_path / "parts")
+    at_once = sweep.main(file, 6, root=tmp_path / "once")
+    assert len(parts) == len(at_once) == 6
+    assert wanted in [one["settings"] for one in parts]
+
+    def first(done):
+        return [one["settings"] for one in sorted(done, key=lambda one: one["trial"]) if one["trial"] < 3]
+
+    assert first(parts) == first(at_once)
+    settings = [one["settings"] for one in at_once]
+    assert len({one["model.a"] for one in settings}) == 6
+    assert all(1e-4 <= one["model.a"] <= 1 and 2 <= one["flat"] <= 4 for one in settings)
+    assert all(one["whole"] in (1, 2, 3) and one["q"] in (0, 5, 10) for one in settings)
+    assert {one["choice"] for one in settings} <= {"x", "[1, 2]"}
+
+
+def test_a_bayesian_search_draws_closer_to_what_was_good(tmp_path):
+    """By the distance to the best of -(a - 1)^2, the last ten of twenty-five trials against ten at random."""
+    file = {"metric": {"name": "m", "goal": "maximize"}, "parameters": {"a": {"min": -50.0, "max": 50.0}}}
+    far = {}
+    for method in ("bayes", "random"):
+        study = sweep.study_of(file | {"method": method}, tmp_path / method, 0)
+        drawn = []
+        for number in range(25):
+            study.sampler = sweep.sampler_of(file | {"method": method}, number)
+            trial = study.ask()
+            drawn.append(sweep.suggested(trial, "a", file["parameters"]["a"]))
+            study.tell(trial, -((drawn[-1] - 1) ** 2))
+        far[method] = np.mean(np.abs(np.array(drawn[-10:]) - 1))
+    assert far["bayes"] < 0.5 * far["random"]
 
 
 @pytest.mark.parametrize(
-    ("file", "said"),
+    ("changed", "said"),
     [
-        ({"method": "bayes", "parameters": {}}, "server"),
-        ({"method": "grid", "parameters": {"a": {"min": 0, "max": 1}}}, "needs value"),
-        ({"method": "random", "parameters": {}}, "--count"),
+        ({"method": "hyperband"}, "none of grid, random, bayes"),
+        ({"parameters": {"a": {"min": 0, "max": 1}}}, "needs value"),
+        ({"method": "random"}, "--count"),
         ({"method": "random", "run_cap": 1, "parameters": {"a": {"distribution": "beta", "min": 0, "max": 1}}}, "beta"),
+        ({"method": "random", "run_cap": 1, "parameters": {"a": {"max": 1}}}, "min and max"),
+        ({"parameters": {"a": {"values": [1, 2], "probabilities": [0.5, 0.5]}}}, "probabilities"),
     ],
 )
-def test_what_only_the_server_can_do_is_refused(file, said):
+def test_what_is_not_drawn_here_is_refused(changed, said, tmp_path):
     with pytest.raises(sweep.SweepError, match=said):
-        list(sweep.trials(file, None, 0))
+        sweep.main(sweep_file(tmp_path, **changed), root=tmp_path / "out")
 
 
-def test_a_sweep_runs_its_file_and_ranks_the_trials(tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import json, pathlib, sys\n"
-        "given = dict(word.lstrip('-').split('=') for word in sys.argv if '=' in word)\n"
-        "root = pathlib.Path(sys.argv[sys.argv.index('--trainer.default_root_dir') + 1])\n"
-        "a = float(given['model.a'])\n"
-        "if a > 2: sys.exit(1)\n"
-        "(root / 'result.json').write_text(json.dumps({'last': -(a - 1) ** 2, 'best': 0.0}))\n"
-        "(root / 'count').open('a').write('x')\n"
-    )
-    file = tmp_path / "s.yaml"
-    description = {
-        "program": str(program),
-        "method": "grid",
-        "metric": {"name": "val/accuracy", "goal": "maximize"},
-        "parameters": {"model": {"parameters": {"a": {"values": [0, 1, 2, 3]}}}},
-        "command": ["${env}", "${interpreter}", "${program}", "${args}"],
-    }
-    file.write_text(yaml.safe_dump(description))
-    for _ in range(2):  # the second time nothing is run again, but the one that failed
-        done = sweep.main(file, root=tmp_path / "out")
-    assert done[0]["settings"]["model.a"] == 1
-    assert "failed" in done[-1]
-    assert [(tmp_path / "out" / "s" / f"000{i}" / "count").read_text() for i in range(3)] == ["x"] * 3
-    assert (tmp_path / "out" / "s" / "trials.csv").read_text().splitlines()[1].startswith("1,1,")
+def test_trials_of_another_version_of_a_file_are_not_gone_on_with(tmp_path):
+    sweep.main(sweep_file(tmp_path), 1, root=tmp_path / "out")
+    other = sweep_file(tmp_path, parameters={"model.a": {"values": [1, 2]}})
+    with pytest.raises(sweep.SweepError, match="another version"):
+        sweep.main(other, root=tmp_path / "out")
+
+
+def test_without_optuna_the_error_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(sweep.SweepError, match=r"lightning-ebm\[sweep\]"):
+        sweep.main(sweep_file(tmp_path), root=tmp_path / "out")
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_trial_of_a_sweep_file_is_a_command_line_that_parses(path):
+def test_every_trial_of_a_sweep_file_is_a_command_line_that_parses(path, tmp_path):
     file = yaml.safe_load(path.read_text())
     if lacking := missing(path.read_text()):
         pytest.skip(f"{path.name} uses {', '.join(lacking)}, which this version of the library does not have")
-    settings = next(iter(sweep.trials(file, 1, 0)))
+    study = sweep.study_of(file, tmp_path, 0)
+    trial = study.ask()
+    settings = {name: sweep.suggested(trial, name, spec) for name, spec in sweep.flat(file["parameters"]).items()}
     line = sweep.command(file, settings)
     assert line[:5] == [sys.executable, "-m", "lightning_ebm_cli", "recipes", "run"]
     recipe = str(RECIPES / "configs" / f"{line[5]}.yaml")

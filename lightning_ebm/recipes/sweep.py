@@ -1,12 +1,10 @@
-"""Run a Weights & Biases sweep file here, one trial after another, where there is no server.
+"""The trials of a Weights & Biases sweep file, run here by Optuna.
 
     lightning-ebm sweep digits-relaxer
     lightning-ebm sweep my-sweep.yaml --count 20
 
-The same file on a server: ``wandb sweep FILE`` and then ``wandb agent ID``. Grid and random search, nested parameters
-and the distributions named in `draw` mean here what they mean there; Bayesian search and early termination are the
-server's. One file for both is why this is not Optuna, which has a format and a database of its own; a study of Optuna
-calls `lightning_ebm.recipes.training.main` in its objective, see docs/recipes.md.
+The same file on a server: ``wandb sweep FILE`` and then ``wandb agent ID``. Grid, random and Bayesian search are
+Optuna's samplers (`GridSampler`, `RandomSampler`, `TPESampler`); what it does not draw is the server's.
 """
 
 import csv
@@ -14,13 +12,11 @@ import itertools
 import json
 import math
 import os
-import random
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -28,15 +24,28 @@ from rich.table import Table
 from lightning_ebm import checked
 from lightning_ebm.errors import ConfigurationError
 from lightning_ebm.recipes.options import check_kinds, read_mapping
+from lightning_ebm.recipes.sweep_page import write
 
-DISTRIBUTIONS = ("uniform", "int_uniform", "log_uniform_values", "q_uniform", "q_log_uniform_values")
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+    from optuna.samplers import BaseSampler
+    from optuna.trial import FrozenTrial
+
+DISTRIBUTIONS = ("uniform", "int_uniform", "log_uniform_values", "q_uniform")
+METHODS = ("grid", "random", "bayes")
+_FAILED = "failed"
+"""The attribute of a trial that has run and failed; one that was interrupted has none, and is run again."""
 
 
 class SweepError(ConfigurationError):
     """A sweep file that cannot be run here."""
 
 
-def flat(parameters: dict[str, Any], prefix: str = "") -> dict[str, dict[str, Any]]:
+class _TrialFailed(Exception):
+    """Tells Optuna that a trial has no value."""
+
+
+def flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, dict[str, Any]]:
     """Nested parameters by their dotted names."""
     found: dict[str, dict[str, Any]] = {}
     for name, spec in parameters.items():
@@ -48,8 +57,8 @@ def flat(parameters: dict[str, Any], prefix: str = "") -> dict[str, dict[str, An
     return found
 
 
-def draw(name: str, spec: dict[str, Any], generator: random.Random) -> Any:
-    """One value: a constant, one of a list (with probabilities or without), or a number from a distribution.
+def suggested(trial: "Trial", name: str, spec: Mapping[str, Any]) -> Any:
+    """One value: a constant, one of a list, or a number from a distribution.
 
     Raises:
         SweepError: a distribution that is not drawn here.
@@ -57,54 +66,65 @@ def draw(name: str, spec: dict[str, Any], generator: random.Random) -> Any:
     if "value" in spec:
         return spec["value"]
     if "values" in spec:
-        return generator.choices(spec["values"], spec.get("probabilities"))[0]
+        return trial.suggest_categorical(name, _choices(spec))
     both_whole = isinstance(spec.get("min"), int) and isinstance(spec.get("max"), int)
     kind = spec.get("distribution", "int_uniform" if both_whole else "uniform")
-    if kind == "normal":
-        return generator.gauss(spec.get("mu", 0.0), spec.get("sigma", 1.0))
-    low, high = float(spec["min"]), float(spec["max"])
-    if kind not in DISTRIBUTIONS:
+    if kind not in DISTRIBUTIONS or "min" not in spec or "max" not in spec:
         raise SweepError(
-            f"{name}: distribution {kind!r} is not drawn here; there are normal, {', '.join(DISTRIBUTIONS)}."
+            f"{name}: distribution {kind!r} is not drawn here; there are value, values, and with min and max"
+            f" {', '.join(DISTRIBUTIONS)}."
         )
+    low, high = float(spec["min"]), float(spec["max"])
     if kind == "int_uniform":
-        return generator.randint(int(low), int(high))
-    logarithmic = "log" in kind
-    drawn = math.exp(generator.uniform(math.log(low), math.log(high))) if logarithmic else generator.uniform(low, high)
-    return round(drawn / spec.get("q", 1)) * spec.get("q", 1) if kind.startswith("q_") else drawn
+        return trial.suggest_int(name, int(low), int(high))
+    return trial.suggest_float(name, low, high, log="log" in kind, step=spec.get("q") if kind == "q_uniform" else None)
 
 
-def trials(sweep: dict[str, Any], count: int | None, seed: int) -> Iterator[dict[str, Any]]:
-    """The settings of each trial: the product of all lists for a grid, `count` drawings for a random search.
+def _choices(spec: Mapping[str, Any]) -> list[Any]:
+    """The values of a list, lists and mappings among them as the JSON that a command line takes."""
+    return [json.dumps(value) if isinstance(value, list | dict) else value for value in spec["values"]]
+
+
+def sampler_of(sweep: Mapping[str, Any], seed: int) -> "BaseSampler":
+    """What chooses the settings of a trial.
 
     Raises:
-        SweepError: a method of the server's, a grid over a range, or a random search without a count.
+        SweepError: a grid over a range, or probabilities.
     """
-    parameters = flat(sweep["parameters"])
+    from optuna.samplers import GridSampler, RandomSampler, TPESampler
+
+    parameters = {name: spec for name, spec in flat(sweep["parameters"]).items() if "value" not in spec}
+    for name, spec in parameters.items():
+        if "probabilities" in spec:
+            raise SweepError(f"{name}: probabilities are not drawn here. Leave them out, or run `wandb sweep`.")
+        if sweep["method"] == "grid" and "values" not in spec:
+            raise SweepError(f"{name}: a grid needs value or values, and this is a range. Use method: random.")
+    if sweep["method"] == "grid":
+        return GridSampler({name: _choices(spec) for name, spec in parameters.items()}, seed=seed)
+    if sweep["method"] == "random":
+        return RandomSampler(seed=seed)
+    return TPESampler(seed=seed)
+
+
+def count_of(sweep: Mapping[str, Any], count: int | None) -> int:
+    """How many trials there are to be: the whole grid, or as many as were asked for.
+
+    Raises:
+        SweepError: a search without an end.
+    """
     for name, number in (("--count", count), ("run_cap", sweep.get("run_cap"))):
         if number is not None:
             checked.count("", name, number)
+    most = count if count is not None else sweep.get("run_cap")
     if sweep["method"] == "grid":
-        for name, spec in parameters.items():
-            if "value" not in spec and "values" not in spec:
-                raise SweepError(f"{name}: a grid needs value or values, and this is a range. Use method: random.")
-        axes = [[spec["value"]] if "value" in spec else spec["values"] for spec in parameters.values()]
-        for point in itertools.islice(itertools.product(*axes), count):
-            yield dict(zip(parameters, point, strict=True))
-    elif sweep["method"] == "random":
-        count = count if count is not None else sweep.get("run_cap")
-        if count is None:
-            raise SweepError("A random search goes on for ever: say --count, or run_cap in the file.")
-        generator = random.Random(seed)
-        for _ in range(count):
-            yield {name: draw(name, spec, generator) for name, spec in parameters.items()}
-    else:
-        raise SweepError(
-            f"method: {sweep['method']} needs the server's optimizer. Run `wandb sweep`, or take grid or random here."
-        )
+        whole = math.prod(len(spec["values"]) for spec in flat(sweep["parameters"]).values() if "values" in spec)
+        return whole if most is None else min(whole, most)
+    if most is None:
+        raise SweepError(f"A {sweep['method']} search goes on for ever: say --count, or run_cap in the file.")
+    return int(most)
 
 
-def command(sweep: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+def command(sweep: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """The trial's command line, the file's macros filled in as the agent does."""
     pairs = [f"{name}={json.dumps(v) if isinstance(v, list | dict) else v}" for name, v in settings.items()]
     macros: dict[str, list[str]] = {
@@ -121,17 +141,54 @@ def command(sweep: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     return parts
 
 
+def study_of(sweep: Mapping[str, Any], folder: Path, seed: int) -> "Study":
+    """The study of this file, with the trials that there have been; kept in the folder, and gone on with from there.
+
+    Raises:
+        SweepError: Optuna is not installed, or the folder holds trials of another file.
+    """
+    try:
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError as error:
+        raise SweepError('Trials are run by Optuna: pip install "lightning-ebm[sweep]".') from error
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # of a trial that failed the console tells
+    sampler = sampler_of(sweep, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(folder / "study.journal"))),
+        sampler=sampler,
+        study_name=folder.name,
+        direction="maximize" if _is_maximized(sweep) else "minimize",
+        load_if_exists=True,
+    )
+    asked = json.dumps([sweep.get(key) for key in ("method", "metric", "parameters", "command", "program")] + [seed])
+    before = study.user_attrs.get("asked")
+    if before not in (None, asked):
+        raise SweepError(f"{folder} holds trials of another version of this file. Say --root, or move them away.")
+    study.set_user_attr("asked", asked)
+    return study
+
+
+def _is_maximized(sweep: Mapping[str, Any]) -> bool:
+    return bool(sweep["metric"].get("goal") == "maximize")
+
+
 def main(
     file: Path, count: int | None = None, seed: int = 0, wandb: str = "offline", root: Path = Path("runs/sweeps")
 ) -> list[dict[str, Any]]:
-    """Runs every trial, then prints them, best first.
+    """Runs every trial, then prints them, best first, and draws them.
 
     Args:
         file: a W&B sweep file whose command is lightning-ebm.
         count: at most so many trials.
-        seed: of random search; trial i is the same whatever the count.
+        seed: of the search; trial i of a random one is the same whatever the count.
         wandb: offline, online or off, for every trial.
-        root: folder of results; a trial whose result is there already is not run again.
+        root: folder of results; a trial that has come to its end is not run again.
+
+    Returns:
+        settings, "last" and "best", or "failed", of each trial; the best first.
     """
     sweep = read_mapping(file, ("method", "metric", "parameters", "command"))
     check_kinds(f"{file}: ", sweep, {"metric": dict, "parameters": dict, "command": list})
@@ -139,49 +196,81 @@ def main(
         raise SweepError(f"{file}: expected metric: {{name: ...}}, the figure that trials are ranked by.")
     if not sweep.get("parameters"):
         raise SweepError(f"{file}: expected parameters, of which trials are made.")
-    metric, goal = sweep["metric"]["name"], sweep["metric"].get("goal", "minimize")
-    folder = (root / file.stem).resolve()
-    console = Console()
-    done = [
-        {**_trial(sweep, settings, folder / f"{number:04d}", wandb, console), "trial": number}
-        for number, settings in enumerate(trials(sweep, count, seed))
-    ]
-    sign = -1 if goal == "maximize" else 1
-    done.sort(key=lambda trial: sign * trial["last"] if "last" in trial else math.inf)
-    names = list(done[0]["settings"]) if done else []
-    rows = [
-        [t["trial"], *(t["settings"][n] for n in names), t.get("last", "failed"), t.get("best", ""), t["seconds"]]
-        for t in done
-    ]
-    table = Table("trial", *names, "last", "best", "seconds", title=f"{file.stem}: {metric}, {goal}")
-    for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
-    console.print(table)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "trials.csv").open("w", newline="") as out:
-        csv.writer(out).writerows([["trial", *names, "last", "best", "seconds"], *rows])
-    return done
+    flat(sweep["parameters"])  # said here if they are none
+    if sweep.get("method") not in METHODS:
+        raise SweepError(f"{file}: method: {sweep.get('method')!r} is none of {', '.join(METHODS)}.")
+    most, folder, console = count_of(sweep, count), (root / file.stem).resolve(), Console()
+    study = study_of(sweep, folder, seed)
+
+    def objective(trial: "Trial") -> float:
+        settings = {name: suggested(trial, name, spec) for name, spec in flat(sweep["parameters"]).items()}
+        trial.set_user_attr("settings", settings)
+        console.print(f"trial {trial.number}: {settings}", highlight=False, soft_wrap=True)
+        found = _run(sweep, settings, folder / f"{trial.number:04d}", wandb)
+        for name, value in found.items():
+            trial.set_user_attr(name, value)
+        if _FAILED in found:
+            console.print(f"  failed, see {folder / f'{trial.number:04d}' / 'log.txt'}", style="red", soft_wrap=True)
+            raise _TrialFailed(found[_FAILED])
+        return float(found["last"])
+
+    def reseeded(study: "Study", trial: "FrozenTrial") -> None:
+        if sweep["method"] != "grid":  # by number, so that a search that goes on draws what it would have drawn
+            study.sampler = sampler_of(sweep, seed + trial.number + 1)
+
+    over, interrupted = _sorted_out(study.trials)
+    for trial in interrupted:
+        study.enqueue_trial(trial.params)
+    if study.trials and sweep["method"] != "grid":
+        study.sampler = sampler_of(sweep, seed + len(study.trials) - len(interrupted))
+    if len(over) < most:
+        study.optimize(objective, most - len(over), catch=(_TrialFailed,), callbacks=[reseeded])
+    return _told(study, sweep, file.stem, folder, console)
 
 
-def _trial(
-    sweep: dict[str, Any], settings: dict[str, Any], where: Path, wandb: str, console: Console
-) -> dict[str, Any]:
-    """Runs one trial, unless its result is there already; what it ended with."""
-    kept, metric = where / "trial.json", sweep["metric"]["name"]
-    if kept.exists() and (before := json.loads(kept.read_text())).get("settings") == settings:
-        return dict(before)
-    console.print(f"trial {int(where.name)}: {settings}", highlight=False, soft_wrap=True)
+def _sorted_out(trials: Sequence["FrozenTrial"]) -> tuple[list["FrozenTrial"], list["FrozenTrial"]]:
+    """Those that have come to their end, and those that were interrupted and have not been run again since."""
+    over = [trial for trial in trials if "last" in trial.user_attrs or _FAILED in trial.user_attrs]
+    done = [trial.params for trial in over]
+    left = [trial for trial in trials if trial not in over and trial.params and trial.params not in done]
+    return over, [trial for k, trial in enumerate(left) if trial.params not in [other.params for other in left[:k]]]
+
+
+def _run(sweep: Mapping[str, Any], settings: Mapping[str, Any], where: Path, wandb: str) -> dict[str, Any]:
+    """Runs one trial; what it ended with."""
     where.mkdir(parents=True, exist_ok=True)
     result = where / "result.json"
     result.unlink(missing_ok=True)
-    line = [*command(sweep, settings), "--trainer.default_root_dir", str(where), "--monitor", metric, "--wandb", wandb]
-    began = time.monotonic()
+    line = [*command(sweep, settings), "--trainer.default_root_dir", str(where)]
+    line += ["--monitor", sweep["metric"]["name"], "--wandb", wandb]
     with (where / "log.txt").open("w") as log:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         code = subprocess.run(line, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
-    found = json.loads(result.read_text()) if code == 0 and result.exists() else {"failed": f"exit code {code}"}
-    found = {"settings": settings, "metric": metric, **found, "seconds": round(time.monotonic() - began, 1)}
-    kept.write_text(json.dumps(found, indent=1, default=str))
-    if "failed" in found:
-        console.print(f"  failed, see {where / 'log.txt'}", style="red", soft_wrap=True)
-    return dict(json.loads(kept.read_text()))
+    if code != 0 or not result.exists():
+        return {_FAILED: f"exit code {code}"}
+    found = json.loads(result.read_text())
+    return {name: found[name] for name in ("last", "best") if name in found}
+
+
+def _told(study: "Study", sweep: Mapping[str, Any], name: str, folder: Path, console: Console) -> list[dict[str, Any]]:
+    """Every trial, best first: printed, as trials.csv, and as a page."""
+    over, _ = _sorted_out(study.trials)
+    sign = -1 if _is_maximized(sweep) else 1
+    over.sort(key=lambda trial: sign * trial.user_attrs.get("last", sign * math.inf))
+    names = list(flat(sweep["parameters"]))
+    headers = ["trial", *names, "last", "best", "seconds"]
+    rows = [
+        [t.number, *(t.user_attrs["settings"][n] for n in names), t.user_attrs.get("last", _FAILED),
+         t.user_attrs.get("best", ""), "" if t.duration is None else round(t.duration.total_seconds(), 1)]
+        for t in over
+    ]  # fmt: skip
+    title = f"{name}: {sweep['metric']['name']}, {'maximize' if _is_maximized(sweep) else 'minimize'}"
+    table = Table(*headers, title=title)
+    shown = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row] for row in rows]
+    for row in shown:
+        table.add_row(*row)
+    console.print(table)
+    with (folder / "trials.csv").open("w", newline="") as out:
+        csv.writer(out).writerows(itertools.chain([headers], rows))
+    console.print(f"{write(study, title, headers, shown, folder / 'study.html')}", soft_wrap=True, highlight=False)
+    return [{"trial": t.number, **t.user_attrs} for t in over]
