@@ -200,7 +200,7 @@ def picture(runs: dict[str, dict[str, float]], path: Path) -> None:
             }
         )
         for axis, what in zip(axes, ("accuracy", "cosine"), strict=True):
-            if name.startswith("backprop") and what == "cosine":
+            if not points or (name.startswith("backprop") and what == "cosine"):
                 continue
             values = [
                 [r[what] for k, r in runs.items() if k.startswith(f"{name}|{depth}|transferred|")] for depth in points
