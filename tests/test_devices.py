@@ -170,7 +170,7 @@ def test_strategies_and_their_options_from_the_command_line(tmp_path, capsys):
 def test_the_page_on_many_devices_runs():
     page = (Path(__file__).parents[1] / "docs" / "multi-gpu.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     space: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "multi-gpu.md", "exec"), space)
