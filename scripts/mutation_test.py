@@ -33,6 +33,48 @@ class Mutation(NamedTuple):
 
 MUTATIONS = [
     Mutation(
+        "shapes of what was there before are contents",
+        "program/recorder.py",
+        "fixed = fixed or (records and kind.by_shape",
+        "fixed = fixed or (False and kind.by_shape",
+        "recorder",
+    ),
+    Mutation(
+        "beyond the border of its domain a loss is that of its middle",
+        "program/torch_faults.py",
+        "beyond = torch.where(outside, p, 0.5)",
+        "beyond = torch.where(outside, 0.5, 0.5)",
+        "domains",
+    ),
+    Mutation(
+        "a matrix that has no factor has one",
+        "program/torch_faults.py",
+        "torch.where((info > 0)[..., None, None], torch.nan, 1.0)",
+        "torch.where((info > 0)[..., None, None], 1.0, 1.0)",
+        "domains",
+    ),
+    Mutation(
+        "an energy put together from gains is believed",
+        "relaxers/barzilai_borwein.py",
+        "self.energy, overshot = here, active",
+        "overshot = active",
+        "domains",
+    ),
+    Mutation(
+        "the border of a domain is a kink",
+        "relaxers/barzilai_borwein.py",
+        "return self._since_wall <= self.window",
+        "return self._since_wall < 0",
+        "domains",
+    ),
+    Mutation(
+        "a budget is cut off whatever is left to gain",
+        "step/report.py",
+        "(gain_left is None or gain_left > _LEVEL)",
+        "(gain_left is None or gain_left > -1.0)",
+        "settling",
+    ),
+    Mutation(
         "what there is none of counts samples",
         "program/batch_size.py",
         "found = [size for size in first + seconds if size] or [1]",

@@ -136,13 +136,17 @@ class BarzilaiBorwein(Descent):
         overshot = active & ~(slope_ahead <= 0.9 * slope.abs())  # nan counts
         rose = ~(reached <= torch.stack(self.energies[-_MEMORY:]).amax() + self.noise(forces))
         rose = rose & self.landscape.conservative
-        # Over a hump the forces do not tell whose energy it was: all are more careful.
+        # Over a hump the forces do not tell whose energy it was: all are more careful. Where the energy of the point
+        # was put together from gains it may itself have been too low, and is what this step says.
+        along = torch.where(active, 0.5 * (slope + slope_ahead), 0).sum()
+        here = torch.where(self.measured | ~reached.isfinite(), self.energy, reached - along)
         if self.rarely:
             unseen = rose & ~overshot.any()
+            self.energy = torch.where(unseen, here, self.energy)
             overshot = torch.where(unseen, active, overshot)
             self.against = self.against + (unseen & (self.end == 0))
         elif bool(rose) and not bool(overshot.any()):
-            overshot = active
+            self.energy, overshot = here, active
             self.against = self.against + 1
         kept = active & ~overshot
         gained = -torch.where(kept, 0.5 * (slope + slope_ahead), 0).sum()
