@@ -61,6 +61,13 @@ MUTATIONS = [
         "domains",
     ),
     Mutation(
+        "a step too far is shortened to nothing",
+        "relaxers/barzilai_borwein.py",
+        "_LEAST = 1e-3",
+        "_LEAST = 0.0",
+        "domains",
+    ),
+    Mutation(
         "the border of a domain is a kink",
         "relaxers/barzilai_borwein.py",
         "return self._since_wall <= self.window",

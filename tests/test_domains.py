@@ -1,4 +1,4 @@
-"""Losses of what lies in a domain, probabilities and covariances: states may be tried outside of it, and end inside."""
+"""Losses with a domain, or that explode: probabilities, covariances, counts. States are tried far out and end inside."""
 
 import pytest
 import torch
@@ -92,6 +92,32 @@ def test_the_default_trains_what_ends_in_a_sigmoid(loss):
         ends.append(float(LOSSES[loss](net(X))))
     assert ends[0] < 0.5 * first
     assert ends[1] < ends[0] + 0.1 * first
+
+
+@pytest.mark.parametrize("rarely", [False, True])
+@pytest.mark.parametrize("lam", [0.1, 1.0, 10.0])
+def test_a_step_into_forces_that_explode_does_not_stop_its_sample(lam, rarely, monkeypatch):
+    """Counts under a Poisson likelihood, exp(o) - t o: a first step of 1 leads to forces of e^300 and more.
+
+    `e + lambda c (exp(c (p + e)) - t) = 0` of every sample, by bisection.
+    """
+    monkeypatch.setattr("lightning_ebm.network.network.runs_behind", lambda device: rarely)
+    net = nn.Sequential(nn.Linear(1, 1), nn.LeakyReLU(1.0), nn.Linear(1, 1)).double()
+    c, t = 3.0, 40.0
+    with torch.no_grad():
+        for parameter, value in zip(net.parameters(), (1.0, 0.0, c, 0.0), strict=True):
+            parameter.fill_(value)
+    p = torch.linspace(-1, 2, 8, dtype=torch.float64)[:, None]
+    low, high = torch.full_like(p, -600.0 * lam), torch.full_like(p, 600.0 * lam)
+    for _ in range(200):
+        e = (low + high) / 2
+        above = e + lam * c * ((c * (p + e)).clamp(max=600).exp() - t) > 0
+        low, high = torch.where(above, low, e), torch.where(above, e, high)
+    relaxer = ebm.ErrorCoordinates(max_steps=200, tol=1e-9)
+    learner = ebm.Learner(net, ebm.algorithm("predictive-coding", nudge=ebm.OneSided(lam), relaxer=relaxer))
+    found = learner.gradients(lambda: F.poisson_nll_loss(net(p), torch.full_like(p, t)))
+    assert learner.report["result"] == "converged"
+    torch.testing.assert_close(found["0.weight"], (-e * p).mean().reshape(1, 1) / lam, rtol=1e-6, atol=1e-8)
 
 
 SCATTER = torch.tensor([[0.6, 0.2], [0.2, 0.4]], dtype=torch.float64)

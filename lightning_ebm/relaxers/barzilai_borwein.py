@@ -22,6 +22,9 @@ _NO_SLOPE = (
     " torch.fake_quantize. States relax on an energy whose slope is their force. Write it as z + (q(z) - z).detach(),"
     ' take the exact rule "zero-divergence", which only sends errors back, or keep such operations out of the layers.'
 )
+_LEAST = 1e-3
+"""Of a step that went too far, what is tried next at least: where forces grow as exponentials do, one that is far out
+tells nothing of the curvature here, and from a step of next to nothing there is no way back."""
 _MEMORY = 3
 """Energies that a new one is compared with: steps across a kink may rise for once and lead lower."""
 
@@ -156,7 +159,8 @@ class BarzilaiBorwein(Descent):
         self.energies.append(self.energy)
         self.gained = self.gained + gained
         newton = torch.where(curvature > 0, 1 / curvature, math.inf)
-        shorter = torch.where(curvature > 0, newton.clamp_max(0.5 * self.step_size), 0.1 * self.step_size)
+        within = newton.clamp_max(0.5 * self.step_size).maximum(_LEAST * self.step_size)
+        shorter = torch.where(curvature > 0, within, 0.1 * self.step_size)
         longer = newton.minimum(4 * self.step_size).clamp_max(self.longest)
         self.step_size = torch.where(overshot, shorter, torch.where(kept, longer, self.step_size))
         squares = torch.where(self.active, self.norm, 0).square()
