@@ -1,4 +1,4 @@
-"""Losses with a domain, or that explode: probabilities, covariances, counts. States are tried far out and end inside."""
+"""Losses with a domain, or that explode: probabilities, covariances, counts. States tried far out end inside."""
 
 import pytest
 import torch
