@@ -36,8 +36,8 @@ class Relaxation:
         coordinates: which of the two `point` holds.
         status: "converged" (every sample within tolerance), "kink" (no energy is left to gain though forces
             remain, as at the kinks of ReLU and maximum pooling), "stalled" (the energy falls no further though it is
-            smooth and forces remain), "max_steps" (still moving when the count was up) or "fixed" (a number of steps
-            was asked for and taken).
+            smooth and forces remain, or ends there, as log(p) at 0), "max_steps" (still moving when the count was
+            up) or "fixed" (a number of steps was asked for and taken).
         steps: steps taken by the slowest sample.
         residual: |force| at the end over |force| at the start, per sample, ``(B,)``; 0 where nothing pulled.
         energies: total energy I + lambda L of the batch, scalars: at the start and after each step. Where
