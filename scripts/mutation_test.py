@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "lightning_ebm"
@@ -1558,9 +1558,10 @@ def main() -> int:
     parser.add_argument("chosen", nargs="*", help="names of sabotages")
     parser.add_argument("--json", type=Path, help="keeps the verdicts there")
     options = parser.parse_args()
-    verdicts: dict[str, bool] = {}
+    kept: dict[str, Any] = {}
     if options.json is not None and options.json.exists():
-        verdicts = json.loads(options.json.read_text())["noticed"]
+        kept = json.loads(options.json.read_text())
+    verdicts: dict[str, bool] = kept.get("noticed", {})
     chosen = [mutation for mutation in MUTATIONS if not options.chosen or mutation.what in options.chosen]
     mutations = [mutation for mutation in chosen if mutation.what not in verdicts]
     tests = " ".join(dict.fromkeys(name for mutation in mutations for name in mutation.tests.split()))
@@ -1581,7 +1582,7 @@ def main() -> int:
         verdicts[mutation.what] = noticed
         print(f"{'caught' if noticed else 'SURVIVED'}: {mutation.what} ({mutation.file})", flush=True)
         if options.json is not None:
-            options.json.write_text(json.dumps({"listed": len(MUTATIONS), "noticed": verdicts}, indent=1))
+            options.json.write_text(json.dumps(kept | {"listed": len(MUTATIONS), "noticed": verdicts}, indent=1))
     return sum(not verdicts[mutation.what] for mutation in chosen)
 
 
