@@ -30,6 +30,7 @@ def test_the_page_of_numbers_is_that_of_the_results():
     assert numerics.with_tables(page, found) == page
 
 
+@pytest.mark.slow
 def test_the_bound_of_a_negative_nudge_is_where_the_theory_has_it():
     found = numerics.negative()["squared error"]
     assert {float(share): said != "refused" for share, said in found.items()} == {s: s < 1 for s in numerics.SHARES}
