@@ -536,7 +536,7 @@ _OPTIMIZER = "an optimizer, such as torch.optim.Adam(net.parameters(), lr=1e-3)"
 def _check_whose(optimizer: Any, module: nn.Module) -> None:
     """An optimizer with parameters of others alone would step, and nothing would ever learn."""
     theirs = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group.get("params", ())}
-    if theirs and theirs.isdisjoint(id(p) for p in module.parameters()):
+    if theirs and not any(id(p) in theirs for p in module.parameters()):  # mostly the first is
         raise ConfigurationError(
             f"The optimizer has not one of the parameters of {type(module).__name__}, so that its steps would change"
             " nothing there. Make it of the module that the learner has, torch.optim.Adam(module.parameters()), and"

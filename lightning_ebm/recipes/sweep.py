@@ -8,7 +8,6 @@ Optuna's samplers (`GridSampler`, `RandomSampler`, `TPESampler`); what it does n
 """
 
 import csv
-import itertools
 import json
 import math
 import os
@@ -271,6 +270,6 @@ def _told(study: "Study", sweep: Mapping[str, Any], name: str, folder: Path, con
         table.add_row(*row)
     console.print(table)
     with (folder / "trials.csv").open("w", newline="") as out:
-        csv.writer(out).writerows(itertools.chain([headers], rows))
+        csv.writer(out).writerows([headers, *rows])
     console.print(f"{write(study, title, headers, shown, folder / 'study.html')}", soft_wrap=True, highlight=False)
     return [{"trial": t.number, **t.user_attrs} for t in over]
